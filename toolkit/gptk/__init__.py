@@ -1,0 +1,102 @@
+"""gptk: decoding strategies for GPT models, each with every other, exactly.
+
+    import gptk
+
+    lm = gptk.load("smollm2")
+    out = lm.generate("The capital of France is", sampler="beam:width=4", max_new_tokens=32)
+    print(out.text, out.score)
+
+Names below are imported on first use, so `import gptk` itself loads neither torch nor plug-ins.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import pluggy
+
+__version__ = "0.1.0"
+
+hookimpl = pluggy.HookimplMarker("gptk")
+"""Marks a plug-in's implementation of a hook from `gptk.hookspecs`."""
+
+# Public name -> the module that defines it. The same names stand below for type checkers.
+_HOMES = {
+    "UnknownNameError": "errors",
+    "TokenizerError": "errors",
+    "SpecError": "errors",
+    "SourceError": "errors",
+    "PromptError": "errors",
+    "PluginError": "errors",
+    "OptionError": "errors",
+    "DeviceError": "errors",
+    "DecodingError": "errors",
+    "Checkpoint": "weights",
+    "Choice": "sampling",
+    "DecodeSession": "session",
+    "Follower": "session",
+    "GPT": "model",
+    "GPTConfig": "model",
+    "Generation": "generation",
+    "GptkError": "errors",
+    "KVCache": "cache",
+    "LRScheduler": "training",
+    "LanguageModel": "language_model",
+    "LogitsProcessor": "sampling",
+    "Plugin": "plugins",
+    "Regularizer": "training",
+    "Rows": "session",
+    "Sampler": "sampling",
+    "Score": "generation",
+    "Tensors": "weights",
+    "Tokenizer": "tokenizer",
+    "TokenizerLoader": "tokenizer",
+    "WeightLoader": "weights",
+    "load": "language_model",
+}
+
+__all__ = [
+    *_HOMES,
+    "__version__",
+    "hookimpl",
+]
+
+if TYPE_CHECKING:
+    from gptk.cache import KVCache as KVCache
+    from gptk.errors import DecodingError as DecodingError
+    from gptk.errors import DeviceError as DeviceError
+    from gptk.errors import GptkError as GptkError
+    from gptk.errors import OptionError as OptionError
+    from gptk.errors import PluginError as PluginError
+    from gptk.errors import PromptError as PromptError
+    from gptk.errors import SourceError as SourceError
+    from gptk.errors import SpecError as SpecError
+    from gptk.errors import TokenizerError as TokenizerError
+    from gptk.errors import UnknownNameError as UnknownNameError
+    from gptk.generation import Generation as Generation
+    from gptk.generation import Score as Score
+    from gptk.language_model import LanguageModel as LanguageModel
+    from gptk.language_model import load as load
+    from gptk.model import GPT as GPT
+    from gptk.model import GPTConfig as GPTConfig
+    from gptk.plugins import Plugin as Plugin
+    from gptk.sampling import Choice as Choice
+    from gptk.sampling import LogitsProcessor as LogitsProcessor
+    from gptk.sampling import Sampler as Sampler
+    from gptk.session import DecodeSession as DecodeSession
+    from gptk.session import Follower as Follower
+    from gptk.session import Rows as Rows
+    from gptk.tokenizer import Tokenizer as Tokenizer
+    from gptk.tokenizer import TokenizerLoader as TokenizerLoader
+    from gptk.training import LRScheduler as LRScheduler
+    from gptk.training import Regularizer as Regularizer
+    from gptk.weights import Checkpoint as Checkpoint
+    from gptk.weights import Tensors as Tensors
+    from gptk.weights import WeightLoader as WeightLoader
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gptk' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gptk.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

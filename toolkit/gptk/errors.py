@@ -1,0 +1,75 @@
+"""Errors for the person who gave the input: what was given, what is allowed, what to do.
+
+Each is one line of text. The CLI prints it and exits 1, or 2 where the command line is at fault.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class GptkError(Exception):
+    """The base of every error gptk raises on purpose."""
+
+    exit_code = 1
+
+
+class OptionError(GptkError):
+    """An option is unknown, of the wrong type, or out of bounds."""
+
+    exit_code = 2
+
+
+class UnknownNameError(GptkError):
+    """No plug-in of that kind has that name."""
+
+    exit_code = 2
+
+
+class SpecError(GptkError):
+    """A spec string does not have the form `name:key=value,key=value`."""
+
+    exit_code = 2
+
+
+class PluginError(GptkError):
+    """A plug-in breaks a rule of the plug-in system, such as a name that is already taken."""
+
+
+class SourceError(GptkError):
+    """A model source is missing, truncated, or of an unsupported kind."""
+
+
+class TokenizerError(GptkError):
+    """A tokenizer is missing, corrupt, or of an unsupported kind."""
+
+
+class PromptError(GptkError):
+    """A prompt is empty, too long for the model's window, or names tokens the model lacks."""
+
+
+class DeviceError(GptkError):
+    """The device is not there, or does not support what was asked."""
+
+    exit_code = 2
+
+
+class DecodingError(GptkError):
+    """Decoding cannot go on, for example when processors left no token to choose from."""
+
+
+def suggest(name: str, known: Iterable[str], *, what: str) -> str:
+    """The sentence that follows an unknown name: the nearest names, else all there are.
+
+    >>> suggest("bean", ["beam", "greedy"], what="samplers")
+    'did you mean beam? samplers: beam, greedy'
+    >>> suggest("xyz", ["beam", "greedy"], what="samplers")
+    'samplers: beam, greedy'
+    >>> suggest("xyz", [], what="samplers")
+    'no samplers are known'
+    """
+    names = sorted(known)
+    if not names:
+        return f"no {what} are known"
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}{what}: {', '.join(names)}"

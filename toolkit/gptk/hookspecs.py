@@ -1,0 +1,69 @@
+"""Every hook of gptk, on one page.
+
+A plug-in is a module (or object) with any of these functions, marked `@gptk.hookimpl` and named
+by an entry point in the group `gptk`. Each returns the classes it provides; a class carries its
+name and declares its options as typed fields (see `gptk.Plugin`). A complete plug-in:
+
+    import gptk
+
+    class Coldest(gptk.Sampler):
+        \"\"\"Always the token with the lowest logit.\"\"\"
+
+        name = "coldest"
+
+        def step(self, logits, rows):
+            return gptk.Choice.one_each(logits.argmin(dim=-1), logits, rows)
+
+    @gptk.hookimpl
+    def gptk_samplers():
+        return [Coldest]
+"""
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from gptk.sampling import LogitsProcessor, Sampler
+    from gptk.tokenizer import TokenizerLoader
+    from gptk.training import LRScheduler, Regularizer
+    from gptk.weights import WeightLoader
+
+hookspec = pluggy.HookspecMarker("gptk")
+
+
+@hookspec
+def gptk_samplers() -> "list[type[Sampler]]":  # type: ignore[empty-body]
+    """Decoding strategies, for `--sampler`."""
+
+
+@hookspec
+def gptk_logits_processors() -> "list[type[LogitsProcessor]]":  # type: ignore[empty-body]
+    """Maps from next-token logits to next-token logits, for `--processor`."""
+
+
+@hookspec
+def gptk_lr_schedulers() -> "list[type[LRScheduler]]":  # type: ignore[empty-body]
+    """Learning rate as a function of the training step."""
+
+
+@hookspec
+def gptk_regularizers() -> "list[type[Regularizer]]":  # type: ignore[empty-body]
+    """Penalties on the loss and changes to gradients, parameter groups or the model."""
+
+
+@hookspec
+def gptk_weight_loaders() -> "list[type[WeightLoader]]":  # type: ignore[empty-body]
+    """Readers of model files and hubs, for `--model`."""
+
+
+@hookspec
+def gptk_tokenizers() -> "list[type[TokenizerLoader]]":  # type: ignore[empty-body]
+    """Makers of tokenizers, for `--tokenizer`."""
+
+
+@hookspec
+def gptk_commands() -> "list[click.Command]":  # type: ignore[empty-body]
+    """Commands of the `gptk` program."""

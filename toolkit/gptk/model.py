@@ -1,0 +1,268 @@
+"""One GPT, as configuration: GPT-2 and the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3).
+
+Read from top to bottom: configuration, normalization, attention, MLP, block, model. What is
+unusual:
+
+- queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
+- a rotary embedding turns queries and keys together, with the sign folded into the sine table;
+- at one token a step the query heads of a group stand in the query axis of attention, which
+  on CPUs is many times faster than `enable_gqa` (grouped heads share one read of the keys);
+- rows of a batch stand at positions of their own, see `gptk.cache`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptk.cache import KVCache, Slots
+from gptk.errors import SourceError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What a GPT is made of. The defaults are GPT-2's, the sizes must be given."""
+
+    vocab_size: int
+    context_length: int
+    """The window: the most tokens that a prediction may look back on, itself included."""
+    width: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    """Heads for keys and values; each serves n_heads / n_kv_heads query heads."""
+    head_dim: int
+    mlp_width: int
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] | None = None
+    """Divisors of the head_dim / 2 rotary frequencies, where the context was stretched."""
+    mlp: Literal["gelu-tanh", "gelu", "swiglu"] = "gelu-tanh"
+    mlp_bias: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    """A bias on attention's output projection."""
+    qk_norm: bool = False
+    """Normalize each head's queries and keys, as Qwen3 does."""
+    tied_head: bool = True
+    """The output head is the token embedding's matrix."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and (not isinstance(value, int) or value < 1):
+                raise SourceError(f"the model's {field.name} is {value!r}; it must be 1 or more")
+        if self.n_heads % self.n_kv_heads:
+            raise SourceError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key and value heads"
+            )
+        if self.rope_factors is not None:
+            object.__setattr__(self, "rope_factors", tuple(self.rope_factors))
+            if len(self.rope_factors) != self.head_dim // 2:
+                raise SourceError(
+                    f"{len(self.rope_factors)} rotary factors do not fit heads of {self.head_dim}"
+                )
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    """Layer norm or RMS norm over the last axis, of that size."""
+    if config.norm == "rms":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads and a KV cache."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = nn.Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.width, bias=config.out_bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, at: Slots | None
+    ) -> Tensor:
+        rows, time, _ = x.shape
+        qkv = self.qkv(x).view(rows, time, -1, self.head_dim)
+        qk, v = qkv[:, :, : -self.n_kv_heads], qkv[:, :, -self.n_kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk[:, :, : self.n_heads], qk[:, :, self.n_heads :]
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        if rope is not None:
+            qk = rotate(qk, rope)
+        # (rows, heads, time, head_dim)
+        q = qk[:, :, : self.n_heads].transpose(1, 2)
+        k = qk[:, :, self.n_heads :].transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None and at is not None:
+            k, v = cache.write(self.layer, k, v, at)
+            y = attend(q, k, v, mask=at.mask, causal=at.causal)
+        else:
+            y = attend(q, k, v, mask=None, causal=True)
+        return self.out(y)  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), halves of a head as pairs.
+
+    x: (rows, time, heads, head_dim); rope: (2, 1 or rows, time, 1, head_dim), cosines and sines.
+    """
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * rope[0], swapped, rope[1])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q kᵀ / √d) v for grouped heads.
+
+    q: (rows, heads, time, d); k, v: (rows, kv_heads, keys, d); mask: (1 or rows, 1, time, keys),
+    True where a query may look. Returns (rows, time, heads * d).
+    """
+    rows, heads, time, d = q.shape
+    group = heads // k.shape[1]
+    if causal or group == 1:
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    else:
+        q = q.reshape(rows, -1, group * time, d)
+        if mask is not None:
+            mask = mask.repeat(1, 1, group, 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.view(rows, heads, time, d)
+    return y.transpose(1, 2).reshape(rows, time, heads * d)
+
+
+class MLP(nn.Module):
+    """Two layers with GELU, or a gated pair with SiLU (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        up = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
+        self.up = nn.Linear(config.width, up, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
+        return self.down(x)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config, config.width)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.width)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, at: Slots | None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, cache, at)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer; see GPTConfig for what can vary."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.embed_positions = (
+            nn.Embedding(config.context_length, config.width) if learned else None
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config, config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+        self._rope = torch.empty(2, 0, config.head_dim)
+
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+    ) -> Tensor:
+        """The final hidden state of each token, normalized; `logits` makes scores of it.
+
+        ids: (rows, time). With a cache the tokens follow those already there, row i taking
+        counts[i] of them (default: all) and the rest being padding. Returns (rows, time, width).
+        """
+        rows, time = ids.shape
+        at = cache.plan(time) if cache is not None else None
+        positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
+        end = time if at is None else at.end
+        x = self.embed(ids)
+        rope = None
+        if self.embed_positions is None:
+            rope = self._rope_table(end, x)[:, positions, None]
+        else:
+            x = x + self.embed_positions(positions)
+        for block in self.blocks:
+            x = block(x, rope, cache, at)
+        if cache is not None:
+            cache.advance(counts or [time] * rows)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""
+        return self.head(hidden).float()  # type: ignore[no-any-return]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache for `rows` rows with memory for `capacity` tokens each."""
+        weight = self.head.weight
+        return KVCache(
+            self.config.n_layers,
+            self.config.n_kv_heads,
+            self.config.head_dim,
+            rows=rows,
+            capacity=capacity,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def _rope_table(self, length: int, like: Tensor) -> Tensor:
+        """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign."""
+        table = self._rope
+        if table.shape[1] >= length and table.device == like.device and table.dtype == like.dtype:
+            return table
+        # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large.
+        length = max(length, 2 * table.shape[1], 128)
+        half = self.config.head_dim // 2
+        exponents = torch.arange(half, device=like.device, dtype=torch.float32) / half
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        if self.config.rope_factors is not None:
+            frequencies /= torch.tensor(self.config.rope_factors, device=like.device)
+        positions = torch.arange(length, device=like.device, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies)
+        cos, sin = angles.cos(), angles.sin()
+        table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+        self._rope = table.to(like.dtype)
+        return self._rope

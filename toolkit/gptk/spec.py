@@ -1,0 +1,72 @@
+"""Spec strings: the one way to name a plug-in with options.
+
+`name` or `name:key=value,key=value`. A value with a comma, a space or a quote at its start is
+quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\"`, `\\\\`).
+
+>>> parse_spec("beam:width=4,early_stopping=never")
+('beam', {'width': '4', 'early_stopping': 'never'})
+>>> parse_spec(r'stop:text="a, b\\n"')
+('stop', {'text': 'a, b\\n'})
+>>> format_spec("stop", {"text": "a, b"})
+'stop:text="a, b"'
+"""
+
+import re
+from collections.abc import Mapping
+
+from gptk.errors import SpecError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=")
+_QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'""", re.DOTALL)
+_PLAIN = re.compile(r"""(?!["'])[^,\s]+""")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0"}
+_FORM = 'expected name or name:key=value,key=value, with quotes round a value such as "a, b"'
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Split a spec string into its name and its options, still as text.
+
+    Raises SpecError, with the place that could not be read, for any other form.
+    """
+    name = _NAME.match(spec)
+    if not name:
+        raise SpecError(f"not a spec: {spec!r}; {_FORM}")
+    at = name.end()
+    options: dict[str, str] = {}
+    while at < len(spec):
+        if spec[at] != (":" if not options else ","):
+            raise SpecError(f"cannot read {spec!r} from {spec[at:]!r} on; {_FORM}")
+        key = _KEY.match(spec, at + 1)
+        if not key:
+            raise SpecError(f"cannot read {spec!r} from {spec[at:]!r} on; {_FORM}")
+        value = _QUOTED.match(spec, key.end()) or _PLAIN.match(spec, key.end())
+        if not value:
+            raise SpecError(f"{spec!r} gives no value for {key[1]}; {_FORM}")
+        if key[1] in options:
+            raise SpecError(f"{spec!r} gives {key[1]} twice")
+        options[key[1]] = unescape(value[0][1:-1]) if value[0][0] in "\"'" else value[0]
+        at = value.end()
+    return name[0], options
+
+
+def format_spec(name: str, options: Mapping[str, object]) -> str:
+    """The spec string that `parse_spec` reads back to the same name and options."""
+    if not options:
+        return name
+    return f"{name}:" + ",".join(f"{key}={_format_value(v)}" for key, v in options.items())
+
+
+def unescape(text: str) -> str:
+    """Replace the escapes `\\n`, `\\t`, `\\r`, `\\0`; any other escaped character is itself."""
+    return re.sub(r"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), text, flags=re.DOTALL)
+
+
+def _format_value(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if _PLAIN.fullmatch(text):
+        return text
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    for letter, character in _ESCAPES.items():
+        text = text.replace(character, f"\\{letter}")
+    return f'"{text}"'

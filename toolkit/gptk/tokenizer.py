@@ -1,0 +1,108 @@
+"""Tokenizers: a `tiktoken.Encoding` and what a model knows about its use."""
+
+import functools
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from gptk.errors import TokenizerError
+from gptk.plugins import Plugin, find, provided
+from gptk.spec import parse_spec
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to token ids and back."""
+
+    encoding: "tiktoken.Encoding"
+    bos: int | None = None
+    """The token that begins a text, if the model has one."""
+    eos: tuple[int, ...] = ()
+    """The tokens that end a text."""
+    add_bos: bool = False
+    """Put `bos` in front of every text."""
+    normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    """The Unicode form that text is brought into first."""
+    chat_template: str | None = None
+    """The model's jinja2 template for conversations."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens written in it count as such."""
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
+        ids = self.encoding.encode(text, allowed_special="all")
+        if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            ids.insert(0, self.bos)
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of some tokens. An id the vocabulary lacks, as models padded to a round size
+        have, stands for U+FFFD."""
+        return b"".join(map(self.token_bytes, tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token."""
+        return self._token_bytes(token)
+
+    @functools.cached_property
+    def start(self) -> int | None:
+        """The token to begin from where there is no prompt: BOS, else end of text, else none."""
+        return self.bos if self.bos is not None else (self.eos[0] if self.eos else None)
+
+    @functools.cached_property
+    def _token_bytes(self) -> "functools._lru_cache_wrapper[bytes]":
+        @functools.cache
+        def token_bytes(token: int) -> bytes:
+            try:
+                return self.encoding.decode_single_token_bytes(token)
+            except KeyError:
+                return "\N{REPLACEMENT CHARACTER}".encode()
+
+        return token_bytes
+
+
+class TokenizerLoader(Plugin):
+    """Makes a Tokenizer from a name or a file."""
+
+    kind: ClassVar[str] = "tokenizer"
+
+    @classmethod
+    def matches(cls, source: str) -> bool:
+        """Whether `source`, a name or a path that is no spec string, is one of this kind's."""
+        return source == cls.name
+
+    @classmethod
+    def from_source(cls, source: str) -> "TokenizerLoader":
+        """The loader for a source that `matches`."""
+        return cls()
+
+    def load(self) -> Tokenizer:
+        """Read or make the tokenizer. Raises TokenizerError."""
+        raise NotImplementedError(f"{type(self).__name__} does not define load()")
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer by name (`gpt2`, `bytes`, any of tiktoken's), file, or spec string.
+
+    Raises TokenizerError or, for a name nobody knows, UnknownNameError.
+    """
+    for one in provided("tokenizer").values():
+        if one.item.matches(source):
+            loader = one.item.from_source(source)
+            break
+    else:
+        if os.path.exists(source):
+            raise TokenizerError(f"{source} is not a tokenizer file that gptk can read")
+        name, options = parse_spec(source)
+        loader = find("tokenizer", name).item(**options)
+    assert isinstance(loader, TokenizerLoader)
+    return loader.load()
