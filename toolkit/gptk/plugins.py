@@ -77,7 +77,7 @@ def register(plugin: object, *, origin: str | None = None) -> None:
 
     Raises PluginError, and leaves the plug-in out, if one of its names is taken.
     """
-    _add(manager(), plugin, origin or getattr(plugin, "__name__", type(plugin).__name__))
+    _add(manager(), plugin, origin or str(getattr(plugin, "__name__", type(plugin).__name__)))
     _provided.cache_clear()
     try:
         for kind in KINDS:

@@ -2,14 +2,14 @@
 
 import functools
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gptk.errors import TokenizerError
-from gptk.plugins import Plugin, find, provided
-from gptk.spec import parse_spec
+from gptk.plugins import Plugin, create, provided
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,10 +32,20 @@ class Tokenizer:
     """The model's jinja2 template for conversations."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it count as such."""
-        if self.normalization:
-            text = unicodedata.normalize(self.normalization, text)
-        ids = self.encoding.encode(text, allowed_special="all")
+        """Token ids of a text; special tokens written in it count as such.
+
+        Where two special tokens begin at one place the longer counts. They are found before the
+        text is normalized.
+        """
+        ids: list[int] = []
+        pattern, special = self._special
+        for place, part in enumerate(pattern.split(text)):
+            if place % 2:  # the pattern has one group, so its matches are every other part
+                ids.append(special[part])
+            elif part:
+                if self.normalization:
+                    part = unicodedata.normalize(self.normalization, part)
+                ids += self.encoding.encode_ordinary(part)
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         return ids
@@ -57,6 +67,13 @@ class Tokenizer:
     def start(self) -> int | None:
         """The token to begin from where there is no prompt: BOS, else end of text, else none."""
         return self.bos if self.bos is not None else (self.eos[0] if self.eos else None)
+
+    @functools.cached_property
+    def _special(self) -> tuple[re.Pattern[str], dict[str, int]]:
+        # tiktoken's own search takes the special tokens in no particular order.
+        special = self.encoding._special_tokens
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), special
 
     @functools.cached_property
     def _token_bytes(self) -> "functools._lru_cache_wrapper[bytes]":
@@ -95,14 +112,17 @@ def load_tokenizer(source: str) -> Tokenizer:
 
     Raises TokenizerError or, for a name nobody knows, UnknownNameError.
     """
-    for one in provided("tokenizer").values():
-        if one.item.matches(source):
-            loader = one.item.from_source(source)
-            break
-    else:
+    if not _SPEC.match(source):
+        for one in provided("tokenizer").values():
+            if one.item.matches(source):
+                loader = one.item.from_source(source)
+                assert isinstance(loader, TokenizerLoader)
+                return loader.load()
         if os.path.exists(source):
             raise TokenizerError(f"{source} is not a tokenizer file that gptk can read")
-        name, options = parse_spec(source)
-        loader = find("tokenizer", name).item(**options)
-    assert isinstance(loader, TokenizerLoader)
-    return loader.load()
+        if os.sep in source:
+            raise TokenizerError(f"no such tokenizer file: {source}")
+    return create("tokenizer", source, TokenizerLoader).load()
+
+
+_SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option, as no path is likely to begin

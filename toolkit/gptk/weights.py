@@ -1,18 +1,21 @@
 """Weight loaders: from a file, a directory or a hub to a GPT's configuration and tensors."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
 from gptk.plugins import Plugin, find, provided
 from gptk.spec import parse_spec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from gptk.model import GPTConfig
+    from gptk.model import GPT, GPTConfig
     from gptk.tokenizer import Tokenizer
 
 
@@ -22,7 +25,9 @@ class Checkpoint:
 
     config: "GPTConfig"
     state: Mapping[str, "Tensor"]
-    """The GPT's state dict, by the names that `gptk.GPT` has."""
+    """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
+    `embed.weight`. They may be in any precision and mapped from a file; `build_model` takes them
+    over without a copy where device and dtype are right."""
     tokenizer: "Callable[[], Tokenizer] | None" = None
     """Makes the tokenizer stored with the weights, if there is one; may raise TokenizerError."""
     source: str = ""
@@ -44,7 +49,8 @@ class WeightLoader(Plugin):
     @classmethod
     def from_source(cls, source: str) -> "WeightLoader":
         """The loader for a source that `matches`; by default its option `path` is the source."""
-        return cls(path=source)
+        options: dict[str, Any] = {"path": source}  # a field of the loader's own
+        return cls(**options)
 
     @classmethod
     def default_source(cls) -> str | None:
@@ -86,6 +92,49 @@ class Tensors:
         for name in names:
             self._readers.pop(name, None)
 
+    def assemble(
+        self,
+        config: "GPTConfig",
+        names: Mapping[str, str],
+        change: "Callable[[str, Tensor], Tensor] | None" = None,
+    ) -> "dict[str, Tensor]":
+        """The state of a GPT of that configuration, as Checkpoint has it, from all tensors.
+
+        `names` leads from gptk's names to the file's: `{i}` is the layer, `blocks.{i}.mlp.down`
+        stands for its weight and its bias, and several names on the right are stacked, as in
+        the fused `attn.qkv`: queries, keys, values. A name that is not there is the same in the
+        file. `change` gets the file's name and tensor and returns it in gptk's layout.
+
+        Raises SourceError that names a tensor that is missing, left over or of the wrong shape.
+        """
+        import torch
+
+        if config.n_layers > len(self._names):
+            raise SourceError(
+                f"{self._source}: the configuration has {config.n_layers} layers, the file only "
+                f"{len(self._names)} tensors"
+            )
+        state = {}
+        # A tied head is a parameter once: as the embedding.
+        for name, parameter in empty_gpt(config).named_parameters():
+            theirs = _their_names(name, names)
+            parts = [self.take(one) for one in theirs]
+            found = " + ".join(str(tuple(part.shape)) for part in parts)
+            try:
+                if change is not None:
+                    parts = [change(one, part) for one, part in zip(theirs, parts, strict=True)]
+                state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                fits = state[name].shape == parameter.shape
+            except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
+                fits = False
+            if not fits:
+                raise SourceError(
+                    f"{self._source}: {' + '.join(theirs)} of shape {found} does not make {name} "
+                    f"of shape {tuple(parameter.shape)}, which the configuration asks for"
+                )
+        self.finish()
+        return state
+
     def finish(self) -> None:
         """Raises SourceError if a tensor was left over."""
         if self._readers:
@@ -96,12 +145,79 @@ class Tensors:
             )
 
 
+def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
+    layer = re.search(r"\.(\d+)\.", ours)
+    pattern = ours.replace(layer[0], ".{i}.", 1) if layer else ours
+    module, _, parameter = pattern.rpartition(".")
+    if pattern in names:
+        theirs = names[pattern].split()
+    elif module in names:
+        theirs = [f"{one}.{parameter}" for one in names[module].split()]
+    else:
+        theirs = [pattern]
+    return [one.replace("{i}", layer[1] if layer else "") for one in theirs]
+
+
 def load_checkpoint(source: str) -> Checkpoint:
     """Load a model by name (`smollm2`), path, hub id, or loader spec (`gguf:path=model.gguf`).
 
     Raises SourceError where no loader knows the source, or what the loader raises.
     """
     return find_loader(source).load()
+
+
+def build_model(
+    checkpoint: Checkpoint, device: "torch.device | str", dtype: "torch.dtype"
+) -> "GPT":
+    """The GPT with a checkpoint's weights, in evaluation mode.
+
+    No weight is ever there twice in the dtype asked for: the model is made without memory and
+    each tensor put in its place as it is, or converted by itself.
+    Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
+    """
+    import torch
+
+    config = checkpoint.config
+    given = dict(checkpoint.state)
+    # The state dict of a GPT has a tied head under both names.
+    if (
+        config.tied_head
+        and "head.weight" in given
+        and not torch.equal(given.pop("head.weight"), given["embed.weight"])
+    ):
+        raise SourceError(
+            f"{checkpoint.source}: head.weight is not embed.weight, though the head is tied"
+        )
+    tensors = Tensors(
+        {name: partial(lambda one: one, one) for name, one in given.items()}, checkpoint.source
+    )
+    state = tensors.assemble(config, {}, lambda _, one: one.to(device=device, dtype=dtype))
+    model = empty_gpt(config)
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tied_head:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def empty_gpt(config: "GPTConfig") -> "GPT":
+    """A GPT on the device `meta`: names and shapes, no memory, no initialization."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from gptk.model import GPT
+
+    class NoInitialization(TorchFunctionMode):
+        # Drawing normal numbers on `meta` does nothing but import 800 modules, for a second.
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__module__", "") == "torch.nn.init" and "tensor" in kwargs:
+                return kwargs["tensor"]
+            return func(*args, **kwargs)
+
+    with torch.device("meta"), NoInitialization():
+        return GPT(config)
 
 
 def find_loader(source: str) -> WeightLoader:

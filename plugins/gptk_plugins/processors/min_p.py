@@ -1,0 +1,23 @@
+"""Min-p (Nguyen et al. 2024): only tokens with p(v) ≥ min_p · max p stay."""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class MinP(gptk.LogitsProcessor):
+    """Keeps tokens whose probability is at least a share of the likeliest one's."""
+
+    name = "min-p"
+    example = "p=0.05"
+
+    p: float = Field(0.05, gt=0, le=1, description="the share of the highest probability")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        # p(v) / max p = exp(logit - max logit): no softmax is needed.
+        least = logits.amax(dim=-1, keepdim=True) + math.log(self.p)
+        return logits.masked_fill(logits < least, -torch.inf)

@@ -1,0 +1,27 @@
+"""Repetition penalty (CTRL, Keskar et al. 2019).
+
+For each token already in the row, prompt included: logit / penalty if it is positive, else
+logit · penalty.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class RepetitionPenalty(gptk.LogitsProcessor):
+    """Makes tokens that the row already has less likely."""
+
+    name = "repetition-penalty"
+    example = "penalty=1.1"
+
+    penalty: float = Field(1.1, gt=0, description="1 changes nothing; below 1 rewards repetition")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        # Padding stands for the row's first token: penalizing it again writes the same value.
+        seen = torch.where(rows.mask, rows.tokens, rows.tokens[:, :1])
+        old = logits.gather(1, seen)
+        new = torch.where(old > 0, old / self.penalty, old * self.penalty)
+        return logits.scatter(1, seen, new)

@@ -1,0 +1,18 @@
+"""Temperature: logits / T, so that p(v) ∝ p(v)^(1/T)."""
+
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class Temperature(gptk.LogitsProcessor):
+    """Sharpens (below 1) or flattens (above 1) the distribution."""
+
+    name = "temperature"
+    example = "temperature=0.7"
+
+    temperature: float = Field(1.0, gt=0, description="1 changes nothing; for 0 use greedy")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        return logits / self.temperature

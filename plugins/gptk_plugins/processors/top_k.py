@@ -1,0 +1,22 @@
+"""Top-k (Fan et al. 2018): only the k largest logits stay."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class TopK(gptk.LogitsProcessor):
+    """Keeps the k most likely tokens, and any that tie with the k-th."""
+
+    name = "top-k"
+    example = "k=50"
+
+    k: int = Field(50, ge=1, description="how many tokens to keep")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        if self.k >= logits.shape[-1]:
+            return logits
+        least = logits.topk(self.k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        return logits.masked_fill(logits < least, -torch.inf)

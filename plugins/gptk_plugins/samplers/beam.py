@@ -1,0 +1,78 @@
+"""Beam search: keep the `width` likeliest partial sequences at each step.
+
+A result's score is Σ log p(tokenₜ) / lengthᵃ with a = length_penalty and the length of the
+continuation, EOS included. The bookkeeping is that of transformers, so that results are equal
+to its: of the 2·width best candidates those that end within the first `width` become results,
+and the first `width` that do not end go on.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class Beam(gptk.Sampler):
+    """The likeliest sequences found by keeping a fixed number of them at each step."""
+
+    name = "beam"
+    example = "width=4"
+    competing = True
+
+    width: int = Field(4, ge=1, description="beams kept at each step")
+    length_penalty: float = Field(
+        1.0, description="above 0 favours longer results, below 0 shorter ones"
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        False,
+        description="true: stop at `width` results; false: when a better one is unlikely; "
+        "never: when a better one is impossible",
+    )
+
+    def max_rows(self, n: int) -> int:
+        if n > self.width:
+            raise gptk.OptionError(
+                f"n={n} results are more than the beam width {self.width}; "
+                f"ask for at most {self.width}, or give beam:width={n}"
+            )
+        return self.width
+
+    def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
+        # Each row can end in len(eos) ways: with so many candidates `width` of them go on.
+        count = self.width * max(2, 1 + len(rows.eos))
+        top = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
+        scores = logprobs + rows.scores[:, None]
+        # The best of a prompt are among the best of its rows, which are adjacent.
+        picked = []
+        first = 0
+        for size in Counter(rows.prompts).values():
+            block = scores[first : first + size].flatten()
+            best = block.topk(min(count, len(block))).indices
+            picked.append(best + first * scores.shape[1])
+            first += size
+        at = torch.cat(picked)
+        return gptk.Choice(
+            tokens=top.indices.flatten()[at],
+            logprobs=logprobs.flatten()[at],
+            scores=scores.flatten()[at],
+            parents=at // scores.shape[1],
+        )
+
+    def rank(self, score: float, length: int) -> float:
+        return float(score / max(length, 1) ** self.length_penalty)
+
+    def is_done(self, finished: Sequence[float], best: float, length: int, limit: int) -> bool:
+        if len(finished) < self.width:
+            return False
+        if self.early_stopping is True:
+            return True
+        # With a positive penalty a running score, below zero, ranks best at the longest length.
+        if self.early_stopping == "never" and self.length_penalty > 0:
+            length = limit
+        return self.rank(best, length) <= finished[-1]

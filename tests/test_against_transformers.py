@@ -1,0 +1,107 @@
+"""Greedy and beam search on SmolLM2: token for token what transformers gives on the same file."""
+
+import itertools
+
+import pytest
+import torch
+
+import gptk
+
+NEW_TOKENS = 40
+
+
+def chat(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+# Plain ones run to the limit; most chats reach the end of the text within it.
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):",
+    "1, 2, 3, 4, 5,",
+    "Water boils at a temperature of",
+    chat("What is the capital of Japan?"),
+    chat("Say hello."),
+    chat("What is 2 + 2?"),
+    chat("Name three colours."),
+    chat("Is the sky blue? Answer yes or no."),
+]
+WIDTHS, PENALTIES, EARLY = (3, 4, 6), (0.5, 1.0, 2.0), (True, False, "never")
+EVERY = list(itertools.product(PENALTIES, EARLY))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return gptk.load("smollm2", device="cpu", dtype="float32")
+
+
+def theirs(model, lm, prompt, **settings):
+    """transformers' results as lists of new tokens, without EOS, and their scores."""
+    ids = torch.tensor([lm.encode(prompt)])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores="num_beams" in settings,
+        **settings,
+    )
+    eos = lm.tokenizer.eos[0]
+    tokens = [row[ids.shape[1] :].tolist() for row in out.sequences]
+    cut = [row[: row.index(eos)] if eos in row else row for row in tokens]
+    return cut, getattr(out, "sequences_scores", None)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy(hf_smollm2, lm, prompt):
+    (want,), _ = theirs(hf_smollm2, lm, prompt)
+    assert lm.generate(prompt, max_new_tokens=NEW_TOKENS).tokens == want
+
+
+def check_beam(model, lm, prompt, width, penalty, early, n=1):
+    want, scores = theirs(
+        model,
+        lm,
+        prompt,
+        num_beams=width,
+        length_penalty=penalty,
+        early_stopping=early,
+        num_return_sequences=n,
+    )
+    spec = f"beam:width={width},length_penalty={penalty},early_stopping={str(early).lower()}"
+    out = lm.generate(prompt, sampler=spec, max_new_tokens=NEW_TOKENS, n=n)
+    results = [out, *out.alternatives]
+    assert [one.tokens for one in results] == want
+    assert [one.score for one in results] == pytest.approx(scores.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("index", range(len(PROMPTS)))
+def test_beam_each_prompt_and_width(hf_smollm2, lm, index, width):
+    """Penalties and early stopping take turns, so that all 27 combinations occur."""
+    penalty, early = EVERY[(index + width) % len(EVERY)]
+    check_beam(hf_smollm2, lm, PROMPTS[index], width, penalty, early)
+
+
+def test_beam_all_results(hf_smollm2, lm):
+    check_beam(hf_smollm2, lm, PROMPTS[6], 4, 1.0, False, n=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("penalty", "early"), EVERY)
+def test_beam_every_combination_on_every_prompt(hf_smollm2, lm, width, penalty, early):
+    for prompt in PROMPTS:
+        check_beam(hf_smollm2, lm, prompt, width, penalty, early)
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "multinomial", "top-k", "top-p", "beam"])
+def test_a_prompt_gives_the_same_tokens_alone_and_in_a_batch(lm, sampler):
+    prompts = [PROMPTS[0], PROMPTS[5], PROMPTS[3], PROMPTS[1]]
+    together = lm.generate_batch(prompts, sampler=sampler, seed=0, max_new_tokens=16)
+    for prompt, out in zip(prompts, together, strict=True):
+        alone = lm.generate(prompt, sampler=sampler, seed=0, max_new_tokens=16)
+        assert out.tokens == alone.tokens
+        assert out.text == alone.text

@@ -1,0 +1,278 @@
+"""Spec strings, typed options, registration, entry points."""
+
+import subprocess
+import sys
+import textwrap
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+import gptk
+from gptk import plugins
+from gptk.spec import format_spec, parse_spec
+
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9.-]*", fullmatch=True)
+KEYS = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)
+
+
+@given(NAMES, st.dictionaries(KEYS, st.text(max_size=10), max_size=4))
+def test_a_spec_string_is_read_back(name, options):
+    assert parse_spec(format_spec(name, options)) == (name, options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("x", {}),
+        ("x:a=1,b=two", {"a": "1", "b": "two"}),
+        ("x:path=/tmp/m.gguf", {"path": "/tmp/m.gguf"}),
+        ('x:a="1, 2",b=3', {"a": "1, 2", "b": "3"}),
+        ("x:a='say \"hi\"'", {"a": 'say "hi"'}),
+        (r'x:a="line\nbreak \"q\" \\"', {"a": 'line\nbreak "q" \\'}),
+        ("x:a=b=c", {"a": "b=c"}),
+        ("x:a=it's", {"a": "it's"}),
+        ("x:a=1, b=2", {"a": "1", "b": "2"}),
+    ],
+)
+def test_spec_strings_of_every_form(spec, options):
+    assert parse_spec(spec) == ("x", options)
+
+
+@pytest.mark.parametrize(
+    "spec", ["", ":a=1", "x:", "x:a", "x:a=", 'x:a="1', "x:a=1,", "x y", "x:a=1,a=2"]
+)
+def test_other_strings_are_refused_in_one_line(spec):
+    with pytest.raises(gptk.SpecError) as caught:
+        parse_spec(spec)
+    assert repr(spec) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Everything(gptk.LogitsProcessor):
+    """One option of each type.
+
+    More about it.
+    """
+
+    name = "everything"
+
+    count: int = Field(3, ge=1, le=9, description="how many")
+    share: float = Field(0.5, gt=0, lt=1, description="how much")
+    strict: bool = Field(False, description="whether")
+    mode: Literal["a", "b"] = Field("a", description="which")
+    text: str = Field(description="what")
+
+
+def test_options_are_typed_from_text():
+    made = Everything(
+        **parse_spec('everything:count=4,share=0.25,strict=true,mode=b,text="a, b"')[1]
+    )
+    assert made == Everything(count=4, share=0.25, strict=True, mode="b", text="a, b")
+
+
+@given(
+    st.builds(
+        Everything,
+        count=st.integers(1, 9),
+        share=st.floats(0.01, 0.99),
+        strict=st.booleans(),
+        mode=st.sampled_from("ab"),
+        text=st.text(),
+    )
+)
+def test_a_plugin_is_made_again_from_its_spec(made):
+    name, options = parse_spec(made.spec)
+    assert name == "everything"
+    assert Everything(**options) == made
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "processor everything needs the option text (string)"),
+        ({"text": "", "cuont": 1}, "has no option 'cuont'; did you mean count?"),
+        ({"text": "", "count": "10"}, "count=10 is not allowed; count is integer ≥ 1, ≤ 9"),
+        ({"text": "", "share": 1}, "share=1 is not allowed; share is number > 0, < 1"),
+        ({"text": "", "strict": "maybe"}, "strict=maybe is not allowed; strict is true or false"),
+        ({"text": "", "mode": "c"}, "mode=c is not allowed; mode is a or b (default a)"),
+    ],
+)  # fmt: skip
+def test_wrong_options_say_what_is_allowed(options, message):
+    with pytest.raises(gptk.OptionError) as caught:
+        Everything(**options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plugins_are_frozen():
+    made = Everything(text="x")
+    with pytest.raises(ValueError, match="frozen"):
+        made.count = 4
+
+
+class Provider:
+    """A plug-in object, as a module would be."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    @gptk.hookimpl
+    def gptk_logits_processors(self):
+        return list(self.items)
+
+
+def test_a_registered_plugin_is_found_and_taken_out_again():
+    provider = Provider(Everything)
+    plugins.register(provider, origin="mine 1.0")
+    try:
+        assert plugins.provided("processor")["everything"].distribution == "mine 1.0"
+        made = plugins.create("processor", "everything:text=x", gptk.LogitsProcessor)
+        assert made == Everything(text="x")
+    finally:
+        plugins.unregister(provider)
+    assert "everything" not in plugins.provided("processor")
+
+
+def test_a_name_that_is_taken_is_an_error_naming_both():
+    class TopK(gptk.LogitsProcessor):
+        name = "top-k"
+
+    with pytest.raises(gptk.PluginError, match=r"'top-k': one from gptk .*, one from mine 1.0"):
+        plugins.register(Provider(TopK), origin="mine 1.0")
+    assert "top-k" in plugins.provided("processor")
+
+
+def test_kinds_have_names_of_their_own():
+    assert plugins.find("sampler", "top-k").item is not plugins.find("processor", "top-k").item
+
+
+def test_a_hook_that_fails_is_named_and_the_others_go_on():
+    class Broken:
+        @gptk.hookimpl
+        def gptk_logits_processors(self):
+            raise RuntimeError("no luck\ntoday")
+
+    broken = Broken()
+    plugins.register(broken, origin="broken 0.1")
+    try:
+        assert "top-k" in plugins.provided("processor")
+        assert (
+            "hook gptk_logits_processors of broken 0.1: RuntimeError: no luck" in plugins.failures()
+        )
+    finally:
+        plugins.unregister(broken)
+        plugins._failures.clear()
+
+
+def test_all_hooks_exist():
+    specs = {name for name in dir(plugins.manager().hook) if name.startswith("gptk_")}
+    assert specs == {hook for hook, _ in plugins.KINDS.values()}
+
+
+@pytest.fixture
+def third_party(tmp_path):
+    """A folder with installed distributions: one that works, one that fails to import."""
+
+    def distribution(name, module, source):
+        info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[gptk]\n{name} = {module}\n")
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+
+    distribution(
+        "gptk-coldest",
+        "coldest",
+        """
+        import click, gptk
+
+        class Coldest(gptk.Sampler):
+            "Always the least likely token."
+            name = "coldest"
+
+            def step(self, logits, rows):
+                return gptk.Choice.one_each(logits.argmin(dim=-1), logits, rows)
+
+        @gptk.hookimpl
+        def gptk_samplers():
+            return [Coldest]
+
+        @click.command("hello")
+        def hello():
+            "Say hello."
+            click.echo("hello from a plug-in")
+
+        @gptk.hookimpl
+        def gptk_commands():
+            return [hello]
+        """,
+    )
+    distribution("gptk-broken", "broken", "import a_module_that_is_not_there\n")
+    return tmp_path
+
+
+def run(path, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "gptk", *args],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(path), "PATH": ""},
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def test_entry_points_are_found_and_a_broken_one_is_reported_and_skipped(third_party):
+    listed = run(third_party, "plugins")
+    assert listed.returncode == 0
+    assert "gptk-coldest 1.0" in listed.stdout
+    assert "beam" in listed.stdout
+    (line,) = listed.stderr.splitlines()
+    assert line.startswith("gptk: skipped plug-in gptk-broken of gptk-broken 1.0: ModuleNotFound")
+    shown = run(third_party, "plugins", "show", "coldest")
+    assert "Always the least likely token." in shown.stdout
+
+
+def test_a_plugin_can_add_a_command(third_party):
+    assert run(third_party, "hello").stdout == "hello from a plug-in\n"
+
+
+def test_the_core_runs_without_built_ins(tmp_path):
+    """With plugins/ gone the core imports, and says that it knows no samplers."""
+    code = """
+        import importlib.metadata
+        importlib.metadata.entry_points = lambda **_: ()
+        import gptk
+        from gptk.plugins import create
+        try:
+            create("sampler", "greedy", gptk.Sampler)
+        except gptk.GptkError as error:
+            print(error)
+        import sys
+        assert "gptk_plugins" not in sys.modules
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "no sampler is called 'greedy'; no samplers are known"
+
+
+def test_built_ins_import_only_what_is_public():
+    import ast
+    from pathlib import Path
+
+    import gptk_plugins
+
+    for file in Path(gptk_plugins.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.module.startswith("gptk."), f"{file.name} imports {node.module}"
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    assert not name.name.startswith("gptk."), f"{file.name} imports {name.name}"
+            match node:
+                case ast.Attribute(value=ast.Name(id="gptk"), attr=name):
+                    assert name in gptk.__all__, f"{file.name} uses gptk.{name}"

@@ -1,0 +1,210 @@
+"""Samplers: invariants of each, on random models and on distributions known exactly."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptk import Choice, GptkError, LogitsProcessor, OptionError, Rows, Sampler
+from gptk.plugins import create, provided
+from toys import LLAMA_LIKE, batches, logits, prompts, small_lm
+
+LM = small_lm()
+SPECS = {
+    "greedy": "greedy",
+    "multinomial": "multinomial:temperature=0.8",
+    "top-k": "top-k:k=5",
+    "top-p": "top-p:p=0.8",
+    "beam": "beam:width=3",
+}
+
+
+def test_every_built_in_sampler_is_tested_here():
+    assert set(SPECS) == set(provided("sampler"))
+
+
+def rows_of(tokens, seed=0):
+    return Rows(tokens, seed=seed, device=torch.device("cpu"))
+
+
+def result(out):
+    return [(one.tokens, one.finish_reason) for one in (out, *out.alternatives)]
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+@given(batch=batches(), seed=st.integers(0, 10))
+@settings(max_examples=20)
+def test_a_prompt_gives_the_same_alone_and_anywhere_in_a_batch(spec, batch, seed):
+    unique = [list(p) for p in dict.fromkeys(map(tuple, batch))]
+    settings = {"sampler": spec, "max_new_tokens": 8, "seed": seed}
+    together = LM.generate_batch(unique, **settings)
+    backwards = LM.generate_batch(unique[::-1], **settings)[::-1]
+    for prompt, one, other in zip(unique, together, backwards, strict=True):
+        alone = LM.generate(prompt, **settings)
+        assert result(one) == result(alone) == result(other)
+        assert one.score == pytest.approx(alone.score, abs=1e-3)
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+@given(prompt=prompts())
+@settings(max_examples=10)
+def test_the_same_without_kv_cache(spec, prompt):
+    settings = {"sampler": spec, "max_new_tokens": 8, "seed": 3}
+    cached, plain = (LM.generate(prompt, **settings, use_cache=use) for use in (True, False))
+    assert result(cached) == result(plain)
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+@given(prompt=prompts(), penalty=st.sampled_from([None, "repetition-penalty:penalty=1.5"]))
+@settings(max_examples=10)
+def test_scores_equal_a_teacher_forced_recomputation(spec, prompt, penalty):
+    processors = [penalty] if penalty else []
+    out = LM.generate(prompt, sampler=spec, processors=processors, max_new_tokens=6, seed=1)
+    sampler = create("sampler", spec, Sampler)
+    chain = [create("processor", p, LogitsProcessor) for p in processors] + list(sampler.processors())
+    tokens = list(prompt)
+    for token, logprob in zip(out.tokens, out.token_logprobs, strict=True):
+        with torch.inference_mode():
+            scores = LM.model.logits(LM.model(torch.tensor([tokens])))[:, -1]
+        for process in chain:
+            scores = process(scores, rows_of([tokens]))
+        assert scores.log_softmax(-1)[0, token].item() == pytest.approx(logprob, abs=1e-3)
+        tokens.append(token)
+    if out.finish_reason == "length":
+        assert out.score == pytest.approx(
+            sampler.rank(math.fsum(out.token_logprobs), len(out.tokens)), abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("spec", [s for n, s in SPECS.items() if n not in ("greedy", "beam")])
+def test_equal_seeds_give_equal_texts_and_samples_differ(spec):
+    out = LM.generate([1, 2, 3], sampler=spec, n=4, seed=7, max_new_tokens=10)
+    again = LM.generate([1, 2, 3], sampler=spec, n=4, seed=7, max_new_tokens=10)
+    assert result(out) == result(again)
+    assert len({tuple(one.tokens) for one in (out, *out.alternatives)}) > 1
+    first = LM.generate([1, 2, 3], sampler=spec, n=1, seed=7, max_new_tokens=10)
+    assert first.tokens == out.tokens
+    assert LM.generate([1, 2, 3], sampler=spec, seed=8, max_new_tokens=10).tokens != out.tokens
+
+
+def test_the_global_random_state_is_neither_used_nor_changed():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = LM.generate([1, 2, 3], sampler="multinomial", seed=1).tokens
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert LM.generate([1, 2, 3], sampler="multinomial", seed=1).tokens == one
+
+
+@given(logits(rows=1))
+def test_greedy_takes_a_most_likely_token(scores):
+    choice = create("sampler", "greedy", Sampler).step(scores, rows_of([[1]]))
+    assert scores[0, choice.tokens[0]] == scores.max()
+    assert choice.logprobs[0] == pytest.approx(scores.log_softmax(-1).max().item(), abs=1e-4)
+
+
+@given(logits(rows=1), st.integers(0, 100))
+def test_multinomial_never_draws_a_masked_token(scores, seed):
+    choice = create("sampler", "multinomial", Sampler).step(scores, rows_of([[1]], seed))
+    assert scores[0, choice.tokens[0]] > -torch.inf
+
+
+@pytest.mark.parametrize("spec", ["multinomial", "top-k:k=4", "top-p:p=0.75"])
+def test_draws_follow_the_distribution(spec):
+    """A chi-squared test of 20,000 draws, each from the first number of a stream of its own."""
+    scores = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, 0.5, -torch.inf, -3.0])
+    sampler = create("sampler", spec, Sampler)
+    rows = rows_of([[i] for i in range(20_000)])
+    batch = scores.expand(20_000, -1)
+    for process in sampler.processors():
+        batch = process(batch, rows)
+    drawn = sampler.step(batch, rows).tokens.bincount(minlength=8)
+    expected = 20_000 * batch[0].softmax(-1)
+    assert (drawn[expected == 0] == 0).all()
+    likely = expected > 0
+    statistic = ((drawn - expected)[likely] ** 2 / expected[likely]).sum()
+    assert statistic < 30  # the 0.9999 quantile at 7 degrees of freedom is 29.9
+
+
+def test_inverse_cdf_reaches_the_last_token_and_no_further():
+    from gptk_plugins.samplers.multinomial import draw
+
+    scores = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
+    u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(scores, u).tolist() == [0, 1, 1]
+
+
+@given(prompts(4))
+@settings(max_examples=10)
+def test_beam_of_full_width_finds_the_likeliest_sequence(prompt):
+    """Three tokens over a vocabulary cut to six: 216 sequences, all compared."""
+
+    import gptk
+
+    class FirstSix(gptk.LogitsProcessor):
+        name = "first-six"
+
+        def __call__(self, logits, rows):
+            return logits.index_fill(1, torch.arange(6, logits.shape[1]), -torch.inf)
+
+    out = LM.generate(
+        prompt, sampler="beam:width=36", processors=[FirstSix()], max_new_tokens=3, n=5
+    )
+    ids = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    rows = torch.cat([torch.tensor([prompt]).expand(216, -1), ids], dim=1)
+    with torch.inference_mode():
+        scores = LM.model.logits(LM.model(rows[:, :-1]))[:, -3:, :6].log_softmax(-1)
+    sums = scores.gather(2, ids[:, :, None])[:, :, 0].sum(1)
+    best = sums.topk(5)
+    got = [one.score * 3 for one in (out, *out.alternatives)]
+    assert got == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert out.tokens == ids[best.indices[0]].tolist()
+
+
+def test_beam_results_come_best_first_and_are_distinct():
+    out = LM.generate([1, 2, 3], sampler="beam:width=4", n=4, max_new_tokens=8)
+    every = [out, *out.alternatives]
+    assert len(every) == len({tuple(one.tokens) for one in every}) == 4
+    assert [one.score for one in every] == sorted((one.score for one in every), reverse=True)
+
+
+def test_more_results_than_a_sampler_can_give_are_refused():
+    with pytest.raises(OptionError, match="n=5 results are more than the beam width 4"):
+        LM.generate([1], sampler="beam", n=5)
+    with pytest.raises(OptionError, match="greedy has one result"):
+        LM.generate([1], sampler="greedy", n=2)
+
+
+def test_a_sampler_in_ten_lines():
+    class Coldest(Sampler):
+        """Always the least likely token."""
+
+        name = "coldest"
+
+        def step(self, logits, rows):
+            return Choice.one_each(logits.argmin(dim=-1), logits, rows)
+
+    out = LM.generate([1, 2, 3], sampler=Coldest(), max_new_tokens=4)
+    with torch.inference_mode():
+        first = LM.model.logits(LM.model(torch.tensor([[1, 2, 3]])))[0, -1].argmin()
+    assert out.tokens[0] == first
+
+
+def test_processors_that_leave_nothing_are_an_error():
+    import gptk
+
+    class Nothing(gptk.LogitsProcessor):
+        name = "nothing"
+
+        def __call__(self, logits, rows):
+            return torch.full_like(logits, -torch.inf)
+
+    for sampler in SPECS.values():
+        with pytest.raises(GptkError, match="no token to choose from"):
+            LM.generate([1], sampler=sampler, processors=[Nothing()])
+
+
+def test_llama_like_window_is_long_enough_for_these_tests():
+    assert LLAMA_LIKE.context_length > 12 + 64

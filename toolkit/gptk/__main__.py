@@ -1,0 +1,5 @@
+"""`python -m gptk` is the program `gptk`."""
+
+from gptk.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""The `gptk` program: one command a file, imported when it is run.
+
+`gptk --help` imports neither torch nor plug-ins; commands that plug-ins add are looked up when
+a name is not one of gptk's own.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from gptk import __version__
+from gptk.errors import GptkError, UnknownNameError, suggest
+
+# Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
+COMMANDS = {
+    "generate": "Continue a prompt, by any sampler.",
+    "info": "Show what a model is made of.",
+    "plugins": "List plug-ins, or show one with its options.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        if name in COMMANDS:
+            command = importlib.import_module(f"gptk.cli.{name}").command
+        else:
+            from gptk.plugins import provided
+
+            added = provided("command")
+            if name not in added:
+                known = suggest(name, [*COMMANDS, *added], what="commands")
+                raise UnknownNameError(f"no command is called {name!r}; {known}")
+            command = added[name].item
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+        formatter.write_text("Plug-ins may add commands: `gptk plugins` lists them.")
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="gptk %(version)s")
+@click.option("--debug", is_flag=True, help="On an error, show the traceback.")
+def cli(debug: bool) -> None:
+    """Decoding strategies for GPT models: every sampler with every processor, exactly."""
+
+
+def main() -> NoReturn:
+    """Run the program. Exits 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    try:
+        code = cli.main(prog_name="gptk", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except BrokenPipeError:
+        # The reader has gone, as in `gptk … | head -1`: nothing is left to say, and the
+        # interpreter must not complain when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except GptkError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"gptk: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def warn_of_failures() -> None:
+    """A line on stderr for each plug-in that could not be loaded."""
+    from gptk.plugins import failures
+
+    for line in failures():
+        click.echo(f"gptk: skipped {line}", err=True)

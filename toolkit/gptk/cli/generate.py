@@ -1,0 +1,186 @@
+"""`gptk generate`: continue prompts and print the text as it comes."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from gptk.cli import warn_of_failures
+from gptk.spec import unescape
+
+if TYPE_CHECKING:
+    from gptk.generation import Generation
+    from gptk.language_model import LanguageModel, Stream
+
+
+@click.command("generate")
+@click.argument("prompt", required=False)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
+    "installed.",
+)
+@click.option(
+    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
+)
+@click.option(
+    "--sampler",
+    metavar="SPEC",
+    default="greedy",
+    show_default=True,
+    help="For example beam:width=4; `gptk plugins` lists them.",
+)
+@click.option(
+    "--processor",
+    "processors",
+    metavar="SPEC",
+    multiple=True,
+    help="A logits processor, for example repetition-penalty:penalty=1.1. Repeat for several; "
+    "they work in the order given.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--n",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Results for each prompt.",
+)
+@click.option("--seed", type=int, help="Any integer. Default: a new one each time.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help=r"Text that ends the continuation; \n and \t mean what they do in C. Repeatable.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--overflow",
+    type=click.Choice(["stop", "slide"]),
+    default="stop",
+    show_default=True,
+    help="When the model's window is full: stop, or slide it along.",
+)
+@click.option(
+    "--prompts-file",
+    type=click.File("r", encoding="utf-8"),
+    help="A prompt a line, decoded as one batch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, one on each line.")
+@click.option("--no-stream", is_flag=True, help="Print the text at the end, not as it comes.")
+def command(
+    prompt: str | None,
+    model: str | None,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    prompts_file: IO[str] | None,
+    as_json: bool,
+    no_stream: bool,
+    stop: Sequence[str],
+    **settings: Any,
+) -> None:
+    """Continue PROMPT.
+
+    Without PROMPT it is read from standard input if that is piped, one trailing newline taken
+    off; else generation starts from the model's BOS or end-of-text token.
+
+    The text goes to standard output; a closing line with tokens, tokens/s and the finish reason
+    goes to standard error.
+    """
+    prompts = _read_prompts(prompt, prompts_file)
+    warn_of_failures()
+    from gptk.language_model import load
+
+    lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    stream = lm.stream_batch(prompts, stop=[unescape(text) for text in stop], **settings)
+    print_pieces = stream.live and not (as_json or no_stream)
+    start = time.perf_counter()
+    interrupted = False
+    try:
+        for piece in _with_progress(stream, settings["max_new_tokens"]):
+            if print_pieces and piece:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+        rest = stream.interrupt()
+        if print_pieces:
+            click.echo(rest, nl=False)
+    seconds = time.perf_counter() - start
+    if print_pieces:
+        click.echo()
+    else:
+        _print_results(lm, prompts, stream.results, settings, as_json=as_json)
+    _print_closing_line(stream, seconds, seed_given=settings["seed"] is not None)
+    if interrupted:
+        sys.exit(130)
+
+
+def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
+    if prompts_file is not None:
+        if prompt is not None:
+            raise click.UsageError("give PROMPT or --prompts-file, not both")
+        try:
+            prompts = [line.rstrip("\n") for line in prompts_file if line.strip()]
+        except UnicodeDecodeError:
+            raise click.UsageError(f"{prompts_file.name} is not a UTF-8 text file") from None
+        if not prompts:
+            raise click.UsageError(f"{prompts_file.name} has no prompts; write one on each line")
+        return prompts
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    return [prompt]
+
+
+def _with_progress(stream: "Stream", steps: int) -> Any:
+    """The stream's pieces; on a terminal with a progress bar where no text comes meanwhile."""
+    if stream.live or not sys.stderr.isatty():
+        yield from stream
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(stream, "Searching", total=steps, console=Console(stderr=True), transient=True)
+
+
+def _print_results(
+    lm: "LanguageModel",
+    prompts: Sequence[str],
+    results: "Sequence[Generation]",
+    settings: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    if as_json:
+        used = {"sampler": settings["sampler"], "processors": list(settings["processors"])}
+        for prompt, result in zip(prompts, results, strict=True):
+            click.echo(json.dumps({"prompt": prompt, **used, **dataclasses.asdict(result)}))
+        return
+    alone = len(prompts) == 1 and not results[0].alternatives
+    for prompt, result in zip(prompts, results, strict=True):
+        for number, one in enumerate((result, *result.alternatives), start=1):
+            if not alone:
+                click.echo(f"--- {prompt!r} [{number}] score {one.score:.4f}")
+            click.echo(one.text)
+
+
+def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -> None:
+    everything = [one for best in stream.results for one in (best, *best.alternatives)]
+    tokens = sum(len(one.tokens) for one in everything)
+    reasons = ", ".join(sorted({one.finish_reason for one in everything}))
+    line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"
+    if stream.draws and not seed_given:
+        line += f", seed: {everything[0].seed}"
+    click.echo(line, err=True)

@@ -1,0 +1,47 @@
+"""`gptk info`: what a model is made of."""
+
+import dataclasses
+from collections import Counter
+
+import click
+
+from gptk.cli import warn_of_failures
+
+
+@click.command("info")
+@click.argument("model", required=False)
+def command(model: str | None) -> None:
+    """Show configuration, size and tokenizer of MODEL (default: as for `gptk generate`)."""
+    warn_of_failures()
+    from gptk.errors import TokenizerError
+    from gptk.weights import default_source, load_checkpoint
+
+    checkpoint = load_checkpoint(model or default_source())
+    click.echo(f"source: {checkpoint.source}")
+    for key, value in (checkpoint.notes or {}).items():
+        click.echo(f"{key}: {value}")
+    tensors = {tensor.data_ptr(): tensor for tensor in checkpoint.state.values()}.values()
+    click.echo(f"parameters: {sum(tensor.numel() for tensor in tensors):,}")
+    memory: Counter[str] = Counter()
+    for tensor in tensors:
+        memory[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    sizes = ", ".join(f"{size / 2**20:,.0f} MiB {dtype}" for dtype, size in memory.items())
+    click.echo(f"loaded as: {sizes}")
+    for field in dataclasses.fields(checkpoint.config):
+        value = getattr(checkpoint.config, field.name)
+        shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
+        click.echo(f"{field.name}: {shown}")
+    if checkpoint.tokenizer is None:
+        click.echo("tokenizer: none; name one with --tokenizer")
+        return
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except TokenizerError as error:
+        click.echo(f"tokenizer: {error}")
+        return
+    encoding = tokenizer.encoding
+    click.echo(f"tokenizer: {encoding.name}, {encoding.n_vocab:,} tokens")
+    for label, tokens in (("bos", (tokenizer.bos,)), ("eos", tokenizer.eos)):
+        for token in tokens:
+            if token is not None:
+                click.echo(f"{label}: {token} {encoding.decode([token])!r}")

@@ -1,0 +1,89 @@
+"""`gptk plugins`: what there is, whose it is, and how to use it."""
+
+import inspect
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from gptk.cli import COMMANDS, warn_of_failures
+from gptk.errors import UnknownNameError, suggest
+from gptk.plugins import KINDS, Provided, option_help, provided, summary
+
+# How a plug-in of each kind is used; {} is its spec string.
+_USES = {
+    "sampler": 'gptk generate "Once upon a time" --sampler {}',
+    "processor": 'gptk generate "Once upon a time" --sampler multinomial --processor {}',
+    "loader": "gptk info {}",
+    "tokenizer": 'gptk generate "Once upon a time" --tokenizer {}',
+    "command": "gptk {} --help",
+}
+
+
+@click.group("plugins", invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """List all plug-ins: kind, name, distribution."""
+    warn_of_failures()
+    if ctx.invoked_subcommand:
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("Kind", "Name", "Distribution", "What it does"):
+        table.add_column(column, overflow="fold")
+    for kind in KINDS:
+        for one in provided(kind).values():
+            table.add_row(kind, one.name, one.distribution, summary(one.item))
+    _console().print(table)
+
+
+@command.command("show")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="Where several kinds share a name.")
+def show(name: str, kind: str | None) -> None:
+    """Show the options of plug-ins called NAME, with bounds, defaults and an example."""
+    if name in COMMANDS and kind in (None, "command"):
+        click.echo(f"command {name} (gptk): {COMMANDS[name]} See gptk {name} --help")
+        return
+    searched = [kind] if kind else list(KINDS)
+    found = [provided(k)[name] for k in searched if name in provided(k)]
+    if not found:
+        names = {other for k in searched for other in provided(k)}
+        what = KINDS[kind][1] if kind else "plug-ins"
+        raise UnknownNameError(
+            f"no {kind or 'plug-in'} is called {name!r}; {suggest(name, names, what=what)}"
+        )
+    for index, one in enumerate(found):
+        if index:
+            click.echo()
+        _show(one)
+
+
+def _show(one: Provided) -> None:
+    console = _console()
+    console.print(f"[bold]{one.kind} {one.name}[/] ({one.distribution})", highlight=False)
+    item: Any = one.item
+    if one.kind == "command":
+        click.echo(summary(item))
+    else:
+        click.echo(inspect.getdoc(item) or "")
+        rows = option_help(item)
+        if rows:
+            table = Table(box=None, pad_edge=False)
+            for column in ("Option", "Allowed", "Default", "What it does"):
+                table.add_column(column, overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table, markup=False)
+        else:
+            click.echo("No options.")
+    if one.kind in _USES:
+        example = getattr(item, "example", "")
+        spec = f"{one.name}:{example}" if example else one.name
+        click.echo(f"Example: {_USES[one.kind].format(spec)}")
+
+
+def _console() -> Console:
+    """As wide as the terminal; piped, wide enough that no line is folded."""
+    return Console(width=None if sys.stdout.isatty() else 200)

@@ -1,0 +1,48 @@
+"""Device and dtype, by name or chosen."""
+
+import torch
+
+from gptk.errors import DeviceError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. Raises DeviceError if the device is not there."""
+    there = available()
+    if name == "auto":
+        return torch.device(there[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise DeviceError(f"no device {name!r} here; devices: auto, {', '.join(there)}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"no device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def available() -> list[str]:
+    """The kinds of device on this machine, the fastest first."""
+    kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+    return [name for name, there in kinds if there] + ["cpu"]
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it, else float32.
+
+    On a CPU bfloat16 is faster where the processor has it, but rounds so coarsely that a
+    prompt's greedy text can depend on the batch round it; there it has to be asked for.
+    Raises DeviceError for an unknown name.
+    """
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if name not in DTYPES:
+        raise DeviceError(f"no dtype {name!r}; dtypes: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,299 @@
+"""The public face: load a model, then generate, stream and score."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+
+from gptk.decoding import Decoding, Limits
+from gptk.devices import resolve_device, resolve_dtype
+from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError
+from gptk.generation import Generation, Score, TextStream, make_generation
+from gptk.model import GPT
+from gptk.plugins import create
+from gptk.sampling import LogitsProcessor, Sampler
+from gptk.saving import save_checkpoint
+from gptk.session import DecodeSession, Overflow
+from gptk.tokenizer import Tokenizer, load_tokenizer
+from gptk.weights import build_model, default_source, load_checkpoint
+
+Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+
+def load(
+    source: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: "str | Tokenizer | None" = None,
+) -> "LanguageModel":
+    """Load a language model.
+
+    source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
+    where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
+    GPUs, float32 on CPUs), float32, bfloat16 or float16. tokenizer: instead of the model's own.
+
+    Raises SourceError, TokenizerError or DeviceError.
+    """
+    on = resolve_device(device)
+    precision = resolve_dtype(dtype, on)
+    checkpoint = load_checkpoint(source or default_source())
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
+    elif tokenizer is None and checkpoint.tokenizer is not None:
+        tokenizer = checkpoint.tokenizer()
+    return LanguageModel(build_model(checkpoint, device=on, dtype=precision).pack(), tokenizer)
+
+
+class LanguageModel:
+    """A GPT and its tokenizer. Without a tokenizer, prompts are token ids and texts are empty."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None) -> None:
+        self.model = model
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError if there is none."""
+        if self._tokenizer is None:
+            raise TokenizerError(
+                "the model comes without a tokenizer; name one, such as --tokenizer gpt2, "
+                "or give token ids"
+            )
+        return self._tokenizer
+
+    def generate(self, prompt: Prompt = "", **settings: Any) -> Generation:
+        """Continue one prompt; an empty one starts from the model's BOS or end-of-text token.
+
+        sampler (greedy), processors (none, applied in order): spec strings or instances.
+        max_new_tokens (64). n (1): how many results; the others are in `.alternatives`.
+        seed: any integer; by default a new one, which the result reports. stop: texts that end
+        the continuation, a string or several. overflow (stop): or "slide", see DecodeSession.
+        max_seconds: a limit on time. ignore_eos (False): go on after the end of the text.
+        use_cache (True): keep keys and values; without, the same results, slowly.
+
+        Raises PromptError, OptionError, UnknownNameError, SpecError or DecodingError.
+        """
+        return self.generate_batch([prompt], **settings)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **settings: Any) -> list[Generation]:
+        """Continue several prompts at once; each gets what it would get alone.
+
+        Settings are those of `generate`; limits apply to each prompt.
+        """
+        if not prompts:
+            return []
+        stream = self.stream_batch(prompts, **settings)
+        for _ in stream:
+            pass
+        return stream.results
+
+    def stream(self, prompt: Prompt = "", **settings: Any) -> "Stream":
+        """Continue one prompt and give the text as it comes, see Stream."""
+        return self.stream_batch([prompt], **settings)
+
+    def stream_batch(self, prompts: Sequence[Prompt], **settings: Any) -> "Stream":
+        """As generate_batch, with a step of decoding each time the Stream is asked for more."""
+        return Stream(self, prompts, **settings)
+
+    def score(self, prompt: Prompt) -> Score:
+        """The log-probability of each token of a text but the first (after BOS, if it has one).
+
+        Raises PromptError for a text of under two tokens or one longer than the window.
+        """
+        ids = self.encode(prompt)
+        if len(ids) < 2:
+            raise PromptError("a text needs at least two tokens to be scored")
+        window = self.model.config.context_length
+        if len(ids) > window:
+            raise PromptError(f"the text has {len(ids)} tokens, the model's window {window}")
+        with torch.inference_mode():
+            tokens = torch.tensor(ids, device=self.model.device)
+            hidden = self.model(tokens[None, :-1])[0]
+            # In chunks, so that logits over the whole text never stand in memory at once.
+            logprobs: list[float] = []
+            for at in range(0, len(hidden), 256):
+                logits = self.model.logits(hidden[at : at + 256])
+                targets = tokens[at + 1 : at + 1 + len(logits)]
+                logprobs += (-F.cross_entropy(logits, targets, reduction="none")).tolist()
+        return Score(tokens=ids, token_logprobs=logprobs)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, checked; those of an empty text are the start token's.
+
+        Raises PromptError or TokenizerError.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            if not ids:
+                start = self.tokenizer.start
+                if start is None:
+                    raise PromptError(
+                        "the prompt is empty and the model has no token to begin with"
+                    )
+                ids = [start]
+        else:
+            ids = [int(token) for token in prompt]
+            if not ids:
+                raise PromptError("the prompt has no tokens")
+        vocabulary = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise PromptError(f"token {token} is not in the model's vocabulary of {vocabulary}")
+        return ids
+
+    def save(self, path: str | Path) -> None:
+        """Write the model and its tokenizer as a gptk checkpoint, a directory."""
+        save_checkpoint(Path(path), self.model, self._tokenizer)
+
+
+class Stream:
+    """An iterator over pieces of text; when it ends, `.result` is the Generation.
+
+    Pieces are whole characters and never show part of a stop string; joined they are
+    `result.text`. Where text cannot be shown as it is made (`live` is False: results compete or
+    are several) the pieces are empty, one a step, and the first prompt's best text comes last.
+    Settings are those of `LanguageModel.generate`, checked at once.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Prompt],
+        *,
+        sampler: str | Sampler = "greedy",
+        processors: Iterable[str | LogitsProcessor] = (),
+        max_new_tokens: int = 64,
+        n: int = 1,
+        seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        overflow: Overflow = "stop",
+        max_seconds: float | None = None,
+        ignore_eos: bool = False,
+        use_cache: bool = True,
+    ) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
+            if value < 1:
+                raise OptionError(f"{name} is {value}; it must be 1 or more")
+        if overflow not in get_args(Overflow):
+            raise OptionError(f"overflow is {overflow!r}; it must be stop or slide")
+        self._lm = lm
+        self._sampler = create("sampler", sampler, Sampler)
+        self._processors = [create("processor", p, LogitsProcessor) for p in processors]
+        self._sampler.max_rows(n)  # refuses an n it cannot give, before any work
+        self._n = n
+        self._stop = [stop] if isinstance(stop, str) else list(stop)
+        if "" in self._stop:
+            raise OptionError("a stop string is empty")
+        self._tokenizer = lm.tokenizer if self._stop else lm._tokenizer
+        self._seed = secrets.randbits(32) if seed is None else seed
+        self._prompts = [lm.encode(prompt) for prompt in prompts]
+        window = lm.model.config.context_length
+        longest = max(map(len, self._prompts))
+        if longest >= window and overflow == "stop":
+            raise PromptError(
+                f"the prompt has {longest} tokens and the model's window is {window}, prompt and "
+                "new tokens together; shorten it, or use overflow slide to keep its end"
+            )
+        self._max_new_tokens, self._max_seconds = max_new_tokens, max_seconds
+        self._overflow, self._use_cache = overflow, use_cache
+        self._eos = () if ignore_eos or self._tokenizer is None else self._tokenizer.eos
+        self._decoding: Decoding | None = None
+        self._results: list[Generation] | None = None
+        self._shown = ""
+        self._pieces = self._decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def live(self) -> bool:
+        """Whether text comes as it is made, not all at the end."""
+        return len(self._prompts) == self._n == 1 and not self._sampler.competing
+
+    @property
+    def draws(self) -> bool:
+        """Whether the result depends on the seed."""
+        return self._sampler.random
+
+    @property
+    def results(self) -> list[Generation]:
+        """The result for each prompt. Raises GptkError before the end."""
+        if self._results is None:
+            raise GptkError("the stream has not ended; read it to its end, or interrupt() it")
+        return self._results
+
+    @property
+    def result(self) -> Generation:
+        """The result for the first prompt. Raises GptkError before the end."""
+        return self.results[0]
+
+    def interrupt(self) -> str:
+        """End now. Returns the text not shown yet; `.results` are the best so far.
+
+        Raises DecodingError if there is nothing yet.
+        """
+        if self._decoding is None:
+            raise DecodingError("interrupted before the first token")
+        self._results = [
+            self._generation(self._decoding, index) for index in range(len(self._prompts))
+        ]
+        rest = self.result.text[len(self._shown) :]
+        self._shown = self.result.text
+        return rest
+
+    def _decode(self) -> Iterator[str]:
+        seconds = self._max_seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
+        session = DecodeSession(
+            self._lm.model,
+            self._prompts,
+            samples=1 if self._sampler.competing else self._n,
+            seed=self._seed,
+            capacity=max(map(len, self._prompts)) + self._max_new_tokens,
+            overflow=self._overflow,
+            use_cache=self._use_cache,
+        )
+        stop = tuple(text.encode() for text in self._stop)
+        self._decoding = decoding = Decoding(
+            session,
+            self._sampler,
+            self._processors,
+            n=self._n,
+            limits=Limits(self._max_new_tokens, self._eos, stop, deadline),
+            tokenizer=self._tokenizer,
+        )
+        text = TextStream(self._stop)
+        while decoding.live:
+            decoding.step()
+            piece = ""
+            if self.live and self._tokenizer is not None:
+                row = (decoding.live or decoding.searches[0].finished)[0]
+                if row.reason != "eos":
+                    piece = text.push(self._tokenizer.token_bytes(row.token))
+                    self._shown += piece
+            yield piece
+        yield self.interrupt()
+
+    def _generation(self, decoding: Decoding, index: int) -> Generation:
+        best, *others = [
+            make_generation(
+                row,
+                score=decoding.rank(row),
+                prompt=self._prompts[index],
+                seed=self._seed,
+                tokenizer=self._tokenizer,
+                stop=self._stop,
+            )
+            for row in decoding.results(index)
+        ]
+        return dataclasses.replace(best, alternatives=others)

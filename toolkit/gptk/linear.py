@@ -1,0 +1,57 @@
+"""A linear layer that takes the fastest kernel PyTorch has for few rows on a CPU.
+
+Decoding multiplies every weight with a row or a few, so its speed is that of reading the
+weights. On the machine of docs/benchmarks.md, whose memory gives 33 GB/s, `F.linear` reads
+SmolLM2's matrices at 10 GB/s in float32 and 11 in bfloat16 (MKL's matrix-vector product, and
+oneDNN on weights in a layout that it does not like). oneDNN itself reads float32 weights as they
+are at 18 GB/s, and bfloat16 weights that were packed into its blocked layout once at 17 to 48
+(the largest being those that stay in its cache). With up to 512 rows it is never slower.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """nn.Linear with faster inference on CPUs; in training and elsewhere it is the same."""
+
+    packed: Tensor | None = None
+    """The weights in oneDNN's layout, in place of `weight`, between `pack` and `unpack`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return _onednn(x, self.packed, self.bias)
+        if not torch.is_grad_enabled() and _suits(self.weight, torch.float32):
+            return _onednn(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Pack the weights if they are bfloat16 on a CPU; meanwhile they cannot be trained."""
+        if self.packed is None and _suits(self.weight, torch.bfloat16):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+            del self.weight
+
+    def unpack(self) -> None:
+        """Make the weights an ordinary parameter again, bit for bit what they were."""
+        if self.packed is not None:
+            self.weight = nn.Parameter(self.packed.to_dense())
+            self.packed = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.packed is not None:
+            destination[prefix + "weight"] = self.packed.to_dense()
+
+
+def _suits(weight: Tensor, dtype: torch.dtype) -> bool:
+    return _ONEDNN and weight.dtype == dtype and weight.device.type == "cpu"
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y

@@ -1,0 +1,116 @@
+"""What a sampler is and what a logits processor is: the contracts that plug-ins fill in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from gptk.errors import OptionError
+from gptk.plugins import Plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptk.decoding import Decoding
+    from gptk.session import Rows
+
+    Process = Callable[[Tensor, Rows], Tensor]
+
+
+class LogitsProcessor(Plugin):
+    """Maps next-token logits to next-token logits: temperature, top-k, penalties, constraints.
+
+    By default a pure function of the rows' tokens so far and their logits:
+
+        class Temperature(gptk.LogitsProcessor):
+            name = "temperature"
+            temperature: float = Field(1.0, gt=0)
+
+            def __call__(self, logits, rows):
+                return logits / self.temperature
+
+    One that needs state for each row overrides `start`.
+    """
+
+    kind: ClassVar[str] = "processor"
+
+    def __call__(self, logits: "Tensor", rows: "Rows") -> "Tensor":
+        """New logits, (rows, vocab) float32; -inf takes a token out. `logits` is not changed."""
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__()")
+
+    def start(self, rows: "Rows") -> "Process":
+        """What is called at each step of one generation: by default the processor itself.
+
+        If the returned object is a `gptk.Follower`, it is told of every move of the rows.
+        """
+        return self
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a sampler decides at a step: which tokens extend which rows.
+
+    Candidates stand in order of preference. Those that end (end of text, stop string, length)
+    finish, the others go on as the new rows, as many as the sampler's `max_rows` allows.
+    """
+
+    tokens: "Tensor"
+    """(candidates,) int64"""
+    logprobs: "Tensor"
+    """(candidates,) float32: each token's log-probability after all processors."""
+    scores: "Tensor"
+    """(candidates,) float32: the running score of the row with this token."""
+    parents: "Tensor | None" = None
+    """(candidates,) int64: the row that each extends; None where there is one for each row."""
+
+    @classmethod
+    def one_each(cls, tokens: "Tensor", logits: "Tensor", rows: "Rows") -> "Choice":
+        """One token for each row, scored by its log-probability. tokens: (rows,)."""
+        logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return cls(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)
+
+
+class Sampler(Plugin):
+    """A decoding strategy. One that only chooses tokens implements `step` alone.
+
+    One that looks ahead overrides `advance` and drives the session with its four verbs.
+    """
+
+    kind: ClassVar[str] = "sampler"
+
+    random: ClassVar[bool] = False
+    """It draws, so that n samples of one prompt differ."""
+    competing: ClassVar[bool] = False
+    """The rows of a prompt compete for places (beams) instead of each being a result."""
+
+    def processors(self) -> Sequence[LogitsProcessor]:
+        """Processors that are part of the strategy; they come after the user's."""
+        return ()
+
+    def max_rows(self, n: int) -> int:
+        """The most rows a prompt has at a time when n results are asked for.
+
+        Raises OptionError if the strategy cannot give n results.
+        """
+        if n > 1 and not self.random:
+            raise OptionError(f"{self.name} has one result for a prompt; n={n} is not possible")
+        return n
+
+    def step(self, logits: "Tensor", rows: "Rows") -> Choice:
+        """Choose from the logits after all processors, (rows, vocab) float32."""
+        raise NotImplementedError(f"{type(self).__name__} does not define step()")
+
+    def advance(self, decoding: "Decoding") -> None:
+        """One step of decoding: by default process the logits, `step`, commit the choice."""
+        decoding.commit(self.step(decoding.processed_logits(), decoding.session.rows))
+
+    def rank(self, score: float, length: int) -> float:
+        """What results are ranked by and report as `score`. length: new tokens, EOS included."""
+        return score
+
+    def is_done(self, finished: Sequence[float], best: float, length: int, limit: int) -> bool:
+        """Whether competing rows of a prompt can stop before they end.
+
+        finished: ranks of the results so far, best first, `max_rows` of them at most; best: the
+        best running score of the live rows; length: their new tokens; limit: the most allowed.
+        """
+        return False
