@@ -264,7 +264,7 @@ def test_a_gguf_file_is_loaded_by_its_path(fields, tmp_path):
     assert tokenizer.eos == (0,)
     assert tokenizer.decode(tokenizer.encode("if 12<|im_end|>")) == "if 12<|im_end|>"
     path.write_bytes(path.read_bytes()[:2000])
-    fails(lambda: load_tokenizer(str(path)), "not a whole GGUF file")
+    fails(lambda: load_tokenizer(str(path)), "cut short")
     fails(lambda: load_tokenizer(str(tmp_path / "none.gguf")), "No such file")
 
 

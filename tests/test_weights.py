@@ -24,7 +24,7 @@ import checkpoints
 import gptk
 from gptk.saving import save_checkpoint
 from gptk.weights import build_model, load_checkpoint
-from gptk_plugins.loaders._gguf_file import read_gguf
+from gptk_plugins.gguf_file import read_gguf
 from gptk_plugins.loaders.gguf import GGUF
 from gptk_plugins.loaders.gptk_format import Gptk
 from gptk_plugins.loaders.huggingface import HuggingFace
@@ -551,7 +551,23 @@ def test_smollm2_is_saved_and_loaded_with_its_tokenizer(smollm2, smollm2_path, t
     checkpoint = load_checkpoint(str(tmp_path / "saved"))
     for name, parameter in smollm2.named_parameters():
         assert torch.equal(checkpoint.state[name], parameter), name
-    assert same_tokenizer(tokenizer, checkpoint.tokenizer())
+    again = checkpoint.tokenizer()
+    assert same_tokenizer(tokenizer, again)
+    text = "Words, 123\x04\x16! \U0001f600"  # bytes that SmolLM2's vocabulary lacks among them
+    assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_a_packed_model_is_saved_as_it_was(smollm2_path, tmp_path):
+    model = build_model(GGUF(path=str(smollm2_path)).load(), "cpu", torch.bfloat16)
+    want = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    save_checkpoint(tmp_path / "saved", model.pack(), None)
+    state = load_checkpoint(str(tmp_path / "saved")).state
+    assert state.keys() == want.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
+    model.train()
+    assert model.head.weight is model.embed.weight
+    trainable = dict(model.named_parameters())
+    assert all(torch.equal(trainable[name], tensor) for name, tensor in want.items())
 
 
 def test_saving_replaces_a_gptk_checkpoint_and_nothing_else(tmp_path):

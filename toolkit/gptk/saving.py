@@ -71,10 +71,9 @@ def _check_replaceable(target: Path) -> None:
 def _write_files(folder: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
     from safetensors.torch import save_file
 
-    # Parameters, not the state dict: there a tied head stands a second time.
-    tensors = {
-        name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()
-    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tied_head:
+        del tensors["head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     about: dict[str, Any] = {
         "format": "gptk",
@@ -88,6 +87,11 @@ def _write_files(folder: Path, model: "GPT", tokenizer: "Tokenizer | None") -> N
             "name": encoding.name,
             "pattern": encoding._pat_str,
             "special_tokens": encoding._special_tokens,
+            # Tokens that no text is encoded to, by id, in base64; see the plug-ins' ByteLevelBPE.
+            "decode_only": {
+                number: base64.b64encode(token).decode()
+                for number, token in getattr(encoding, "decode_only", {}).items()
+            },
             **{
                 field.name: getattr(tokenizer, field.name)
                 for field in dataclasses.fields(tokenizer)

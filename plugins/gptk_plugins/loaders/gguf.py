@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.loaders._gguf_file import GGUFFile, read_gguf
+from gptk_plugins.gguf_file import GGUFFile, read_gguf
 from gptk_plugins.loaders._tensors import tie_equal_head
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")

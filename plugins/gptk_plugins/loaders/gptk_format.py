@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 from pydantic import Field
 
 import gptk
 from gptk_plugins.loaders._tensors import safetensors_readers, stored_as
+from gptk_plugins.tokenizers.bpe import ByteLevelBPE
 
 _VERSION = 1
 
@@ -72,11 +72,15 @@ def _read_tokenizer(path: Path, stored: Mapping[str, Any]) -> gptk.Tokenizer:
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        encoding = tiktoken.Encoding(
+        encoding = ByteLevelBPE(
             rest.pop("name"),
             pat_str=rest.pop("pattern"),
             mergeable_ranks=ranks,
             special_tokens=rest.pop("special_tokens"),
+            decode_only={
+                int(number): base64.b64decode(token, validate=True)
+                for number, token in rest.pop("decode_only").items()
+            },
         )
         rest["eos"] = tuple(rest.get("eos", ()))
         return gptk.Tokenizer(encoding, **rest)

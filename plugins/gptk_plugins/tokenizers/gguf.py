@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 import gptk
+from gptk_plugins.gguf_file import read_gguf
 
 
 class GGUFTokenizer(gptk.TokenizerLoader):
@@ -31,20 +32,10 @@ class GGUFTokenizer(gptk.TokenizerLoader):
         return cls(path=source)
 
     def load(self) -> gptk.Tokenizer:
-        import gguf
-
         try:
-            reader = gguf.GGUFReader(self.path)
-            fields = {
-                key: field.contents()
-                for key, field in reader.fields.items()
-                if key.startswith("tokenizer.")
-            }
-        except OSError as error:
-            raise gptk.TokenizerError(f"cannot read {self.path}: {error.strerror}") from None
-        except Exception as error:  # the reader checks little: a cut file fails anywhere in it
-            reason = str(error).partition("\n")[0]
-            raise gptk.TokenizerError(f"{self.path} is not a whole GGUF file: {reason}") from None
+            fields = read_gguf(self.path).fields
+        except gptk.SourceError as error:
+            raise gptk.TokenizerError(str(error)) from None
         return tokenizer_from_gguf(fields, str(self.path))
 
 
