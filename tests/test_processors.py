@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptk import LogitsProcessor, Rows
@@ -48,6 +48,7 @@ def test_every_built_in_processor_has_an_oracle():
 
 
 @pytest.mark.parametrize("name", ORACLES)
+@settings(max_examples=40)
 @given(
     x=st.floats(0, 1),
     scores=logits().map(lambda t: t + torch.linspace(0, 1e-3, t.shape[1])),
@@ -74,6 +75,7 @@ SPECS.append("repetition-penalty:penalty=1.7")
 
 
 @pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=40)
 @given(scores=logits(), data=st.data())
 def test_a_row_gets_what_it_would_get_alone(spec, scores, data):
     tokens = [data.draw(st.lists(st.integers(0, 39), min_size=1, max_size=6)) for _ in scores]

@@ -63,9 +63,8 @@ def test_scores_equal_a_teacher_forced_recomputation(spec, prompt, penalty):
     processors = [penalty] if penalty else []
     out = LM.generate(prompt, sampler=spec, processors=processors, max_new_tokens=6, seed=1)
     sampler = create("sampler", spec, Sampler)
-    chain = [create("processor", p, LogitsProcessor) for p in processors] + list(
-        sampler.processors()
-    )
+    chain = [create("processor", p, LogitsProcessor) for p in processors]
+    chain += sampler.processors()
     tokens = list(prompt)
     for token, logprob in zip(out.tokens, out.token_logprobs, strict=True):
         with torch.inference_mode():
