@@ -21,18 +21,11 @@ hookimpl = pluggy.HookimplMarker("gptk")
 
 # Public name -> the module that defines it. The same names stand below for type checkers.
 _HOMES = {
-    "UnknownNameError": "errors",
-    "TokenizerError": "errors",
-    "SpecError": "errors",
-    "SourceError": "errors",
-    "PromptError": "errors",
-    "PluginError": "errors",
-    "OptionError": "errors",
-    "DeviceError": "errors",
-    "DecodingError": "errors",
     "Checkpoint": "weights",
     "Choice": "sampling",
     "DecodeSession": "session",
+    "DecodingError": "errors",
+    "DeviceError": "errors",
     "Follower": "session",
     "GPT": "model",
     "GPTConfig": "model",
@@ -42,25 +35,37 @@ _HOMES = {
     "LRScheduler": "training",
     "LanguageModel": "language_model",
     "LogitsProcessor": "sampling",
+    "OptionError": "errors",
     "Plugin": "plugins",
+    "PluginError": "errors",
+    "PromptError": "errors",
     "Regularizer": "training",
     "Rows": "session",
     "Sampler": "sampling",
     "Score": "generation",
+    "Settings": "language_model",
+    "SourceError": "errors",
+    "SpecError": "errors",
+    "Stream": "language_model",
     "Tensors": "weights",
     "Tokenizer": "tokenizer",
+    "TokenizerError": "errors",
     "TokenizerLoader": "tokenizer",
+    "UnknownNameError": "errors",
     "WeightLoader": "weights",
+    "build_model": "weights",
     "load": "language_model",
 }
 
 __all__ = [
     *_HOMES,
+    "plugins",
     "__version__",
     "hookimpl",
 ]
 
 if TYPE_CHECKING:
+    from gptk import plugins as plugins
     from gptk.cache import KVCache as KVCache
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
@@ -75,6 +80,8 @@ if TYPE_CHECKING:
     from gptk.generation import Generation as Generation
     from gptk.generation import Score as Score
     from gptk.language_model import LanguageModel as LanguageModel
+    from gptk.language_model import Settings as Settings
+    from gptk.language_model import Stream as Stream
     from gptk.language_model import load as load
     from gptk.model import GPT as GPT
     from gptk.model import GPTConfig as GPTConfig
@@ -92,9 +99,12 @@ if TYPE_CHECKING:
     from gptk.weights import Checkpoint as Checkpoint
     from gptk.weights import Tensors as Tensors
     from gptk.weights import WeightLoader as WeightLoader
+    from gptk.weights import build_model as build_model
 
 
 def __getattr__(name: str) -> object:
+    if name == "plugins":
+        return importlib.import_module("gptk.plugins")
     if name not in _HOMES:
         raise AttributeError(f"module 'gptk' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"gptk.{_HOMES[name]}"), name)

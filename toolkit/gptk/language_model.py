@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,31 @@ from gptk.weights import build_model, default_source, load_checkpoint
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
+
+
+class Settings(TypedDict, total=False):
+    """What can be said of a generation; the defaults are in brackets."""
+
+    sampler: str | Sampler
+    """A spec string or an instance [greedy]."""
+    processors: Iterable[str | LogitsProcessor]
+    """Logits processors, applied in order, before those of the sampler [none]."""
+    max_new_tokens: int
+    """For each prompt [64]."""
+    n: int
+    """How many results for each prompt; the others are in `.alternatives` [1]."""
+    seed: int | None
+    """Any integer; without, a new one, which the result reports."""
+    stop: str | Iterable[str]
+    """Texts that end the continuation, a string or several [none]."""
+    overflow: Overflow
+    """When the model's window is full: stop or slide, see DecodeSession [stop]."""
+    max_seconds: float | None
+    """A limit on time."""
+    ignore_eos: bool
+    """Go on after the end of the text [False]."""
+    use_cache: bool
+    """Keep keys and values; without, the same results, slowly [True]."""
 
 
 def load(
@@ -68,25 +93,17 @@ class LanguageModel:
             )
         return self._tokenizer
 
-    def generate(self, prompt: Prompt = "", **settings: Any) -> Generation:
+    def generate(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Generation:
         """Continue one prompt; an empty one starts from the model's BOS or end-of-text token.
-
-        sampler (greedy), processors (none, applied in order): spec strings or instances.
-        max_new_tokens (64). n (1): how many results; the others are in `.alternatives`.
-        seed: any integer; by default a new one, which the result reports. stop: texts that end
-        the continuation, a string or several. overflow (stop): or "slide", see DecodeSession.
-        max_seconds: a limit on time. ignore_eos (False): go on after the end of the text.
-        use_cache (True): keep keys and values; without, the same results, slowly.
 
         Raises PromptError, OptionError, UnknownNameError, SpecError or DecodingError.
         """
         return self.generate_batch([prompt], **settings)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **settings: Any) -> list[Generation]:
-        """Continue several prompts at once; each gets what it would get alone.
-
-        Settings are those of `generate`; limits apply to each prompt.
-        """
+    def generate_batch(
+        self, prompts: Sequence[Prompt], **settings: Unpack[Settings]
+    ) -> list[Generation]:
+        """Continue several prompts at once; each gets what it would get alone."""
         if not prompts:
             return []
         stream = self.stream_batch(prompts, **settings)
@@ -94,11 +111,11 @@ class LanguageModel:
             pass
         return stream.results
 
-    def stream(self, prompt: Prompt = "", **settings: Any) -> "Stream":
+    def stream(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> "Stream":
         """Continue one prompt and give the text as it comes, see Stream."""
         return self.stream_batch([prompt], **settings)
 
-    def stream_batch(self, prompts: Sequence[Prompt], **settings: Any) -> "Stream":
+    def stream_batch(self, prompts: Sequence[Prompt], **settings: Unpack[Settings]) -> "Stream":
         """As generate_batch, with a step of decoding each time the Stream is asked for more."""
         return Stream(self, prompts, **settings)
 
@@ -159,7 +176,7 @@ class Stream:
     Pieces are whole characters and never show part of a stop string; joined they are
     `result.text`. Where text cannot be shown as it is made (`live` is False: results compete or
     are several) the pieces are empty, one a step, and the first prompt's best text comes last.
-    Settings are those of `LanguageModel.generate`, checked at once.
+    Settings are checked at once, see Settings.
     """
 
     def __init__(
