@@ -164,6 +164,24 @@ def test_a_stream_has_no_result_before_its_end(lm):
         _ = lm.stream("x").result
 
 
+def test_an_interrupted_stream_gives_no_more(lm):
+    stream = dictate(lm, b"abc STOx defgh", stop=["STOP"], max_new_tokens=12)
+    shown = "".join(next(stream) for _ in range(7)) + stream.interrupt()
+    assert shown == "abc STO" == stream.result.text
+    assert list(stream) == []
+    assert stream.result.finish_reason == "interrupted"
+
+
+def test_one_processor_need_not_be_a_list(lm):
+    one = lm.generate("x", processors="top-k:k=1", max_new_tokens=4, sampler="multinomial")
+    assert one.tokens == lm.generate("x", max_new_tokens=4).tokens
+
+
+def test_one_prompt_is_not_a_batch(lm):
+    with pytest.raises(gptk.PromptError, match="must be a list"):
+        lm.generate_batch("abc")
+
+
 def test_equal_prompts_in_a_call_draw_different_texts(lm):
     one, two = lm.generate_batch(["x", "x"], sampler="multinomial", seed=0)
     assert one.tokens != two.tokens
@@ -211,7 +229,14 @@ BAD_INPUT = {
     "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
     "n": ({"n": 0}, "n is 0"),
     "overflow": ({"overflow": "wrap"}, "overflow is 'wrap'; it must be stop or slide"),
-    "empty stop": ({"stop": ""}, "a stop string is empty"),
+    "empty stop": ({"stop": ""}, "the stop string '' is not a text"),
+    "half a step": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+    "a text for n": ({"n": "3"}, "n is '3'; it must be a whole number"),
+    "a seed with a fraction": ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
+    "a stop string no text has": ({"stop": "\ud800"}, "holds what no text"),
+    "a text for max_seconds": ({"max_seconds": "1"}, "max_seconds is '1'; it must be a number"),
+    "no time at all": ({"max_seconds": float("nan")}, "max_seconds is nan"),
+    "beyond reason": ({"sampler": "beam:length_penalty=400"}, "length_penalty is number ≥ -10"),
     "a number for a sampler": ({"sampler": 3}, "a sampler is a spec string or a Sampler"),
 }
 
@@ -231,6 +256,10 @@ BAD_PROMPTS = {
         "the prompt has 96 tokens and the model",
     ),
     "no tokens": ([], "the prompt has no tokens"),
+    "texts": (["a", "b"], "a prompt is a text or a list of token ids"),
+    "numbers as text": (["1", "2"], "a prompt is a text or a list of token ids"),
+    "fractions": ([1.7], "a prompt is a text or a list of token ids"),
+    "nothing": (None, "a prompt is a text or a list of token ids"),
     "a token outside": ([1, 5000], "token 5000 is not in the model's vocabulary of 257"),
 }
 

@@ -109,7 +109,7 @@ def test_wrong_options_say_what_is_allowed(options, message):
 
 def test_plugins_are_frozen():
     made = Everything(text="x")
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(gptk.PluginError, match="everything cannot be changed"):
         made.count = 4
 
 
@@ -149,27 +149,78 @@ def test_kinds_have_names_of_their_own():
     assert plugins.find("sampler", "top-k").item is not plugins.find("processor", "top-k").item
 
 
-def test_a_hook_that_fails_is_named_and_the_others_go_on():
-    class Broken:
-        @gptk.hookimpl
-        def gptk_logits_processors(self):
-            raise RuntimeError("no luck\ntoday")
+class Broken:
+    @gptk.hookimpl
+    def gptk_logits_processors(self):
+        raise RuntimeError("no luck\ntoday")
 
-    broken = Broken()
-    plugins.register(broken, origin="broken 0.1")
-    try:
-        assert "top-k" in plugins.provided("processor")
-        assert (
-            "hook gptk_logits_processors of broken 0.1: RuntimeError: no luck" in plugins.failures()
-        )
-    finally:
-        plugins.unregister(broken)
-        plugins._failures.clear()
+
+class Misspelt:
+    @gptk.hookimpl
+    def gptk_sampler(self):
+        return []
+
+
+class Nameless(gptk.LogitsProcessor):
+    pass
+
+
+class Inherited(Everything):
+    pass
+
+
+class Spaced(gptk.LogitsProcessor):
+    name = "two words"
+
+
+class WrongKind(gptk.Sampler):
+    name = "wrong-kind"
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Broken(), "hook gptk_logits_processors of mine 1.0: RuntimeError: no luck"),
+        (Misspelt(), "there is no hook gptk_sampler; did you mean gptk_samplers"),
+        (Provider(Nameless), "Nameless has the name None"),
+        (Provider(Inherited), "Inherited has the name None"),
+        (Provider(Spaced), "Spaced has the name 'two words'"),
+        (Provider(WrongKind), "is not a subclass of gptk.LogitsProcessor"),
+        (Provider(Everything(text="")), "is not a subclass of gptk.LogitsProcessor"),
+    ],
+)
+def test_a_plugin_that_breaks_a_rule_is_refused_and_the_others_go_on(plugin, message):
+    with pytest.raises(gptk.PluginError) as caught:
+        plugins.register(plugin, origin="mine 1.0")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "top-k" in plugins.provided("processor")
+    assert plugins.failures() == []
+
+
+class Lists(gptk.LogitsProcessor):
+    """Options that are neither text nor numbers."""
+
+    name = "lists"
+    tokens: tuple[int, ...] = ()
+    words: list[str] | None = Field(["a, b"])
+    weights: dict[str, float] = Field({})
+
+
+def test_lists_and_the_like_are_written_as_json():
+    plugins.register(Provider(Lists), origin="mine")
+    for made in (Lists(), Lists(tokens=(4, 5), words=None, weights={'"x"': 0.5}), Lists(words=[])):
+        assert plugins.create("processor", made.spec, gptk.LogitsProcessor) == made
+    assert plugins.create("processor", 'lists:tokens="[1, 2]"', Lists).tokens == (1, 2)
+
+
+def test_a_hyphen_in_an_option_is_an_underscore():
+    assert parse_spec("beam:length-penalty=2") == ("beam", {"length_penalty": "2"})
 
 
 def test_all_hooks_exist():
     specs = {name for name in dir(plugins.manager().hook) if name.startswith("gptk_")}
-    assert specs == {hook for hook, _ in plugins.KINDS.values()}
+    assert specs == {kind.hook for kind in plugins.KINDS.values()}
 
 
 @pytest.fixture
@@ -211,6 +262,33 @@ def third_party(tmp_path):
         """,
     )
     distribution("gptk-broken", "broken", "import a_module_that_is_not_there\n")
+    distribution(
+        "gptk-odd",
+        "odd",
+        """
+        import click, gptk
+
+        class Odd(gptk.Sampler):
+            name: str = "odd"  # a field, not the class's name
+
+        class TopK(gptk.Sampler):
+            "[bold]Not markup[/nope]"
+            name = "top-k"
+
+        @gptk.hookimpl
+        def gptk_samplers():
+            yield Odd
+            yield TopK
+
+        @gptk.hookimpl
+        def gptk_tokenizers():
+            return None
+
+        @gptk.hookimpl
+        def gptk_commands():
+            return [click.Command("generate"), len]
+        """,
+    )
     return tmp_path
 
 
@@ -230,10 +308,28 @@ def test_entry_points_are_found_and_a_broken_one_is_reported_and_skipped(third_p
     assert listed.returncode == 0
     assert "gptk-coldest 1.0" in listed.stdout
     assert "beam" in listed.stdout
-    (line,) = listed.stderr.splitlines()
-    assert line.startswith("gptk: skipped plug-in gptk-broken of gptk-broken 1.0: ModuleNotFound")
+    said = listed.stderr.splitlines()
+    assert len(said) == 6
+    for line in (
+        "plug-in gptk-broken of gptk-broken 1.0: ModuleNotFoundError",
+        "hook gptk_samplers of gptk-odd 1.0: Odd has the name None",
+        "two samplers are called 'top-k': one from gptk",
+        "hook gptk_tokenizers of gptk-odd 1.0: TypeError",
+        "hook gptk_commands of gptk-odd 1.0: gptk has a command generate of its own",
+        "hook gptk_commands of gptk-odd 1.0: <built-in function len> is not a click command",
+    ):
+        assert any(line in one for one in said), said
     shown = run(third_party, "plugins", "show", "coldest")
     assert "Always the least likely token." in shown.stdout
+
+
+def test_a_name_that_two_distributions_claim_is_an_error_when_it_is_used(third_party):
+    used = run(third_party, "generate", "x", "--sampler", "top-k")
+    assert used.returncode == 1
+    assert "two samplers are called 'top-k'" in used.stderr.splitlines()[-1]
+    # Others go on: this fails for its model, not for a plug-in.
+    other = run(third_party, "generate", "x", "--sampler", "beam", "--model", "nowhere.gguf")
+    assert "nowhere.gguf" in other.stderr.splitlines()[-1]
 
 
 def test_a_plugin_can_add_a_command(third_party):

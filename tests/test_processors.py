@@ -115,8 +115,17 @@ def test_top_p_keeps_the_smallest_set_reaching_p(scores, p):
         kept = row > -torch.inf
         mass = old[kept].sum()
         assert mass >= p - 1e-5
-        assert mass - old[kept].min() < p + 1e-5
+        # All that are likelier than the least likely kept one fall short; that one may have ties.
+        assert old[old > old[kept].min()].sum() < p + 1e-5
         assert old[kept].min() >= old[~kept].max() if (~kept).any() else True
+
+
+def test_top_p_keeps_ties_so_that_a_neighbour_never_matters():
+    tied = torch.zeros(1, 5000).index_fill(1, torch.arange(4700), -9.0)
+    flat = torch.linspace(0, 1e-3, 5000)[None]  # makes the search widen for both rows
+    alone = processor("top-p:p=0.5")(tied, rows_of([[1]]))
+    beside = processor("top-p:p=0.5")(torch.cat((tied, flat)), rows_of([[1], [1]]))
+    assert torch.equal(alone[0], beside[0])
 
 
 def test_top_p_widens_until_a_flat_distribution_reaches_p():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptk
 from gptk import Choice, GptkError, LogitsProcessor, OptionError, Rows, Sampler
 from gptk.plugins import create, provided
 from toys import LLAMA_LIKE, batches, logits, prompts, small_lm
@@ -193,18 +194,137 @@ def test_a_sampler_in_ten_lines():
     assert out.tokens[0] == first
 
 
-def test_processors_that_leave_nothing_are_an_error():
-    import gptk
+class Only(LogitsProcessor):
+    """Leaves the tokens that each step of a plan has, by rows' new tokens; then nothing."""
 
-    class Nothing(gptk.LogitsProcessor):
-        name = "nothing"
+    name = "only"
+    plan: tuple[tuple[int, ...], ...]
+    prompt: int | None = None
+
+    def __call__(self, logits, rows):
+        out = torch.full_like(logits, -torch.inf)
+        for row, length in enumerate(rows.lengths):
+            step = length - rows.prompt_lengths[row]
+            ids = list(self.plan[step]) if step < len(self.plan) else []
+            if self.prompt is not None and rows.prompts[row] != self.prompt:
+                ids = list(range(logits.shape[1]))
+            out[row, ids] = logits[row, ids]
+        return out
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+def test_a_row_without_a_token_to_choose_ends_stuck_and_the_others_go_on(spec):
+    out = LM.generate([1], sampler=spec, processors=[Only(plan=((5,), (6,)))], seed=0)
+    assert result(out) == [([5, 6], "stuck")] * len(result(out))
+    assert result(LM.generate([1], sampler=spec, processors=[Only(plan=())])) == [([], "stuck")]
+    settings = {"sampler": spec, "seed": 0, "max_new_tokens": 5}
+    first = Only(plan=((5,),), prompt=0)
+    one, two = LM.generate_batch([[1, 2], [3, 4]], processors=[first], **settings)
+    assert one.finish_reason == "stuck"
+    assert result(two) == result(LM.generate([3, 4], **settings))
+
+
+def test_a_beam_that_is_stuck_leaves_finished_results():
+    out = LM.generate([1], sampler="beam:width=2", processors=[Only(plan=((256, 7),))], n=2)
+    assert (out.tokens, out.finish_reason) == ([], "eos")
+
+
+def test_a_sampler_that_takes_a_masked_token_is_told_so():
+    class Coldest(Sampler):
+        name = "coldest"
+
+        def step(self, logits, rows):
+            return Choice.one_each(logits.argmin(dim=-1), logits, rows)
+
+    with pytest.raises(GptkError, match="coldest chose a token that the processors had taken out"):
+        LM.generate([1], sampler=Coldest(), processors=["top-k:k=3"])
+
+
+def test_logits_that_are_not_numbers_are_named():
+    with pytest.raises(GptkError, match="after the logits processors the logits are not finite"):
+        LM.generate([1], sampler="greedy", processors=["temperature:temperature=1e-40"])
+    broken = small_lm()
+    torch.nn.init.constant_(broken.model.head.weight, torch.nan)
+    with pytest.raises(GptkError, match="model's logits are not numbers"):
+        broken.generate([1])
+
+
+class Recorder(gptk.Follower):
+    """Follower and process in one: checks that it was told of every move."""
+
+    def __init__(self, rows):
+        self.tokens = [list(r[m]) for r, m in zip(rows.tokens, rows.mask, strict=True)]
+
+    def extend(self, tokens):
+        self.tokens = [row + list(new) for row, new in zip(self.tokens, tokens, strict=True)]
+
+    def select(self, parents):
+        self.tokens = [list(self.tokens[p]) for p in parents]
+
+    def rewind(self, counts):
+        self.tokens = [row[: len(row) - n] for row, n in zip(self.tokens, counts, strict=True)]
+
+    def __call__(self, logits, rows):
+        want = [r[m].tolist() for r, m in zip(rows.tokens, rows.mask, strict=True)]
+        assert [list(map(int, row)) for row in self.tokens] == want
+        return logits
+
+
+class Stateful(LogitsProcessor):
+    name = "stateful"
+
+    def start(self, rows):
+        return Recorder(rows)
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+def test_a_stateful_processor_follows_the_rows_under_every_sampler(spec):
+    n = 1 if spec == "greedy" else 3
+    settings = {"sampler": spec, "n": n, "seed": 0, "max_new_tokens": 10, "stop": ["a", "q"]}
+    prompts = [[1, 2], [3], [1, 2]]
+    plain = LM.generate_batch(prompts, **settings)
+    followed = LM.generate_batch(prompts, processors=[Stateful()], **settings)
+    assert [result(out) for out in plain] == [result(out) for out in followed]
+
+
+def test_half_a_follower_is_refused():
+    class Half(LogitsProcessor):
+        name = "half"
+
+        def start(self, rows):
+            class State:
+                def extend(self, tokens): ...
+
+                def __call__(self, logits, rows):
+                    return logits
+
+            return State()
+
+    with pytest.raises(gptk.PluginError, match="needs extend, select and rewind"):
+        LM.generate([1], processors=[Half()])
+
+
+def test_a_processor_of_another_shape_is_refused():
+    class Short(LogitsProcessor):
+        name = "short"
 
         def __call__(self, logits, rows):
-            return torch.full_like(logits, -torch.inf)
+            return logits[:, :5]
 
-    for sampler in SPECS.values():
-        with pytest.raises(GptkError, match="no token to choose from"):
-            LM.generate([1], sampler=sampler, processors=[Nothing()])
+    with pytest.raises(gptk.PluginError, match=r"processor short returned shape \(1, 5\)"):
+        LM.generate([1], processors=[Short()])
+
+
+def test_a_sampler_that_drops_a_row_is_refused():
+    class Lossy(Sampler):
+        name = "lossy"
+        random = True
+
+        def step(self, logits, rows):
+            return Choice.one_each(logits.argmax(dim=-1)[:1], logits[:1], rows)
+
+    with pytest.raises(gptk.PluginError, match="lossy"):
+        LM.generate([1], sampler=Lossy(), n=3)
 
 
 def test_llama_like_window_is_long_enough_for_these_tests():

@@ -131,6 +131,48 @@ def test_followers_move_with_the_rows():
     assert follower.rows == [[4, 6, 7], [1, 2, 3, 5, 9, 10], [4, 6]]
 
 
+def test_a_refused_extend_changes_nothing():
+    model = MODELS["gpt2-like"]
+    session = DecodeSession(model, [[1, 2, 3]])
+    session.extend(torch.arange(20)[None])
+    with pytest.raises(DecodingError, match="longer than the model's window"):
+        session.extend(torch.arange(20)[None])
+    with pytest.raises(DecodingError, match="cannot extend 1 rows"):
+        session.extend(torch.tensor([1, 2]))
+    session.rewind(18)
+    got = session.extend(torch.tensor([7]))
+    want = plain_logits(model, [1, 2, 3, 0, 1, 7])[-1]
+    torch.testing.assert_close(got[0, 0], want, **CLOSE)
+
+
+def test_sliding_over_several_tokens_equals_one_by_one():
+    model = MODELS["gpt2-like"]
+    new = torch.randint(0, 255, (2, 40), generator=torch.Generator().manual_seed(2))
+    prompts = [[1] * 30, [2] * 4]
+    at_once = DecodeSession(model, prompts, overflow="slide").extend(new)
+    single = DecodeSession(model, prompts, overflow="slide")
+    for place, column in enumerate(new.T):
+        torch.testing.assert_close(single.extend(column)[:, 0], at_once[:, place], **CLOSE)
+
+
+def test_after_rewind_logits_are_unknown():
+    session = DecodeSession(MODELS["gpt2-like"], [[1, 2, 3]])
+    before = session.logits
+    session.extend(torch.tensor([4]))
+    session.rewind(1)
+    with pytest.raises(DecodingError, match="after rewind"):
+        _ = session.logits
+    session.logits = before
+    assert session.logits is before
+
+
+@pytest.mark.parametrize("parents", [[], [2], [-1]])
+def test_parents_that_are_not_rows_are_refused(parents):
+    session = DecodeSession(MODELS["gpt2-like"], [[1], [2]])
+    with pytest.raises(DecodingError, match="do not select from 2 rows"):
+        session.select(parents)
+
+
 def test_random_streams_are_keyed_by_prompt_repeat_and_sample():
     model = MODELS["gpt2-like"]
     alone = DecodeSession(model, [[1, 2]], seed=5).rows.uniform()

@@ -24,8 +24,10 @@ _HOMES = {
     "Checkpoint": "weights",
     "Choice": "sampling",
     "DecodeSession": "session",
+    "Decoding": "decoding",
     "DecodingError": "errors",
     "DeviceError": "errors",
+    "FinishReason": "decoding",
     "Follower": "session",
     "GPT": "model",
     "GPTConfig": "model",
@@ -55,6 +57,8 @@ _HOMES = {
     "WeightLoader": "weights",
     "build_model": "weights",
     "load": "language_model",
+    "load_checkpoint": "weights",
+    "load_tokenizer": "tokenizer",
 }
 
 __all__ = [
@@ -67,6 +71,8 @@ __all__ = [
 if TYPE_CHECKING:
     from gptk import plugins as plugins
     from gptk.cache import KVCache as KVCache
+    from gptk.decoding import Decoding as Decoding
+    from gptk.decoding import FinishReason as FinishReason
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
     from gptk.errors import GptkError as GptkError
@@ -94,19 +100,27 @@ if TYPE_CHECKING:
     from gptk.session import Rows as Rows
     from gptk.tokenizer import Tokenizer as Tokenizer
     from gptk.tokenizer import TokenizerLoader as TokenizerLoader
+    from gptk.tokenizer import load_tokenizer as load_tokenizer
     from gptk.training import LRScheduler as LRScheduler
     from gptk.training import Regularizer as Regularizer
     from gptk.weights import Checkpoint as Checkpoint
     from gptk.weights import Tensors as Tensors
     from gptk.weights import WeightLoader as WeightLoader
     from gptk.weights import build_model as build_model
+    from gptk.weights import load_checkpoint as load_checkpoint
 
 
-def __getattr__(name: str) -> object:
-    if name == "plugins":
-        return importlib.import_module("gptk.plugins")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gptk' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gptk.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to a type checker a misspelt name is an error
+
+    def __getattr__(name: str) -> object:
+        if name == "plugins":
+            return importlib.import_module("gptk.plugins")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gptk' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"gptk.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

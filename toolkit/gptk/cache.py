@@ -42,11 +42,13 @@ class KVCache:
         *,
         rows: int,
         capacity: int,
+        max_capacity: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         shape = (2, rows, n_kv_heads, capacity, head_dim)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self._max_capacity = max_capacity
         self.lengths = [0] * rows
         """Tokens held for each row."""
 
@@ -59,7 +61,7 @@ class KVCache:
         longest, shortest = max(self.lengths), min(self.lengths)
         end = longest + time
         if end > self.capacity:
-            self._reserve(max(end, 2 * self.capacity))
+            self._reserve(max(end, min(2 * self.capacity, self._max_capacity)))
         device = self.layers[0].device
         steps = torch.arange(time, device=device)
         if longest == shortest:

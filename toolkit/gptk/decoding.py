@@ -8,16 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptk.errors import DecodingError
+from gptk.errors import DecodingError, PluginError
 from gptk.sampling import Choice, LogitsProcessor, Sampler
-from gptk.session import DecodeSession
+from gptk.session import DecodeSession, Follower
 from gptk.tokenizer import Tokenizer
 
-FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
-"""Why a row ended: end-of-text token, stop string, token limit or full window, time limit, or
-the user's interrupt."""
-
-_NOTHING_LEFT = "the processors left no token to choose from"
+FinishReason = Literal["eos", "stop", "length", "time", "stuck", "interrupted"]
+"""Why a row ended: end-of-text token, stop string, token limit or full window, time limit, no
+token left by the processors, or the user's interrupt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,20 @@ class Decoding:
         ]
         """The hypotheses of the session's rows, in their order."""
         self.steps = 0
+        self._processed: Tensor | None = None
         self._processes = []
         for processor in (*processors, *sampler.processors()):
             process = processor.start(rows)
             self._processes.append(process)
-            if all(hasattr(process, verb) for verb in ("extend", "select", "rewind")):
-                session.follow(process)  # type: ignore[arg-type]
+            if isinstance(process, Follower):
+                session.follow(process)
+            elif process is not processor and (
+                verbs := [v for v in ("extend", "select", "rewind") if hasattr(process, v)]
+            ):
+                raise PluginError(
+                    f"the state of processor {processor.name} has {' and '.join(verbs)}, but a "
+                    "follower needs extend, select and rewind"
+                )
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -120,34 +126,52 @@ class Decoding:
     def processed_logits(self) -> Tensor:
         """The session's logits after all processors, (rows, vocab) float32."""
         logits = self.session.logits
+        shape = logits.shape
         for process in self._processes:
             logits = process(logits, self.session.rows)
+            if not isinstance(logits, Tensor) or logits.shape != shape:
+                given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else logits
+                raise PluginError(
+                    f"processor {getattr(process, 'name', type(process).__name__)} returned "
+                    f"{given}; it must return logits of shape {tuple(shape)}"
+                )
+        self._processed = logits
         return logits
 
     def commit(self, choice: Choice) -> None:
         """Make the choice: end the rows that end, and extend the session by the others."""
+        self._check(choice)
         kept: list[list[tuple[int, Hypothesis]]] = [[] for _ in self.searches]
+        ended: list[list[Hypothesis]] = [[] for _ in self.searches]
         ranks = [0] * len(self.searches)
         late = self.limits.deadline is not None and time.monotonic() >= self.limits.deadline
         for parent, token, logprob, score in zip(*_to_lists(choice), strict=True):
-            if not score > -torch.inf:  # nor if it is not a number
-                if self.sampler.competing:
-                    continue
-                raise DecodingError(_NOTHING_LEFT)
-            row = self._extended(self.live[parent], token, logprob, score, late)
-            if row.reason is None and len(kept[row.prompt]) < self.max_rows:
-                kept[row.prompt].append((parent, row))
-            elif row.reason is not None and ranks[row.prompt] < self.max_rows:
-                self.searches[row.prompt].finished.append(row)
-            ranks[row.prompt] += 1
-        if any(ranks[row.prompt] == 0 for row in self.live):
-            raise DecodingError(_NOTHING_LEFT)
+            row = self.live[parent]
+            if score > -torch.inf:
+                row = self._extended(row, token, logprob, score, late)
+                if row.reason is None and len(kept[row.prompt]) < self.max_rows:
+                    kept[row.prompt].append((parent, row))
+                elif row.reason is not None and ranks[row.prompt] < self.max_rows:
+                    ended[row.prompt].append(row)
+                ranks[row.prompt] += 1
+            elif not self.sampler.competing:
+                ended[row.prompt].append(self._stuck(parent))
+        finished = [
+            search.finished + more for search, more in zip(self.searches, ended, strict=True)
+        ]
         if self.sampler.competing:
-            for search, rows in zip(self.searches, kept, strict=True):
-                if rows and self._is_done(search, rows[0][1]):
+            for parent, row in enumerate(self.live):
+                if not ranks[row.prompt] and not finished[row.prompt]:
+                    finished[row.prompt].append(self._stuck(parent))
+            for prompt, rows in enumerate(kept):
+                finished[prompt] = sorted(finished[prompt], key=self.rank, reverse=True)
+                del finished[prompt][self.max_rows :]
+                if rows and finished[prompt] and self._is_done(finished[prompt], rows[0][1]):
                     rows.clear()
         going_on = [pair for rows in kept for pair in rows]
         self.live = [row for _, row in going_on]
+        for search, results in zip(self.searches, finished, strict=True):
+            search.finished = results
         if self.live:
             session = self.session
             session.select([parent for parent, _ in going_on])
@@ -203,12 +227,39 @@ class Decoding:
             reason=reason,
         )
 
-    def _is_done(self, search: Search, best: Hypothesis) -> bool:
-        """Trim the finished ones to the best ones, and ask the sampler."""
-        search.finished.sort(key=self.rank, reverse=True)
-        del search.finished[self.max_rows :]
-        ranks = [self.rank(row) for row in search.finished]
-        return self.sampler.is_done(ranks, best.score, best.length, search.limit)
+    def _is_done(self, finished: Sequence[Hypothesis], best: Hypothesis) -> bool:
+        ranks = [self.rank(row) for row in finished]
+        limit = self.searches[best.prompt].limit
+        return self.sampler.is_done(ranks, best.score, best.length, limit)
+
+    def _check(self, choice: Choice) -> None:
+        candidates = choice.tokens.shape
+        shapes = {choice.logprobs.shape, choice.scores.shape, candidates}
+        if choice.parents is not None:
+            shapes.add(choice.parents.shape)
+        if len(candidates) != 1 or len(shapes) > 1:
+            raise PluginError(
+                f"sampler {self.sampler.name} chose tensors of unlike shapes or of more than one "
+                f"axis: {', '.join(str(tuple(shape)) for shape in shapes)}"
+            )
+        if not self.sampler.competing and candidates[0] != len(self.live):
+            raise PluginError(
+                f"sampler {self.sampler.name} chose {candidates[0]} tokens for {len(self.live)} "
+                "rows; only competing rows may be dropped or forked"
+            )
+
+    def _stuck(self, parent: int) -> Hypothesis:
+        """A row's end where no token is left. Raises DecodingError if that is not the reason."""
+        logits = self.session.logits[parent] if self._processed is None else self._processed[parent]
+        if bool(self.session.logits[parent].isnan().any()):
+            raise DecodingError("the model's logits are not numbers; are its weights damaged?")
+        if bool(logits.isnan().any()) or bool((logits == torch.inf).any()):
+            raise DecodingError("after the logits processors the logits are not finite numbers")
+        if bool((logits > -torch.inf).any()):
+            raise DecodingError(
+                f"sampler {self.sampler.name} chose a token that the processors had taken out"
+            )
+        return replace(self.live[parent], reason="stuck")
 
 
 def _to_lists(choice: Choice) -> tuple[list[int], list[int], list[float], list[float]]:

@@ -27,7 +27,8 @@ class Generation:
     prompt_tokens: list[int]
     seed: int
     alternatives: list["Generation"] = field(default_factory=list)
-    """The 2nd to n-th result: best first for beams, in the order of drawing for samples."""
+    """The 2nd to n-th result: best first for beams (of which there may be fewer than n), in the
+    order of drawing for samples."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(loss): how many tokens the model hesitates between."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
 class TextStream:

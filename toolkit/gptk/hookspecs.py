@@ -6,17 +6,17 @@ name and declares its options as typed fields (see `gptk.Plugin`). A complete pl
 
     import gptk
 
-    class Coldest(gptk.Sampler):
-        \"\"\"Always the token with the lowest logit.\"\"\"
+    class RunnerUp(gptk.Sampler):
+        \"\"\"Always the second most likely token.\"\"\"
 
-        name = "coldest"
+        name = "runner-up"
 
         def step(self, logits, rows):
-            return gptk.Choice.one_each(logits.argmin(dim=-1), logits, rows)
+            return gptk.Choice.one_each(logits.topk(2).indices[:, 1], logits, rows)
 
     @gptk.hookimpl
     def gptk_samplers():
-        return [Coldest]
+        return [RunnerUp]
 """
 
 from typing import TYPE_CHECKING

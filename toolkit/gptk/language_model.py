@@ -1,11 +1,12 @@
 """The public face: load a model, then generate, stream and score."""
 
 import dataclasses
+import operator
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,6 @@ class LanguageModel:
         self, prompts: Sequence[Prompt], **settings: Unpack[Settings]
     ) -> list[Generation]:
         """Continue several prompts at once; each gets what it would get alone."""
-        if not prompts:
-            return []
         stream = self.stream_batch(prompts, **settings)
         for _ in stream:
             pass
@@ -156,7 +155,12 @@ class LanguageModel:
                     )
                 ids = [start]
         else:
-            ids = [int(token) for token in prompt]
+            try:
+                ids = [operator.index(token) for token in prompt]
+            except TypeError:
+                raise PromptError(
+                    f"a prompt is a text or a list of token ids, not {prompt!r:.80}"
+                ) from None
             if not ids:
                 raise PromptError("the prompt has no tokens")
         vocabulary = self.model.config.vocab_size
@@ -195,30 +199,36 @@ class Stream:
         ignore_eos: bool = False,
         use_cache: bool = True,
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
-            if value < 1:
-                raise OptionError(f"{name} is {value}; it must be 1 or more")
+        self._max_new_tokens = _whole("max_new_tokens", max_new_tokens, least=1)
+        self._n = _whole("n", n, least=1)
+        self._seed = secrets.randbits(32) if seed is None else _whole("seed", seed)
         if overflow not in get_args(Overflow):
             raise OptionError(f"overflow is {overflow!r}; it must be stop or slide")
+        if max_seconds is not None and not (
+            isinstance(max_seconds, int | float) and max_seconds >= 0
+        ):
+            raise OptionError(f"max_seconds is {max_seconds!r}; it must be a number, 0 or more")
         self._lm = lm
         self._sampler = create("sampler", sampler, Sampler)
+        if isinstance(processors, str | LogitsProcessor):
+            processors = [processors]
         self._processors = [create("processor", p, LogitsProcessor) for p in processors]
         self._sampler.max_rows(n)  # refuses an n it cannot give, before any work
-        self._n = n
         self._stop = [stop] if isinstance(stop, str) else list(stop)
-        if "" in self._stop:
-            raise OptionError("a stop string is empty")
+        for text in self._stop:
+            _check_stop(text)
         self._tokenizer = lm.tokenizer if self._stop else lm._tokenizer
-        self._seed = secrets.randbits(32) if seed is None else seed
+        if isinstance(prompts, str):
+            raise PromptError("prompts must be a list; for one prompt there is generate()")
         self._prompts = [lm.encode(prompt) for prompt in prompts]
         window = lm.model.config.context_length
-        longest = max(map(len, self._prompts))
+        longest = max(map(len, self._prompts), default=0)
         if longest >= window and overflow == "stop":
             raise PromptError(
                 f"the prompt has {longest} tokens and the model's window is {window}, prompt and "
                 "new tokens together; shorten it, or use overflow slide to keep its end"
             )
-        self._max_new_tokens, self._max_seconds = max_new_tokens, max_seconds
+        self._max_seconds = max_seconds
         self._overflow, self._use_cache = overflow, use_cache
         self._eos = () if ignore_eos or self._tokenizer is None else self._tokenizer.eos
         self._decoding: Decoding | None = None
@@ -259,16 +269,24 @@ class Stream:
 
         Raises DecodingError if there is nothing yet.
         """
+        self._pieces.close()
+        return self._finish()
+
+    def _finish(self) -> str:
         if self._decoding is None:
             raise DecodingError("interrupted before the first token")
-        self._results = [
-            self._generation(self._decoding, index) for index in range(len(self._prompts))
-        ]
+        if self._results is None:
+            self._results = [
+                self._generation(self._decoding, index) for index in range(len(self._prompts))
+            ]
         rest = self.result.text[len(self._shown) :]
         self._shown = self.result.text
         return rest
 
-    def _decode(self) -> Iterator[str]:
+    def _decode(self) -> Generator[str, None, None]:
+        if not self._prompts:
+            self._results = []
+            return
         seconds = self._max_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
         session = DecodeSession(
@@ -295,11 +313,11 @@ class Stream:
             piece = ""
             if self.live and self._tokenizer is not None:
                 row = (decoding.live or decoding.searches[0].finished)[0]
-                if row.reason != "eos":
+                if row.length == decoding.steps and row.reason != "eos":
                     piece = text.push(self._tokenizer.token_bytes(row.token))
                     self._shown += piece
             yield piece
-        yield self.interrupt()
+        yield self._finish()
 
     def _generation(self, decoding: Decoding, index: int) -> Generation:
         best, *others = [
@@ -314,3 +332,21 @@ class Stream:
             for row in decoding.results(index)
         ]
         return dataclasses.replace(best, alternatives=others)
+
+
+def _whole(name: str, value: Any, *, least: int | None = None) -> int:
+    """A setting that is a whole number, as an int; numpy's and torch's integers serve too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number") from None
+    if least is not None and number < least:
+        raise OptionError(f"{name} is {number}; it must be {least} or more")
+    return number
+
+
+def _check_stop(text: Any) -> None:
+    if not isinstance(text, str) or not text:
+        raise OptionError(f"the stop string {text!r} is not a text of a character or more")
+    if "\N{REPLACEMENT CHARACTER}" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise OptionError(f"the stop string {text!r} holds what no text of a model can hold")

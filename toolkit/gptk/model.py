@@ -237,6 +237,7 @@ class GPT(nn.Module):
             self.config.head_dim,
             rows=rows,
             capacity=capacity,
+            max_capacity=self.config.context_length,
             device=self.device,
             dtype=self.dtype,
         )

@@ -5,10 +5,12 @@ to import is remembered in `failures()` and skipped.
 """
 
 import functools
+import importlib
 import importlib.metadata
 import inspect
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import pluggy
@@ -16,18 +18,38 @@ import pydantic
 
 from gptk import hookspecs
 from gptk.errors import OptionError, PluginError, UnknownNameError, suggest
-from gptk.spec import format_spec, parse_spec
+from gptk.spec import NAME, format_spec, parse_spec
 
-# Kind, as the user says it -> (the hook that provides it, its plural in messages).
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of plug-in."""
+
+    hook: str
+    plural: str
+    """As messages say it."""
+    base: str
+    """Where its base class is: `module:name`."""
+
+    def base_class(self) -> type:
+        module, _, name = self.base.partition(":")
+        base = getattr(importlib.import_module(module), name)
+        assert isinstance(base, type)
+        return base
+
+
 KINDS = {
-    "sampler": ("gptk_samplers", "samplers"),
-    "processor": ("gptk_logits_processors", "logits processors"),
-    "scheduler": ("gptk_lr_schedulers", "LR schedulers"),
-    "regularizer": ("gptk_regularizers", "regularizers"),
-    "loader": ("gptk_weight_loaders", "weight loaders"),
-    "tokenizer": ("gptk_tokenizers", "tokenizers"),
-    "command": ("gptk_commands", "commands"),
+    "sampler": Kind("gptk_samplers", "samplers", "gptk.sampling:Sampler"),
+    "processor": Kind(
+        "gptk_logits_processors", "logits processors", "gptk.sampling:LogitsProcessor"
+    ),
+    "scheduler": Kind("gptk_lr_schedulers", "LR schedulers", "gptk.training:LRScheduler"),
+    "regularizer": Kind("gptk_regularizers", "regularizers", "gptk.training:Regularizer"),
+    "loader": Kind("gptk_weight_loaders", "weight loaders", "gptk.weights:WeightLoader"),
+    "tokenizer": Kind("gptk_tokenizers", "tokenizers", "gptk.tokenizer:TokenizerLoader"),
+    "command": Kind("gptk_commands", "commands", "click:Command"),
 }
+"""By the word that users say."""
 
 
 class Plugin(pydantic.BaseModel):
@@ -51,10 +73,16 @@ class Plugin(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise OptionError(_explain(type(self), error)) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise PluginError(
+            f"{self.kind} {self.name} cannot be changed: it may serve several calls at once. A "
+            "processor keeps state in the object that start() returns"
+        )
+
     @property
     def spec(self) -> str:
         """The spec string that makes this plug-in again: options at their default left out."""
-        return format_spec(self.name, self.model_dump(exclude_defaults=True))
+        return format_spec(self.name, self.model_dump(mode="json", exclude_defaults=True))
 
 
 P = TypeVar("P", bound=Plugin)
@@ -75,63 +103,80 @@ class Provided:
 def register(plugin: object, *, origin: str | None = None) -> None:
     """Add a plug-in module or object that no entry point names, for this process.
 
-    Raises PluginError, and leaves the plug-in out, if one of its names is taken.
+    Raises PluginError, and leaves the plug-in out, if it breaks a rule or a name is taken.
     """
-    _add(manager(), plugin, origin or str(getattr(plugin, "__name__", type(plugin).__name__)))
-    _provided.cache_clear()
-    try:
-        for kind in KINDS:
-            provided(kind)
-    except PluginError:
+    origin = origin or str(getattr(plugin, "__name__", type(plugin).__name__))
+    before = failures()
+    _add(manager(), plugin, origin)
+    _survey.cache_clear()
+    if new := [line for line in failures() if line not in before]:
         unregister(plugin)
-        raise
+        raise PluginError(new[0])
 
 
 def unregister(plugin: object) -> None:
     """Take out a plug-in that `register` added."""
-    manager().unregister(plugin)
-    _provided.cache_clear()
+    if manager().is_registered(plugin):
+        manager().unregister(plugin)
+        _survey.cache_clear()
 
 
 def provided(kind: str) -> dict[str, Provided]:
-    """All there is of one kind, by name, in alphabetical order.
-
-    Raises PluginError where two distributions claim one name.
-    """
-    return _provided(kind)
+    """All there is of one kind, by name, in alphabetical order."""
+    return _survey(kind).known
 
 
 def failures() -> list[str]:
-    """A line for each plug-in that could not be loaded or asked: whose, which, and why."""
+    """A line for each plug-in, hook or class that could not be taken: whose, which, and why."""
     manager()
-    for kind in KINDS:
-        provided(kind)
-    return list(_failures)
+    return _load_failures + [line for kind in KINDS for line in _survey(kind).failures]
 
 
 def create(kind: str, spec: "str | P", base: type[P]) -> P:
     """A plug-in of one kind from its spec string; an instance of `base` is returned as it is.
 
-    Raises UnknownNameError (with the nearest names), SpecError or OptionError.
+    Options that are neither text nor numbers are written as JSON, `tokens="[1, 2]"`.
+    Raises UnknownNameError (with the nearest names), SpecError, OptionError, or PluginError for
+    a name that two distributions claim.
     """
     if isinstance(spec, base):
         return spec
     if not isinstance(spec, str):
         raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {spec!r}")
     name, options = parse_spec(spec)
-    plugin = find(kind, name).item(**options)
-    assert isinstance(plugin, base)
-    return plugin
+    plugin = find(kind, name).item
+    fields = plugin.model_fields
+    typed = {
+        key: _from_text(text) if key in fields and fields[key].annotation is not str else text
+        for key, text in options.items()
+    }
+    made = plugin(**typed)
+    assert isinstance(made, base)
+    return made
+
+
+def _from_text(text: str) -> object:
+    if text[:1] in "[{" or text == "null":
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text  # pydantic makes numbers and the like of it
 
 
 def find(kind: str, name: str) -> Provided:
-    """The plug-in of that kind and name. Raises UnknownNameError with the nearest names."""
-    known = provided(kind)
-    if name not in known:
+    """The plug-in of that kind and name.
+
+    Raises UnknownNameError with the nearest names, or PluginError if two distributions claim it.
+    """
+    survey = _survey(kind)
+    if name in survey.clashes:
+        raise PluginError(survey.clashes[name])
+    if name not in survey.known:
         raise UnknownNameError(
-            f"no {kind} is called {name!r}; {suggest(name, known, what=KINDS[kind][1])}"
+            f"no {kind} is called {name!r}; {suggest(name, survey.known, what=KINDS[kind].plural)}"
         )
-    return known[name]
+    return survey.known[name]
 
 
 @functools.cache
@@ -144,58 +189,101 @@ def manager() -> pluggy.PluginManager:
         origin = f"{dist.name} {dist.version}" if dist else entry_point.module
         try:
             _add(pm, entry_point.load(), origin)
-        except Exception as error:  # a plug-in may raise anything; the others go on
-            _failures.append(f"plug-in {entry_point.name} of {origin}: {_brief(error)}")
+        except (Exception, SystemExit) as error:  # it may raise anything; the others go on
+            _load_failures.append(f"plug-in {entry_point.name} of {origin}: {_brief(error)}")
     return pm
 
 
-_failures: list[str] = []
+_load_failures: list[str] = []
 _origins: dict[int, str] = {}
 
 
 def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> None:
-    if not pm.is_registered(plugin):
-        pm.register(plugin)
-        _origins[id(plugin)] = origin
+    if pm.is_registered(plugin):
+        return
+    hooks = {kind.hook for kind in KINDS.values()}
+    for name in dir(plugin):
+        if getattr(getattr(plugin, name, None), "gptk_impl", None) and name not in hooks:
+            raise PluginError(f"there is no hook {name}; {suggest(name, hooks, what='hooks')}")
+    pm.register(plugin)
+    _origins[id(plugin)] = origin
+
+
+@dataclass
+class _Survey:
+    """All that plug-ins provide of one kind, and what was wrong with the rest."""
+
+    known: dict[str, Provided] = field(default_factory=dict)
+    clashes: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
 
 @functools.cache
-def _provided(kind: str) -> dict[str, Provided]:
-    hook, _ = KINDS[kind]
-    known: dict[str, Provided] = {}
+def _survey(kind: str) -> _Survey:
+    hook = KINDS[kind].hook
+    survey = _Survey()
     # Each implementation is called by itself, so that one that fails is named and skipped.
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         origin = _origins[id(implementation.plugin)]
         try:
-            items = implementation.function()
+            items: list[Any] = list(implementation.function())
         except Exception as error:
-            line = f"hook {hook} of {origin}: {_brief(error)}"
-            if line not in _failures:
-                _failures.append(line)
+            survey.failures.append(f"hook {hook} of {origin}: {_brief(error)}")
             continue
         for item in items:
-            if item.name in known:
-                raise PluginError(
-                    f"two {kind}s are called {item.name!r}: "
-                    f"one from {known[item.name].distribution}, one from {origin}; uninstall one"
+            if problem := _problem(kind, item):
+                survey.failures.append(f"hook {hook} of {origin}: {problem}")
+            elif item.name in survey.known:
+                survey.clashes[item.name] = (
+                    f"two {KINDS[kind].plural} are called {item.name!r}: one from "
+                    f"{survey.known[item.name].distribution}, one from {origin}; uninstall one"
                 )
-            known[item.name] = Provided(kind, item.name, item, origin)
-    return dict(sorted(known.items()))
+            else:
+                survey.known[item.name] = Provided(kind, item.name, item, origin)
+    survey.known = dict(sorted(survey.known.items()))
+    survey.failures += survey.clashes.values()
+    return survey
 
 
-def _brief(error: Exception) -> str:
+def _problem(kind: str, item: Any) -> str | None:
+    """Why something cannot be a plug-in of that kind, or None."""
+    base: Any = KINDS[kind].base_class()
+    if kind == "command":
+        from gptk.cli import COMMANDS
+
+        if not isinstance(item, base):
+            return f"{item!r} is not a click command"
+        if item.name in COMMANDS:
+            return f"gptk has a command {item.name} of its own"
+        return None
+    if not (isinstance(item, type) and issubclass(item, base)):
+        return f"{item!r} is not a subclass of gptk.{base.__name__}"
+    name = item.__dict__.get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return (
+            f"{item.__name__} has the name {name!r}; give it a class attribute `name` of letters, "
+            "digits, dots and hyphens"
+        )
+    return None
+
+
+def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def option_help(plugin: type[Plugin]) -> list[tuple[str, str, str, str]]:
     """The options of a plug-in class as (name, type and bounds, default, line of help)."""
-    schema = (
-        plugin.model_json_schema(mode="serialization")["properties"] if plugin.model_fields else {}
-    )
+    try:
+        schema = plugin.model_json_schema(by_alias=False)
+    except pydantic.errors.PydanticInvalidForJsonSchema:
+        schema = {}
     rows = []
-    for name, field in plugin.model_fields.items():
-        default = "required" if field.is_required() else _text(field.default)
-        rows.append((name, _allowed(schema[name]), default, field.description or ""))
+    for name, option in plugin.model_fields.items():
+        allowed = _allowed(schema.get("properties", {}).get(name, {}), schema.get("$defs", {}))
+        default = "required"
+        if not option.is_required():
+            default = _text(option.get_default(call_default_factory=True, validated_data={}))
+        rows.append((name, allowed, default, option.description or ""))
     return rows
 
 
@@ -210,20 +298,26 @@ _BOUNDS = {
     "exclusiveMinimum": "> {}",
     "maximum": "≤ {}",
     "exclusiveMaximum": "< {}",
+    "pattern": "like {}",
+    "minLength": "of {} characters or more",
+    "maxLength": "of {} characters at most",
 }
 
 
-def _allowed(schema: Mapping[str, Any]) -> str:
-    """A JSON schema in a few words: `integer ≥ 1`, `true, false or never`."""
+def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """A JSON schema in a few words: `integer ≥ 1`, `true or false or never`."""
+    if "$ref" in schema:
+        return _allowed(definitions.get(schema["$ref"].rpartition("/")[2], {}), definitions)
     if "anyOf" in schema:
-        return " or ".join(_allowed(part) for part in schema["anyOf"])
+        return " or ".join(_allowed(part, definitions) for part in schema["anyOf"])
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
-    kind = {"boolean": "true or false", "null": "nothing"}.get(schema.get("type", ""), "")
+    kind = schema.get("type", "any")
+    kind = {"boolean": "true or false", "null": "null"}.get(kind, kind)
     bounds = [form.format(schema[key]) for key, form in _BOUNDS.items() if key in schema]
-    return " ".join([kind or schema.get("type", "any"), ", ".join(bounds)]).strip()
+    return " ".join([kind, ", ".join(bounds)]).strip()
 
 
 def _text(value: object) -> str:

@@ -26,7 +26,8 @@ class RandomStream:
         digest.update(array("q", prompt).tobytes())
         return cls(digest.digest())
 
-    def uniform(self, index: int) -> float:
-        """The number at `index`, 0 ≤ u < 1."""
-        digest = hashlib.blake2b(index.to_bytes(8, "little"), key=self.key, digest_size=8)
+    def uniform(self, index: int, draw: int = 0) -> float:
+        """The number at `index`, 0 ≤ u < 1; others of the same index by `draw`."""
+        place = index.to_bytes(8, "little") + draw.to_bytes(8, "little")
+        digest = hashlib.blake2b(place, key=self.key, digest_size=8)
         return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53

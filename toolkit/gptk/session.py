@@ -6,7 +6,7 @@ session and moves with it, the KV cache first: that is why strategies combine.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,17 +20,21 @@ Overflow = Literal["stop", "slide"]
 """What happens when a row outgrows the model's window; see DecodeSession."""
 
 
+@runtime_checkable
 class Follower(Protocol):
     """Something that holds state for each row: a grammar's position, a running estimate."""
 
     def extend(self, tokens: Tensor) -> None:
         """Row i has got the tokens tokens[i]. tokens: (rows, n)."""
+        raise NotImplementedError
 
     def select(self, parents: Sequence[int]) -> None:
         """Row i is now a copy of what was row parents[i]; the number of rows may change."""
+        raise NotImplementedError
 
     def rewind(self, counts: Sequence[int]) -> None:
         """The last counts[i] tokens of row i are gone."""
+        raise NotImplementedError
 
 
 class Rows:
@@ -80,13 +84,14 @@ class Rows:
         lengths = torch.tensor(self.lengths, device=device)
         return torch.arange(max(self.lengths), device=device) < lengths[:, None]
 
-    def uniform(self) -> Tensor:
+    def uniform(self, draw: int = 0) -> Tensor:
         """(rows,): for each row the number in [0, 1) that its next token is drawn by.
 
-        float64, or float32 on devices without it.
+        draw: for strategies that need several numbers a step, which one. float64, or float32
+        on devices without it.
         """
         drawn = [
-            stream.uniform(length - start)
+            stream.uniform(length - start, draw)
             for stream, length, start in zip(
                 self.streams, self.lengths, self.prompt_lengths, strict=True
             )
@@ -145,9 +150,9 @@ class DecodeSession:
     "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's
     `idx[:, -context_size:]` does. All positions then change at every step, so that nothing
     cached is of use and each step costs a pass over the window.
-
-    `logits`, (rows, vocab) float32, is for the token after each row's last.
     """
+
+    _logits: Tensor | None
 
     def __init__(
         self,
@@ -175,6 +180,20 @@ class DecodeSession:
                 self.select([i for i in range(len(prompts)) for _ in range(samples)])
                 self.rows.fork_samples(samples)
 
+    @property
+    def logits(self) -> Tensor:
+        """(rows, vocab) float32, for the token after each row's last.
+
+        Raises DecodingError after a `rewind`, when they are unknown.
+        """
+        if self._logits is None:
+            raise DecodingError("after rewind there are no logits until the rows are extended")
+        return self._logits
+
+    @logits.setter
+    def logits(self, logits: Tensor) -> None:
+        self._logits = logits
+
     def follow(self, follower: Follower) -> None:
         """From now on `follower` is told whenever the rows move."""
         self._followers.append(follower)
@@ -187,13 +206,20 @@ class DecodeSession:
         Raises DecodingError if a row outgrows the window and overflow is "stop".
         """
         tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
+            raise DecodingError(
+                f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
+            )
+        n = tokens.shape[1]
+        fits = max(self.rows.lengths) + n <= self.model.config.context_length
+        if not fits and self.overflow == "stop":
+            raise self._too_long(max(self.rows.lengths) + n)
+        if not fits and n > 1:  # each token has a window of its own
+            return torch.cat([self.extend(column) for column in tokens.T], dim=1)
         for follower in self._followers:
             follower.extend(tokens)
-        n = tokens.shape[1]
-        if self._cached and max(self.rows.lengths) <= self.model.config.context_length:
-            hidden = self.model(tokens, self._cache)
-        else:
-            hidden = self._recompute(n)
+        usable = self._cached and fits
+        hidden = self.model(tokens, self._cache) if usable else self._recompute(n)
         logits = self.model.logits(hidden)
         self.logits = logits[:, -1]
         return logits
@@ -203,18 +229,21 @@ class DecodeSession:
         """Row i becomes a copy of row parents[i]: reorder, fork, prune. `logits` follow."""
         if list(parents) == list(range(len(self.rows))):
             return
+        if not parents or not 0 <= min(parents) <= max(parents) < len(self.rows):
+            raise DecodingError(f"parents {list(parents)} do not select from {len(self.rows)} rows")
         for follower in self._followers:
             follower.select(parents)
         if self._cache is not None:
             self._cache.select(parents)
-        self.logits = self.logits[torch.tensor(parents, device=self.logits.device)]
+        if self._logits is not None:
+            self._logits = self._logits[torch.tensor(parents, device=self._logits.device)]
 
     @torch.inference_mode()
     def rewind(self, counts: int | Sequence[int]) -> None:
         """Drop the last tokens of each row, as many of row i as counts[i] says.
 
-        `logits` are unknown (not a number) until the next `extend`. Raises DecodingError if a
-        row would lose a token of its prompt.
+        `logits` are unknown until the next `extend`, or until they are set to what they were.
+        Raises DecodingError if a row would lose a token of its prompt.
         """
         if isinstance(counts, int):
             counts = [counts] * len(self.rows)
@@ -226,7 +255,13 @@ class DecodeSession:
             follower.rewind(counts)
         if self._cache is not None and self._cached:
             self._cache.rewind(counts)
-        self.logits = torch.full_like(self.logits, torch.nan)
+        self._logits = None
+
+    def _too_long(self, length: int) -> DecodingError:
+        window = self.model.config.context_length
+        return DecodingError(
+            f"a row of {length} tokens is longer than the model's window of {window}"
+        )
 
     def _recompute(self, n: int) -> Tensor:
         """The hidden states of each row's last n tokens, from the tokens in its window alone.
@@ -237,9 +272,7 @@ class DecodeSession:
         window = self.model.config.context_length
         lengths = self.rows.lengths
         if max(lengths) > window and self.overflow == "stop":
-            raise DecodingError(
-                f"a row of {max(lengths)} tokens is longer than the model's window of {window}"
-            )
+            raise self._too_long(max(lengths))
         counts = [min(length, window) for length in lengths]
         ids = self.rows.tokens
         if max(lengths) > window:

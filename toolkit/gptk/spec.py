@@ -1,7 +1,8 @@
 """Spec strings: the one way to name a plug-in with options.
 
 `name` or `name:key=value,key=value`. A value with a comma, a space or a quote at its start is
-quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\"`, `\\\\`).
+quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\"`, `\\\\`). Lists and
+the like are written as JSON, `tokens="[1, 2]"`.
 
 >>> parse_spec("beam:width=4,early_stopping=never")
 ('beam', {'width': '4', 'early_stopping': 'never'})
@@ -11,13 +12,14 @@ quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\
 'stop:text="a, b"'
 """
 
+import json
 import re
 from collections.abc import Mapping
 
 from gptk.errors import SpecError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]*)=")
 _QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'""", re.DOTALL)
 _PLAIN = re.compile(r"""(?!["'])[^,\s]+""")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0"}
@@ -29,7 +31,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 
     Raises SpecError, with the place that could not be read, for any other form.
     """
-    name = _NAME.match(spec)
+    name = NAME.match(spec)
     if not name:
         raise SpecError(f"not a spec: {spec!r}; {_FORM}")
     at = name.end()
@@ -43,9 +45,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         value = _QUOTED.match(spec, key.end()) or _PLAIN.match(spec, key.end())
         if not value:
             raise SpecError(f"{spec!r} gives no value for {key[1]}; {_FORM}")
-        if key[1] in options:
+        name_of_option = key[1].replace("-", "_")  # names have hyphens, so people write them
+        if name_of_option in options:
             raise SpecError(f"{spec!r} gives {key[1]} twice")
-        options[key[1]] = unescape(value[0][1:-1]) if value[0][0] in "\"'" else value[0]
+        options[name_of_option] = unescape(value[0][1:-1]) if value[0][0] in "\"'" else value[0]
         at = value.end()
     return name[0], options
 
@@ -63,7 +66,7 @@ def unescape(text: str) -> str:
 
 
 def _format_value(value: object) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     if _PLAIN.fullmatch(text):
         return text
     text = text.replace("\\", "\\\\").replace('"', '\\"')

@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
-from gptk.plugins import Plugin, find, provided
-from gptk.spec import parse_spec
+from gptk.plugins import Plugin, create, provided
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +42,11 @@ class WeightLoader(Plugin):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        """Whether `source` is of this format, told without reading it whole."""
-        raise NotImplementedError(f"{cls.__name__} does not define matches()")
+        """Whether `source` is of this format, told without reading it whole.
+
+        By default never: such a loader is named by its spec string.
+        """
+        return False
 
     @classmethod
     def from_source(cls, source: str) -> "WeightLoader":
@@ -231,12 +233,9 @@ def find_loader(source: str) -> WeightLoader:
             assert isinstance(loader, WeightLoader)
             return loader
     try:
-        name, options = parse_spec(source)
-        loader = find("loader", name).item(**options)
+        return create("loader", source, WeightLoader)
     except (SpecError, UnknownNameError):
         raise SourceError(_unknown_source(source)) from None
-    assert isinstance(loader, WeightLoader)
-    return loader
 
 
 def default_source() -> str:

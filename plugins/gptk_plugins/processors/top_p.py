@@ -16,7 +16,7 @@ FIRST = 256
 
 
 class TopP(gptk.LogitsProcessor):
-    """Keeps the smallest set of most likely tokens whose probabilities reach p."""
+    """Keeps the fewest most likely tokens that reach p together, and ties with the last."""
 
     name = "top-p"
     example = "p=0.9"
@@ -35,8 +35,9 @@ class TopP(gptk.LogitsProcessor):
             if size == vocabulary or bool((mass[:, -1] >= self.p).all()):
                 break
             size = min(16 * size, vocabulary)
-        # A token stays if those before it fall short of p. The first always does.
-        keep = torch.ones_like(top.values, dtype=torch.bool)
-        keep[:, 1:] = mass[:, :-1] < self.p
-        kept = top.values.masked_fill(~keep, -torch.inf)
-        return torch.full_like(logits, -torch.inf).scatter(1, top.indices, kept)
+        # A token stays if those before it fall short of p; the first always does. Ties with the
+        # last stay too: which of them comes first is an accident of the sort.
+        kept = torch.ones_like(mass, dtype=torch.bool)
+        kept[:, 1:] = mass[:, :-1] < self.p
+        least = top.values.masked_fill(~kept, torch.inf).amin(dim=-1, keepdim=True)
+        return logits.masked_fill(logits < least, -torch.inf)

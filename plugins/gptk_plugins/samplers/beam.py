@@ -26,7 +26,7 @@ class Beam(gptk.Sampler):
 
     width: int = Field(4, ge=1, description="beams kept at each step")
     length_penalty: float = Field(
-        1.0, description="above 0 favours longer results, below 0 shorter ones"
+        1.0, ge=-10, le=10, description="above 0 favours longer results, below 0 shorter ones"
     )
     early_stopping: bool | Literal["never"] = Field(
         False,
@@ -43,7 +43,8 @@ class Beam(gptk.Sampler):
         return self.width
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        # Each row can end in len(eos) ways: with so many candidates `width` of them go on.
+        # Each row can end in len(eos) ways: of so many candidates `width` go on, unless stop
+        # strings end more.
         count = self.width * max(2, 1 + len(rows.eos))
         top = logits.topk(min(count, logits.shape[-1]), dim=-1)
         logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)

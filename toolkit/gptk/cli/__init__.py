@@ -31,13 +31,13 @@ class _Commands(click.Group):
         if name in COMMANDS:
             command = importlib.import_module(f"gptk.cli.{name}").command
         else:
-            from gptk.plugins import provided
+            from gptk.plugins import find, provided
 
             added = provided("command")
             if name not in added:
                 known = suggest(name, [*COMMANDS, *added], what="commands")
                 raise UnknownNameError(f"no command is called {name!r}; {known}")
-            command = added[name].item
+            command = find("command", name).item
         assert isinstance(command, click.Command)
         return command
 
@@ -67,6 +67,9 @@ def main() -> NoReturn:
         sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except GptkError as error:

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.errors import DecodingError
 from gptk.spec import unescape
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prompts-file",
-    type=click.File("r", encoding="utf-8"),
+    type=click.File("r", encoding="utf-8-sig"),
     help="A prompt a line, decoded as one batch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, one on each line.")
@@ -102,7 +103,13 @@ def command(
     prompts = _read_prompts(prompt, prompts_file)
     warn_of_failures()
     from gptk.language_model import load
+    from gptk.plugins import create
+    from gptk.sampling import LogitsProcessor, Sampler
 
+    # Mistakes are told before the model is loaded.
+    create("sampler", settings["sampler"], Sampler).max_rows(settings["n"])
+    for processor in settings["processors"]:
+        create("processor", processor, LogitsProcessor)
     lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
     stream = lm.stream_batch(prompts, stop=[unescape(text) for text in stop], **settings)
     print_pieces = stream.live and not (as_json or no_stream)
@@ -115,7 +122,10 @@ def command(
                 sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
-        rest = stream.interrupt()
+        try:
+            rest = stream.interrupt()
+        except DecodingError:  # there is nothing yet
+            sys.exit(130)
         if print_pieces:
             click.echo(rest, nl=False)
     seconds = time.perf_counter() - start
@@ -140,7 +150,11 @@ def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]
             raise click.UsageError(f"{prompts_file.name} has no prompts; write one on each line")
         return prompts
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+        piped = sys.stdin is not None and not sys.stdin.isatty()
+        try:
+            prompt = sys.stdin.read().removesuffix("\n") if piped else ""
+        except UnicodeDecodeError:
+            raise click.UsageError("standard input is not UTF-8 text") from None
     return [prompt]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gptk.cli import COMMANDS, warn_of_failures
 from gptk.errors import UnknownNameError, suggest
@@ -34,7 +35,7 @@ def command(ctx: click.Context) -> None:
         table.add_column(column, overflow="fold")
     for kind in KINDS:
         for one in provided(kind).values():
-            table.add_row(kind, one.name, one.distribution, summary(one.item))
+            table.add_row(kind, one.name, one.distribution, Text(summary(one.item)))
     _console().print(table)
 
 
@@ -50,7 +51,7 @@ def show(name: str, kind: str | None) -> None:
     found = [provided(k)[name] for k in searched if name in provided(k)]
     if not found:
         names = {other for k in searched for other in provided(k)}
-        what = KINDS[kind][1] if kind else "plug-ins"
+        what = KINDS[kind].plural if kind else "plug-ins"
         raise UnknownNameError(
             f"no {kind or 'plug-in'} is called {name!r}; {suggest(name, names, what=what)}"
         )
@@ -74,8 +75,8 @@ def _show(one: Provided) -> None:
             for column in ("Option", "Allowed", "Default", "What it does"):
                 table.add_column(column, overflow="fold")
             for row in rows:
-                table.add_row(*row)
-            console.print(table, markup=False)
+                table.add_row(*map(Text, row))
+            console.print(table)
         else:
             click.echo("No options.")
     if one.kind in _USES:
