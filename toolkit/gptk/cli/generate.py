@@ -15,7 +15,7 @@ from gptk.spec import unescape
 
 if TYPE_CHECKING:
     from gptk.generation import Generation
-    from gptk.language_model import LanguageModel, Stream
+    from gptk.language_model import Stream
 
 
 @click.command("generate")
@@ -132,7 +132,7 @@ def command(
     if print_pieces:
         click.echo()
     else:
-        _print_results(lm, prompts, stream.results, settings, as_json=as_json)
+        _print_results(prompts, stream.results, settings, as_json=as_json)
     _print_closing_line(stream, seconds, seed_given=settings["seed"] is not None)
     if interrupted:
         sys.exit(130)
@@ -170,7 +170,6 @@ def _with_progress(stream: "Stream", steps: int) -> Any:
 
 
 def _print_results(
-    lm: "LanguageModel",
     prompts: Sequence[str],
     results: "Sequence[Generation]",
     settings: dict[str, Any],
