@@ -292,12 +292,18 @@ class TestBadInput:
         assert out.returncode == 2
 
 
+def hear_ctrl_c():
+    """In a child: a job that a shell runs in the background has SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_the_partial_text_and_exits_130():
     process = subprocess.Popen(
         [*GPTK, "generate", "Once upon a time", "--max-new-tokens", "2000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
+        preexec_fn=hear_ctrl_c,
     )
     start = os.read(process.stdout.fileno(), 10)
     time.sleep(0.5)
@@ -317,6 +323,7 @@ def test_ctrl_c_during_beam_search_prints_the_best_so_far():
         stdout=subprocess.PIPE,
         stderr=follower,
         stdin=subprocess.DEVNULL,
+        preexec_fn=hear_ctrl_c,
     )
     os.close(follower)
     seen = b""
