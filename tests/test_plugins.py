@@ -208,10 +208,15 @@ class Lists(gptk.LogitsProcessor):
 
 
 def test_lists_and_the_like_are_written_as_json():
-    plugins.register(Provider(Lists), origin="mine")
-    for made in (Lists(), Lists(tokens=(4, 5), words=None, weights={'"x"': 0.5}), Lists(words=[])):
-        assert plugins.create("processor", made.spec, gptk.LogitsProcessor) == made
-    assert plugins.create("processor", 'lists:tokens="[1, 2]"', Lists).tokens == (1, 2)
+    provider = Provider(Lists)
+    plugins.register(provider, origin="mine")
+    try:
+        odd = Lists(tokens=(4, 5), words=None, weights={'"x"': 0.5})
+        for made in (Lists(), odd, Lists(words=[])):
+            assert plugins.create("processor", made.spec, gptk.LogitsProcessor) == made
+        assert plugins.create("processor", 'lists:tokens="[1, 2]"', Lists).tokens == (1, 2)
+    finally:
+        plugins.unregister(provider)
 
 
 def test_a_hyphen_in_an_option_is_an_underscore():

@@ -265,7 +265,7 @@ def test_a_gguf_file_is_loaded_by_its_path(fields, tmp_path):
     assert tokenizer.decode(tokenizer.encode("if 12<|im_end|>")) == "if 12<|im_end|>"
     path.write_bytes(path.read_bytes()[:2000])
     fails(lambda: load_tokenizer(str(path)), "cut short")
-    fails(lambda: load_tokenizer(str(tmp_path / "none.gguf")), "No such file")
+    fails(lambda: load_tokenizer(str(tmp_path / "none.gguf")), "there is no such file")
 
 
 @pytest.mark.parametrize(
