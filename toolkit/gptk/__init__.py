@@ -53,8 +53,11 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
     "TokenizerLoader": "tokenizer",
+    "TrainingListener": "training",
+    "TrainingObserver": "training",
     "UnknownNameError": "errors",
     "WeightLoader": "weights",
+    "WeightWriter": "weights",
     "build_model": "weights",
     "load": "language_model",
     "load_checkpoint": "weights",
@@ -103,9 +106,12 @@ if TYPE_CHECKING:
     from gptk.tokenizer import load_tokenizer as load_tokenizer
     from gptk.training import LRScheduler as LRScheduler
     from gptk.training import Regularizer as Regularizer
+    from gptk.training import TrainingListener as TrainingListener
+    from gptk.training import TrainingObserver as TrainingObserver
     from gptk.weights import Checkpoint as Checkpoint
     from gptk.weights import Tensors as Tensors
     from gptk.weights import WeightLoader as WeightLoader
+    from gptk.weights import WeightWriter as WeightWriter
     from gptk.weights import build_model as build_model
     from gptk.weights import load_checkpoint as load_checkpoint
 

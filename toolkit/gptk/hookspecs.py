@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from gptk.sampling import LogitsProcessor, Sampler
     from gptk.tokenizer import TokenizerLoader
-    from gptk.training import LRScheduler, Regularizer
-    from gptk.weights import WeightLoader
+    from gptk.training import LRScheduler, Regularizer, TrainingObserver
+    from gptk.weights import WeightLoader, WeightWriter
 
 hookspec = pluggy.HookspecMarker("gptk")
 
@@ -55,8 +55,18 @@ def gptk_regularizers() -> "list[type[Regularizer]]":  # type: ignore[empty-body
 
 
 @hookspec
+def gptk_training_observers() -> "list[type[TrainingObserver]]":  # type: ignore[empty-body]
+    """Listeners to what a training run records."""
+
+
+@hookspec
 def gptk_weight_loaders() -> "list[type[WeightLoader]]":  # type: ignore[empty-body]
     """Readers of model files and hubs, for `--model`."""
+
+
+@hookspec
+def gptk_weight_writers() -> "list[type[WeightWriter]]":  # type: ignore[empty-body]
+    """Writers of model formats, for `gptk convert --to`."""
 
 
 @hookspec

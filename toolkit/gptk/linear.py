@@ -28,7 +28,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return _onednn(x, self.packed, self.bias)
-        if not torch.is_grad_enabled() and _suits(self.weight, torch.float32):
+        if (
+            not torch.is_grad_enabled()
+            and _suits(self.weight, torch.float32)
+            and not torch.is_autocast_enabled("cpu")
+        ):
             return _onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 

@@ -80,6 +80,9 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 class Attention(nn.Module):
     """Causal self-attention with grouped heads and a KV cache."""
 
+    dropout = 0.0
+    """Of attention weights, in training."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -110,7 +113,8 @@ class Attention(nn.Module):
             k, v = cache.write(self.layer, k, v, at)
             y = attend(q, k, v, mask=at.mask, causal=at.causal)
         else:
-            y = attend(q, k, v, mask=None, causal=True)
+            dropout = self.dropout if self.training else 0.0
+            y = attend(q, k, v, mask=None, causal=True, dropout=dropout)
         return self.out(y)  # type: ignore[no-any-return]
 
 
@@ -124,7 +128,15 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.addcmul(x * rope[0], swapped, rope[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
     """softmax(q kᵀ / √d) v for grouped heads.
 
     q: (rows, heads, time, d); k, v: (rows, kv_heads, keys, d); mask: (1 or rows, 1, time, keys),
@@ -135,7 +147,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool
     if causal or group == 1:
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+        )
     else:
         q = q.reshape(rows, -1, group * time, d)
         if mask is not None:
@@ -168,6 +182,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
+    dropout = 0.0
+    """Of what is added, in training."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = make_norm(config, config.width)
@@ -178,12 +195,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor | None, cache: KVCache | None, at: Slots | None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, cache, at)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        x = x + self._drop(self.attn(self.attn_norm(x), rope, cache, at))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class GPT(nn.Module):
     """A decoder-only transformer; see GPTConfig for what can vary."""
+
+    dropout = 0.0
+    """Of the embeddings, in training."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -219,6 +242,8 @@ class GPT(nn.Module):
             rope = self._rope_table(end, x)[:, positions, None]
         else:
             x = x + self.embed_positions(positions)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
         for block in self.blocks:
             x = block(x, rope, cache, at)
         if cache is not None:
@@ -241,6 +266,12 @@ class GPT(nn.Module):
             device=self.device,
             dtype=self.dtype,
         )
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout in training, in GPT-2's places: embeddings, attention weights, residuals."""
+        for module in self.modules():
+            if isinstance(module, GPT | Block | Attention):
+                module.dropout = p
 
     def pack(self) -> "GPT":
         """Put the weights into the layout that is fastest to decode with, where there is one.

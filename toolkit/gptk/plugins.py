@@ -45,7 +45,11 @@ KINDS = {
     ),
     "scheduler": Kind("gptk_lr_schedulers", "LR schedulers", "gptk.training:LRScheduler"),
     "regularizer": Kind("gptk_regularizers", "regularizers", "gptk.training:Regularizer"),
+    "observer": Kind(
+        "gptk_training_observers", "training observers", "gptk.training:TrainingObserver"
+    ),
     "loader": Kind("gptk_weight_loaders", "weight loaders", "gptk.weights:WeightLoader"),
+    "writer": Kind("gptk_weight_writers", "weight writers", "gptk.weights:WeightWriter"),
     "tokenizer": Kind("gptk_tokenizers", "tokenizers", "gptk.tokenizer:TokenizerLoader"),
     "command": Kind("gptk_commands", "commands", "click:Command"),
 }

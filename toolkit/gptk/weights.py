@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
@@ -62,6 +63,19 @@ class WeightLoader(Plugin):
     def load(self) -> Checkpoint:
         """Read the configuration and all tensors. Raises SourceError."""
         raise NotImplementedError(f"{type(self).__name__} does not define load()")
+
+
+class WeightWriter(Plugin):
+    """Writes a model in one format, a directory, for `gptk convert --to NAME`."""
+
+    kind: ClassVar[str] = "writer"
+
+    def write(self, path: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
+        """Write into the empty directory `path`, which becomes visible once all is there.
+
+        Raises SourceError for a model that the format cannot hold.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define write()")
 
 
 class Tensors:
