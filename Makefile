@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 demo: setup
 	.venv/bin/gptk generate "The capital of France is" --sampler beam
+	rm -rf runs/demo
+	.venv/bin/gptk train --out runs/demo --set steps=200 --set eval_every=100 --set sample_tokens=0
+	.venv/bin/gptk generate "The statement " --model runs/demo --sampler top-k:k=20 --seed 1
 
 test: setup
 	.venv/bin/python -m pytest
@@ -36,4 +39,4 @@ bench: setup
 	.venv/bin/python -m pytest benchmarks
 
 clean:
-	rm -rf .venv
+	rm -rf .venv runs

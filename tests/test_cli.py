@@ -185,13 +185,12 @@ def test_plugins_show_gives_options_bounds_defaults_and_an_example():
 
 
 def test_every_shown_example_is_a_valid_spec():
-    from gptk.plugins import KINDS, provided
-    from gptk.spec import parse_spec
+    from gptk.plugins import KINDS, create, provided
 
     for kind in KINDS:
         for one in provided(kind).values():
             if kind != "command" and one.item.example:
-                one.item(**parse_spec(f"{one.name}:{one.item.example}")[1])
+                create(kind, f"{one.name}:{one.item.example}", KINDS[kind].base_class())
 
 
 class TestBadInput:
@@ -333,7 +332,7 @@ def test_ctrl_c_during_beam_search_prints_the_best_so_far():
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert len(out) > 5
+    assert out.strip()
 
 
 def test_a_closed_pipe_ends_quietly():

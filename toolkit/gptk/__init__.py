@@ -23,10 +23,12 @@ hookimpl = pluggy.HookimplMarker("gptk")
 _HOMES = {
     "Checkpoint": "weights",
     "Choice": "sampling",
+    "DataError": "errors",
     "DecodeSession": "session",
     "Decoding": "decoding",
     "DecodingError": "errors",
     "DeviceError": "errors",
+    "Evaluation": "evaluation",
     "FinishReason": "decoding",
     "Follower": "session",
     "GPT": "model",
@@ -50,18 +52,26 @@ _HOMES = {
     "SpecError": "errors",
     "Stream": "language_model",
     "Tensors": "weights",
+    "TokenFile": "data",
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
     "TokenizerLoader": "tokenizer",
     "TrainingListener": "training",
     "TrainingObserver": "training",
+    "TrainConfig": "train_config",
+    "Trainer": "trainer",
+    "TrainingError": "errors",
     "UnknownNameError": "errors",
     "WeightLoader": "weights",
     "WeightWriter": "weights",
+    "Windows": "data",
+    "best_checkpoint": "checkpoints",
     "build_model": "weights",
+    "evaluate": "evaluation",
     "load": "language_model",
     "load_checkpoint": "weights",
     "load_tokenizer": "tokenizer",
+    "prepare_tokens": "data",
 }
 
 __all__ = [
@@ -74,8 +84,13 @@ __all__ = [
 if TYPE_CHECKING:
     from gptk import plugins as plugins
     from gptk.cache import KVCache as KVCache
+    from gptk.checkpoints import best_checkpoint as best_checkpoint
+    from gptk.data import TokenFile as TokenFile
+    from gptk.data import Windows as Windows
+    from gptk.data import prepare_tokens as prepare_tokens
     from gptk.decoding import Decoding as Decoding
     from gptk.decoding import FinishReason as FinishReason
+    from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
     from gptk.errors import GptkError as GptkError
@@ -85,7 +100,10 @@ if TYPE_CHECKING:
     from gptk.errors import SourceError as SourceError
     from gptk.errors import SpecError as SpecError
     from gptk.errors import TokenizerError as TokenizerError
+    from gptk.errors import TrainingError as TrainingError
     from gptk.errors import UnknownNameError as UnknownNameError
+    from gptk.evaluation import Evaluation as Evaluation
+    from gptk.evaluation import evaluate as evaluate
     from gptk.generation import Generation as Generation
     from gptk.generation import Score as Score
     from gptk.language_model import LanguageModel as LanguageModel
@@ -104,6 +122,8 @@ if TYPE_CHECKING:
     from gptk.tokenizer import Tokenizer as Tokenizer
     from gptk.tokenizer import TokenizerLoader as TokenizerLoader
     from gptk.tokenizer import load_tokenizer as load_tokenizer
+    from gptk.train_config import TrainConfig as TrainConfig
+    from gptk.trainer import Trainer as Trainer
     from gptk.training import LRScheduler as LRScheduler
     from gptk.training import Regularizer as Regularizer
     from gptk.training import TrainingListener as TrainingListener

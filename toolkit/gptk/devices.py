@@ -1,5 +1,8 @@
 """Device and dtype, by name or chosen."""
 
+import ctypes
+import sys
+
 import torch
 
 from gptk.errors import DeviceError
@@ -46,3 +49,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise DeviceError(f"no dtype {name!r}; dtypes: auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory it frees, for training on a CPU.
+
+    A training step frees and takes gradients and activations of gigabytes. By default glibc
+    gives large blocks back to the system, which then fills them with zeros, page by page: for
+    GPT-2 124M 270,000 page faults and a sixth of the time of each step. Elsewhere than on Linux
+    with glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h

@@ -57,6 +57,14 @@ class DecodingError(GptkError):
     """Decoding cannot go on, for example when processors left no token to choose from."""
 
 
+class DataError(GptkError):
+    """A text to train on or to evaluate on is missing, not UTF-8, or too short."""
+
+
+class TrainingError(GptkError):
+    """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
+
+
 def suggest(name: str, known: Iterable[str], *, what: str) -> str:
     """The sentence that follows an unknown name: the nearest names, else all there are.
 

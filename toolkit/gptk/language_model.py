@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
 import torch
-import torch.nn.functional as F
 
 from gptk.decoding import Decoding, Limits
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError
+from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
 from gptk.model import GPT
 from gptk.plugins import create
@@ -132,13 +132,8 @@ class LanguageModel:
         with torch.inference_mode():
             tokens = torch.tensor(ids, device=self.model.device)
             hidden = self.model(tokens[None, :-1])[0]
-            # In chunks, so that logits over the whole text never stand in memory at once.
-            logprobs: list[float] = []
-            for at in range(0, len(hidden), 256):
-                logits = self.model.logits(hidden[at : at + 256])
-                targets = tokens[at + 1 : at + 1 + len(logits)]
-                logprobs += (-F.cross_entropy(logits, targets, reduction="none")).tolist()
-        return Score(tokens=ids, token_logprobs=logprobs)
+            logprobs = token_logprobs(self.model, hidden, tokens[1:])
+        return Score(tokens=ids, token_logprobs=logprobs.tolist())
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, checked; those of an empty text are the start token's.

@@ -32,6 +32,7 @@ class Linear(nn.Linear):
             not torch.is_grad_enabled()
             and _suits(self.weight, torch.float32)
             and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
         ):
             return _onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

@@ -99,16 +99,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         rows, time, _ = x.shape
         qkv = self.qkv(x).view(rows, time, -1, self.head_dim)
-        qk, v = qkv[:, :, : -self.n_kv_heads], qkv[:, :, -self.n_kv_heads :]
+        # Split, not sliced: the backward pass then joins the parts once, without zeros to add to.
+        qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk[:, :, : self.n_heads], qk[:, :, self.n_heads :]
+            q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
             qk = rotate(qk, rope)
+        q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
         # (rows, heads, time, head_dim)
-        q = qk[:, :, : self.n_heads].transpose(1, 2)
-        k = qk[:, :, self.n_heads :].transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None and at is not None:
             k, v = cache.write(self.layer, k, v, at)
             y = attend(q, k, v, mask=at.mask, causal=at.causal)
@@ -285,10 +285,10 @@ class GPT(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.unpack()
-        if self.config.tied_head:
+        packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
+        for module in packed:
+            module.unpack()
+        if packed and self.config.tied_head:
             self.head.weight = self.embed.weight
 
     def train(self, mode: bool = True) -> "GPT":
@@ -321,16 +321,18 @@ class GPT(nn.Module):
         table = self._rope
         if table.shape[1] >= length and table.device == like.device and table.dtype == like.dtype:
             return table
-        # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large.
-        length = max(length, 2 * table.shape[1], 128)
-        half = self.config.head_dim // 2
-        exponents = torch.arange(half, device=like.device, dtype=torch.float32) / half
-        frequencies = 1.0 / self.config.rope_theta**exponents
-        if self.config.rope_factors is not None:
-            frequencies /= torch.tensor(self.config.rope_factors, device=like.device)
-        positions = torch.arange(length, device=like.device, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)
-        cos, sin = angles.cos(), angles.sin()
-        table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-        self._rope = table.to(like.dtype)
+        # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large. Never an
+        # inference tensor: a table made while sampling serves training, too.
+        with torch.inference_mode(False):
+            length = max(length, 2 * table.shape[1], 128)
+            half = self.config.head_dim // 2
+            exponents = torch.arange(half, device=like.device, dtype=torch.float32) / half
+            frequencies = 1.0 / self.config.rope_theta**exponents
+            if self.config.rope_factors is not None:
+                frequencies /= torch.tensor(self.config.rope_factors, device=like.device)
+            positions = torch.arange(length, device=like.device, dtype=torch.float32)
+            angles = torch.outer(positions, frequencies)
+            cos, sin = angles.cos(), angles.sin()
+            table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+            self._rope = table.to(like.dtype)
         return self._rope

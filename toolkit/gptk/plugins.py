@@ -56,26 +56,41 @@ KINDS = {
 """By the word that users say."""
 
 
-class Plugin(pydantic.BaseModel):
-    """The base of everything a hook provides but commands: a name and typed, bounded options.
+class Options(pydantic.BaseModel):
+    """Typed, bounded options: pydantic fields with default, bounds and a `description`.
 
-    Options are pydantic fields with default, bounds and a `description`; from that one
-    declaration come validation, the spec string's parsing and `gptk plugins show NAME`.
-    Instances are frozen, compare by value and can be shared. Wrong options raise OptionError.
+    From that one declaration come validation, parsing and help. Instances are frozen, compare by
+    value and can be shared. Wrong options raise OptionError.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    name: ClassVar[str]
-    kind: ClassVar[str]
-    example: ClassVar[str] = ""
-    """Options worth showing, such as `width=4`; `gptk plugins show` makes a command of it."""
 
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
         except pydantic.ValidationError as error:
             raise OptionError(_explain(type(self), error)) from None
+
+    @classmethod
+    def title(cls) -> str:
+        """Whose options these are, as messages say it."""
+        raise NotImplementedError
+
+
+class Plugin(Options):
+    """The base of everything a hook provides but commands: a name, and options.
+
+    `gptk plugins show NAME` and the parsing of spec strings rest on the options' declaration.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    example: ClassVar[str] = ""
+    """Options worth showing, such as `width=4`; `gptk plugins show` makes a command of it."""
+
+    @classmethod
+    def title(cls) -> str:
+        return f"{cls.kind} {cls.name}"
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise PluginError(
@@ -151,7 +166,7 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
     plugin = find(kind, name).item
     fields = plugin.model_fields
     typed = {
-        key: _from_text(text) if key in fields and fields[key].annotation is not str else text
+        key: from_text(text) if key in fields and fields[key].annotation is not str else text
         for key, text in options.items()
     }
     made = plugin(**typed)
@@ -159,7 +174,8 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
     return made
 
 
-def _from_text(text: str) -> object:
+def from_text(text: str) -> object:
+    """An option's value as it was typed: JSON for lists, objects and null."""
     if text[:1] in "[{" or text == "null":
         try:
             return json.loads(text)
@@ -275,8 +291,8 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def option_help(plugin: type[Plugin]) -> list[tuple[str, str, str, str]]:
-    """The options of a plug-in class as (name, type and bounds, default, line of help)."""
+def option_help(plugin: type[Options]) -> list[tuple[str, str, str, str]]:
+    """The options of a class as (name, type and bounds, default, line of help)."""
     try:
         schema = plugin.model_json_schema(by_alias=False)
     except pydantic.errors.PydanticInvalidForJsonSchema:
@@ -328,10 +344,10 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _explain(plugin: type[Plugin], error: pydantic.ValidationError) -> str:
+def _explain(plugin: type[Options], error: pydantic.ValidationError) -> str:
     """A pydantic error as one line: what was given and what is allowed."""
     options = {name: (allowed, default) for name, allowed, default, _ in option_help(plugin)}
-    who = f"{plugin.kind} {plugin.name}"
+    who = plugin.title()
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""Writing a gptk checkpoint: a directory that is there whole or not at all.
+"""Writing models: directories that are there whole or not at all, and gptk's own format.
 
     gptk.json            format version, configuration, what is known of the tokenizer
     model.safetensors    the tensors by the names of gptk.GPT, a tied head once
@@ -13,16 +13,19 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from gptk.errors import SourceError
 
 if TYPE_CHECKING:
     import tiktoken
+    from torch import Tensor
 
-    from gptk.model import GPT
+    from gptk.model import GPT, GPTConfig
     from gptk.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -37,48 +40,37 @@ def save_checkpoint(
     All is written beside `path` and synced to disk first, then renamed; a gptk checkpoint that
     is there is replaced. Raises SourceError if `path` is anything else, or cannot be written.
     """
-    target = Path(path).resolve()
-    _check_replaceable(target)
-    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-        _write_files(new, model, tokenizer)
-        for file in (*new.iterdir(), new):
-            _sync(file)
-        _replace(target, new)
-        _sync(target.parent)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    write_directory(
+        path,
+        lambda folder: write_model(folder, model.config, model.state_dict(), tokenizer),
+        what="gptk checkpoint",
+        files=FILES,
+    )
 
 
-def _check_replaceable(target: Path) -> None:
-    """Nothing there, an empty directory, or a checkpoint and nothing else."""
-    if not target.exists():
-        return
-    found = {one.name for one in target.iterdir()} if target.is_dir() else {target.name}
-    if found and (not target.is_dir() or "gptk.json" not in found):
-        raise SourceError(f"{target} is there and is no gptk checkpoint; it is not overwritten")
-    if others := sorted(found - set(FILES)):
-        raise SourceError(
-            f"{target} holds more than a gptk checkpoint ({', '.join(others[:3])}); "
-            "it is not overwritten"
-        )
+def write_model(
+    folder: Path,
+    config: "GPTConfig",
+    state: "Mapping[str, Tensor]",
+    tokenizer: "Tokenizer | None",
+) -> None:
+    """Write gptk's three files into a directory that is there; nothing is synced.
 
-
-def _write_files(folder: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
+    state: the tensors by the names of gptk.GPT, on any device; `head.weight` counts only where
+    the head is not tied. Raises OSError or SafetensorError, for a full disk for example.
+    """
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tied_head:
-        del tensors["head.weight"]
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if not (config.tied_head and name == "head.weight")
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     about: dict[str, Any] = {
         "format": "gptk",
         "version": FORMAT_VERSION,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(config),
         "tokenizer": None,
     }
     if tokenizer is not None:
@@ -101,6 +93,68 @@ def _write_files(folder: Path, model: "GPT", tokenizer: "Tokenizer | None") -> N
         (folder / "tokenizer.tiktoken").write_bytes(_ranks(encoding))
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     (folder / "gptk.json").write_text(text, encoding="utf-8")
+    # Safetensors' files are their owner's alone; they shall be whose the others are.
+    (folder / "model.safetensors").chmod((folder / "gptk.json").stat().st_mode)
+
+
+def write_directory(
+    path: str | os.PathLike[str],
+    write: Callable[[Path], None],
+    *,
+    what: str,
+    files: Collection[str] | None = None,
+) -> None:
+    """Have `write` fill an empty directory, sync it to disk, and put it at `path`.
+
+    What is at `path` is replaced if it is the same kind of directory and nothing more: its
+    entries are among `files`, the names that one may have, the first of them always (without
+    `files`: among the names that were just written). what: the kind, for messages.
+
+    Raises SourceError if `path` is anything else, or cannot be written; nothing is left behind.
+    """
+    target = Path(path).resolve()
+    if files is not None:
+        check_replaceable(target, what, files)
+    new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        write(new)
+        if files is None:
+            check_replaceable(target, what, sorted(one.name for one in new.iterdir()))
+        for written in (*new.rglob("*"), new):
+            sync(written)
+        _replace(target, new)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:  # safetensors says so when the disk is full
+        raise SourceError(f"{path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
+    """That there is nothing, an empty directory, or what `files` make up, the first of them
+    and no others. Raises SourceError."""
+    if not target.exists():
+        return
+    found = {one.name for one in target.iterdir()} if target.is_dir() else {target.name}
+    if found and (not target.is_dir() or next(iter(files)) not in found):
+        raise SourceError(f"{target} is there and is no {what}; it is not overwritten")
+    if others := sorted(found - set(files)):
+        raise SourceError(
+            f"{target} holds more than a {what} ({', '.join(others[:3])}); it is not overwritten"
+        )
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written; directories can't be synced on Windows."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _ranks(encoding: "tiktoken.Encoding") -> bytes:
@@ -123,14 +177,3 @@ def _replace(target: Path, new: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written; directories can't be synced on Windows."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,13 @@
 """What several loaders do with tensors."""
 
+import os
+import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -31,6 +35,54 @@ def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     except (OSError, safetensors.SafetensorError) as error:
         problem = "there is no such file" if not path.exists() else f"cut short or damaged: {error}"
         raise gptk.SourceError(f"{path}: {problem}") from None
+
+
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """What torch.save wrote: tensors and plain containers, nothing else is unpickled.
+
+    Tensors are mapped where the file allows. Raises SourceError.
+    """
+    try:
+        # Only the zip format, PyTorch's since 1.6, can be mapped instead of read.
+        found = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except FileNotFoundError:
+        raise gptk.SourceError(f"{path}: there is no such file") from None
+    except pickle.UnpicklingError:
+        raise gptk.SourceError(
+            f"{path} is cut short, or holds more than tensors; nothing in it was run"
+        ) from None
+    except Exception as error:  # on a damaged file the unpickler stumbles in many ways
+        reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
+        raise gptk.SourceError(f"{path} is cut short or damaged: {reason}") from None
+    if not isinstance(found, dict):
+        raise gptk.SourceError(f"{path} holds a {type(found).__name__}, not a state dict")
+    return found
+
+
+def torch_file_names(path: str, *names: bytes) -> bool:
+    """Whether a .pt or .pth file seems to hold something by each of some names."""
+    if not path.endswith((".pth", ".pt")) or not os.path.isfile(path):
+        return False
+    # torch.save writes the names first and uncompressed: they are found without unpickling.
+    with open(path, "rb") as file:
+        head = file.read(2**20)
+    return all(name in head for name in names)
+
+
+def state_readers(weights: Mapping[Any, Any]) -> dict[str, Callable[[], Tensor]]:
+    """A reader for each tensor of a state dict, by its name without what torch.compile and
+    data-parallel wrappers put before it."""
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
+    return {
+        str(name).removeprefix("_orig_mod.").removeprefix("module."): partial(same, tensor)
+        for name, tensor in weights.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def stored_as(state: Mapping[str, Tensor]) -> str:

@@ -17,7 +17,7 @@ _VERSION = 1
 
 
 class Gptk(gptk.WeightLoader):
-    """A checkpoint that gptk saved: a directory with gptk.json and model.safetensors."""
+    """What gptk saved: a directory with gptk.json, or a training run, of which the best."""
 
     name = "gptk"
     example = "path=checkpoint"
@@ -26,16 +26,19 @@ class Gptk(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        return os.path.isfile(os.path.join(source, "gptk.json"))
+        saved = os.path.isfile(os.path.join(source, "gptk.json"))
+        return saved or gptk.best_checkpoint(source) is not None
 
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)
+        if not (folder / "gptk.json").exists():
+            folder = gptk.best_checkpoint(folder) or folder
         about = _read_about(folder)
         try:
             config = gptk.GPTConfig(**about["config"])
         except (KeyError, TypeError) as error:
             raise gptk.SourceError(f"{folder}/gptk.json: wrong configuration: {error}") from None
-        tensors = gptk.Tensors(safetensors_readers(folder / "model.safetensors"), self.path)
+        tensors = gptk.Tensors(safetensors_readers(folder / "model.safetensors"), str(folder))
         state = tensors.assemble(config, {})
         stored: dict[str, Any] | None = about.get("tokenizer")
 
@@ -44,7 +47,7 @@ class Gptk(gptk.WeightLoader):
 
         notes = {"format": f"gptk {about['version']}", "stored as": stored_as(state)}
         return gptk.Checkpoint(
-            config, state, tokenizer if stored is not None else None, self.path, notes
+            config, state, tokenizer if stored is not None else None, str(folder), notes
         )
 
 

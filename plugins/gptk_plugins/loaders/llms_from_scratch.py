@@ -4,20 +4,18 @@
 with that as `model_state_dict`. The number of heads is not in the file.
 """
 
-import os
-import pickle
 import re
-import zipfile
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 import gptk
-from gptk_plugins.loaders._tensors import stored_as
+from gptk_plugins.loaders._tensors import (
+    read_torch_file,
+    state_readers,
+    stored_as,
+    torch_file_names,
+)
 
 _NAMES = {
     "embed": "tok_emb",
@@ -63,25 +61,16 @@ class LLMsFromScratch(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        if not source.endswith((".pth", ".pt")) or not os.path.isfile(source):
-            return False
-        # torch.save writes the names first and uncompressed: they are found without unpickling.
-        with open(source, "rb") as file:
-            head = file.read(2**20)
-        return b"tok_emb.weight" in head and b"trf_blocks.0.att." in head
+        return torch_file_names(source, b"tok_emb.weight", b"trf_blocks.0.att.")
 
     def load(self) -> gptk.Checkpoint:
-        found = _read(Path(self.path))
+        found = read_torch_file(Path(self.path))
         weights = found.get("model_state_dict", found)
-        if not isinstance(weights, dict) or "tok_emb.weight" not in map(_plain, weights):
+        readers = state_readers(weights) if isinstance(weights, dict) else {}
+        if "tok_emb.weight" not in readers:
             raise gptk.SourceError(
                 f"{self.path} is not the book's GPTModel: there is no tok_emb.weight in it"
             )
-        readers = {
-            _plain(name): partial(_same, tensor)
-            for name, tensor in weights.items()
-            if isinstance(tensor, Tensor)
-        }
         tensors = gptk.Tensors(readers, self.path)
         shapes = {name: tuple(read().shape) for name, read in readers.items()}
         config = self._config(shapes)
@@ -124,36 +113,6 @@ class LLMsFromScratch(gptk.WeightLoader):
             qkv_bias=any(name.endswith((".W_query.bias", ".qkv.bias")) for name in shapes),
             tied_head=False,
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What torch.save wrote; tensors and plain containers, nothing else is unpickled."""
-    try:
-        # Only the zip format, PyTorch's since 1.6, can be mapped instead of read.
-        found = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except FileNotFoundError:
-        raise gptk.SourceError(f"{path}: there is no such file") from None
-    except pickle.UnpicklingError:
-        raise gptk.SourceError(
-            f"{path} is cut short, or holds more than tensors; nothing in it was run"
-        ) from None
-    except Exception as error:  # on a damaged file the unpickler stumbles in many ways
-        reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
-        raise gptk.SourceError(f"{path} is cut short or damaged: {reason}") from None
-    if not isinstance(found, dict):
-        raise gptk.SourceError(f"{path} holds a {type(found).__name__}, not a state dict")
-    return found
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _plain(name: str) -> str:
-    """A name without what torch.compile and data-parallel wrappers put before it."""
-    return str(name).removeprefix("_orig_mod.").removeprefix("module.")
 
 
 def _gpt2_tokenizer() -> gptk.Tokenizer:

@@ -17,9 +17,13 @@ from gptk.errors import GptkError, UnknownNameError, suggest
 
 # Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
 COMMANDS = {
+    "convert": "Write a model in another format.",
+    "eval": "Measure how well a model predicts a text.",
     "generate": "Continue a prompt, by any sampler.",
     "info": "Show what a model is made of.",
+    "plot": "Plot the losses of training runs.",
     "plugins": "List plug-ins, or show one with its options.",
+    "train": "Train a model, or go on training one.",
 }
 
 

@@ -17,7 +17,11 @@ from gptk.plugins import KINDS, Provided, option_help, provided, summary
 _USES = {
     "sampler": 'gptk generate "Once upon a time" --sampler {}',
     "processor": 'gptk generate "Once upon a time" --sampler multinomial --processor {}',
+    "scheduler": "gptk train --set scheduler={}",
+    "regularizer": "gptk train --set regularizers={}",
+    "observer": "gptk train --set observers={}",
     "loader": "gptk info {}",
+    "writer": "gptk convert smollm2 TARGET --to {}",
     "tokenizer": 'gptk generate "Once upon a time" --tokenizer {}',
     "command": "gptk {} --help",
 }

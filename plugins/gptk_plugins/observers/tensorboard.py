@@ -1,0 +1,71 @@
+"""TensorBoard events of a training run: train/NAME, evaluation/NAME, and samples as text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+import gptk
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_GROUPS = {"step": "train", "evaluation": "evaluation"}
+_NOT_SHOWN = {"kind", "step", "prompt", "text", "skipped"}
+
+
+class TensorBoard(gptk.TrainingObserver):
+    """Writes TensorBoard events: `tensorboard --logdir RUN` shows them."""
+
+    name = "tensorboard"
+
+    path: str | None = Field(
+        None, description="where the events go; without, tensorboard in the run directory"
+    )
+
+    def start(self, run: Path | None) -> gptk.TrainingListener:
+        if self.path is not None:
+            folder = Path(self.path)
+        elif run is not None:
+            folder = run / "tensorboard"
+        else:
+            raise gptk.OptionError(
+                "observer tensorboard: the run has no directory; give tensorboard:path=…"
+            )
+        try:
+            import torch.utils.tensorboard  # noqa: F401 - fails here, not at the first record
+        except ImportError:
+            raise gptk.PluginError(
+                "observer tensorboard needs a package: pip install 'gptk[tensorboard]'"
+            ) from None
+        return _Events(folder)
+
+
+class _Events(gptk.TrainingListener):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        step = int(record["step"])
+        writer = self._started(step)
+        if record["kind"] == "sample":
+            writer.add_text("sample", f"{record['prompt']}{record['text']}", step)
+            return
+        group = _GROUPS.get(record["kind"], record["kind"])
+        for name, value in record.items():
+            if name not in _NOT_SHOWN and isinstance(value, int | float):
+                writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _started(self, step: int) -> "SummaryWriter":
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A run that goes on takes back what was recorded after its checkpoint.
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+        return self._writer

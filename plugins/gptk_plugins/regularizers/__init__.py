@@ -1,0 +1,1 @@
+"""The built-in regularizers, one in each file."""

@@ -1,0 +1,17 @@
+"""Dropout (Srivastava et al. 2014): x ← x · m / (1 - p) in training, where m is 0 with p, or 1."""
+
+from pydantic import Field
+
+import gptk
+
+
+class Dropout(gptk.Regularizer):
+    """Drops embeddings, attention weights and what blocks add, in training: GPT-2's places."""
+
+    name = "dropout"
+    example = "p=0.1"
+
+    p: float = Field(0.1, ge=0, lt=1, description="probability that a value is dropped")
+
+    def setup(self, model: gptk.GPT) -> None:
+        model.set_dropout(self.p)

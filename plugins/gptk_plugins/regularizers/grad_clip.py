@@ -1,0 +1,29 @@
+"""Gradient clipping by norm (Pascanu et al. 2013): g ← g · min(1, max_norm / ‖g‖)."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor, nn
+
+import gptk
+
+
+class GradClip(gptk.Regularizer):
+    """Scales all gradients down together where their joint L2 norm is above a limit.
+
+    Logs `grad_norm`, the norm before clipping.
+    """
+
+    name = "grad-clip"
+    example = "max_norm=1.0"
+
+    max_norm: float = Field(1.0, ge=0, description="the limit; 0 clips nothing, as in nanoGPT")
+
+    def before_step(self, model: gptk.GPT) -> Mapping[str, Tensor | float]:
+        if self.max_norm:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), self.max_norm)
+        else:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        # Of sharded gradients each process has a part: their norm is one only when gathered.
+        return {"grad_norm": norm.full_tensor() if hasattr(norm, "full_tensor") else norm}

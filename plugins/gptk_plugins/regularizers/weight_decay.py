@@ -1,0 +1,39 @@
+"""Decoupled weight decay (AdamW, Loshchilov & Hutter 2019): θ ← θ - lr · strength · θ."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor, nn
+
+import gptk
+
+
+class WeightDecay(gptk.Regularizer):
+    """Draws weights towards zero a little at each step, apart from the gradient.
+
+    Weight matrices always decay; by default embeddings do too, and norms and biases do not, as
+    in nanoGPT. A head that is tied to the embedding is an embedding.
+    """
+
+    name = "weight-decay"
+    example = "strength=0.1"
+
+    strength: float = Field(0.1, ge=0, description="share lost in a step, times learning rate")
+    norms: bool = Field(False, description="whether the gains of norms decay")
+    biases: bool = Field(False, description="whether biases decay, those of norms too")
+    embeddings: bool = Field(True, description="whether embeddings decay, of positions too")
+
+    def parameter_options(
+        self, module: nn.Module, name: str, parameter: Tensor
+    ) -> Mapping[str, float]:
+        return {"weight_decay": self.strength if self._decays(module, name) else 0.0}
+
+    def _decays(self, module: nn.Module, name: str) -> bool:
+        # By name where a module shares its weight: a tied head is a linear layer too.
+        if name.startswith("embed"):
+            return self.embeddings
+        if name.endswith("bias"):
+            return self.biases
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            return self.norms
+        return True

@@ -1,0 +1,1 @@
+"""The built-in LR schedulers, one in each file."""

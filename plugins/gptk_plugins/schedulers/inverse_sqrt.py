@@ -1,0 +1,32 @@
+"""Inverse square root (Vaswani et al. 2017): η ∝ min(n^-½, n · w^-1.5), the peak scaled to 1.
+
+With n = step + 1 and w = warmup + 1 that is n / w in warmup, then √(w / n) = √(w / (w + s)), s
+steps after the peak. It does not depend on how many steps there are in all.
+"""
+
+import math
+
+from pydantic import Field
+
+import gptk
+
+WITHOUT_WARMUP = 10_000
+"""T5's time scale (Raffel et al. 2020). The formula's own would be 1: a tenth after 99 steps."""
+
+
+class InverseSqrt(gptk.LRScheduler):
+    """Falls as the inverse square root of the step, whatever the length of the run."""
+
+    name = "inverse-sqrt"
+    example = "warmup=4000"
+
+    timescale: int | None = Field(
+        None,
+        ge=1,
+        description="steps after the peak in which the rate falls to 0.71 (1/√2); without, "
+        "warmup + 1, or 10000 if there is no warmup",
+    )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        scale = self.timescale or (self.warmup + 1 if self.warmup else WITHOUT_WARMUP)
+        return math.sqrt(scale / (scale + step))

@@ -1,0 +1,53 @@
+"""The TensorBoard observer, read back with TensorBoard's own reader."""
+
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gptk
+from gptk.plugins import create
+from gptk.trainer import Trainer
+from training_runs import config
+
+
+def events(path):
+    reader = EventAccumulator(str(path))
+    reader.Reload()
+    return reader
+
+
+def test_a_run_and_its_continuation_show_each_step_once(tmp_path):
+    run = tmp_path / "run"
+    settings = config(steps=6, eval_every=3, observers=["tensorboard"])
+    Trainer.start(settings, run).train()
+    Trainer.resume(run, ["steps=9"]).train()
+    reader = events(run / "tensorboard")
+    assert [one.step for one in reader.Scalars("train/loss")] == list(range(1, 10))
+    assert [one.step for one in reader.Scalars("evaluation/validation_loss")] == [0, 3, 6, 9]
+    assert {"train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(
+        reader.Tags()["scalars"]
+    )
+    assert len(reader.Tensors("sample/text_summary")) == 4
+
+
+def test_going_back_takes_back_what_came_after(tmp_path):
+    observer = create("observer", f'tensorboard:path="{tmp_path}"', gptk.TrainingObserver)
+    for steps, loss in ((range(1, 6), 1.0), (range(3, 8), 2.0)):
+        listener = observer.start(None)
+        for step in steps:
+            listener.record({"kind": "step", "step": step, "tokens": step, "loss": loss})
+        listener.close()
+    found = [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")]
+    assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2)]
+
+
+def test_without_a_directory_it_needs_a_path():
+    with pytest.raises(gptk.OptionError, match="give tensorboard:path="):
+        create("observer", "tensorboard", gptk.TrainingObserver).start(None)
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(gptk.PluginError, match=r"pip install 'gptk\[tensorboard\]'"):
+        create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)

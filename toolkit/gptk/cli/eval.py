@@ -1,0 +1,120 @@
+"""`gptk eval`: loss, perplexity and bits per byte of a text."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from gptk.cli import warn_of_failures
+
+if TYPE_CHECKING:
+    from gptk.evaluation import Evaluation
+
+
+@click.command("eval")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
+    "installed.",
+)
+@click.option(
+    "--data",
+    "sources",
+    metavar="DATA",
+    multiple=True,
+    required=True,
+    help="A text file, a folder, or builtin:python-docs. Repeat for several.",
+)
+@click.option(
+    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens from one window to the next, at most the model's window. Default: half of it.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Windows at a time. Default: as many as hold 8,192 tokens, at least one.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    help="Evaluate only so many tokens, from the beginning.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="A JSON object.")
+def command(
+    model: str | None,
+    sources: Sequence[str],
+    tokenizer: str | None,
+    stride: int | None,
+    batch_size: int | None,
+    max_tokens: int | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Score a text of any length, each token once, by a sliding window.
+
+    Each window is as long as the model allows; tokens that two windows share are context in the
+    second. A smaller stride gives more context, a lower loss and more work: compare figures at
+    equal window and stride. Bits per byte compare between tokenizers, too.
+    """
+    warn_of_failures()
+    from gptk.data import prepare_tokens
+    from gptk.evaluation import evaluate
+    from gptk.language_model import load
+
+    lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    tokens = prepare_tokens(sources, lm.tokenizer).tokens[:max_tokens]
+    start = time.perf_counter()
+    with _progress() as progress:
+        result = evaluate(lm, tokens, stride=stride, batch_size=batch_size, progress=progress)
+    speed = result.tokens / (time.perf_counter() - start)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result) | {"tokens_per_second": speed}))
+    else:
+        _print(result, speed)
+
+
+def _print(result: "Evaluation", speed: float) -> None:
+    bits = "unknown" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    for label, value in (
+        ("loss", f"{result.loss:.4f} nats/token"),
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("bits per byte", bits),
+        ("tokens", f"{result.tokens:,}"),
+        ("bytes", f"{result.bytes:,}"),
+        ("window", f"{result.context_length:,}"),
+        ("stride", f"{result.stride:,}"),
+        ("speed", f"{speed:,.1f} tokens/s"),
+    ):
+        click.echo(f"{label:<13}  {value}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """On a terminal, a progress bar on standard error."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Evaluating")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

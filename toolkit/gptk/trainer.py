@@ -1,0 +1,859 @@
+"""The training loop, once: steps, evaluation, samples, checkpoints, in one process or several.
+
+    trainer = gptk.Trainer.start(gptk.TrainConfig(data=["book.txt"], steps=500), run="runs/book")
+    trainer.train()
+
+A step is a pure function of the weights, the optimizer's state and the step's number: the
+learning rate, the windows and the random numbers (dropout) all follow from that number and the
+seed. So a run that was killed and resumed goes on bit for bit as if it had not been.
+"""
+
+import hashlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gptk import checkpoints, distributed
+from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
+from gptk.devices import DTYPES, keep_freed_memory, resolve_device
+from gptk.distributed import Processes
+from gptk.errors import OptionError, SourceError, TrainingError
+from gptk.language_model import LanguageModel
+from gptk.metrics import MetricsFile, read_metrics, truncate_metrics
+from gptk.model import GPT
+from gptk.plotting import plot_runs
+from gptk.plugins import create
+from gptk.sampling import Sampler
+from gptk.saving import write_model
+from gptk.tokenizer import Tokenizer, load_tokenizer
+from gptk.train_config import TrainConfig, read_config
+from gptk.training import LRScheduler, Regularizer, TrainingListener, TrainingObserver
+from gptk.weights import Checkpoint, build_model, load_checkpoint
+
+Ending = Literal["finished", "patience", "interrupted"]
+
+# Settings that made the weights; in a run that goes on they stay.
+_FIXED = (
+    "model",
+    "architecture",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "width",
+    "mlp_width",
+    "qkv_bias",
+    "tied_head",
+    "tokenizer",
+)
+
+
+class Trainer:
+    """Trains a GPT on windows of tokens; `start` and `resume` make one from settings.
+
+    model: in float32, on the device to train on. train, validation: what to learn from and what
+    to evaluate on. run: the directory for settings, metrics, checkpoints, samples and plots;
+    without one nothing is written. listeners: told of every record, as metrics.jsonl has it.
+
+    Raises DataError if either has not one batch, OptionError or UnknownNameError for plug-ins.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        train: Windows,
+        validation: Windows,
+        config: TrainConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        run: Path | None = None,
+        processes: Processes | None = None,
+        shard: bool = False,
+        listeners: Iterable[TrainingListener] = (),
+    ) -> None:
+        self.config = config = config or TrainConfig()
+        self.model, self.tokenizer, self.run = model, tokenizer, run
+        self.train_windows, self.validation_windows = train, validation
+        self.processes = processes or Processes()
+        self.shard = shard
+        plugins = _Plugins(config)
+        self.scheduler, self.regularizers = plugins.scheduler, plugins.regularizers
+        self._sampler, self._observers = plugins.sampler, plugins.observers
+        self._listeners = list(listeners)
+        self._dtype = _autocast_dtype(config.dtype, model.device)
+        self._check_data()
+
+        self.step_count = 0
+        """Optimizer steps done."""
+        self.epoch = 0
+        self.position = 0
+        """Windows taken in this epoch."""
+        self.tokens_seen = 0
+        self.best_loss = math.inf
+        """The lowest validation loss so far (of averaged weights, where there are any)."""
+        self.best_step: int | None = None
+        self._evaluations_since_best = 0
+        self._order = (-1, np.empty(0, np.int64))
+
+        for parameter in model.parameters():  # what a loader mapped from a file becomes memory
+            parameter.data = parameter.data.clone()
+        if model.device.type == "cpu":
+            keep_freed_memory()
+        model.train()
+        for regularizer in self.regularizers:
+            regularizer.setup(model)
+        objective = _NextToken(model)
+        if config.compile:
+            for part in model.blocks if shard else [objective]:
+                part.compile()
+        self._objective = self.processes.spread(objective, model.blocks, shard=shard)
+        self._parameters = dict(model.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+        self._states: list[dict[str, Tensor]] = [{} for _ in self.regularizers]
+
+    # --- Making one from settings
+
+    @classmethod
+    def start(
+        cls,
+        config: TrainConfig | None = None,
+        run: str | Path | None = None,
+        *,
+        shard: bool = False,
+        listeners: Iterable[TrainingListener] = (),
+    ) -> "Trainer":
+        """A trainer at step 0: tokenizes the data, makes or loads the model, creates the run.
+
+        Raises DataError, SourceError, TokenizerError, DeviceError, OptionError; TrainingError if
+        `run` is a run already.
+        """
+        config = config or TrainConfig()
+        _Plugins(config)  # mistakes are told before any work
+        folder = None if run is None else Path(run)
+        processes = Processes.join(config.device)
+        if folder is not None and checkpoints.best_checkpoint(folder):
+            raise TrainingError(
+                f"{folder} holds a run already; go on with it (--resume {folder}) or name another"
+            )
+        model, tokenizer = _model_and_tokenizer(config, processes)
+        trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
+        if folder is not None and processes.main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                checkpoints.write_text(folder / "config.toml", config.to_toml(comments=True))
+                truncate_metrics(folder / "metrics.jsonl", -1)
+            except OSError as error:
+                raise TrainingError(f"{folder} cannot be written: {error}") from None
+        return trainer
+
+    @classmethod
+    def resume(
+        cls,
+        run: str | Path,
+        changes: Iterable[str] = (),
+        *,
+        shard: bool = False,
+        listeners: Iterable[TrainingListener] = (),
+        warn: Callable[[str], None] | None = None,
+    ) -> "Trainer":
+        """A trainer where a run's last intact checkpoint left off, in any number of processes.
+
+        changes: settings to change, as `key=value`, for example `steps=4000`. warn: told of
+        damaged checkpoints; by default they are warnings on standard error.
+        Raises TrainingError if there is no checkpoint, or it does not fit the settings.
+        """
+        folder = Path(run)
+        if not (folder / "config.toml").is_file():
+            raise TrainingError(f"{folder} is not a training run: it has no config.toml")
+        before = read_config(folder / "config.toml")
+        config = read_config(folder / "config.toml", changes)
+        processes = Processes.join(config.device)
+        newest = None
+        if processes.main:
+            checkpoints.clean(folder)
+            newest = checkpoints.newest_intact(folder, warn or _warn)
+        newest = processes.tell(newest)
+        assert newest is not None
+        if fixed := {key for key in _FIXED if getattr(config, key) != getattr(before, key)}:
+            raise OptionError(f"{', '.join(sorted(fixed))} cannot change in a run that goes on")
+        checkpoint = load_checkpoint(str(newest))
+        tokenizer = checkpoint.tokenizer() if checkpoint.tokenizer else None
+        device = resolve_device(processes.device(config.device))
+        model = build_model(checkpoint, device, torch.float32)
+        trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
+        trainer._load_state(newest)
+        if processes.main:
+            try:
+                checkpoints.write_text(folder / "config.toml", config.to_toml(comments=True))
+                truncate_metrics(folder / "metrics.jsonl", trainer.step_count)
+                _write_samples(folder)
+            except OSError as error:
+                raise TrainingError(f"{folder} cannot be written: {error}") from None
+        return trainer
+
+    @classmethod
+    def _prepared(
+        cls,
+        model: GPT,
+        tokenizer: Tokenizer | None,
+        config: TrainConfig,
+        run: Path | None,
+        processes: Processes,
+        shard: bool,
+        listeners: Iterable[TrainingListener],
+    ) -> "Trainer":
+        if tokenizer is None:
+            raise OptionError(
+                "the model comes without a tokenizer; name one, such as tokenizer=gpt2"
+            )
+        if tokenizer.encoding.max_token_value >= model.config.vocab_size:
+            raise OptionError(
+                f"the tokenizer has tokens up to {tokenizer.encoding.max_token_value}, the model "
+                f"a vocabulary of {model.config.vocab_size}; name the tokenizer of the model"
+            )
+        context = config.context_length or model.config.context_length
+        if context > model.config.context_length:
+            raise OptionError(
+                f"context_length={context} is more than the model's {model.config.context_length}"
+            )
+        # One process writes the token files; the others then find them.
+        for turn in (True, False):
+            if processes.main == turn:
+                tokens = prepare_tokens(config.data, tokenizer)
+                first, last = tokens.split(config.train_ratio)
+                if config.validation_data:
+                    first = tokens.tokens
+                    last = prepare_tokens(config.validation_data, tokenizer).tokens
+            processes.wait()
+        return cls(
+            model,
+            Windows(first, context, config.stride),
+            Windows(last, context),
+            config,
+            tokenizer=tokenizer,
+            run=run,
+            processes=processes,
+            shard=shard,
+            listeners=listeners,
+        )
+
+    # --- What the settings amount to
+
+    @property
+    def context_length(self) -> int:
+        """Tokens a window."""
+        return self.train_windows.context_length
+
+    @property
+    def step_windows(self) -> int:
+        """Windows in one step: of all batches that are accumulated, in all processes."""
+        return self.config.batch_size * self.config.accumulate * self.processes.count
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that take each training window once, drop_last apart."""
+        whole, rest = divmod(len(self.train_windows), self.step_windows)
+        return whole + (1 if rest and not self.config.drop_last else 0)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps in all."""
+        if self.config.epochs is not None:
+            return max(1, round(self.config.epochs * self.steps_per_epoch))
+        return self.config.steps
+
+    def describe(self) -> list[str]:
+        """What is about to happen, in a few lines: sizes, counts of tokens and batches."""
+        config, batch = self.config, self.config.batch_size
+        parameters = sum(one.numel() for one in self._parameters.values())
+        lines = [
+            f"model: {parameters:,} parameters, vocabulary {self.model.config.vocab_size:,}, "
+            f"window {self.model.config.context_length:,}",
+        ]
+        for name, windows, full in (
+            ("training", self.train_windows, config.drop_last),
+            ("validation", self.validation_windows, False),
+        ):
+            batches = len(windows) // batch if full else -(-len(windows) // batch)
+            lines.append(
+                f"{name}: {len(windows.tokens):,} tokens, {batches:,} batches of {batch} by "
+                f"{self.context_length}"
+            )
+        lines.append(
+            f"{self.total_steps:,} steps of {self.step_windows * self.context_length:,} tokens, "
+            f"{self.total_steps / self.steps_per_epoch:.2f} epochs; "
+            f"device {self.model.device}, {str(self._dtype).removeprefix('torch.')}"
+            + (f", {self.processes.count} processes" if self.processes.count > 1 else "")
+            + (", sharded" if self.shard else "")
+        )
+        return lines
+
+    def _check_data(self) -> None:
+        config = self.config
+        ratio = None if config.validation_data else config.train_ratio
+        length = self.context_length
+        check_enough(
+            self.train_windows,
+            self.step_windows if config.drop_last else 1,
+            which="training",
+            context_length=length,
+            train_ratio=ratio,
+        )
+        check_enough(
+            self.validation_windows,
+            1,
+            which="validation",
+            context_length=length,
+            train_ratio=ratio,
+        )
+        if self.processes.count > 1 and not config.drop_last:
+            raise OptionError("drop_last=false works in one process only: batches must be equal")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameter groups: parameters for which the regularizers give the same options."""
+        options: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                name = names.pop(id(parameter), None)
+                if name is None:
+                    continue  # shared, and asked about at its first owner
+                for regularizer in self.regularizers:
+                    options[name] |= regularizer.parameter_options(module, name, parameter)
+        groups: dict[tuple[tuple[str, float], ...], list[Tensor]] = defaultdict(list)
+        for name, parameter in self._parameters.items():
+            chosen = {"weight_decay": 0.0, "lr_scale": 1.0} | options[name]
+            groups[tuple(sorted(chosen.items()))].append(parameter)
+        return [{"params": params, **dict(chosen)} for chosen, params in groups.items()]
+
+    # --- One step
+
+    def step(self) -> dict[str, Any]:
+        """Take one optimizer step; returns its record, see docs/training.md.
+
+        Raises TrainingError where loss or gradient is not finite, unless on_nan is skip. The
+        weights are then those before the step.
+        """
+        self.model.train()
+        windows = self._next_windows()
+        mine = windows[self.processes.rank :: self.processes.count]
+        lr = self.config.lr * self.scheduler(self.step_count, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        on_gpu = self.model.device.type == "cuda"
+        with torch.random.fork_rng([self.model.device] if on_gpu else []):
+            torch.manual_seed(_key(self.config.seed, self.step_count, self.processes.rank))
+            totals = self._backward(mine)
+        loss, objective = self.processes.sum(totals).div_(self.processes.count).tolist()
+        figures: dict[str, float] = {}
+        if math.isfinite(objective):
+            figures = self._change_gradients()
+        finite = math.isfinite(objective) and math.isfinite(figures["grad_norm"])
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite and self.config.on_nan == "stop":
+            raise TrainingError(self._not_finite(loss, figures, windows))
+        self.step_count += 1
+        self.tokens_seen += len(windows) * self.context_length
+        self.position += len(windows)
+        if finite:
+            for regularizer, state in zip(self.regularizers, self._states, strict=True):
+                regularizer.after_step(self.model, state)
+        return {
+            "kind": "step",
+            "step": self.step_count,
+            "tokens": self.tokens_seen,
+            "loss": loss,
+            **({"objective": objective} if objective != loss else {}),
+            "lr": lr,
+            **figures,
+            **({} if finite else {"skipped": True}),
+        }
+
+    def _next_windows(self) -> np.ndarray:
+        """The windows of this step, for all processes; begins the next epoch when one ends."""
+        n = len(self.train_windows)
+        rest = n - self.position
+        if rest < (self.step_windows if self.config.drop_last else 1):
+            self.epoch, self.position = self.epoch + 1, 0
+        if self._order[0] != self.epoch:
+            order = epoch_order(
+                n, seed=self.config.seed, epoch=self.epoch, shuffle=self.config.shuffle
+            )
+            self._order = (self.epoch, order)
+        return self._order[1][self.position : self.position + self.step_windows]
+
+    def _backward(self, windows: np.ndarray) -> Tensor:
+        """Gradients of the mean loss over some windows. Returns loss and objective."""
+        size = self.config.batch_size
+        batches = [windows[at : at + size] for at in range(0, len(windows), size)]
+        totals = torch.zeros(2, device=self.model.device, dtype=torch.float64)
+        for number, batch in enumerate(batches, start=1):
+            share = len(batch) / len(windows)
+            last = number == len(batches)
+            with nullcontext() if last else self._without_sync():
+                inputs, targets = self._to_device(self.train_windows.batch(batch))
+                logits = self._logits(inputs)
+                loss = objective = _cross_entropy(logits, targets)
+                for regularizer in self.regularizers:
+                    objective = regularizer.loss(objective, logits, targets)
+                for regularizer in self.regularizers:
+                    objective = objective + regularizer.penalty(self.model, logits, targets)
+                torch.autograd.backward(objective * share)
+            totals += torch.stack((loss.detach(), objective.detach())).double() * share
+        return totals
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        if self.processes.count == 1:
+            return nullcontext()
+        return distributed.without_sync(self._objective)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        kind = self.model.device.type
+        with torch.autocast(kind, self._dtype, enabled=self._dtype != torch.float32):
+            return self._objective(inputs)  # type: ignore[no-any-return]
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        device = self.model.device
+        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+    def _change_gradients(self) -> dict[str, float]:
+        """Let the regularizers at the gradients; returns their figures and the norm."""
+        figures: dict[str, float] = {}
+        for regularizer in self.regularizers:
+            figures |= {
+                name: float(value)
+                for name, value in (regularizer.before_step(self.model) or {}).items()
+            }
+        if "grad_norm" not in figures:
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            figures["grad_norm"] = float(distributed.whole(nn.utils.get_total_norm(gradients)))
+        return figures
+
+    def _not_finite(self, loss: float, figures: Mapping[str, float], windows: np.ndarray) -> str:
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            what = (
+                f"the gradient's norm is {figures.get('grad_norm', math.nan)}, the loss {loss:.4f}"
+            )
+        starts = ", ".join(str(self.train_windows.start(int(one))) for one in windows[:8])
+        more = f" and {len(windows) - 8} more" if len(windows) > 8 else ""
+        return (
+            f"step {self.step_count + 1}: {what}; its batch are the windows at the tokens {starts}"
+            f"{more} of the training data (epoch {self.epoch + 1}). Try a lower lr, grad-clip, or "
+            "on_nan=skip"
+        )
+
+    # --- Evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """Mean losses over a fixed set of batches; returns a record, see docs/training.md."""
+        start = time.perf_counter()
+        record: dict[str, Any] = {
+            "kind": "evaluation",
+            "step": self.step_count,
+            "tokens": self.tokens_seen,
+            "epoch": self.epoch + self.position / max(len(self.train_windows), 1),
+            "train_loss": self._mean_loss(self.train_windows),
+            "validation_loss": self._mean_loss(self.validation_windows),
+        }
+        if (averaged := self._averaged()) is not None:
+            with self._weights(averaged):
+                record["averaged_validation_loss"] = self._mean_loss(self.validation_windows)
+        record["seconds"] = time.perf_counter() - start
+        return record
+
+    @torch.no_grad()
+    def _mean_loss(self, windows: Windows) -> float:
+        """Over `eval_batches` batches a process, spread evenly over the data."""
+        size, ranks = self.config.batch_size, self.processes
+        count = min(self.config.eval_batches * size * ranks.count, len(windows))
+        chosen = np.arange(count) * len(windows) // count
+        batches = [chosen[at : at + size] for at in range(0, count, size)]
+        totals = torch.zeros(2, device=self.model.device, dtype=torch.float64)
+        self.model.eval()
+        for at in range(0, len(batches), ranks.count):
+            # Sharded models need all processes at each batch: those without one repeat the first.
+            spare = at + ranks.rank >= len(batches)
+            batch = batches[0 if spare else at + ranks.rank]
+            inputs, targets = self._to_device(windows.batch(batch))
+            loss = _cross_entropy(self._logits(inputs), targets)
+            if not spare:
+                totals += torch.tensor([float(loss) * len(batch), len(batch)]).to(totals)
+        self.model.train()
+        if self.shard:
+            distributed.reshard(self._objective)
+        total, windows_seen = ranks.sum(totals).tolist()
+        return float(total / windows_seen)
+
+    def sample(self) -> dict[str, Any]:
+        """Text from the current weights; returns a record."""
+        text = ""
+        weights = self._whole_weights() if self.shard else None
+        if self.processes.main:
+            model = self.model
+            if weights is not None:
+                checkpoint = Checkpoint(self.model.config, weights)
+                model = build_model(checkpoint, self.model.device, torch.float32)
+            lm = LanguageModel(model.eval(), self.tokenizer)
+            text = lm.generate(
+                self.config.sample_prompt,
+                sampler=self._sampler,
+                max_new_tokens=self.config.sample_tokens,
+                seed=self.config.seed,
+                overflow="slide",
+            ).text
+            self.model.train()
+        return {
+            "kind": "sample",
+            "step": self.step_count,
+            "prompt": self.config.sample_prompt,
+            "text": text,
+        }
+
+    # --- The loop
+
+    def train(self) -> Ending:
+        """Train to the last step. Ctrl-C (and SIGTERM) finish the step, save, and end it.
+
+        Returns how it ended: finished, patience (no better validation loss for so many
+        evaluations), or interrupted. Raises TrainingError; the checkpoints written stay.
+        """
+        self._start_listeners()
+        try:
+            with _Interrupts() as interrupts:
+                ending = self._loop(interrupts)
+            if self.run is not None and self.processes.main:
+                plot_runs([self.run], self.run / "losses.png")
+        except OSError as error:
+            raise TrainingError(f"{error}; {self._last_good()}") from None
+        finally:
+            for listener in self._listeners:
+                listener.close()
+        return ending
+
+    def _loop(self, interrupts: "_Interrupts") -> Ending:
+        config = self.config
+        save_every = config.save_every or config.eval_every
+        seconds, tokens = 0.0, self.tokens_seen
+        if self.step_count == 0:
+            self._evaluate_and_tell()
+        while self.step_count < self.total_steps:
+            start = time.perf_counter()
+            record = self.step()
+            seconds += time.perf_counter() - start
+            interrupted = self.processes.any(interrupts.asked, self.model.device)
+            done = self.step_count == self.total_steps
+            if interrupted or done or self.step_count % config.log_every == 0:
+                record["tokens_per_second"] = (self.tokens_seen - tokens) / seconds
+                seconds, tokens = 0.0, self.tokens_seen
+            if "tokens_per_second" in record or "skipped" in record:
+                self._tell(record)
+            better = False
+            if done or self.step_count % config.eval_every == 0:
+                better = self._evaluate_and_tell()
+            patience = bool(config.patience and self._evaluations_since_best >= config.patience)
+            over = interrupted or done or patience
+            if over or better or self.step_count % save_every == 0:
+                self.save()
+            if over:
+                return "finished" if done else "interrupted" if interrupted else "patience"
+        return "finished"
+
+    def _start_listeners(self) -> None:
+        if not self.processes.main:
+            self._listeners = []
+            return
+        if self.run is not None:
+            self._listeners += [MetricsFile(self.run / "metrics.jsonl"), _SamplesFile(self.run)]
+        self._listeners += [observer.start(self.run) for observer in self._observers]
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        for listener in self._listeners:
+            listener.record(record)
+
+    def _evaluate_and_tell(self) -> bool:
+        """Evaluate and sample; whether the validation loss is the best so far."""
+        record = self.evaluate()
+        self._tell(record)
+        if self.config.sample_tokens and self.tokenizer is not None:
+            self._tell(self.sample())
+        loss = record.get("averaged_validation_loss", record["validation_loss"])
+        if self.step_count and loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step_count
+            self._evaluations_since_best = 0
+            return True
+        self._evaluations_since_best += 1 if self.step_count else 0
+        return False
+
+    # --- Checkpoints
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, unless there is no run directory. Returns its directory.
+
+        Raises TrainingError if it cannot be written; the checkpoints before it stay.
+        """
+        if self.run is None:
+            return None
+        weights = self._whole_weights()
+        averaged = self._averaged()
+        if averaged is not None:
+            averaged = {name: distributed.whole(one).cpu() for name, one in averaged.items()}
+        try:
+            new = self.processes.tell(
+                checkpoints.temporary(self.run, self.step_count) if self.processes.main else None
+            )
+            assert new is not None
+            tensors = self._training_tensors()
+            if self.shard:
+                distributed.save_shards(str(new / "shards"), tensors)
+            self.processes.wait()
+            if self.processes.main:
+                write_model(new, self.model.config, weights, self.tokenizer)
+                if averaged is not None:
+                    (new / "averaged").mkdir()
+                    write_model(new / "averaged", self.model.config, averaged, self.tokenizer)
+                if not self.shard:
+                    save_file(
+                        {name: one.contiguous() for name, one in tensors.items()},
+                        new / "training.safetensors",
+                    )
+                about = self._progress() | {
+                    "tensors": {
+                        name: [str(one.dtype).removeprefix("torch."), list(one.shape)]
+                        for name, one in tensors.items()
+                    }
+                }
+                text = json.dumps(about, indent=1)
+                (new / checkpoints.STATE).write_text(text, encoding="utf-8")
+                new = checkpoints.publish(new, keep=self.config.keep)
+            self.processes.wait()
+        except (OSError, SafetensorError, SourceError) as error:
+            checkpoints.clean(self.run)
+            raise TrainingError(
+                f"the checkpoint of step {self.step_count} cannot be written: {error}; "
+                f"{self._last_good()}"
+            ) from None
+        return new
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "step": self.step_count,
+            "epoch": self.epoch,
+            "position": self.position,
+            "tokens": self.tokens_seen,
+            "best_step": self.best_step,
+            "best_loss": None if self.best_step is None else self.best_loss,
+            "evaluations_since_best": self._evaluations_since_best,
+            # All random numbers follow from these two.
+            "seed": self.config.seed,
+            "processes": self.processes.count,
+        }
+
+    def _training_tensors(self) -> dict[str, Tensor]:
+        """What training needs beside the weights, by name."""
+        tensors = {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        for regularizer, state in zip(self.regularizers, self._states, strict=True):
+            tensors |= {f"regularizer.{regularizer.name}.{k}": one for k, one in state.items()}
+        return tensors
+
+    def _load_state(self, folder: Path) -> None:
+        """Go on from a checkpoint whose weights are already in the model."""
+        try:
+            about = json.loads((folder / checkpoints.STATE).read_text(encoding="utf-8"))
+            self.step_count, self.epoch = about["step"], about["epoch"]
+            self.position, self.tokens_seen = about["position"], about["tokens"]
+            self.best_step = about["best_step"]
+            self.best_loss = math.inf if self.best_step is None else about["best_loss"]
+            self._evaluations_since_best = about["evaluations_since_best"]
+            stored = about["tensors"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{folder / checkpoints.STATE} cannot be read: {error}") from None
+        wanted: dict[str, Tensor] = {}
+        states = dict(zip((one.name for one in self.regularizers), self._states, strict=True))
+        for name, (dtype, shape) in stored.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                owner, _, key = rest.rpartition(".")
+                state: dict[str, Tensor] = self.optimizer.state[self._parameters[owner]]
+            else:
+                whose, _, key = owner_and_key = rest.partition(".")
+                if whose not in states:
+                    continue  # a regularizer that the changed settings leave out
+                owner, state = owner_and_key[2], states[whose]
+            like = self._parameters.get(owner)
+            if like is not None and list(like.shape) == shape:
+                wanted[name] = torch.zeros_like(like, dtype=getattr(torch, dtype)).detach()
+            else:
+                wanted[name] = torch.zeros(
+                    shape, dtype=getattr(torch, dtype), device=self.model.device
+                )
+            state[key] = wanted[name]
+        if (folder / "shards").is_dir():
+            distributed.load_shards(str(folder / "shards"), wanted)
+            return
+        with safe_open(folder / "training.safetensors", framework="pt") as file:
+            for name, tensor in wanted.items():
+                distributed.put(tensor, file.get_tensor(name))
+
+    def _last_good(self) -> str:
+        last = None if self.run is None else checkpoints.last_checkpoint(self.run)
+        if last is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {last}, go on from it with --resume {self.run}"
+
+    # --- Weights
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """All weights without sharding, on the CPU; every process has to ask."""
+        return {
+            name: distributed.whole(one.detach()).cpu() for name, one in self._parameters.items()
+        }
+
+    def _averaged(self) -> Mapping[str, Tensor] | None:
+        for regularizer, state in zip(self.regularizers, self._states, strict=True):
+            if state and (averaged := regularizer.averaged(state)) is not None:
+                return averaged
+        return None
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other weights in the place of the trained ones for a while."""
+        with torch.no_grad():
+            trained = {name: self._parameters[name].detach().clone() for name in weights}
+            for name, weight in weights.items():
+                self._parameters[name].copy_(weight)
+            try:
+                yield
+            finally:
+                for name, weight in trained.items():
+                    self._parameters[name].copy_(weight)
+
+
+class _Plugins:
+    """What the settings name: scheduler, regularizers, sampler and observers."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.scheduler = create("scheduler", config.scheduler, LRScheduler)
+        self.regularizers = [create("regularizer", s, Regularizer) for s in config.regularizers]
+        self.sampler = create("sampler", config.sample_sampler, Sampler)
+        self.observers = [create("observer", s, TrainingObserver) for s in config.observers]
+        names = [one.name for one in self.regularizers]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise OptionError(f"the regularizer {twice[0]} is given twice")
+
+
+class _NextToken(nn.Module):
+    """From tokens to logits in one forward pass, for what wraps and compiles modules."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.logits(self.model(ids))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class _Interrupts:
+    """Ctrl-C and SIGTERM as a wish to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _SamplesFile(TrainingListener):
+    """RUN/samples.txt: the samples to read, from the records in metrics.jsonl."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        if record["kind"] == "sample":
+            _write_samples(self._run)
+
+
+def _write_samples(run: Path) -> None:
+    samples = [one for one in read_metrics(run / "metrics.jsonl") if one["kind"] == "sample"]
+    text = "\n\n".join(f"--- step {one['step']}\n{one['prompt']}{one['text']}" for one in samples)
+    checkpoints.write_text(run / "samples.txt", text)
+
+
+def _model_and_tokenizer(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokenizer | None]:
+    """The model to train, in float32 on its device, and the tokenizer for its data."""
+    device = resolve_device(processes.device(config.device))
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if config.model is not None:
+        checkpoint = load_checkpoint(config.model)
+        if tokenizer is None and checkpoint.tokenizer is not None:
+            tokenizer = checkpoint.tokenizer()
+        return build_model(checkpoint, device, torch.float32), tokenizer
+    tokenizer = tokenizer or load_tokenizer("bytes")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        model = GPT(config.new_model_config(tokenizer.encoding.n_vocab))
+    return model.to(device), tokenizer
+
+
+def _autocast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(has.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _key(seed: int, step: int, rank: int) -> int:
+    """The seed of one process's random numbers in one step."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _warn(line: str) -> None:
+    print(f"gptk: {line}", file=sys.stderr)
