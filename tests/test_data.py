@@ -219,6 +219,14 @@ def test_line_ends_stay_and_a_byte_order_mark_goes(cache, text_file):
     assert tokens.n_bytes == 5
 
 
+def test_a_file_name_may_be_any_bytes(tmp_path, cache):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    with open(path, "wb") as file:
+        file.write(b"abc")
+    assert prepare_tokens([os.fsdecode(path)], byte_tokenizer(), cache=cache).n_tokens == 3
+    assert prepare_tokens([os.fsdecode(path)], byte_tokenizer(), cache=cache).n_tokens == 3
+
+
 def test_split_is_by_tokens(cache, text_file):
     tokens = prepare_tokens([str(text_file)], byte_tokenizer(), cache=cache)
     train, validation = tokens.split(0.72)
@@ -258,7 +266,7 @@ class TestReuse:
         prepare()
         os.utime(text_file, ns=(5, 5))
         assert prepare()[1] is False
-        with mock.patch.object(data._Source, "checksum", side_effect=AssertionError):
+        with mock.patch.object(data.Source, "checksum", side_effect=AssertionError):
             assert prepare()[1] is False
 
     @pytest.mark.parametrize("content", ["one two\nthrEE\n", "another length"])
@@ -509,6 +517,8 @@ def test_missing_and_empty_sources_are_told_by_name(tmp_path, cache):
     fails([], "no data", "builtin:python-docs", cache=cache)
     fails([str(tmp_path / "none.txt")], "none.txt", "not there", cache=cache)
     fails(["/dev/null"], "/dev/null", "neither a file nor a folder", cache=cache)
+    fails(["x" * 300], "cannot be read", "too long", cache=cache)
+    fails(["~nobody-of-that-name/x"], "not there", cache=cache)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.png").touch()
     fails([str(tmp_path / "folder")], "folder", "no text files", ".md", ".txt", cache=cache)

@@ -114,19 +114,21 @@ def _shorter(model, window):
     return gptk.build_model(gptk.Checkpoint(config, weights), "cpu", torch.float32)
 
 
-@given(st.integers(2, 100), st.integers(1, 32), st.integers(1, 4))
-@settings(max_examples=25)
+@given(st.integers(2, 90), st.integers(1, 32), st.integers(1, 4))
+@settings(max_examples=20)
 @example(33, 32, 1)
 @example(34, 32, 1)
 def test_every_token_is_scored_once_in_the_first_window_that_predicts_it(length, stride, batch):
     window, model = 32, small_gpt(GPT2_LIKE)
     ids = torch.arange(length) * 37 % 257
-    nats = 0.0
+    nats, windows = 0.0, {}
     for place in range(1, length):
         begin = max(0, -(-(place - window) // stride)) * stride
         assert place - begin >= min(place, window - stride + 1)
-        with torch.inference_mode():
-            logits = model.logits(model(ids[None, begin:place]))[0, -1]
+        if begin not in windows:
+            with torch.inference_mode():
+                windows[begin] = model.logits(model(ids[None, begin : begin + window]))[0]
+        logits = windows[begin][place - begin - 1]
         nats -= logits.double().log_softmax(-1)[ids[place]].item()
     seen = []
     out = evaluate(
@@ -187,11 +189,11 @@ def test_without_a_tokenizer_there_are_no_bytes():
 def test_the_batch_size_and_packing_do_not_change_the_figures(config):
     ids = np.frombuffer(TEXT.encode(), dtype=np.uint8)
     lm = small_lm(config)
-    loss = evaluate(lm, ids, stride=7, batch_size=1).loss
+    loss = evaluate(lm, ids, stride=30, batch_size=1).loss
     for batch_size in (2, 1000, None):
-        assert evaluate(lm, ids, stride=7, batch_size=batch_size).loss == pytest.approx(loss)
+        assert evaluate(lm, ids, stride=30, batch_size=batch_size).loss == pytest.approx(loss)
     lm.model.pack()
-    assert evaluate(lm, ids, stride=7).loss == pytest.approx(loss, abs=1e-5)
+    assert evaluate(lm, ids, stride=30).loss == pytest.approx(loss, abs=1e-5)
 
 
 def test_a_model_in_training_is_evaluated_without_dropout_and_goes_on_training():
@@ -341,7 +343,7 @@ def test_on_a_terminal_a_bar_shows_progress(model, text_file):
 
 def test_mistakes_are_one_line(model, text_file, tmp_path):
     assert "--data" in failing("eval", "--model", model, code=2)
-    assert "none.txt" in failing("eval", "--model", model, "--data", "none.txt", code=1)
+    assert "none.txt" in failing("eval", "--model", "none.gguf", "--data", "none.txt", code=1)
     line = failing("eval", "--model", model, "--data", text_file, "--stride", 97, code=2)
     assert "stride is 97" in line
     assert "x>=1" in failing("eval", "--data", text_file, "--stride", 0, code=2)

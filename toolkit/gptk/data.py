@@ -92,12 +92,10 @@ def prepare_tokens(
     no UTF-8 text, or if there is no text at all; or if the cache cannot be written.
     """
     names = [os.fspath(one) for one in ([sources] if isinstance(sources, str) else sources)]
-    found = [one for name in names for one in _find(name)]
-    if not found:
-        raise DataError("no data is given; name text files, folders, or builtin:python-docs")
+    found = find_sources(names)
     folder = _default_cache() if cache is None else Path(cache)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    key = _digest(json.dumps([_FORMAT, fingerprint, [str(one.name) for one in found]]))[:16]
+    key = _digest(json.dumps([fingerprint, [one.name for one in found]]))[:16]
     stem = re.sub(r"[^\w.-]+", "-", Path(names[0].removeprefix("builtin:")).stem)[:40] or "text"
     base = folder / f"{stem}-{key}"
     try:
@@ -206,8 +204,18 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 _BUILTIN = "builtin:"
 
 
+def find_sources(names: Sequence[str]) -> list["Source"]:
+    """The files that sources stand for, see `prepare_tokens`.
+
+    Raises DataError for a source that is missing, and if there is none at all.
+    """
+    if not names:
+        raise DataError("no data is given; name text files, folders, or builtin:python-docs")
+    return [one for name in names for one in _find(name)]
+
+
 @dataclass
-class _Source:
+class Source:
     """A file, or a text that comes with Python; what is in it is known once it is read."""
 
     name: str
@@ -262,7 +270,7 @@ class _Source:
             raise DataError(f"{self.name} cannot be read: {error.strerror or error}") from None
 
 
-def _find(source: str) -> list[_Source]:
+def _find(source: str) -> list[Source]:
     """The files that a source stands for."""
     if source.startswith(_BUILTIN):
         name = source.removeprefix(_BUILTIN)
@@ -272,29 +280,28 @@ def _find(source: str) -> list[_Source]:
                 f"{suggest(name, _BUILTINS, what='texts')}; files and folders are named by path"
             )
         content = _BUILTINS[name]().encode()
-        return [_Source(source, lambda: io.BytesIO(content), len(content), 0)]
-    path = Path(source).expanduser().absolute()
-    if path.is_dir():
-        if not (files := list(_text_files(path))):
-            raise DataError(
-                f"the folder {source} has no text files ({', '.join(TEXT_SUFFIXES)}) below it"
-            )
-        return [_file(one) for one in files]
-    return [_file(path)]
-
-
-def _file(path: Path) -> _Source:
+        return [Source(source, lambda: io.BytesIO(content), len(content), 0)]
+    path = Path(os.path.expanduser(source)).absolute()
     try:
-        if not path.is_file():
-            what = "is neither a file nor a folder" if path.exists() else "is not there"
-            raise DataError(f"the data {path} {what}")
-        status = path.stat()
+        if not path.is_dir():
+            return [_file(path)]
+        if files := _text_files(path):
+            return [_file(one) for one in files]
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    return _Source(str(path), lambda: path.open("rb"), status.st_size, status.st_mtime_ns)
+        raise DataError(f"{source} cannot be read: {error.strerror or error}") from None
+    raise DataError(f"the folder {source} has no text files ({', '.join(TEXT_SUFFIXES)}) below it")
 
 
-def _text_files(folder: Path) -> Iterator[Path]:
+def _file(path: Path) -> Source:
+    if not path.is_file():
+        what = "is neither a file nor a folder" if path.exists() else "is not there"
+        raise DataError(f"the data {path} {what}")
+    status = path.stat()
+    name = str(path).encode(errors="backslashreplace").decode()  # of any bytes
+    return Source(name, lambda: path.open("rb"), status.st_size, status.st_mtime_ns)
+
+
+def _text_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -303,7 +310,7 @@ def _text_files(folder: Path) -> Iterator[Path]:
             for name in files
             if name.lower().endswith(TEXT_SUFFIXES) and not name.startswith(".")
         ]
-    return iter(sorted(found, key=lambda path: path.parts))
+    return sorted(found, key=lambda path: path.parts)
 
 
 def _python_docs() -> str:
@@ -316,8 +323,6 @@ _BUILTINS = {"python-docs": _python_docs}
 
 # --- Files of tokens
 
-_FORMAT = 1
-
 
 class _SourceHeader(pydantic.BaseModel):
     name: str
@@ -327,7 +332,7 @@ class _SourceHeader(pydantic.BaseModel):
 
 
 class _Header(pydantic.BaseModel):
-    format: Literal[1]
+    format: Literal[1] = 1
     tokens: str
     """The file of tokens, beside the header."""
     dtype: Literal["<u2", "<u4"]
@@ -340,7 +345,7 @@ class _Header(pydantic.BaseModel):
     sources: list[_SourceHeader]
 
 
-def _reuse(base: Path, sources: Sequence[_Source]) -> TokenFile | None:
+def _reuse(base: Path, sources: Sequence[Source]) -> TokenFile | None:
     """The token file that is there, if it is whole and the sources are still the same."""
     header = _read_header(base)
     if header is None or [one.name for one in header.sources] != [one.name for one in sources]:
@@ -361,7 +366,7 @@ def _reuse(base: Path, sources: Sequence[_Source]) -> TokenFile | None:
 
 
 def _write(
-    base: Path, sources: Sequence[_Source], tokenizer: Tokenizer, fingerprint: str
+    base: Path, sources: Sequence[Source], tokenizer: Tokenizer, fingerprint: str
 ) -> TokenFile:
     _remove_leftovers(base.parent)
     dtype = _dtype(tokenizer)
@@ -382,7 +387,6 @@ def _write(
             names = ", ".join(one.name for one in sources[:3])
             raise DataError(f"there is no text in {names}{', …' if len(sources) > 3 else ''}")
         header = _Header(
-            format=_FORMAT,
             tokens=f"{base.name}-{digest.hexdigest()[:16]}.tokens",
             dtype="<u2" if dtype.itemsize == 2 else "<u4",
             n_tokens=n_tokens,
@@ -400,8 +404,8 @@ def _write(
         )
         _finish(file, new, base.parent / header.tokens)
     # Mapped before the header shows it to others, who may replace it.
-    tokens = _open(base, header)
-    assert tokens is not None
+    if (tokens := _open(base, header)) is None:
+        raise DataError(f"another process changed {base.parent}; run this again")
     before = _read_header(base)
     _write_header(base, header)
     if before is not None and before.tokens != header.tokens:

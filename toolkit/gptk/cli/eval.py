@@ -75,10 +75,11 @@ def command(
     equal window and stride. Bits per byte compare between tokenizers, too.
     """
     warn_of_failures()
-    from gptk.data import prepare_tokens
+    from gptk.data import find_sources, prepare_tokens
     from gptk.evaluation import evaluate
     from gptk.language_model import load
 
+    find_sources(sources)  # mistakes are told before the model is loaded
     lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
     tokens = prepare_tokens(sources, lm.tokenizer).tokens[:max_tokens]
     start = time.perf_counter()

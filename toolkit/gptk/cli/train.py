@@ -144,7 +144,8 @@ class _Progress(TrainingListener):
             )
         elif kind == "sample":
             text = " ".join((record["prompt"] + record["text"]).split())
-            self._line(f"  {text}")
+            # An untrained model says control characters, too.
+            self._line("  " + "".join(one if one.isprintable() else "\ufffd" for one in text))
 
     def close(self) -> None:
         self._clear()
