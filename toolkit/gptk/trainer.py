@@ -81,13 +81,14 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        run: Path | None = None,
+        run: str | Path | None = None,
         processes: Processes | None = None,
         shard: bool = False,
         listeners: Iterable[TrainingListener] = (),
     ) -> None:
         self.config = config = config or TrainConfig()
-        self.model, self.tokenizer, self.run = model, tokenizer, run
+        self.model, self.tokenizer = model, tokenizer
+        self.run = None if run is None else Path(run)
         self.train_windows, self.validation_windows = train, validation
         self.processes = processes or Processes()
         self.shard = shard
@@ -139,7 +140,7 @@ class Trainer:
         shard: bool = False,
         listeners: Iterable[TrainingListener] = (),
     ) -> "Trainer":
-        """A trainer at step 0: tokenizes the data, makes or loads the model, creates the run.
+        """A trainer at step 0: makes or loads the model, tokenizes the data.
 
         Raises DataError, SourceError, TokenizerError, DeviceError, OptionError; TrainingError if
         `run` is a run already.
@@ -153,15 +154,7 @@ class Trainer:
                 f"{folder} holds a run already; go on with it (--resume {folder}) or name another"
             )
         model, tokenizer = _model_and_tokenizer(config, processes)
-        trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
-        if folder is not None and processes.main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                checkpoints.write_text(folder / "config.toml", config.to_toml(comments=True))
-                truncate_metrics(folder / "metrics.jsonl", -1)
-            except OSError as error:
-                raise TrainingError(f"{folder} cannot be written: {error}") from None
-        return trainer
+        return cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
 
     @classmethod
     def resume(
@@ -199,13 +192,6 @@ class Trainer:
         model = build_model(checkpoint, device, torch.float32)
         trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
         trainer._load_state(newest)
-        if processes.main:
-            try:
-                checkpoints.write_text(folder / "config.toml", config.to_toml(comments=True))
-                truncate_metrics(folder / "metrics.jsonl", trainer.step_count)
-                _write_samples(folder)
-            except OSError as error:
-                raise TrainingError(f"{folder} cannot be written: {error}") from None
         return trainer
 
     @classmethod
@@ -537,8 +523,8 @@ class Trainer:
         Returns how it ended: finished, patience (no better validation loss for so many
         evaluations), or interrupted. Raises TrainingError; the checkpoints written stay.
         """
-        self._start_listeners()
         try:
+            self._start_listeners()
             with _Interrupts() as interrupts:
                 ending = self._loop(interrupts)
             if self.run is not None and self.processes.main:
@@ -583,6 +569,11 @@ class Trainer:
             self._listeners = []
             return
         if self.run is not None:
+            self.run.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_text(self.run / "config.toml", self.config.to_toml(comments=True))
+            # What was recorded after the checkpoint that a run goes on from comes once more.
+            truncate_metrics(self.run / "metrics.jsonl", self.step_count or -1)
+            _write_samples(self.run)
             self._listeners += [MetricsFile(self.run / "metrics.jsonl"), _SamplesFile(self.run)]
         self._listeners += [observer.start(self.run) for observer in self._observers]
 
