@@ -71,6 +71,7 @@ def test_training_step(report):
         "the book, bfloat16": their_step(autocast=True),
         "gptk, float32": our_step(dtype="float32"),
         "gptk, bfloat16": our_step(dtype="bfloat16"),
+        "gptk, bfloat16, compiled": our_step(dtype="bfloat16", compile=True),
     }
     times = {name: [] for name in steps}
     for turn in range(6):

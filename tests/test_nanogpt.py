@@ -192,7 +192,7 @@ def test_files_that_are_something_else_are_refused_and_nothing_is_run(tmp_path):
     assert "holds a list" in refusal(path)
     torch.save(nanogpt(oracle()) | {"config": Trap(tmp_path / "sprung")}, path)
     assert "nothing in it was run" in refusal(path)
-    path.write_bytes(pickle.dumps({"stoi": {}, "itos": {}, "vocab_size": 65}))
+    path.write_bytes(pickle.dumps({"stoi": {}, "itos": {}, "vocab_size": 65}, protocol=2))
     assert "\n" not in refusal(path)
     assert not (tmp_path / "sprung").exists()
 

@@ -9,12 +9,12 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from gptk.data import Windows
 from llms_from_scratch.ch04 import GPTModel
 from llms_from_scratch.ch05 import calc_loss_batch
 from safetensors.torch import load_file
 
 import gptk
+from gptk.data import Windows
 from gptk.trainer import Trainer
 from gptk.weights import build_model
 from toys import GPT2_LIKE, small_gpt

@@ -128,6 +128,8 @@ def write_directory(
         sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors says so when the disk is full
         raise SourceError(f"{path} cannot be written: {error}") from None
+    except SourceError as error:  # of `write`, which knows only the directory that it was given
+        raise SourceError(str(error).replace(str(new), str(path))) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

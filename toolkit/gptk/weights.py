@@ -73,7 +73,8 @@ class WeightWriter(Plugin):
     def write(self, path: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
         """Write into the empty directory `path`, which becomes visible once all is there.
 
-        Raises SourceError for a model that the format cannot hold.
+        Raises SourceError for a model, or TokenizerError for a tokenizer, that the format cannot
+        hold.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define write()")
 

@@ -19,7 +19,7 @@ from gptk_plugins.loaders._tensors import (
     tie_equal_head,
 )
 
-_LLAMA_NAMES = {
+LLAMA_NAMES = {
     "embed": "embed_tokens",
     "blocks.{i}.attn_norm": "layers.{i}.input_layernorm",
     "blocks.{i}.attn.qkv": " ".join(f"layers.{{i}}.self_attn.{one}_proj" for one in "qkv"),
@@ -31,7 +31,7 @@ _LLAMA_NAMES = {
     "blocks.{i}.mlp.down": "layers.{i}.mlp.down_proj",
     "norm": "norm",
 }
-_GPT2_NAMES = {
+GPT2_NAMES = {
     "embed": "wte",
     "embed_positions": "wpe",
     "blocks.{i}.attn_norm": "h.{i}.ln_1",
@@ -70,7 +70,7 @@ class HuggingFace(gptk.WeightLoader):
         tensors = gptk.Tensors(_readers(folder), source)
         tensors.drop([name for name in tensors if _BUFFERS.fullmatch(name)])
         gpt2 = raw["model_type"] == "gpt2"
-        table, prefix = (_GPT2_NAMES, "transformer.") if gpt2 else (_LLAMA_NAMES, "model.")
+        table, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
         names = _with_prefix(table, prefix, tensors)
         # A head that is stored although it should be tied counts if it is another matrix.
         stored_head = config.tied_head and "lm_head.weight" in tensors

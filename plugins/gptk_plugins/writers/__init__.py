@@ -1,0 +1,1 @@
+"""Weight writers: from a GPT to a directory in some format."""

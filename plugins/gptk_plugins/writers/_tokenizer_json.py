@@ -1,0 +1,259 @@
+"""A tokenizer as tokenizer.json and tokenizer_config.json, as transformers reads them.
+
+`tokenizers` wants a list of merges, and tiktoken keeps none: it joins the two neighbours whose
+bytes together are the token of lowest rank. A token's merge is found again by having its own bytes
+merged by the tokens before it, which leaves its two halves. Where more than two are left, as in
+vocabularies that were not made by merging alone, only another order of merges or a piece that is
+the whole token gives it; then all the ways to halve it are merges, and `ignore_merges` is set.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gptk
+from gptk_plugins.tokenizers import bpe
+from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
+
+
+def write_tokenizer(folder: Path, tokenizer: gptk.Tokenizer, context_length: int) -> None:
+    """Write the two files.
+
+    Raises TokenizerError for a tokenizer that they cannot hold: the one that is read from them
+    must be the same. `folder` has what transformers reads beside them: generation_config.json.
+    """
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, context_length))
+    again = load_tokenizer_json(folder / "tokenizer.json")
+    for what, value in _aspects(tokenizer).items():
+        if _aspects(again)[what] != value:
+            raise _refusal(f"its {what} would be others")
+
+
+def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
+    """What tokenizer.json holds. Raises TokenizerError for what it cannot hold."""
+    encoding = tokenizer.encoding
+    ranks: Mapping[bytes, int] = encoding._mergeable_ranks
+    merges, all_merged = _merges(ranks)
+    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    vocabulary = _vocabulary(encoding, all_merged)
+    normal_form = tokenizer.normalization
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": number,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token, number in special
+        ],
+        "normalizer": {"type": normal_form} if normal_form else None,
+        "pre_tokenizer": _pre_tokenizer(encoding._pat_str),
+        "post_processor": _post_processor(tokenizer, vocabulary),
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": not all_merged,
+            "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
+            "merges": [[_spelled(left), _spelled(right)] for left, right in merges],
+        },
+    }
+
+
+# --- Vocabulary and merges -------------------------------------------------------------------
+
+_LETTERS = {byte: letter for letter, byte in bpe.ALPHABET.items()}
+
+
+def _spelled(token: bytes) -> str:
+    """Bytes in GPT-2's alphabet."""
+    return "".join(_LETTERS[byte] for byte in token)
+
+
+def _vocabulary(encoding: Any, all_merged: bool) -> dict[str, int]:
+    vocabulary = {_spelled(token): rank for token, rank in encoding._mergeable_ranks.items()}
+    # Tokens that only decode. No merge makes them, but whole pieces are looked up where not all
+    # is merged; so there they are spelled as no piece is, which decodes to the same bytes.
+    for number, token in getattr(encoding, "decode_only", {}).items():
+        name = _spelled(token)
+        if not all_merged or name in vocabulary:
+            name = token.decode("utf-8", errors="replace")
+            if name.encode() != token or name in vocabulary or set(name) <= bpe.ALPHABET.keys():
+                raise _refusal(f"token {number} is not to be told from another")
+        vocabulary[name] = number
+    for name, number in encoding._special_tokens.items():
+        if vocabulary.setdefault(name, number) != number:
+            raise _refusal(f"the special token {name!r} is spelled like another token")
+    return vocabulary
+
+
+def _merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """The list of merges, and whether they make all tokens."""
+    merges: list[tuple[bytes, bytes]] = []
+    all_merged = True
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        halves = _merged(token, ranks, rank)
+        if len(halves) == 2 and all(half in ranks for half in halves):
+            merges.append((halves[0], halves[1]))
+            continue
+        all_merged = False
+        ways = ((token[:at], token[at:]) for at in range(1, len(token)))
+        merges += [way for way in ways if way[0] in ranks and way[1] in ranks]
+    return merges, all_merged
+
+
+def _merged(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
+    """What the tokens of a rank below `limit` make of some bytes, as tiktoken merges them."""
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 2:
+        found = [ranks.get(parts[at] + parts[at + 1], limit) for at in range(len(parts) - 1)]
+        best = min(found)
+        if best >= limit:
+            break
+        at = found.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+# --- Splitting -------------------------------------------------------------------------------
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_BYTES_ONLY = _BYTE_LEVEL | {"use_regex": False}
+_GPT2_SPLIT = _BYTE_LEVEL | {"use_regex": True}
+_KNOWN = {
+    bpe.GPT2: [_GPT2_SPLIT],
+    bpe.digits_then_gpt2(individual=True): [
+        {"type": "Digits", "individual_digits": True},
+        _GPT2_SPLIT,
+    ],
+    bpe.digits_then_gpt2(individual=False): [
+        {"type": "Digits", "individual_digits": False},
+        _GPT2_SPLIT,
+    ],
+}
+"""Patterns that have pre-tokenizers of their own, which all readers of tokenizer.json know."""
+
+
+def _pre_tokenizer(pattern: str) -> dict[str, Any]:
+    steps = _KNOWN.get(pattern) or [
+        # Pieces are what the pattern matches, and nothing else.
+        {
+            "type": "Split",
+            "pattern": {"Regex": _portable(pattern)},
+            "behavior": "Removed",
+            "invert": True,
+        },
+        _BYTES_ONLY,
+    ]
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+
+
+_ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDwWrntf]|\\[^\w\s]"
+_LEXEME = re.compile(
+    rf"{_ESCAPE}"
+    rf"|\[\^?(?:{_ESCAPE}|(?!--|&&|~~)[^\\\[\]])+\]"  # a class without set operations
+    r"|\((?!\?)|\(\?(?:i?:|>|<?[=!])|\)|[|.]"
+    r"|[*+?][+?]?|\{\d+(?:,\d*)?\}(?![+?])"
+    r"|(?P<whole>\{\d+(?:,\d*)?\})\+(?=\||$)"
+    r"|(?P<end>\$)|(?P<start>\^)"
+    r"|[^\\\[\](){}^$|.?*+]"
+)
+
+
+def _portable(pattern: str) -> str:
+    """A pattern of tiktoken's for Oniguruma, the library of `tokenizers`.
+
+    There `^` and `$` are the ends of a line, and `{1,3}+` is many times `{1,3}`. Raises
+    TokenizerError for a construct that is not known to mean the same in both.
+    """
+    portable, at = "", 0
+    while at < len(pattern):
+        lexeme = _LEXEME.match(pattern, at)
+        if not lexeme:
+            raise _refusal(f"its split pattern has {pattern[at : at + 12]!r}")
+        match lexeme.lastgroup:
+            case "whole":
+                portable += lexeme["whole"]  # at the end of an alternative nothing is given back
+            case "end":
+                portable += r"(?![\s\S])"
+            case "start":
+                portable += r"(?<![\s\S])"
+            case _:
+                portable += lexeme[0]
+        at = lexeme.end()
+    return portable
+
+
+def _post_processor(
+    tokenizer: gptk.Tokenizer, vocabulary: Mapping[str, int]
+) -> dict[str, Any] | None:
+    if not tokenizer.add_bos or tokenizer.bos is None:
+        return None
+    names = [name for name, number in vocabulary.items() if number == tokenizer.bos]
+    if not names:
+        raise _refusal(f"its first token {tokenizer.bos} is not in its vocabulary")
+    first = {"SpecialToken": {"id": names[0], "type_id": 0}}
+    text, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, second],
+        "special_tokens": {names[0]: {"id": names[0], "ids": [tokenizer.bos], "tokens": names[:1]}},
+    }
+
+
+# --- Beside it -------------------------------------------------------------------------------
+
+
+def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[str, Any]:
+    # Named only if special: transformers makes special tokens of those that it reads here.
+    names = {number: name for name, number in tokenizer.encoding._special_tokens.items()}
+    bos = None if tokenizer.bos is None else names.get(tokenizer.bos)
+    eos = next((names[one] for one in tokenizer.eos if one in names), None)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        **({"bos_token": bos} if bos else {}),
+        **({"eos_token": eos} if eos else {}),
+        **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
+    }
+
+
+def _aspects(tokenizer: gptk.Tokenizer) -> dict[str, object]:
+    """What two equal tokenizers have in common, split patterns apart, by what it is called."""
+    encoding = tokenizer.encoding
+    return {
+        "tokens": encoding._mergeable_ranks,
+        "special tokens": encoding._special_tokens,
+        "decoded tokens": getattr(encoding, "decode_only", {}),
+        "first token": (tokenizer.bos, tokenizer.add_bos),
+        "last tokens": tokenizer.eos,
+        "normal form": tokenizer.normalization,
+        "chat template": tokenizer.chat_template,
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refusal(why: str) -> gptk.TokenizerError:
+    return gptk.TokenizerError(f"this tokenizer cannot be written as tokenizer.json: {why}")

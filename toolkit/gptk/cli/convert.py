@@ -1,0 +1,109 @@
+"""`gptk convert`: from any format that gptk reads to one that it writes."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gptk.cli import warn_of_failures
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptk.tokenizer import Tokenizer
+    from gptk.weights import Checkpoint
+
+
+@click.command("convert")
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "format_",
+    metavar="FORMAT",
+    required=True,
+    help="huggingface, gptk, or another weight writer; `gptk plugins` lists them.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["stored", "float32", "bfloat16", "float16"]),
+    default="stored",
+    show_default=True,
+    help="stored: one that holds the stored weights exactly.",
+)
+@click.option(
+    "--tokenizer",
+    metavar="SPEC",
+    help="Instead of the model's own: gpt2, bytes, a file, … or none to write none.",
+)
+def command(source: str, target: Path, format_: str, dtype: str, tokenizer: str | None) -> None:
+    """Write the model SOURCE, whatever `gptk generate --model` takes, to the directory TARGET.
+
+    TARGET is there whole or not at all; only what is a directory of that format and holds nothing
+    else is overwritten.
+    """
+    warn_of_failures()
+    from gptk.plugins import create
+    from gptk.saving import write_directory
+    from gptk.weights import WeightWriter, build_model, load_checkpoint
+
+    writer = create("writer", format_, WeightWriter)
+    _check_target(target, writer.name)
+    checkpoint = load_checkpoint(source)
+    stored_with = _tokenizer(checkpoint, tokenizer)
+    model = build_model(checkpoint, "cpu", _dtype(checkpoint, dtype))
+    write_directory(
+        target,
+        lambda folder: writer.write(folder, model, stored_with),
+        what=f"{writer.name} model",
+    )
+    files = [one for one in target.rglob("*") if one.is_file()]
+    click.echo(
+        f"{target}: {writer.name}, {sum(one.numel() for one in model.parameters()):,} parameters "
+        f"in {str(model.dtype).removeprefix('torch.')}, "
+        f"{'without tokenizer' if stored_with is None else 'with tokenizer'}, {len(files)} files, "
+        f"{sum(one.stat().st_size for one in files):,} bytes"
+    )
+
+
+def _check_target(target: Path, format_: str) -> None:
+    """Tell at once what the writing would find out at its end."""
+    from gptk.errors import SourceError
+    from gptk.plugins import provided
+
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    loader = provided("loader").get(format_)
+    if not target.is_dir() or (loader and not loader.item.matches(str(target))):
+        raise SourceError(f"{target} is there and is no {format_} model; it is not overwritten")
+
+
+def _tokenizer(checkpoint: "Checkpoint", spec: str | None) -> "Tokenizer | None":
+    from gptk.errors import TokenizerError
+    from gptk.tokenizer import load_tokenizer
+
+    if spec == "none":
+        return None
+    if spec is None:
+        return checkpoint.tokenizer() if checkpoint.tokenizer else None
+    named = load_tokenizer(spec)
+    highest, vocab_size = named.encoding.max_token_value, checkpoint.config.vocab_size
+    if highest >= vocab_size:
+        raise TokenizerError(
+            f"the tokenizer {spec} has tokens up to {highest:,}, the model up to {vocab_size - 1:,}"
+        )
+    return named
+
+
+def _dtype(checkpoint: "Checkpoint", name: str) -> "torch.dtype":
+    """By name; `stored` is what holds all the stored weights, float32 at most."""
+    import torch
+
+    from gptk.devices import DTYPES
+
+    if name in DTYPES:
+        return DTYPES[name]
+    stored = {one.dtype for one in checkpoint.state.values()}
+    dtype = functools.reduce(torch.promote_types, stored)
+    return dtype if dtype in DTYPES.values() else torch.float32
