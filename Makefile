@@ -24,8 +24,9 @@ demo: setup
 	.venv/bin/gptk train --out runs/demo --set steps=200 --set eval_every=100 --set sample_tokens=0
 	.venv/bin/gptk generate "The statement " --model runs/demo --sampler top-k:k=20 --seed 1
 
+# Two processes of one thread each: most tests are too small to use two cores.
 test: setup
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup
 	.venv/bin/python -m pytest -m slow

@@ -4,6 +4,7 @@ Every process has the whole model (DDP), or with `shard` its part of every param
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -166,4 +167,6 @@ def load_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors from what `save_shards` wrote, in any number of processes."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():  # that there is one process is no cause for a warning
+        warnings.simplefilter("ignore", UserWarning)
+        load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())
