@@ -185,6 +185,11 @@ def test_penalties_count_in_the_objective_not_in_the_loss():
     assert record["loss"] == trainer(regularizers=[]).step()["loss"]
 
 
+def test_one_process_cannot_shard():
+    with pytest.raises(gptk.OptionError, match="torchrun"):
+        Trainer.start(config(), shard=True)
+
+
 def test_a_regularizer_given_twice_is_refused():
     with pytest.raises(gptk.OptionError, match="l1 is given twice"):
         trainer(regularizers=["l1:strength=0.1", "l1:strength=0.2"])

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptk.errors import TrainingError
-from gptk.saving import sync
+from gptk.saving import sync, write_text
 
 _NAME = re.compile(r"step-(\d+)")
 _CHECKSUMS = "checksums.json"
@@ -99,15 +99,6 @@ def clean(run: Path) -> None:
     """Remove what an interrupted save or removal left."""
     for path in folder_of(run).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole, old or new."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text + "\n", encoding="utf-8")
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
 
 
 def _name(step: int) -> str:

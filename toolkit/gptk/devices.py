@@ -51,6 +51,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """For training: `auto` is bfloat16 where the hardware computes in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return resolve_dtype(name, device)
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = any(has.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
 def keep_freed_memory() -> None:
     """Have this process keep the memory it frees, for training on a CPU.
 

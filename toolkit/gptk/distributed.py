@@ -157,10 +157,17 @@ def put(target: Tensor, value: Tensor) -> None:
 
 
 def save_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors with torch.distributed.checkpoint, each process its own parts."""
+    """Write tensors with torch.distributed.checkpoint, each process its own parts.
+
+    Raises OSError, in every process, where one could not write.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(dict(tensors), checkpoint_id=path)
+    try:
+        save(dict(tensors), checkpoint_id=path)
+    except CheckpointException as error:
+        raise OSError("; ".join(str(one) for one, _ in error.failures.values())) from None
 
 
 def load_shards(path: str, tensors: Mapping[str, Tensor]) -> None:

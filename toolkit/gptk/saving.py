@@ -148,6 +148,15 @@ def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
         )
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole, the old or the new one. Raises OSError."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Have the disk hold what was written; directories can't be synced on Windows."""
     if os.name == "nt" and path.is_dir():

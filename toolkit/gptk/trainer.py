@@ -11,36 +11,34 @@ seed. So a run that was killed and resumed goes on bit for bit as if it had not 
 import hashlib
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gptk import checkpoints, distributed
+from gptk import checkpoints, distributed, train_state
 from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
-from gptk.devices import DTYPES, keep_freed_memory, resolve_device
+from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
 from gptk.distributed import Processes
 from gptk.errors import OptionError, SourceError, TrainingError
+from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
-from gptk.metrics import MetricsFile, read_metrics, truncate_metrics
+from gptk.metrics import MetricsFile, truncate_metrics
 from gptk.model import GPT
 from gptk.plotting import plot_runs
 from gptk.plugins import create
+from gptk.samples import SamplesFile
 from gptk.sampling import Sampler
-from gptk.saving import write_model
+from gptk.saving import write_model, write_text
 from gptk.tokenizer import Tokenizer, load_tokenizer
 from gptk.train_config import TrainConfig, read_config
 from gptk.training import LRScheduler, Regularizer, TrainingListener, TrainingObserver
@@ -92,11 +90,15 @@ class Trainer:
         self.train_windows, self.validation_windows = train, validation
         self.processes = processes or Processes()
         self.shard = shard
+        if shard and self.processes.count == 1:
+            raise OptionError(
+                "sharding takes several processes: torchrun --nproc-per-node N -m gptk train …"
+            )
         plugins = _Plugins(config)
         self.scheduler, self.regularizers = plugins.scheduler, plugins.regularizers
         self._sampler, self._observers = plugins.sampler, plugins.observers
         self._listeners = list(listeners)
-        self._dtype = _autocast_dtype(config.dtype, model.device)
+        self._dtype = autocast_dtype(config.dtype, model.device)
         self._check_data()
 
         self.step_count = 0
@@ -127,7 +129,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
-        self._states: list[dict[str, Tensor]] = [{} for _ in self.regularizers]
+        self._states: dict[str, dict[str, Tensor]] = {one.name: {} for one in self.regularizers}
 
     # --- Making one from settings
 
@@ -361,8 +363,8 @@ class Trainer:
         self.tokens_seen += len(windows) * self.context_length
         self.position += len(windows)
         if finite:
-            for regularizer, state in zip(self.regularizers, self._states, strict=True):
-                regularizer.after_step(self.model, state)
+            for regularizer in self.regularizers:
+                regularizer.after_step(self.model, self._states[regularizer.name])
         return {
             "kind": "step",
             "step": self.step_count,
@@ -525,7 +527,7 @@ class Trainer:
         """
         try:
             self._start_listeners()
-            with _Interrupts() as interrupts:
+            with Interrupts() as interrupts:
                 ending = self._loop(interrupts)
             if self.run is not None and self.processes.main:
                 plot_runs([self.run], self.run / "losses.png")
@@ -536,7 +538,7 @@ class Trainer:
                 listener.close()
         return ending
 
-    def _loop(self, interrupts: "_Interrupts") -> Ending:
+    def _loop(self, interrupts: Interrupts) -> Ending:
         config = self.config
         save_every = config.save_every or config.eval_every
         seconds, tokens = 0.0, self.tokens_seen
@@ -570,11 +572,10 @@ class Trainer:
             return
         if self.run is not None:
             self.run.mkdir(parents=True, exist_ok=True)
-            checkpoints.write_text(self.run / "config.toml", self.config.to_toml(comments=True))
+            write_text(self.run / "config.toml", self.config.to_toml(comments=True))
             # What was recorded after the checkpoint that a run goes on from comes once more.
             truncate_metrics(self.run / "metrics.jsonl", self.step_count or -1)
-            _write_samples(self.run)
-            self._listeners += [MetricsFile(self.run / "metrics.jsonl"), _SamplesFile(self.run)]
+            self._listeners += [MetricsFile(self.run / "metrics.jsonl"), SamplesFile(self.run)]
         self._listeners += [observer.start(self.run) for observer in self._observers]
 
     def _tell(self, record: dict[str, Any]) -> None:
@@ -613,26 +614,15 @@ class Trainer:
                 checkpoints.temporary(self.run, self.step_count) if self.processes.main else None
             )
             assert new is not None
-            tensors = self._training_tensors()
-            if self.shard:
-                distributed.save_shards(str(new / "shards"), tensors)
+            tensors = train_state.collect(self.optimizer, self._parameters, self._states)
+            train_state.write(new, tensors, shard=self.shard, main=self.processes.main)
             self.processes.wait()
             if self.processes.main:
                 write_model(new, self.model.config, weights, self.tokenizer)
                 if averaged is not None:
                     (new / "averaged").mkdir()
                     write_model(new / "averaged", self.model.config, averaged, self.tokenizer)
-                if not self.shard:
-                    save_file(
-                        {name: one.contiguous() for name, one in tensors.items()},
-                        new / "training.safetensors",
-                    )
-                about = self._progress() | {
-                    "tensors": {
-                        name: [str(one.dtype).removeprefix("torch."), list(one.shape)]
-                        for name, one in tensors.items()
-                    }
-                }
+                about = self._progress() | {"tensors": train_state.describe(tensors)}
                 text = json.dumps(about, indent=1)
                 (new / checkpoints.STATE).write_text(text, encoding="utf-8")
                 new = checkpoints.publish(new, keep=self.config.keep)
@@ -660,17 +650,6 @@ class Trainer:
             "processes": self.processes.count,
         }
 
-    def _training_tensors(self) -> dict[str, Tensor]:
-        """What training needs beside the weights, by name."""
-        tensors = {
-            f"optimizer.{name}.{key}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        for regularizer, state in zip(self.regularizers, self._states, strict=True):
-            tensors |= {f"regularizer.{regularizer.name}.{k}": one for k, one in state.items()}
-        return tensors
-
     def _load_state(self, folder: Path) -> None:
         """Go on from a checkpoint whose weights are already in the model."""
         try:
@@ -683,32 +662,7 @@ class Trainer:
             stored = about["tensors"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{folder / checkpoints.STATE} cannot be read: {error}") from None
-        wanted: dict[str, Tensor] = {}
-        states = dict(zip((one.name for one in self.regularizers), self._states, strict=True))
-        for name, (dtype, shape) in stored.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                owner, _, key = rest.rpartition(".")
-                state: dict[str, Tensor] = self.optimizer.state[self._parameters[owner]]
-            else:
-                whose, _, key = owner_and_key = rest.partition(".")
-                if whose not in states:
-                    continue  # a regularizer that the changed settings leave out
-                owner, state = owner_and_key[2], states[whose]
-            like = self._parameters.get(owner)
-            if like is not None and list(like.shape) == shape:
-                wanted[name] = torch.zeros_like(like, dtype=getattr(torch, dtype)).detach()
-            else:
-                wanted[name] = torch.zeros(
-                    shape, dtype=getattr(torch, dtype), device=self.model.device
-                )
-            state[key] = wanted[name]
-        if (folder / "shards").is_dir():
-            distributed.load_shards(str(folder / "shards"), wanted)
-            return
-        with safe_open(folder / "training.safetensors", framework="pt") as file:
-            for name, tensor in wanted.items():
-                distributed.put(tensor, file.get_tensor(name))
+        train_state.read(folder, stored, self.optimizer, self._parameters, self._states)
 
     def _last_good(self) -> str:
         last = None if self.run is None else checkpoints.last_checkpoint(self.run)
@@ -725,7 +679,8 @@ class Trainer:
         }
 
     def _averaged(self) -> Mapping[str, Tensor] | None:
-        for regularizer, state in zip(self.regularizers, self._states, strict=True):
+        for regularizer in self.regularizers:
+            state = self._states[regularizer.name]
             if state and (averaged := regularizer.averaged(state)) is not None:
                 return averaged
         return None
@@ -772,46 +727,6 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-class _Interrupts:
-    """Ctrl-C and SIGTERM as a wish to stop after the step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class _SamplesFile(TrainingListener):
-    """RUN/samples.txt: the samples to read, from the records in metrics.jsonl."""
-
-    def __init__(self, run: Path) -> None:
-        self._run = run
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        if record["kind"] == "sample":
-            _write_samples(self._run)
-
-
-def _write_samples(run: Path) -> None:
-    samples = [one for one in read_metrics(run / "metrics.jsonl") if one["kind"] == "sample"]
-    text = "\n\n".join(f"--- step {one['step']}\n{one['prompt']}{one['text']}" for one in samples)
-    checkpoints.write_text(run / "samples.txt", text)
-
-
 def _model_and_tokenizer(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokenizer | None]:
     """The model to train, in float32 on its device, and the tokenizer for its data."""
     device = resolve_device(processes.device(config.device))
@@ -826,18 +741,6 @@ def _model_and_tokenizer(config: TrainConfig, processes: Processes) -> tuple[GPT
         torch.manual_seed(config.seed)
         model = GPT(config.new_model_config(tokenizer.encoding.n_vocab))
     return model.to(device), tokenizer
-
-
-def _autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(has.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def _key(seed: int, step: int, rank: int) -> int:
