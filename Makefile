@@ -29,7 +29,7 @@ test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup
-	.venv/bin/python -m pytest -m slow
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 
 lint: setup
 	.venv/bin/ruff check
