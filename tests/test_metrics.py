@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptk
-from gptk.metrics import MetricsFile, read_metrics, truncate_metrics
+from gptk.metrics import MetricsFile, iterate_metrics, read_metrics, truncate_metrics
 
 RECORDS = st.lists(
     st.fixed_dictionaries(
@@ -61,7 +61,48 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     }
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"kind": "step"}', b"\xff"])
+def test_truncating_leaves_what_stays_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    kept = (
+        b'{"step":1,  "kind":"step", "loss": 1e-3}\n{"kind":"sample","step":2,"text":"\\u00e9"}\n'
+    )
+    path.write_bytes(kept + b'{"kind": "step", "step": 3}\n{"kind": "st')
+    truncate_metrics(path, 2)
+    assert path.read_bytes() == kept
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_truncating_a_damaged_file_leaves_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "step", "step": 1}\n{\n')
+    with pytest.raises(gptk.SourceError, match="line 2 is damaged"):
+        truncate_metrics(path, 1)
+    assert path.read_bytes() == b'{"kind": "step", "step": 1}\n{\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_records_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 2}\n{\n')
+    records = iterate_metrics(path)
+    assert [next(records)["step"] for _ in range(2)] == [1, 2]
+    with pytest.raises(gptk.SourceError, match="line 3 is damaged"):
+        next(records)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"kind": "step"}',
+        b'{"kind": "step", "step": "1"}',
+        b'{"kind": "step", "step": null}',
+        b'{"kind": ["step"], "step": 1}',
+    ],
+)
 def test_a_damaged_line_is_named(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [{"kind": "step", "step": 1}])

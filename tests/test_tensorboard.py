@@ -1,9 +1,13 @@
 """The TensorBoard observer, read back with TensorBoard's own reader."""
 
+import html
+import math
+import re
 import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
 import gptk
 from gptk.plugins import create
@@ -40,6 +44,37 @@ def test_going_back_takes_back_what_came_after(tmp_path):
         listener.close()
     found = [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")]
     assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2)]
+
+
+def test_a_record_is_there_before_the_run_ends(tmp_path):
+    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    listener.record({"kind": "step", "step": 1, "tokens": 64, "loss": 2.5, "lr": 0.1})
+    reader = events(tmp_path / "tensorboard")
+    assert [one.value for one in reader.Scalars("train/loss")] == [2.5]
+    assert [one.value for one in reader.Scalars("train/tokens")] == [64]
+    listener.close()
+
+
+def test_numbers_that_are_missing_or_not_finite_do_no_harm(tmp_path):
+    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    nan = float("nan")
+    listener.record({"kind": "step", "step": 1, "loss": nan, "lr": None, "skipped": True})
+    listener.close()
+    reader = events(tmp_path / "tensorboard")
+    assert reader.Tags()["scalars"] == ["train/loss"]
+    assert math.isnan(reader.Scalars("train/loss")[0].value)
+
+
+def test_a_sample_is_shown_as_it_was_written(tmp_path):
+    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    prompt, text = "# Not a title", "\n*one*\n\n  <b>two</b>\nthree"
+    listener.record({"kind": "sample", "step": 7, "prompt": prompt, "text": text})
+    listener.close()
+    (sample,) = events(tmp_path / "tensorboard").Tensors("sample/text_summary")
+    assert sample.step == 7
+    shown = markdown_to_safe_html(sample.tensor_proto.string_val[0])
+    (code,) = re.fullmatch(r"<pre><code>(.*)</code></pre>", shown, re.DOTALL).groups()
+    assert html.unescape(code).rstrip("\n") == prompt + text
 
 
 def test_without_a_directory_it_needs_a_path():

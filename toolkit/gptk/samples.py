@@ -4,26 +4,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptk.metrics import read_metrics
+from gptk.metrics import iterate_metrics
 from gptk.saving import write_text
 from gptk.training import TrainingListener
 
 
 class SamplesFile(TrainingListener):
-    """Writes the file from the records in metrics.jsonl, at the start and after each sample."""
+    """Made anew from metrics.jsonl when a run begins or goes on; then each sample is appended."""
 
     def __init__(self, run: Path) -> None:
-        self._run = run
-        self._write()
+        self._path = run / "samples.txt"
+        records = iterate_metrics(run / "metrics.jsonl")
+        write_text(self._path, "".join(_text(one) for one in records if one["kind"] == "sample"))
 
     def record(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "sample":
-            self._write()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_text(record))
 
-    def _write(self) -> None:
-        samples = [
-            f"--- step {one['step']}\n{one['prompt']}{one['text']}\n"
-            for one in read_metrics(self._run / "metrics.jsonl")
-            if one["kind"] == "sample"
-        ]
-        write_text(self._run / "samples.txt", "\n".join(samples))
+
+def _text(record: Mapping[str, Any]) -> str:
+    return f"--- step {record['step']}\n{record['prompt']}{record['text']}\n\n"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -51,12 +52,15 @@ class _Events(gptk.TrainingListener):
         step = int(record["step"])
         writer = self._started(step)
         if record["kind"] == "sample":
-            writer.add_text("sample", f"{record['prompt']}{record['text']}", step)
-            return
-        group = _GROUPS.get(record["kind"], record["kind"])
-        for name, value in record.items():
-            if name not in _NOT_SHOWN and isinstance(value, int | float):
-                writer.add_scalar(f"{group}/{name}", value, step)
+            text = f"{record['prompt']}{record['text']}"
+            # It is shown as Markdown, which leaves indented lines as they are.
+            writer.add_text("sample", indent(text, "    ", lambda _: True), step)
+        else:
+            group = _GROUPS.get(record["kind"], record["kind"])
+            for name, value in record.items():
+                if name not in _NOT_SHOWN and isinstance(value, int | float):
+                    writer.add_scalar(f"{group}/{name}", value, step)
+        writer.flush()  # else two minutes of a run that is killed would be missing for good
 
     def close(self) -> None:
         if self._writer is not None:
