@@ -125,6 +125,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, three, t
     (line,) = lines
     assert "step-00000006 is damaged (" in line
     assert "\n" not in line
+    trainer.step()
+    saved = trainer.save()
+    assert gptk.best_checkpoint(run) is not None
+    names = sorted(one.name for one in (run / "checkpoints").iterdir())
+    assert names[-1] == saved.name == "step-00000005"  # the damaged one does not outrank it
     assert trainer.train() == "finished"
 
 

@@ -185,6 +185,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(terminal, tmp_path):
     assert gptk("train", "--resume", run, "--set", "steps=1").returncode == 0
 
 
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    process = subprocess.Popen(
+        [*map(str, [*GPTK, "train", "--out", tmp_path / "run", *sets(steps=2000)])],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) in (0, 1)  # click's own way is 1
+    assert "gptk:" not in err
+    assert "Traceback" not in err
+
+
 def test_help_names_what_there_is():
     out = subprocess.run([*GPTK, "train", "--help"], capture_output=True, text=True, check=True)
     for word in ("--resume", "--show-config", "--set", "--keep", "--shard", "torchrun"):

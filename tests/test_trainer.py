@@ -223,6 +223,11 @@ class TestNotFinite:
         for name, p in one.model.named_parameters():
             assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
 
+    def test_a_penalty_that_is_not_finite_is_named_as_such(self):
+        one = trainer(regularizers=["l1:strength=1e38"])
+        with pytest.raises(gptk.TrainingError, match="with what the regularizers add inf"):
+            one.step()
+
     def test_a_gradient_that_is_not_finite_is_found_before_the_step(self):
         one = trainer()
         handle = one.model.embed.weight.register_hook(lambda g: g * math.inf)
@@ -255,6 +260,7 @@ class TestRun:
             "checkpoints",
             "samples.txt",
             "losses.png",
+            ".lock",
         }
 
     def test_metrics_tell_steps_evaluations_and_samples(self, run):
@@ -276,11 +282,14 @@ class TestRun:
         assert names == {"step-00000030", best.name}
 
     def test_loads_as_a_model(self, run):
+        """With the weights whose loss made it the best: here the averaged ones."""
         lm = gptk.load(str(run))
         assert lm.generate("The", max_new_tokens=5).tokens
-        last = load_file(run / "checkpoints/step-00000030/model.safetensors")
-        averaged = gptk.load(str(run / "checkpoints/step-00000030/averaged"))
-        assert not torch.equal(averaged.model.embed.weight, last["embed.weight"])
+        best = gptk.best_checkpoint(run)
+        averaged = load_file(best / "averaged/model.safetensors")
+        assert torch.equal(lm.model.embed.weight, averaged["embed.weight"])
+        trained = gptk.load(str(best))
+        assert not torch.equal(trained.model.embed.weight, averaged["embed.weight"])
 
     def test_is_not_started_twice(self, run):
         with pytest.raises(gptk.TrainingError, match="holds a run already"):
@@ -302,6 +311,10 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     one.best_loss = 0.0
     assert one.train() == "patience"
     assert one.step_count == 4
+    again = Trainer.resume(tmp_path)
+    assert again.train() == "patience"
+    assert again.step_count == 4
+    assert Trainer.resume(tmp_path, ["patience=null", "steps=5"]).train() == "finished"
 
 
 def test_ctrl_c_finishes_the_step_saves_and_ends(tmp_path):
@@ -319,7 +332,38 @@ def test_ctrl_c_finishes_the_step_saves_and_ends(tmp_path):
     assert one.step_count == 7
     assert gptk.best_checkpoint(tmp_path / "run").name == "step-00000007"
     assert signal.getsignal(signal.SIGINT) is before
-    assert Trainer.resume(tmp_path / "run").train() == "finished"
+    one.step = step
+    assert one.train() == "finished"
+    assert one.step_count == 20
+
+
+def test_one_process_trains_a_run_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    Trainer.start(config(steps=2), run).train()
+    first = Trainer.resume(run, ["steps=3"])
+    with pytest.raises(gptk.TrainingError, match="is being trained by another process"):
+        Trainer.resume(run)
+    assert first.train() == "finished"
+    assert Trainer.resume(run, ["steps=4"]).train() == "finished"
+
+
+def test_a_directory_with_a_configuration_of_its_own_is_left_alone(tmp_path):
+    (tmp_path / "config.toml").write_text("lr = 1")
+    with pytest.raises(gptk.TrainingError, match=r"has a config\.toml of its own"):
+        Trainer.start(config(), tmp_path)
+    assert (tmp_path / "config.toml").read_text() == "lr = 1"
+
+
+def test_steps_taken_by_hand_can_be_saved_and_resumed(tmp_path):
+    one = Trainer.start(config(), tmp_path / "run")
+    one.step()
+    one.save()
+    assert Trainer.resume(tmp_path / "run").step_count == 1
+
+
+def test_epochs_take_the_place_of_steps_on_the_way(tmp_path):
+    Trainer.start(config(steps=2), tmp_path).train()
+    assert Trainer.resume(tmp_path, ["epochs=0.01"]).total_steps == 66
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

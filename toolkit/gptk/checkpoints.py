@@ -53,6 +53,9 @@ def publish(new: Path, *, keep: int) -> Path:
         _discard(target)
     new.rename(target)
     sync(new.parent)
+    for later in _all(run):  # damaged ones, which the run went back behind
+        if later.name > target.name:
+            _discard(later)
     keepers = {*_all(run)[-keep:], best_checkpoint(run)}
     for old in _all(run):
         if old not in keepers:

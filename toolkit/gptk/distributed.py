@@ -33,7 +33,8 @@ class Processes:
         """Meet the other processes that torchrun started, if it did."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
-        me = cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        me = cls(*(int(os.environ.get(name, 0)) for name in names))
         if not dist.is_initialized():
             on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
             if on_gpu:
@@ -48,7 +49,7 @@ class Processes:
 
     def leave(self) -> None:
         """Take leave of the others, at the very end."""
-        if self.count > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @property

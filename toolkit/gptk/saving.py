@@ -13,9 +13,10 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -155,6 +156,24 @@ def write_text(path: Path, text: str) -> None:
     sync(new)
     new.replace(path)
     sync(path.parent)
+
+
+def lock(path: Path) -> IO[bytes] | None:
+    """Hold a file that no other process then holds, until what is returned is closed.
+
+    Returns None if another has it. The system releases it when a process ends, however it ends.
+    On Windows there is no such lock, and none is taken.
+    """
+    file = path.open("ab")
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+    return file
 
 
 def sync(path: Path) -> None:

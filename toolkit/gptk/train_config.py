@@ -64,7 +64,7 @@ class TrainConfig(Options):
     batch_size: PositiveInt = Field(12, description="windows a batch, in each process")
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one step")
     shuffle: bool = Field(True, description="take the windows of each epoch in a random order")
-    drop_last: bool = Field(True, description="leave out an epoch's last batch if it is not full")
+    drop_last: bool = Field(True, description="leave out an epoch's last step if it is not full")
 
     # Optimization
     steps: PositiveInt = Field(1000, description="optimizer steps in all")
@@ -79,7 +79,9 @@ class TrainConfig(Options):
         ["weight-decay:strength=0.1", "grad-clip:max_norm=1.0"],
         description="regularizers' specs, applied in order",
     )
-    seed: int = Field(0, description="of the initial weights, the order of the data, and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the initial weights, the order of the data, and dropout"
+    )
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="what to do when loss or gradient is not finite"
     )
@@ -208,7 +210,12 @@ def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
             raise OptionError(f"no such configuration file: {path}") from None
         except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
             raise OptionError(f"{path} cannot be read as TOML: {error}") from None
-    values |= _parse_changes(changes)
+    changed = _parse_changes(changes)
+    if "epochs" in changed and "steps" not in changed:  # one takes the other's place
+        values.pop("steps", None)
+    if "steps" in changed and "epochs" not in changed:
+        values.pop("epochs", None)
+    values |= changed
     return TrainConfig(**values)
 
 

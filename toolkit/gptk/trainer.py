@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from gptk.plotting import plot_runs
 from gptk.plugins import create
 from gptk.samples import SamplesFile
 from gptk.sampling import Sampler
-from gptk.saving import write_model, write_text
+from gptk.saving import lock, write_model, write_text
 from gptk.tokenizer import Tokenizer, load_tokenizer
 from gptk.train_config import TrainConfig, read_config
 from gptk.training import LRScheduler, Regularizer, TrainingListener, TrainingObserver
@@ -112,6 +112,8 @@ class Trainer:
         self.best_step: int | None = None
         self._evaluations_since_best = 0
         self._order = (-1, np.empty(0, np.int64))
+        self._active: list[TrainingListener] = []
+        self._held: IO[bytes] | None = None
 
         for parameter in model.parameters():  # what a loader mapped from a file becomes memory
             parameter.data = parameter.data.clone()
@@ -155,6 +157,13 @@ class Trainer:
             raise TrainingError(
                 f"{folder} holds a run already; go on with it (--resume {folder}) or name another"
             )
+        # A run that was killed before its first checkpoint has metrics, and may begin anew.
+        if (
+            folder is not None
+            and (folder / "config.toml").exists()
+            and not (folder / "metrics.jsonl").exists()
+        ):
+            raise TrainingError(f"{folder} has a config.toml of its own; name another directory")
         model, tokenizer = _model_and_tokenizer(config, processes)
         return cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
 
@@ -181,7 +190,9 @@ class Trainer:
         config = read_config(folder / "config.toml", changes)
         processes = Processes.join(config.device)
         newest = None
+        held = None
         if processes.main:
+            held = _hold(folder)
             checkpoints.clean(folder)
             newest = checkpoints.newest_intact(folder, warn or _warn)
         newest = processes.tell(newest)
@@ -194,6 +205,7 @@ class Trainer:
         model = build_model(checkpoint, device, torch.float32)
         trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
         trainer._load_state(newest)
+        trainer._held = held
         return trainer
 
     @classmethod
@@ -358,7 +370,7 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if not finite and self.config.on_nan == "stop":
-            raise TrainingError(self._not_finite(loss, figures, windows))
+            raise TrainingError(self._not_finite(loss, objective, figures, windows))
         self.step_count += 1
         self.tokens_seen += len(windows) * self.context_length
         self.position += len(windows)
@@ -436,18 +448,20 @@ class Trainer:
             figures["grad_norm"] = float(distributed.whole(nn.utils.get_total_norm(gradients)))
         return figures
 
-    def _not_finite(self, loss: float, figures: Mapping[str, float], windows: np.ndarray) -> str:
+    def _not_finite(
+        self, loss: float, objective: float, figures: Mapping[str, float], windows: np.ndarray
+    ) -> str:
         what = f"the loss is {loss}"
-        if math.isfinite(loss):
-            what = (
-                f"the gradient's norm is {figures.get('grad_norm', math.nan)}, the loss {loss:.4f}"
-            )
+        if math.isfinite(loss) and not math.isfinite(objective):
+            what = f"the loss is {loss:.4f}, with what the regularizers add {objective}"
+        elif math.isfinite(loss):
+            what = f"the gradient's norm is {figures['grad_norm']}, the loss {loss:.4f}"
         starts = ", ".join(str(self.train_windows.start(int(one))) for one in windows[:8])
         more = f" and {len(windows) - 8} more" if len(windows) > 8 else ""
         return (
             f"step {self.step_count + 1}: {what}; its batch are the windows at the tokens {starts}"
             f"{more} of the training data (epoch {self.epoch + 1}). Try a lower lr, grad-clip, or "
-            "on_nan=skip"
+            f"on_nan=skip; {self._last_good()}"
         )
 
     # --- Evaluation
@@ -531,11 +545,21 @@ class Trainer:
                 ending = self._loop(interrupts)
             if self.run is not None and self.processes.main:
                 plot_runs([self.run], self.run / "losses.png")
+        except BrokenPipeError:  # who reads the output has gone; the program knows what to do
+            raise
         except OSError as error:
             raise TrainingError(f"{error}; {self._last_good()}") from None
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{str(error).partition('.')[0]}: lower batch_size (and raise accumulate) or "
+                f"context_length; {self._last_good()}"
+            ) from None
         finally:
-            for listener in self._listeners:
+            for listener in self._active:
                 listener.close()
+            if self._held is not None:
+                self._held.close()
+                self._held = None
         return ending
 
     def _loop(self, interrupts: Interrupts) -> Ending:
@@ -544,7 +568,7 @@ class Trainer:
         seconds, tokens = 0.0, self.tokens_seen
         if self.step_count == 0:
             self._evaluate_and_tell()
-        while self.step_count < self.total_steps:
+        while self.step_count < self.total_steps and not self._out_of_patience:
             start = time.perf_counter()
             record = self.step()
             seconds += time.perf_counter() - start
@@ -558,28 +582,34 @@ class Trainer:
             better = False
             if done or self.step_count % config.eval_every == 0:
                 better = self._evaluate_and_tell()
-            patience = bool(config.patience and self._evaluations_since_best >= config.patience)
-            over = interrupted or done or patience
+            over = interrupted or done or self._out_of_patience
             if over or better or self.step_count % save_every == 0:
                 self.save()
             if over:
                 return "finished" if done else "interrupted" if interrupted else "patience"
-        return "finished"
+        return "patience" if self._out_of_patience else "finished"
+
+    @property
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self._evaluations_since_best >= patience
 
     def _start_listeners(self) -> None:
+        self._active = []
         if not self.processes.main:
-            self._listeners = []
             return
+        self._active += self._listeners
         if self.run is not None:
             self.run.mkdir(parents=True, exist_ok=True)
+            self._held = self._held or _hold(self.run)
             write_text(self.run / "config.toml", self.config.to_toml(comments=True))
             # What was recorded after the checkpoint that a run goes on from comes once more.
             truncate_metrics(self.run / "metrics.jsonl", self.step_count or -1)
-            self._listeners += [MetricsFile(self.run / "metrics.jsonl"), SamplesFile(self.run)]
-        self._listeners += [observer.start(self.run) for observer in self._observers]
+            self._active += [MetricsFile(self.run / "metrics.jsonl"), SamplesFile(self.run)]
+        self._active += [observer.start(self.run) for observer in self._observers]
 
     def _tell(self, record: dict[str, Any]) -> None:
-        for listener in self._listeners:
+        for listener in self._active:
             listener.record(record)
 
     def _evaluate_and_tell(self) -> bool:
@@ -614,6 +644,8 @@ class Trainer:
                 checkpoints.temporary(self.run, self.step_count) if self.processes.main else None
             )
             assert new is not None
+            if self.processes.main and not (self.run / "config.toml").exists():
+                write_text(self.run / "config.toml", self.config.to_toml(comments=True))
             tensors = train_state.collect(self.optimizer, self._parameters, self._states)
             train_state.write(new, tensors, shard=self.shard, main=self.processes.main)
             self.processes.wait()
@@ -697,6 +729,14 @@ class Trainer:
             finally:
                 for name, weight in trained.items():
                     self._parameters[name].copy_(weight)
+
+
+def _hold(run: Path) -> IO[bytes]:
+    """Keep other processes from training the same run."""
+    held = lock(run / ".lock")
+    if held is None:
+        raise TrainingError(f"{run} is being trained by another process")
+    return held
 
 
 class _Plugins:

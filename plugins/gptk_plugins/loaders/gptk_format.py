@@ -33,6 +33,8 @@ class Gptk(gptk.WeightLoader):
         folder = Path(self.path)
         if not (folder / "gptk.json").exists():
             folder = gptk.best_checkpoint(folder) or folder
+            if (folder / "averaged").is_dir():  # the weights whose loss made it the best
+                folder = folder / "averaged"
         about = _read_about(folder)
         try:
             config = gptk.GPTConfig(**about["config"])

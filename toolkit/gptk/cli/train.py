@@ -1,5 +1,6 @@
 """`gptk train`: train a model from nothing, or go on from loaded weights or an interrupted run."""
 
+import os
 import shlex
 import sys
 import time
@@ -81,7 +82,8 @@ def command(
         assert resume is not None
         trainer = Trainer.resume(resume, changes, shard=shard, listeners=[progress])
     else:
-        run = out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+        # Runs that are started in the same second have names of their own.
+        run = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}"
         trainer = Trainer.start(settings, run, shard=shard, listeners=[progress])
     try:
         ending = _train(trainer, progress)
