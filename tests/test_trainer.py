@@ -337,6 +337,20 @@ def test_ctrl_c_finishes_the_step_saves_and_ends(tmp_path):
     assert one.step_count == 20
 
 
+def test_a_text_that_changed_is_warned_of(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 200)
+    settings = config(steps=2, data=[str(text)])
+    Trainer.start(settings, tmp_path / "run").train()
+    lines = []
+    Trainer.resume(tmp_path / "run", ["steps=3"], warn=lines.append).train()
+    assert not lines
+    text.write_text("hgfedcba" * 200)
+    Trainer.resume(tmp_path / "run", ["steps=4"], warn=lines.append)
+    (line,) = lines
+    assert "the data is not what" in line
+
+
 def test_one_process_trains_a_run_at_a_time(tmp_path):
     run = tmp_path / "run"
     Trainer.start(config(steps=2), run).train()

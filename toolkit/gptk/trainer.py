@@ -114,6 +114,7 @@ class Trainer:
         self._order = (-1, np.empty(0, np.int64))
         self._active: list[TrainingListener] = []
         self._held: IO[bytes] | None = None
+        self._data_sums: list[str] | None = None
 
         for parameter in model.parameters():  # what a loader mapped from a file becomes memory
             parameter.data = parameter.data.clone()
@@ -180,7 +181,7 @@ class Trainer:
         """A trainer where a run's last intact checkpoint left off, in any number of processes.
 
         changes: settings to change, as `key=value`, for example `steps=4000`. warn: told of
-        damaged checkpoints; by default they are warnings on standard error.
+        damaged checkpoints and changed data; by default they are warnings on standard error.
         Raises TrainingError if there is no checkpoint, or it does not fit the settings.
         """
         folder = Path(run)
@@ -204,7 +205,9 @@ class Trainer:
         device = resolve_device(processes.device(config.device))
         model = build_model(checkpoint, device, torch.float32)
         trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
-        trainer._load_state(newest)
+        stored = trainer._load_state(newest)
+        if stored not in (None, trainer._data_sums) and processes.main:
+            (warn or _warn)(f"the data is not what {folder} was trained on up to here")
         trainer._held = held
         return trainer
 
@@ -238,11 +241,13 @@ class Trainer:
             if processes.main == turn:
                 tokens = prepare_tokens(config.data, tokenizer)
                 first, last = tokens.split(config.train_ratio)
+                sums = [tokens.sha256]
                 if config.validation_data:
-                    first = tokens.tokens
-                    last = prepare_tokens(config.validation_data, tokenizer).tokens
+                    others = prepare_tokens(config.validation_data, tokenizer)
+                    first, last = tokens.tokens, others.tokens
+                    sums.append(others.sha256)
             processes.wait()
-        return cls(
+        trainer = cls(
             model,
             Windows(first, context, config.stride),
             Windows(last, context),
@@ -253,6 +258,8 @@ class Trainer:
             shard=shard,
             listeners=listeners,
         )
+        trainer._data_sums = sums
+        return trainer
 
     # --- What the settings amount to
 
@@ -680,10 +687,14 @@ class Trainer:
             # All random numbers follow from these two.
             "seed": self.config.seed,
             "processes": self.processes.count,
+            "data": self._data_sums,
         }
 
-    def _load_state(self, folder: Path) -> None:
-        """Go on from a checkpoint whose weights are already in the model."""
+    def _load_state(self, folder: Path) -> list[str] | None:
+        """Go on from a checkpoint whose weights are already in the model.
+
+        Returns the sums of the data that it was trained on.
+        """
         try:
             about = json.loads((folder / checkpoints.STATE).read_text(encoding="utf-8"))
             self.step_count, self.epoch = about["step"], about["epoch"]
@@ -692,9 +703,11 @@ class Trainer:
             self.best_loss = math.inf if self.best_step is None else about["best_loss"]
             self._evaluations_since_best = about["evaluations_since_best"]
             stored = about["tensors"]
+            sums: list[str] | None = about["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{folder / checkpoints.STATE} cannot be read: {error}") from None
         train_state.read(folder, stored, self.optimizer, self._parameters, self._states)
+        return sums
 
     def _last_good(self) -> str:
         last = None if self.run is None else checkpoints.last_checkpoint(self.run)
