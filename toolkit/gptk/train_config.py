@@ -67,7 +67,7 @@ class TrainConfig(Options):
     drop_last: bool = Field(True, description="leave out an epoch's last step if it is not full")
 
     # Optimization
-    steps: PositiveInt = Field(1000, description="optimizer steps in all")
+    steps: PositiveInt = Field(800, description="optimizer steps in all")
     epochs: float | None = Field(None, gt=0, description="instead of steps: passes over the data")
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's decay rates")
@@ -95,7 +95,7 @@ class TrainConfig(Options):
     compile: bool = Field(False, description="compile the model with torch.compile")
 
     # Evaluation
-    eval_every: PositiveInt = Field(250, description="steps from one evaluation to the next")
+    eval_every: PositiveInt = Field(200, description="steps from one evaluation to the next")
     eval_batches: PositiveInt = Field(
         64,
         description="batches of training and of validation data, always the same ones, "

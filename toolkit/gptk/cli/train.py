@@ -59,8 +59,8 @@ def command(
 ) -> None:
     """Train a GPT by the settings in CONFIG, a TOML file.
 
-    Without any setting, a small byte-level model learns from Python's documentation, in about a
-    minute. Settings, metrics, checkpoints, samples and plots go to the run directory; Ctrl-C
+    Without any setting, a small byte-level model learns from Python's documentation, in a
+    minute or two. Settings, metrics, checkpoints, samples and plots go to the run directory; Ctrl-C
     finishes the step and saves. For several processes: torchrun --nproc-per-node N -m gptk train …
     """
     if keep is not None:
