@@ -561,6 +561,11 @@ class Trainer:
                 f"{str(error).partition('.')[0]}: lower batch_size (and raise accumulate) or "
                 f"context_length; {self._last_good()}"
             ) from None
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise TrainingError(f"compile=true does not work here: {reason}") from None
         finally:
             for listener in self._active:
                 listener.close()
