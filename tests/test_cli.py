@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -346,3 +347,41 @@ def test_a_closed_pipe_ends_quietly():
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait(timeout=60)
+
+
+def test_a_draft_is_reported_and_changes_nothing(model):
+    chosen = ("generate", "abcabc", "--model", model, "--max-new-tokens", 12)
+    plain = gptk(*chosen)
+    for draft in (model, "lookup:ngram=1,tokens=3"):
+        out = gptk(*chosen, "--draft", draft)
+        assert out.stdout == plain.stdout
+        assert re.search(r", \d+ of [1-9]\d* guesses accepted \(\d+%\)", out.stderr), out.stderr
+    assert "guesses" not in plain.stderr
+
+
+def test_a_draft_that_cannot_serve_is_told_before_the_model_is_loaded():
+    line = failing("generate", "a", "--sampler", "beam", "--draft", "lookup", code=2)
+    assert "sampler beam does not go with a draft: its rows compete" in line
+    line = failing("generate", "a", "--draft", "lookup:words=3", code=2)
+    assert "drafter lookup has no option 'words'" in line
+
+
+def test_an_incomplete_text_is_told(model):
+    constraint = ("--processor", 'regex:pattern="[a-c]{9}"')
+    chosen = ("generate", "a", "--model", model, *constraint)
+    assert "incomplete" not in gptk(*chosen).stderr
+    assert "finish reason: length, incomplete" in gptk(*chosen, "--max-new-tokens", 5).stderr
+    out = json.loads(gptk(*chosen, "--max-new-tokens", 5, "--json").stdout)
+    assert (out["complete"], out["draft"]) == (False, None)
+
+
+@pytest.mark.parametrize("extra", [(), ("--json",)])
+def test_a_dead_end_prints_what_there_is_and_names_the_processor(model, extra):
+    out = gptk(
+        "generate", "a", "--model", model, "--processor", "bad-words:words='[\"b\"]'",
+        "--processor", "regex:pattern=aab", *extra,
+    )  # fmt: skip
+    assert out.returncode == 1
+    assert "aa" in out.stdout
+    assert "finish reason: interrupted" in out.stderr
+    assert "gptk: processor regex left no token to choose from after 2 new tokens" in out.stderr

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk.generation import TextStream
-from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer, small_gpt
+from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer, small_gpt, small_lm
 
 EOS = 256
 
@@ -289,3 +289,22 @@ def test_bfloat16_generates(width):
     out = lm.generate([1, 2], sampler=f"beam:width={width}", max_new_tokens=4)
     assert len(out.tokens) == 4
     assert dataclasses.asdict(out)["finish_reason"] == "length"
+
+
+def test_stop_conditions_are_asked_after_each_token_and_mix_with_strings():
+    asked = []
+
+    def five(tokens):
+        asked.append(list(tokens))
+        return len(tokens) == 2 + 5
+
+    lm, prompt = small_lm(), [65, 66]
+    out = lm.generate(prompt, stop=[five, "\n\n"], ignore_eos=True)
+    free = lm.generate(prompt, ignore_eos=True)
+    assert (out.tokens, out.finish_reason) == (free.tokens[:5], "stop")
+    assert asked == [[*prompt, *free.tokens[:n]] for n in range(1, 6)]
+    assert lm.generate(prompt, stop=five, ignore_eos=True).tokens == out.tokens
+    beams = lm.generate(prompt, stop=five, sampler="beam:width=3", n=3, ignore_eos=True)
+    assert [len(one.tokens) for one in (beams, *beams.alternatives)] == [5, 5, 5]
+    with pytest.raises(gptk.OptionError, match="stop string 3"):
+        lm.generate(prompt, stop=[3])

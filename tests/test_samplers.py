@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptk
-from gptk import Choice, GptkError, LogitsProcessor, OptionError, Rows, Sampler
-from gptk.plugins import create, provided
+from gptk import Choice, DecodingError, GptkError, LogitsProcessor, OptionError, Rows, Sampler
+from gptk.plugins import create
 from toys import LLAMA_LIKE, batches, logits, prompts, small_lm
 
 LM = small_lm()
+# Of all others tests/test_matrix.py shows as much.
 SPECS = {
     "greedy": "greedy",
     "multinomial": "multinomial:temperature=0.8",
@@ -20,10 +21,6 @@ SPECS = {
     "top-p": "top-p:p=0.8",
     "beam": "beam:width=3",
 }
-
-
-def test_every_built_in_sampler_is_tested_here():
-    assert set(SPECS) == set(provided("sampler"))
 
 
 def rows_of(tokens, seed=0):
@@ -130,12 +127,15 @@ def test_draws_follow_the_distribution(spec):
     assert statistic < 30  # the 0.9999 quantile at 7 degrees of freedom is 29.9
 
 
-def test_inverse_cdf_reaches_the_last_token_and_no_further():
-    from gptk_plugins.samplers.multinomial import draw
-
-    scores = torch.tensor([[0.0, 0.0, -torch.inf]] * 3)
-    u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(scores, u).tolist() == [0, 1, 1]
+def test_a_truncation_changes_a_draw_only_if_it_cuts_it_off():
+    rows = rows_of([[i] for i in range(2000)])
+    logits = torch.randn(2000, 40, generator=torch.Generator().manual_seed(0))
+    free = create("sampler", "multinomial", Sampler).step(logits, rows).tokens
+    kept = create("processor", "top-k:k=10", LogitsProcessor)(logits, rows)
+    cut = create("sampler", "multinomial", Sampler).step(kept, rows).tokens
+    stays = kept.gather(1, free[:, None])[:, 0] > -torch.inf
+    assert torch.equal(cut[stays], free[stays])
+    assert 500 < stays.sum() < 1500
 
 
 @given(prompts(4))
@@ -213,15 +213,26 @@ class Only(LogitsProcessor):
 
 
 @pytest.mark.parametrize("spec", SPECS.values())
-def test_a_row_without_a_token_to_choose_ends_stuck_and_the_others_go_on(spec):
-    out = LM.generate([1], sampler=spec, processors=[Only(plan=((5,), (6,)))], seed=0)
-    assert result(out) == [([5, 6], "stuck")] * len(result(out))
-    assert result(LM.generate([1], sampler=spec, processors=[Only(plan=())])) == [([], "stuck")]
+def test_where_no_token_is_left_the_processor_responsible_is_named(spec):
     settings = {"sampler": spec, "seed": 0, "max_new_tokens": 5}
-    first = Only(plan=((5,),), prompt=0)
-    one, two = LM.generate_batch([[1, 2], [3, 4]], processors=[first], **settings)
-    assert one.finish_reason == "stuck"
-    assert result(two) == result(LM.generate([3, 4], **settings))
+    with pytest.raises(DecodingError, match=r"processor only left no token .* after 2 new tokens"):
+        LM.generate([1], processors=["top-k:k=300", Only(plan=((5,), (6,)))], **settings)
+    with pytest.raises(DecodingError, match=r"processor only left no token .* after 0 new tokens"):
+        LM.generate([1], processors=[Only(plan=())], **settings)
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+def test_a_dead_end_loses_nothing(spec):
+    settings = {"sampler": spec, "seed": 0, "max_new_tokens": 5}
+    stream = LM.stream_batch(
+        [[3, 4], [1, 2]], processors=[Only(plan=((5,),), prompt=1)], **settings
+    )
+    with pytest.raises(DecodingError, match="after 1 new tokens of prompt 2"):
+        list(stream)
+    stream.interrupt()
+    one, two = stream.results
+    assert (two.tokens, two.finish_reason) == ([5], "interrupted")
+    assert one.tokens == LM.generate([3, 4], **settings).tokens[:1] or "beam" in spec
 
 
 def test_a_beam_that_is_stuck_leaves_finished_results():
@@ -241,7 +252,7 @@ def test_a_sampler_that_takes_a_masked_token_is_told_so():
 
 
 def test_logits_that_are_not_numbers_are_named():
-    with pytest.raises(GptkError, match="after the logits processors the logits are not finite"):
+    with pytest.raises(GptkError, match="processor temperature gave logits that are not numbers"):
         LM.generate([1], sampler="greedy", processors=["temperature:temperature=1e-40"])
     broken = small_lm()
     torch.nn.init.constant_(broken.model.head.weight, torch.nan)

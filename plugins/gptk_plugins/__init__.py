@@ -1,32 +1,124 @@
 """The built-in plug-ins of gptk. They use only what gptk makes public, as anybody's would."""
 
+import click
+
 import gptk
 
 
 @gptk.hookimpl
 def gptk_samplers() -> list[type[gptk.Sampler]]:
-    from gptk_plugins.samplers import beam, greedy, multinomial, top_k, top_p
+    from gptk_plugins.samplers import (
+        beam,
+        beam_sample,
+        best_of_n,
+        contrastive,
+        diverse_beam,
+        dola,
+        greedy,
+        min_p,
+        mirostat,
+        multinomial,
+        stochastic_beam,
+        top_k,
+        top_p,
+        typical,
+    )
 
     return [
         beam.Beam,
+        beam_sample.BeamSample,
+        best_of_n.BestOfN,
+        contrastive.Contrastive,
+        diverse_beam.DiverseBeam,
+        dola.DoLa,
         greedy.Greedy,
+        min_p.MinPSampler,
+        mirostat.Mirostat,
         multinomial.Multinomial,
+        stochastic_beam.StochasticBeam,
         top_k.TopKSampler,
         top_p.TopPSampler,
+        typical.TypicalSampler,
     ]
 
 
 @gptk.hookimpl
 def gptk_logits_processors() -> list[type[gptk.LogitsProcessor]]:
-    from gptk_plugins.processors import min_p, repetition_penalty, temperature, top_k, top_p
+    from gptk_plugins.constraints import choice, grammar, json_schema, regex
+    from gptk_plugins.processors import (
+        bad_words,
+        cfg,
+        dry,
+        epsilon,
+        eta,
+        forced_tokens,
+        frequency_penalty,
+        length_decay,
+        logit_bias,
+        min_new_tokens,
+        min_p,
+        no_repeat_ngram,
+        presence_penalty,
+        repetition_penalty,
+        sequence_bias,
+        suppress_tokens,
+        temperature,
+        top_h,
+        top_k,
+        top_n_sigma,
+        top_p,
+        typical,
+        watermark,
+        xtc,
+    )
 
     return [
+        choice.Choice,
+        grammar.Grammar,
+        json_schema.JsonSchema,
+        regex.Regex,
+        bad_words.BadWords,
+        cfg.CFG,
+        dry.DRY,
+        epsilon.Epsilon,
+        eta.Eta,
+        forced_tokens.ForcedTokens,
+        frequency_penalty.FrequencyPenalty,
+        length_decay.LengthDecay,
+        logit_bias.LogitBias,
+        min_new_tokens.MinNewTokens,
         min_p.MinP,
+        no_repeat_ngram.NoRepeatNgram,
+        presence_penalty.PresencePenalty,
         repetition_penalty.RepetitionPenalty,
+        sequence_bias.SequenceBias,
+        suppress_tokens.SuppressTokens,
         temperature.Temperature,
+        top_h.TopH,
         top_k.TopK,
+        top_n_sigma.TopNSigma,
         top_p.TopP,
+        typical.Typical,
+        watermark.Watermark,
+        xtc.XTC,
     ]
+
+
+@gptk.hookimpl
+def gptk_drafters() -> list[type[gptk.Drafter]]:
+    from gptk_plugins.drafters import lookup, model
+
+    return [
+        lookup.Lookup,
+        model.ModelDrafter,
+    ]
+
+
+@gptk.hookimpl
+def gptk_scorers() -> list[type[gptk.Scorer]]:
+    from gptk_plugins.scorers import mean_logprob
+
+    return [mean_logprob.MeanLogprob]
 
 
 @gptk.hookimpl
@@ -132,3 +224,10 @@ def gptk_training_observers() -> list[type[gptk.TrainingObserver]]:
     from gptk_plugins.observers import tensorboard
 
     return [tensorboard.TensorBoard]
+
+
+@gptk.hookimpl
+def gptk_commands() -> list[click.Command]:
+    from gptk_plugins.commands import detect_watermark
+
+    return [detect_watermark.command]

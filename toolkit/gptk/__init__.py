@@ -21,13 +21,17 @@ hookimpl = pluggy.HookimplMarker("gptk")
 
 # Public name -> the module that defines it. The same names stand below for type checkers.
 _HOMES = {
+    "Acceptance": "decoding",
     "Checkpoint": "weights",
     "Choice": "sampling",
+    "Comparison": "comparison",
     "DataError": "errors",
     "DecodeSession": "session",
     "Decoding": "decoding",
     "DecodingError": "errors",
     "DeviceError": "errors",
+    "Draft": "drafting",
+    "Drafter": "drafting",
     "Evaluation": "evaluation",
     "FinishReason": "decoding",
     "Follower": "session",
@@ -35,6 +39,7 @@ _HOMES = {
     "GPTConfig": "model",
     "Generation": "generation",
     "GptkError": "errors",
+    "IncompatibleError": "errors",
     "KVCache": "cache",
     "LRScheduler": "training",
     "LanguageModel": "language_model",
@@ -43,13 +48,16 @@ _HOMES = {
     "Plugin": "plugins",
     "PluginError": "errors",
     "PromptError": "errors",
+    "RandomStream": "random",
     "Regularizer": "training",
     "Rows": "session",
     "Sampler": "sampling",
     "Score": "generation",
+    "Scorer": "sampling",
     "Settings": "language_model",
     "SourceError": "errors",
     "SpecError": "errors",
+    "StopCondition": "decoding",
     "Stream": "language_model",
     "Tensors": "weights",
     "TokenFile": "data",
@@ -67,6 +75,8 @@ _HOMES = {
     "Windows": "data",
     "best_checkpoint": "checkpoints",
     "build_model": "weights",
+    "compare": "comparison",
+    "default_source": "weights",
     "evaluate": "evaluation",
     "load": "language_model",
     "load_checkpoint": "weights",
@@ -85,15 +95,22 @@ if TYPE_CHECKING:
     from gptk import plugins as plugins
     from gptk.cache import KVCache as KVCache
     from gptk.checkpoints import best_checkpoint as best_checkpoint
+    from gptk.comparison import Comparison as Comparison
+    from gptk.comparison import compare as compare
     from gptk.data import TokenFile as TokenFile
     from gptk.data import Windows as Windows
     from gptk.data import prepare_tokens as prepare_tokens
+    from gptk.decoding import Acceptance as Acceptance
     from gptk.decoding import Decoding as Decoding
     from gptk.decoding import FinishReason as FinishReason
+    from gptk.decoding import StopCondition as StopCondition
+    from gptk.drafting import Draft as Draft
+    from gptk.drafting import Drafter as Drafter
     from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
     from gptk.errors import GptkError as GptkError
+    from gptk.errors import IncompatibleError as IncompatibleError
     from gptk.errors import OptionError as OptionError
     from gptk.errors import PluginError as PluginError
     from gptk.errors import PromptError as PromptError
@@ -113,9 +130,11 @@ if TYPE_CHECKING:
     from gptk.model import GPT as GPT
     from gptk.model import GPTConfig as GPTConfig
     from gptk.plugins import Plugin as Plugin
+    from gptk.random import RandomStream as RandomStream
     from gptk.sampling import Choice as Choice
     from gptk.sampling import LogitsProcessor as LogitsProcessor
     from gptk.sampling import Sampler as Sampler
+    from gptk.sampling import Scorer as Scorer
     from gptk.session import DecodeSession as DecodeSession
     from gptk.session import Follower as Follower
     from gptk.session import Rows as Rows
@@ -133,6 +152,7 @@ if TYPE_CHECKING:
     from gptk.weights import WeightLoader as WeightLoader
     from gptk.weights import WeightWriter as WeightWriter
     from gptk.weights import build_model as build_model
+    from gptk.weights import default_source as default_source
     from gptk.weights import load_checkpoint as load_checkpoint
 
 

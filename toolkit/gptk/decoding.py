@@ -1,21 +1,28 @@
 """The decoding loop, once for every sampler: choose, end rows, move the session, repeat."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
-from gptk.errors import DecodingError, PluginError
+from gptk.drafting import Draft, Drafter
+from gptk.errors import DecodingError, IncompatibleError, PluginError
 from gptk.sampling import Choice, LogitsProcessor, Sampler
 from gptk.session import DecodeSession, Follower
 from gptk.tokenizer import Tokenizer
 
-FinishReason = Literal["eos", "stop", "length", "time", "stuck", "interrupted"]
-"""Why a row ended: end-of-text token, stop string, token limit or full window, time limit, no
-token left by the processors, or the user's interrupt."""
+if TYPE_CHECKING:
+    from gptk.sampling import Process
+
+FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
+"""Why a row ended: end-of-text token, stop string or condition, token limit or full window, time
+limit, or the user's interrupt."""
+
+StopCondition = Callable[[list[int]], bool]
+"""Given a row's tokens, prompt first, whether it ends with the last of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +30,13 @@ class Hypothesis:
     """A row's new tokens, as a chain of links, so that beams share what they have in common."""
 
     prompt: int
-    sample: int
+    sample: int = 0
+    group: int = 0
     parent: "Hypothesis | None" = None
     token: int = -1
     logprob: float = 0.0
+    total: float = 0.0
+    """The sum of the log-probabilities of all its tokens."""
     score: float = 0.0
     length: int = 0
     tail: bytes = b""
@@ -50,22 +60,33 @@ class Limits:
     max_new_tokens: int
     eos: tuple[int, ...] = ()
     stop: tuple[bytes, ...] = ()
+    conditions: tuple[StopCondition, ...] = ()
     deadline: float | None = None
     """In seconds of `time.monotonic`."""
 
 
 @dataclass
 class Search:
-    """One prompt's results and what bounds them."""
+    """The results of one prompt, or of one group of its rows, and what bounds them."""
 
     limit: int
     finished: list[Hypothesis] = field(default_factory=list)
 
 
+@dataclass
+class Acceptance:
+    """What became of a draft's guesses."""
+
+    guessed: int = 0
+    accepted: int = 0
+
+
 class Decoding:
     """One run of a sampler over the rows of a session.
 
-    Call `step` until `live` is empty; `results` can be asked for at any time.
+    Call `step` until `live` is empty; `results` can be asked for at any time, also after an
+    error. With a draft, rows run ahead of each other: a row whose next token was not guessed
+    waits until no row has logits left, and then the model reads all at once.
     """
 
     def __init__(
@@ -77,126 +98,215 @@ class Decoding:
         n: int,
         limits: Limits,
         tokenizer: Tokenizer | None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.session = session
         self.sampler = sampler
         self.limits = limits
         self.tokenizer = tokenizer
-        self.n = n
-        self.max_rows = sampler.max_rows(n)
+        self._groups = sampler.groups if sampler.competing else 1
+        self._places = sampler.max_rows(n) // self._groups
         rows = session.rows
-        rows.eos = limits.eos
+        rows.eos, rows.tokenizer = limits.eos, tokenizer
         window = session.model.config.context_length
-        samples = len(rows) // (max(rows.prompts) + 1)
+        copies = len(rows) // (max(rows.prompts) + 1)
         self.searches = [
             Search(
                 limit=limits.max_new_tokens
                 if session.overflow == "slide"
                 else min(limits.max_new_tokens, window - length)
             )
-            for length in rows.prompt_lengths[::samples]
+            for length in rows.prompt_lengths[::copies]
+            for _ in range(self._groups)
         ]
+        """For each prompt, and each group of its rows."""
         self.live = [
-            Hypothesis(prompt=prompt, sample=row % samples)
-            for row, prompt in enumerate(rows.prompts)
+            Hypothesis(
+                prompt=prompt, group=group, sample=0 if self.sampler.competing else row % copies
+            )
+            for row, (prompt, group) in enumerate(zip(rows.prompts, rows.groups, strict=True))
         ]
         """The hypotheses of the session's rows, in their order."""
         self.steps = 0
-        self._processed: Tensor | None = None
-        self._processes = []
-        for processor in (*processors, *sampler.processors()):
-            process = processor.start(rows)
-            self._processes.append(process)
-            if isinstance(process, Follower):
-                session.follow(process)
-            elif process is not processor and (
-                verbs := [v for v in ("extend", "select", "rewind") if hasattr(process, v)]
-            ):
-                raise PluginError(
-                    f"the state of processor {processor.name} has {' and '.join(verbs)}, but a "
-                    "follower needs extend, select and rewind"
-                )
+        self.acceptance = Acceptance()
+        self._processes: list[tuple[str, Process]] = []
+        self.state: object = None
+        """What the sampler remembers."""
+        self._draft: Draft | None = None
+        self._offered = [0] * len(rows)
+        """For each row how many guesses are still to be compared."""
+        with torch.inference_mode():
+            for processor in (*processors, *sampler.processors()):
+                process = processor.start(rows)
+                self._processes.append((processor.name, process))
+                if process is not processor:
+                    self._follow(process, f"the state of processor {processor.name}")
+            self.state = sampler.start(self)
+            self._follow(self.state, f"the state of sampler {sampler.name}")
+            if drafter is not None:
+                check_draft(sampler)
+                self._draft = drafter.start(self)
+                self._follow(self._draft, f"the state of drafter {drafter.name}")
+                self._guess()
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Extend every live row by the sampler's choice."""
+        """Extend every live row by the sampler's choice; with a draft, at least one row."""
         self.sampler.advance(self)
         self.steps += 1
 
     def processed_logits(self) -> Tensor:
-        """The session's logits after all processors, (rows, vocab) float32."""
-        logits = self.session.logits
+        """The logits after all processors, (rows, vocab) float32."""
+        return self.process(self.sampler.logits(self.session))
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Any logits for the rows' next tokens after all processors. (rows, vocab) float32."""
         shape = logits.shape
-        for process in self._processes:
+        for name, process in self._processes:
             logits = process(logits, self.session.rows)
             if not isinstance(logits, Tensor) or logits.shape != shape:
                 given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else logits
                 raise PluginError(
-                    f"processor {getattr(process, 'name', type(process).__name__)} returned "
-                    f"{given}; it must return logits of shape {tuple(shape)}"
+                    f"processor {name} returned {given}; it must return logits of shape "
+                    f"{tuple(shape)}"
                 )
-        self._processed = logits
         return logits
 
-    def commit(self, choice: Choice) -> None:
-        """Make the choice: end the rows that end, and extend the session by the others."""
+    def commit(self, choice: Choice, *, extended: bool = False) -> None:
+        """Make the choice: end the rows that end, and extend the session by the others.
+
+        extended: the session's rows have their tokens already, so that parent i is the row
+        that ends with candidate i, and the rows need only be selected.
+        """
         self._check(choice)
+        # A row that waits for the model has had its choice: this one was for show.
+        waiting = [not known for known in self.session.known]
         kept: list[list[tuple[int, Hypothesis]]] = [[] for _ in self.searches]
         ended: list[list[Hypothesis]] = [[] for _ in self.searches]
         ranks = [0] * len(self.searches)
+        shown: dict[int, int] = {}
         late = self.limits.deadline is not None and time.monotonic() >= self.limits.deadline
-        for parent, token, logprob, score in zip(*_to_lists(choice), strict=True):
+        origins = range(len(choice.tokens)) if extended else None
+        for place, (parent, token, logprob, score) in enumerate(
+            zip(*_to_lists(choice), strict=True)
+        ):
             row = self.live[parent]
-            if score > -torch.inf:
-                row = self._extended(row, token, logprob, score, late)
-                if row.reason is None and len(kept[row.prompt]) < self.max_rows:
-                    kept[row.prompt].append((parent, row))
-                elif row.reason is not None and ranks[row.prompt] < self.max_rows:
-                    ended[row.prompt].append(row)
-                ranks[row.prompt] += 1
+            search = self._search_of(row)
+            source = parent if origins is None else place
+            if waiting[source]:
+                shown[source] = token
+                kept[search].append((source, row))
+            elif score > -torch.inf:
+                row = self._extended(row, source, token, logprob, score, late)
+                if row.reason is None and len(kept[search]) < self._places:
+                    kept[search].append((source, row))
+                elif row.reason is not None and ranks[search] < self._places:
+                    ended[search].append(row)
+                ranks[search] += 1
             elif not self.sampler.competing:
-                ended[row.prompt].append(self._stuck(parent))
+                self._explain(parent)
         finished = [
             search.finished + more for search, more in zip(self.searches, ended, strict=True)
         ]
         if self.sampler.competing:
-            for parent, row in enumerate(self.live):
-                if not ranks[row.prompt] and not finished[row.prompt]:
-                    finished[row.prompt].append(self._stuck(parent))
-            for prompt, rows in enumerate(kept):
-                finished[prompt] = sorted(finished[prompt], key=self.rank, reverse=True)
-                del finished[prompt][self.max_rows :]
-                if rows and finished[prompt] and self._is_done(finished[prompt], rows[0][1]):
-                    rows.clear()
+            self._check_dead_ends(kept, finished)
+            for index, rows in enumerate(kept):
+                finished[index] = sorted(finished[index], key=self.rank, reverse=True)
+                del finished[index][self._places :]
+                if rows and finished[index]:
+                    best = max((row for _, row in rows), key=lambda row: row.score)
+                    if self._is_done(finished[index], best):
+                        rows.clear()
         going_on = [pair for rows in kept for pair in rows]
         self.live = [row for _, row in going_on]
-        for search, results in zip(self.searches, finished, strict=True):
-            search.finished = results
+        for entry, results in zip(self.searches, finished, strict=True):
+            entry.finished = results
         if self.live:
-            session = self.session
-            session.select([parent for parent, _ in going_on])
-            device = session.logits.device
-            session.rows.scores = torch.tensor([row.score for row in self.live], device=device)
-            session.extend(torch.tensor([row.token for row in self.live], device=device))
+            sources = [source for source, _ in going_on]
+            self._offered = [] if extended else [self._offered[source] for source in sources]
+            self.session.select(sources)
+            moving = self.session.rows
+            device = moving.tokens.device
+            moving.scores = torch.tensor([row.score for row in self.live], device=device)
+            moving.logprobs = torch.tensor([row.total for row in self.live], device=device)
+            if not extended:
+                tokens = [shown.get(source, row.token) for source, row in going_on]
+                self._move(torch.tensor(tokens, device=device), [s in shown for s in sources])
+
+    def guess(self, next_logits: Callable[[], Tensor], count: int) -> Tensor:
+        """What the sampler would choose were the logits those of `next_logits`: (rows, count).
+
+        For drafts. All followers move along with the guesses, and in the end back.
+        """
+        session = self.session
+        guesses = []
+        for _ in range(count):
+            choice = self.sampler.step(self.process(next_logits()), session.rows)
+            guesses.append(choice.tokens)
+            session.move(choice.tokens)
+        session.rewind(count)
+        return torch.stack(guesses, dim=1)
 
     def results(self, prompt: int) -> list[Hypothesis]:
-        """The n results of a prompt; rows still live count as interrupted.
+        """The results of a prompt; rows still live count as interrupted.
 
         Competing rows come best first, others in the order of their sample index.
         """
-        finished = self.searches[prompt].finished + [
-            replace(row, reason="interrupted") for row in self.live if row.prompt == prompt
-        ]
+        finished = [
+            row
+            for search in self.searches[prompt * self._groups : (prompt + 1) * self._groups]
+            for row in search.finished
+        ] + [replace(row, reason="interrupted") for row in self.live if row.prompt == prompt]
         if self.sampler.competing:
-            return sorted(finished, key=self.rank, reverse=True)[: self.n]
+            return sorted(finished, key=self.rank, reverse=True)
         return sorted(finished, key=lambda row: row.sample)
 
     def rank(self, row: Hypothesis) -> float:
         """What the sampler ranks a hypothesis by."""
         return self.sampler.rank(row.score, row.length)
 
+    def _follow(self, state: object, whose: str) -> None:
+        if isinstance(state, Follower):
+            self.session.follow(state)
+        elif verbs := [v for v in ("extend", "select", "rewind") if hasattr(state, v)]:
+            raise PluginError(
+                f"{whose} has {' and '.join(verbs)}, but a follower needs extend, select and rewind"
+            )
+
+    def _search_of(self, row: Hypothesis) -> int:
+        return row.prompt * self._groups + row.group
+
+    def _move(self, tokens: Tensor, waiting: list[bool]) -> None:
+        """Move the rows, but for those that wait, and run the model when none has logits left."""
+        session = self.session
+        if self._draft is None:
+            session.extend(tokens)
+            return
+        session.move(tokens)
+        if any(waiting):
+            session.rewind([int(wait) for wait in waiting])
+        known = session.known
+        for row, (offered, as_guessed) in enumerate(zip(self._offered, known, strict=True)):
+            self.acceptance.accepted += bool(offered and as_guessed)
+            self._offered[row] = max(offered - 1, 0)
+        if not any(known):
+            self._guess()
+
+    def _guess(self) -> None:
+        """Let the draft guess and the model read the guesses, together with what is unread."""
+        assert self._draft is not None
+        session, rows = self.session, self.session.rows
+        left = [self.searches[self._search_of(row)].limit - row.length - 1 for row in self.live]
+        room = min(max(left), session.model.config.context_length - max(rows.lengths))
+        guesses = self._draft.propose(self, room) if room > 0 else None
+        if guesses is not None:
+            self._offered = (guesses >= 0).sum(dim=1).tolist()
+            self.acceptance.guessed += sum(self._offered)
+            guesses = guesses.clamp(min=0)  # what stands where there is no guess is as good as any
+        session.read(guesses)
+
     def _extended(
-        self, row: Hypothesis, token: int, logprob: float, score: float, late: bool
+        self, row: Hypothesis, place: int, token: int, logprob: float, score: float, late: bool
     ) -> Hypothesis:
         text = row.tail
         stopped = False
@@ -206,6 +316,13 @@ class Decoding:
             stopped = any(stop in text for stop in limits.stop)
             keep = max(map(len, limits.stop)) - 1
             text = text[len(text) - keep :] if len(text) > keep else text
+        if limits.conditions and not stopped:
+            rows = self.session.rows
+            tokens = [
+                *rows.tokens[place, : rows.prompt_lengths[place] + row.length].tolist(),
+                token,
+            ]
+            stopped = any(condition(tokens) for condition in limits.conditions)
         reason: FinishReason | None = None
         if token in limits.eos:
             reason = "eos"
@@ -218,9 +335,11 @@ class Decoding:
         return Hypothesis(
             prompt=row.prompt,
             sample=row.sample,
+            group=row.group,
             parent=row,
             token=token,
             logprob=logprob,
+            total=row.total + logprob,
             score=score,
             length=row.length + 1,
             tail=text,
@@ -229,7 +348,7 @@ class Decoding:
 
     def _is_done(self, finished: Sequence[Hypothesis], best: Hypothesis) -> bool:
         ranks = [self.rank(row) for row in finished]
-        limit = self.searches[best.prompt].limit
+        limit = self.searches[self._search_of(best)].limit
         return self.sampler.is_done(ranks, best.score, best.length, limit)
 
     def _check(self, choice: Choice) -> None:
@@ -248,18 +367,45 @@ class Decoding:
                 "rows; only competing rows may be dropped or forked"
             )
 
-    def _stuck(self, parent: int) -> Hypothesis:
-        """A row's end where no token is left. Raises DecodingError if that is not the reason."""
-        logits = self.session.logits[parent] if self._processed is None else self._processed[parent]
-        if bool(self.session.logits[parent].isnan().any()):
+    def _check_dead_ends(
+        self, kept: Sequence[Sequence[object]], finished: Sequence[Sequence[object]]
+    ) -> None:
+        """Raises DecodingError where all rows of a prompt are at a dead end, with no result."""
+        for place, row in enumerate(self.live):
+            first = row.prompt * self._groups
+            searches = range(first, first + self._groups)
+            if not any(kept[search] or finished[search] for search in searches):
+                self._explain(place)
+
+    def _explain(self, place: int) -> NoReturn:
+        """Raises DecodingError that names who left no token to a row, or made it no number."""
+        row = self.live[place]
+        where = f"after {row.length} new tokens"
+        if len(self.searches) > self._groups:
+            where += f" of prompt {row.prompt + 1}"
+        logits = self.sampler.logits(self.session)
+        if not _is_distribution(logits[place]):
             raise DecodingError("the model's logits are not numbers; are its weights damaged?")
-        if bool(logits.isnan().any()) or bool((logits == torch.inf).any()):
-            raise DecodingError("after the logits processors the logits are not finite numbers")
-        if bool((logits > -torch.inf).any()):
-            raise DecodingError(
-                f"sampler {self.sampler.name} chose a token that the processors had taken out"
-            )
-        return replace(self.live[parent], reason="stuck")
+        for name, process in self._processes:
+            logits = process(logits, self.session.rows)
+            if bool((logits[place] == -torch.inf).all()):
+                raise DecodingError(f"processor {name} left no token to choose from {where}")
+            if not _is_distribution(logits[place]):
+                raise DecodingError(f"processor {name} gave logits that are not numbers {where}")
+        raise DecodingError(
+            f"sampler {self.sampler.name} chose a token that the processors had taken out {where}"
+        )
+
+
+def check_draft(sampler: Sampler) -> None:
+    """Raises IncompatibleError if speculation has no meaning for a sampler."""
+    if reason := sampler.refuses_draft():
+        raise IncompatibleError(f"sampler {sampler.name} does not go with a draft: {reason}")
+
+
+def _is_distribution(logits: Tensor) -> bool:
+    """Whether softmax gives probabilities. logits: (vocab,)."""
+    return bool(logits.amax().isfinite())  # NaN is the largest
 
 
 def _to_lists(choice: Choice) -> tuple[list[int], list[int], list[float], list[float]]:

@@ -57,6 +57,12 @@ class DecodingError(GptkError):
     """Decoding cannot go on, for example when processors left no token to choose from."""
 
 
+class IncompatibleError(GptkError):
+    """Two strategies do not combine; the message says why."""
+
+    exit_code = 2
+
+
 class DataError(GptkError):
     """A text to train on or to evaluate on is missing, not UTF-8, or too short."""
 

@@ -2,7 +2,7 @@
 
 import codecs
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -26,6 +26,9 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: list[int]
     seed: int
+    complete: bool | None = None
+    """With a constraint: whether the text satisfies it as it stands, and not only as the beginning
+    of a longer one."""
     alternatives: list["Generation"] = field(default_factory=list)
     """The 2nd to n-th result: best first for beams (of which there may be fewer than n), in the
     order of drawing for samples."""
@@ -99,6 +102,7 @@ def make_generation(
     seed: int,
     tokenizer: Tokenizer | None,
     stop: Sequence[str],
+    is_complete: Callable[[list[int]], bool | None] = lambda tokens: None,
 ) -> Generation:
     """The public result of a finished hypothesis. Without a tokenizer the text is empty."""
     links = row.chain()
@@ -115,9 +119,11 @@ def make_generation(
             there = accumulate((len(unstopped.push(part)) for part in data), initial=0)
             links = links[: sum(size < len(text) for size in there)]
     assert row.reason is not None
+    tokens = [link.token for link in links]
     return Generation(
         text=text,
-        tokens=[link.token for link in links],
+        tokens=tokens,
+        complete=is_complete(tokens),
         token_logprobs=[link.logprob for link in links],
         score=score,
         finish_reason=row.reason,

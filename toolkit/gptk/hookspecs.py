@@ -26,7 +26,8 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from gptk.sampling import LogitsProcessor, Sampler
+    from gptk.drafting import Drafter
+    from gptk.sampling import LogitsProcessor, Sampler, Scorer
     from gptk.tokenizer import TokenizerLoader
     from gptk.training import LRScheduler, Regularizer, TrainingObserver
     from gptk.weights import WeightLoader, WeightWriter
@@ -42,6 +43,16 @@ def gptk_samplers() -> "list[type[Sampler]]":  # type: ignore[empty-body]
 @hookspec
 def gptk_logits_processors() -> "list[type[LogitsProcessor]]":  # type: ignore[empty-body]
     """Maps from next-token logits to next-token logits, for `--processor`."""
+
+
+@hookspec
+def gptk_drafters() -> "list[type[Drafter]]":  # type: ignore[empty-body]
+    """Guessers of tokens ahead of the model, for `--draft`."""
+
+
+@hookspec
+def gptk_scorers() -> "list[type[Scorer]]":  # type: ignore[empty-body]
+    """Judges of whole results, for the sampler best-of-n."""
 
 
 @hookspec

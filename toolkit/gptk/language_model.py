@@ -10,8 +10,10 @@ from typing import Any, TypedDict, Unpack, get_args
 
 import torch
 
-from gptk.decoding import Decoding, Limits
+from gptk.chat import Message, encode_chat
+from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
+from gptk.drafting import Drafter, make_drafter
 from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
@@ -19,7 +21,7 @@ from gptk.model import GPT
 from gptk.plugins import create
 from gptk.sampling import LogitsProcessor, Sampler
 from gptk.saving import save_checkpoint
-from gptk.session import DecodeSession, Overflow
+from gptk.session import DecodeSession, Overflow, Rows
 from gptk.tokenizer import Tokenizer, load_tokenizer
 from gptk.weights import build_model, default_source, load_checkpoint
 
@@ -40,8 +42,12 @@ class Settings(TypedDict, total=False):
     """How many results for each prompt; the others are in `.alternatives` [1]."""
     seed: int | None
     """Any integer; without, a new one, which the result reports."""
-    stop: str | Iterable[str]
-    """Texts that end the continuation, a string or several [none]."""
+    stop: "str | StopCondition | Iterable[str | StopCondition]"
+    """What ends the continuation, one or several: a text, or a function that is given a row's
+    tokens after each new one, prompt first [none]."""
+    draft: "str | Drafter | LanguageModel | None"
+    """What guesses tokens ahead, for the same result sooner: a model, or a drafter such as
+    lookup:ngram=3,tokens=8 [none]."""
     overflow: Overflow
     """When the model's window is full: stop or slide, see DecodeSession [stop]."""
     max_seconds: float | None
@@ -118,6 +124,34 @@ class LanguageModel:
         """As generate_batch, with a step of decoding each time the Stream is asked for more."""
         return Stream(self, prompts, **settings)
 
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> Generation:
+        """Reply to a conversation, such as `[{"role": "user", "content": "Hello"}]`.
+
+        The model's chat template makes a prompt of it, or `template` (jinja2). The reply ends
+        at the model's end-of-turn token. Raises PromptError if there is no template or it does
+        not take the messages, and what `generate` raises.
+        """
+        stream = self.stream_chat(messages, template=template, **settings)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        **settings: Unpack[Settings],
+    ) -> "Stream":
+        """As chat, and give the reply as it comes, see Stream."""
+        return self.stream(encode_chat(self.tokenizer, messages, template), **settings)
+
     def score(self, prompt: Prompt) -> Score:
         """The log-probability of each token of a text but the first (after BOS, if it has one).
 
@@ -188,7 +222,8 @@ class Stream:
         max_new_tokens: int = 64,
         n: int = 1,
         seed: int | None = None,
-        stop: str | Iterable[str] = (),
+        stop: str | StopCondition | Iterable[str | StopCondition] = (),
+        draft: str | Drafter | LanguageModel | None = None,
         overflow: Overflow = "stop",
         max_seconds: float | None = None,
         ignore_eos: bool = False,
@@ -208,10 +243,16 @@ class Stream:
         if isinstance(processors, str | LogitsProcessor):
             processors = [processors]
         self._processors = [create("processor", p, LogitsProcessor) for p in processors]
-        self._sampler.max_rows(n)  # refuses an n it cannot give, before any work
-        self._stop = [stop] if isinstance(stop, str) else list(stop)
-        for text in self._stop:
-            _check_stop(text)
+        # Whatever does not go together is refused before any work.
+        self._rows = self._sampler.max_rows(n)
+        self._drafter = None if draft is None else make_drafter(draft)
+        if self._drafter is not None:
+            check_draft(self._sampler)
+        stops = [stop] if isinstance(stop, str) or callable(stop) else list(stop)
+        self._stop_conditions = tuple(one for one in stops if not isinstance(one, str))
+        self._stop = [one for one in stops if isinstance(one, str)]
+        for one in stops:
+            _check_stop(one)
         self._tokenizer = lm.tokenizer if self._stop else lm._tokenizer
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list; for one prompt there is generate()")
@@ -240,7 +281,14 @@ class Stream:
     @property
     def live(self) -> bool:
         """Whether text comes as it is made, not all at the end."""
-        return len(self._prompts) == self._n == 1 and not self._sampler.competing
+        return len(self._prompts) == self._rows == 1 and not self._sampler.competing
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """With a draft, how many of its guesses there were and were right so far."""
+        if self._drafter is None or self._decoding is None:
+            return None
+        return self._decoding.acceptance
 
     @property
     def draws(self) -> bool:
@@ -287,7 +335,9 @@ class Stream:
         session = DecodeSession(
             self._lm.model,
             self._prompts,
-            samples=1 if self._sampler.competing else self._n,
+            samples=1 if self._sampler.competing else self._rows,
+            groups=self._sampler.groups if self._sampler.competing else 1,
+            layers=self._sampler.hidden_layers(self._lm.model.config),
             seed=self._seed,
             capacity=max(map(len, self._prompts)) + self._max_new_tokens,
             overflow=self._overflow,
@@ -299,8 +349,9 @@ class Stream:
             self._sampler,
             self._processors,
             n=self._n,
-            limits=Limits(self._max_new_tokens, self._eos, stop, deadline),
+            limits=Limits(self._max_new_tokens, self._eos, stop, self._stop_conditions, deadline),
             tokenizer=self._tokenizer,
+            drafter=self._drafter,
         )
         text = TextStream(self._stop)
         while decoding.live:
@@ -315,7 +366,7 @@ class Stream:
         yield self._finish()
 
     def _generation(self, decoding: Decoding, index: int) -> Generation:
-        best, *others = [
+        made = [
             make_generation(
                 row,
                 score=decoding.rank(row),
@@ -323,10 +374,18 @@ class Stream:
                 seed=self._seed,
                 tokenizer=self._tokenizer,
                 stop=self._stop,
+                is_complete=lambda tokens: self._is_complete(tokens, decoding.session.rows),
             )
             for row in decoding.results(index)
         ]
+        best, *others = self._sampler.pick(made, self._n)
         return dataclasses.replace(best, alternatives=others)
+
+    def _is_complete(self, tokens: list[int], rows: Rows) -> bool | None:
+        """Whether everything that asks for a complete text has one; None if nothing asks."""
+        answers = [one.is_complete(tokens, rows) for one in self._processors]
+        asked = [answer for answer in answers if answer is not None]
+        return all(asked) if asked else None
 
 
 def _whole(name: str, value: Any, *, least: int | None = None) -> int:
@@ -341,6 +400,8 @@ def _whole(name: str, value: Any, *, least: int | None = None) -> int:
 
 
 def _check_stop(text: Any) -> None:
+    if callable(text):
+        return
     if not isinstance(text, str) or not text:
         raise OptionError(f"the stop string {text!r} is not a text of a character or more")
     if "\N{REPLACEMENT CHARACTER}" in text or any("\ud800" <= c <= "\udfff" for c in text):

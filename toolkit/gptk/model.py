@@ -10,6 +10,7 @@ unusual:
 - rows of a batch stand at positions of their own, see `gptk.cache`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -232,6 +233,21 @@ class GPT(nn.Module):
         ids: (rows, time). With a cache the tokens follow those already there, row i taking
         counts[i] of them (default: all) and the rest being padding. Returns (rows, time, width).
         """
+        return self.hidden_states(ids, cache, counts)[:, :, 0]
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+        *,
+        layers: Collection[int] = (),
+    ) -> Tensor:
+        """As `forward`, with states on the way as well.
+
+        layers: 0 for the embeddings, i for what the i-th block gives, in ascending order. Returns
+        (rows, time, 1 + layers, width): the final state, normalized, then these, as they are.
+        """
         rows, time = ids.shape
         at = cache.plan(time) if cache is not None else None
         positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
@@ -244,11 +260,15 @@ class GPT(nn.Module):
             x = x + self.embed_positions(positions)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        for block in self.blocks:
+        kept = [x] if 0 in layers else []
+        for layer, block in enumerate(self.blocks, start=1):
             x = block(x, rope, cache, at)
+            if layer in layers:
+                kept.append(x)
         if cache is not None:
             cache.advance(counts or [time] * rows)
-        return self.norm(x)  # type: ignore[no-any-return]
+        x = self.norm(x)
+        return torch.stack((x, *kept), dim=2) if kept else x[:, :, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""

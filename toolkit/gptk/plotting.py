@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the markers are for print
 # without colour. Seven and six have no common divisor: 42 runs look different.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP"
 _GREY = "#555555"
 # A date would make each file another.
 _METADATA: Mapping[str, dict[str, None]] = {
@@ -51,17 +51,22 @@ def plot_runs(runs: Sequence[Path], target: Path, *, title: str | None = None) -
         raise OptionError("no training run to plot was given")
     histories = [_History.read(run, label) for run, label in zip(runs, _labels(runs), strict=True)]
     looks = _looks(len(histories))
-    with _style():
+    with style():
         figure = _figure(list(zip(histories, looks, strict=True)))
         if title:
             figure.suptitle(title)
-        new = target.with_name(f".{secrets.token_hex(4)}{target.suffix}")
-        try:
-            figure.savefig(new, dpi=200, metadata=_METADATA[target.suffix.lower()])
-            os.replace(new, target)
-        finally:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
+        write_figure(figure, target)
+
+
+def write_figure(figure: "Figure", target: Path) -> None:
+    """Write a figure so that the file is there whole, the old or the new one. Raises OSError."""
+    new = target.with_name(f".{secrets.token_hex(4)}{target.suffix}")
+    try:
+        figure.savefig(new, dpi=200, metadata=_METADATA[target.suffix.lower()])
+        os.replace(new, target)
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def check_format(target: Path) -> None:
@@ -139,9 +144,9 @@ _Runs = Sequence[tuple[_History, _Look]]
 
 def _looks(count: int) -> list[_Look]:
     if count == 1:
-        return [_Look(_COLOURS[0], _COLOURS[1], "s", alone=True)]
-    colours = [_COLOURS[number % len(_COLOURS)] for number in range(count)]
-    markers = [_MARKERS[number % len(_MARKERS)] for number in range(count)]
+        return [_Look(COLOURS[0], COLOURS[1], "s", alone=True)]
+    colours = [COLOURS[number % len(COLOURS)] for number in range(count)]
+    markers = [MARKERS[number % len(MARKERS)] for number in range(count)]
     return [_Look(c, c, m, alone=False) for c, m in zip(colours, markers, strict=True)]
 
 
@@ -159,7 +164,7 @@ def _labels(runs: Sequence[Path]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """The same look for everybody, whatever a matplotlibrc says; nothing of it stays."""
     import matplotlib
 

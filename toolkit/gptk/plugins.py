@@ -43,6 +43,8 @@ KINDS = {
     "processor": Kind(
         "gptk_logits_processors", "logits processors", "gptk.sampling:LogitsProcessor"
     ),
+    "drafter": Kind("gptk_drafters", "drafters", "gptk.drafting:Drafter"),
+    "scorer": Kind("gptk_scorers", "scorers", "gptk.sampling:Scorer"),
     "scheduler": Kind("gptk_lr_schedulers", "LR schedulers", "gptk.training:LRScheduler"),
     "regularizer": Kind("gptk_regularizers", "regularizers", "gptk.training:Regularizer"),
     "observer": Kind(
@@ -178,7 +180,8 @@ def from_text(text: str) -> object:
     """An option's value as it was typed: JSON for lists, objects and null."""
     if text[:1] in "[{" or text == "null":
         try:
-            return json.loads(text)
+            # A spec string's own escapes may have made line breaks of \n already.
+            return json.loads(text, strict=False)
         except ValueError:
             pass
     return text  # pydantic makes numbers and the like of it

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptk.decoding import Decoding
-    from gptk.session import Rows
+    from gptk.generation import Generation
+    from gptk.model import GPTConfig
+    from gptk.session import DecodeSession, Rows
 
     Process = Callable[[Tensor, Rows], Tensor]
 
@@ -43,6 +45,14 @@ class LogitsProcessor(Plugin):
         If the returned object is a `gptk.Follower`, it is told of every move of the rows.
         """
         return self
+
+    def is_complete(self, tokens: "Sequence[int]", rows: "Rows") -> bool | None:
+        """Whether a row's new tokens, without EOS, are all that this processor asks for.
+
+        None, the default: it asks for nothing. A constraint says whether the text is valid as it
+        stands, and not only the beginning of something valid.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,23 @@ class Sampler(Plugin):
     competing: ClassVar[bool] = False
     """The rows of a prompt compete for places (beams) instead of each being a result."""
 
+    @property
+    def groups(self) -> int:
+        """Competing rows of a prompt may be in groups that share the places equally [1].
+
+        Rows never change their group, `rows.groups`.
+        """
+        return 1
+
     def processors(self) -> Sequence[LogitsProcessor]:
         """Processors that are part of the strategy; they come after the user's."""
+        return ()
+
+    def hidden_layers(self, config: "GPTConfig") -> Sequence[int]:
+        """The model's layers whose state the strategy needs as `session.layer_hidden` [none].
+
+        0 are the embeddings, i is what the i-th block gives.
+        """
         return ()
 
     def max_rows(self, n: int) -> int:
@@ -94,6 +119,28 @@ class Sampler(Plugin):
         if n > 1 and not self.random:
             raise OptionError(f"{self.name} has one result for a prompt; n={n} is not possible")
         return n
+
+    def refuses_draft(self) -> str | None:
+        """Why speculation has no meaning for the strategy, or None.
+
+        It has where a row's next token follows from the row and its logits alone.
+        """
+        if self.competing:
+            return "its rows compete at every step, so none can run ahead of the others"
+        if type(self).advance is not Sampler.advance:
+            return "it runs the model on several continuations at each step itself"
+        return None
+
+    def start(self, decoding: "Decoding") -> object:
+        """What the strategy remembers during one run, kept as `decoding.state` [None].
+
+        If it is a `gptk.Follower`, it is told of every move of the rows.
+        """
+        return None
+
+    def logits(self, session: "DecodeSession") -> "Tensor":
+        """The logits that the processors begin with, (rows, vocab): by default the model's."""
+        return session.logits
 
     def step(self, logits: "Tensor", rows: "Rows") -> Choice:
         """Choose from the logits after all processors, (rows, vocab) float32."""
@@ -108,9 +155,24 @@ class Sampler(Plugin):
         return score
 
     def is_done(self, finished: Sequence[float], best: float, length: int, limit: int) -> bool:
-        """Whether competing rows of a prompt can stop before they end.
+        """Whether competing rows can stop before they end; asked for each group of a prompt.
 
-        finished: ranks of the results so far, best first, `max_rows` of them at most; best: the
-        best running score of the live rows; length: their new tokens; limit: the most allowed.
+        finished: ranks of the results so far, best first, as many as the group has places at
+        most; best: the best running score of the live rows; length: their new tokens; limit: the
+        most allowed.
         """
         return False
+
+    def pick(self, results: "Sequence[Generation]", n: int) -> "Sequence[Generation]":
+        """The n results that a prompt gets, best first, of those that its rows came to."""
+        return results[:n]
+
+
+class Scorer(Plugin):
+    """Judges whole results, for samplers that keep the best of several."""
+
+    kind: ClassVar[str] = "scorer"
+
+    def score(self, result: "Generation") -> float:
+        """The higher, the better."""
+        raise NotImplementedError(f"{type(self).__name__} does not define score()")

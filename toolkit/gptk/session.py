@@ -14,7 +14,8 @@ from torch import Tensor
 from gptk.cache import KVCache
 from gptk.errors import DecodingError
 from gptk.model import GPT
-from gptk.random import RandomStream
+from gptk.random import RandomStream, as_keys, columns, exponential
+from gptk.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "slide"]
 """What happens when a row outgrows the model's window; see DecodeSession."""
@@ -47,18 +48,37 @@ class Rows:
     """For each row the index of its prompt in the call; rows of one prompt are adjacent."""
     streams: list[RandomStream]
     scores: Tensor
-    """(rows,) float32: what the sampler ranks by so far; a sum of log-probabilities."""
+    """(rows,) float32: what the sampler ranks by so far."""
+    logprobs: Tensor
+    """(rows,) float32: the sum of the new tokens' log-probabilities."""
+    groups: list[int]
+    """For each row its group among the rows of its prompt, see Sampler.groups."""
     eos: tuple[int, ...]
     """The tokens that end a row, none where they are to be ignored."""
+    tokenizer: Tokenizer | None
+    """The model's, for those who need the text of tokens or the tokens of a text."""
+    model: GPT | None
+    """What makes the logits, for those who run it on tokens of their own."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], *, seed: int, device: torch.device
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        eos: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+        model: GPT | None = None,
     ) -> None:
         self.lengths = [len(prompt) for prompt in prompts]
         self.prompt_lengths = list(self.lengths)
         self.prompts = list(range(len(prompts)))
         self.scores = torch.zeros(len(prompts), device=device)
-        self.eos = ()
+        self.logprobs = torch.zeros(len(prompts), device=device)
+        self.groups = [0] * len(prompts)
+        self.eos = tuple(eos)
+        self.tokenizer = tokenizer
+        self.model = model
         self._tokens = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64)
         seen: Counter[tuple[int, ...]] = Counter()
         self._origins: list[tuple[int, tuple[int, ...], int]] = []
@@ -84,8 +104,15 @@ class Rows:
         lengths = torch.tensor(self.lengths, device=device)
         return torch.arange(max(self.lengths), device=device) < lengths[:, None]
 
+    @property
+    def new_mask(self) -> Tensor:
+        """(rows, longest) bool: True where `tokens` holds a token that came after the prompt."""
+        device = self._tokens.device
+        starts = torch.tensor(self.prompt_lengths, device=device)
+        return self.mask & (torch.arange(max(self.lengths), device=device) >= starts[:, None])
+
     def uniform(self, draw: int = 0) -> Tensor:
-        """(rows,): for each row the number in [0, 1) that its next token is drawn by.
+        """(rows,): for each row the number in [0, 1) of its next token.
 
         draw: for strategies that need several numbers a step, which one. float64, or float32
         on devices without it.
@@ -99,6 +126,27 @@ class Rows:
         device = self._tokens.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return torch.tensor(drawn, dtype=dtype, device=device)
+
+    def exponential(self, size: int, *, apart: bool = False) -> Tensor:
+        """(rows, size) float32: Exp(1) noise for each row's next token, one for each token id.
+
+        argmin(noise / probabilities) draws from the probabilities, and -log(noise) is Gumbel
+        noise. It depends on the row's stream and the position; apart: and on the row's new
+        tokens, so that beams, which share a stream, draw independently once they have parted.
+        """
+        return exponential(self._keys(apart)[:, None], columns(size, self._tokens.device))
+
+    def exponential_at(self, row: Tensor, token: Tensor) -> Tensor:
+        """The noise of `exponential` for a few tokens: token[i] of row[i]."""
+        return exponential(self._keys(False)[row], token.int())
+
+    def _keys(self, apart: bool) -> Tensor:
+        bits = []
+        for row, stream in enumerate(self.streams):
+            start, end = self.prompt_lengths[row], self.lengths[row]
+            place = [-1, *self._tokens[row, start:end].tolist()] if apart else [end - start]
+            bits.append(stream.bits(place))
+        return as_keys(bits, self._tokens.device)
 
     def extend(self, tokens: Tensor) -> None:
         end = max(self.lengths) + tokens.shape[1]
@@ -117,6 +165,8 @@ class Rows:
         index = torch.tensor(parents, device=self._tokens.device)
         self._tokens = self._tokens[index]
         self.scores = self.scores[index]
+        self.logprobs = self.logprobs[index]
+        self.groups = [self.groups[p] for p in parents]
         self.lengths = [self.lengths[p] for p in parents]
         self.prompt_lengths = [self.prompt_lengths[p] for p in parents]
         self.prompts = [self.prompts[p] for p in parents]
@@ -130,12 +180,18 @@ class Rows:
             0,
         )
 
-    def fork_samples(self, samples: int) -> None:
-        """After each row was copied `samples` times: give the copies streams of their own."""
+    def fork(self, copies: int, *, group: bool) -> None:
+        """After each row was copied `copies` times: tell the copies apart.
+
+        As groups of one search, or as samples with random streams of their own.
+        """
+        if group:
+            self.groups = list(range(copies)) * (len(self) // copies)
+            return
         self.streams = [
             RandomStream.of(seed, prompt, repeat=repeat, sample=sample)
             for seed, prompt, repeat in self._origins
-            for sample in range(samples)
+            for sample in range(copies)
         ]
 
 
@@ -143,16 +199,22 @@ class DecodeSession:
     """A model and the rows it decodes.
 
     prompts: token ids, of any lengths, none empty. samples: rows for each prompt, which are
-    copies with random streams of their own. capacity: tokens a row will reach, to reserve
-    memory once; more are possible.
+    copies with random streams of their own. groups: instead, copies that share one, see
+    Sampler.groups. capacity: tokens a row will reach, to reserve memory once; more are possible.
+    layers: of which the states are kept for `layer_hidden`; 0 are the embeddings, i is block i.
 
     overflow says what happens when a row outgrows the window: "stop", extending it is an error;
     "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's
     `idx[:, -context_size:]` does. All positions then change at every step, so that nothing
     cached is of use and each step costs a pass over the window.
+
+    `extend` is two things, which speculation takes apart: `move` appends tokens to the rows and
+    tells the followers, `read` runs the model on those tokens that it has not seen, and on
+    guesses of what follows. A row that moves on as guessed has its logits without another pass.
     """
 
-    _logits: Tensor | None
+    _logits: Tensor
+    _hidden: Tensor
 
     def __init__(
         self,
@@ -160,39 +222,58 @@ class DecodeSession:
         prompts: Sequence[Sequence[int]],
         *,
         samples: int = 1,
+        groups: int = 1,
         seed: int = 0,
         capacity: int = 0,
         overflow: Overflow = "stop",
         use_cache: bool = True,
+        layers: Sequence[int] = (),
     ) -> None:
         self.model = model
-        self.rows = Rows(prompts, seed=seed, device=model.device)
+        self.rows = Rows(prompts, seed=seed, device=model.device, model=model)
         self.overflow = overflow
+        self._layers = tuple(layers)
         window = model.config.context_length
         self._cache: KVCache | None = None
         if use_cache:
             capacity = min(max(capacity, max(self.rows.lengths)), window)
             self._cache = model.new_cache(len(prompts), capacity)
+        self._cached = False
         self._followers: list[Follower] = [self.rows]
+        self._ahead: list[list[int]] = [[] for _ in prompts]
+        """For each row the tokens that the cache holds past its end: guessed, or rewound."""
+        self._at: list[int | None] = [0] * len(prompts)
+        """For each row where its last token stands in the states below, if it does."""
         with torch.inference_mode():
-            self.logits = self.model.logits(self._recompute(1))[:, -1]
-            if samples > 1:
-                self.select([i for i in range(len(prompts)) for _ in range(samples)])
-                self.rows.fork_samples(samples)
+            self._keep(self._recompute(1))
+            copies = max(samples, groups)
+            if copies > 1:
+                self.select([i for i in range(len(prompts)) for _ in range(copies)])
+                self.rows.fork(copies, group=groups > 1)
+
+    @property
+    def known(self) -> list[bool]:
+        """For each row whether its logits are known: the model has read its last token."""
+        return [at is not None for at in self._at]
 
     @property
     def logits(self) -> Tensor:
         """(rows, vocab) float32, for the token after each row's last.
 
-        Raises DecodingError after a `rewind`, when they are unknown.
+        Raises DecodingError where none are known, as after `rewind`. Rows that are not `known`
+        have numbers without meaning.
         """
-        if self._logits is None:
-            raise DecodingError("after rewind there are no logits until the rows are extended")
-        return self._logits
+        return self._now(self._logits)
 
-    @logits.setter
-    def logits(self, logits: Tensor) -> None:
-        self._logits = logits
+    @property
+    def hidden(self) -> Tensor:
+        """(rows, width): the final hidden state of each row's last token, normalized."""
+        return self._now(self._hidden)[:, 0]
+
+    @property
+    def layer_hidden(self) -> Tensor:
+        """(rows, layers, width): its state after each of the session's `layers`, as it is."""
+        return self._now(self._hidden)[:, 1:]
 
     def follow(self, follower: Follower) -> None:
         """From now on `follower` is told whenever the rows move."""
@@ -205,24 +286,76 @@ class DecodeSession:
         tokens: (rows,) or (rows, n). Returns the logits after each, (rows, n, vocab) float32.
         Raises DecodingError if a row outgrows the window and overflow is "stop".
         """
-        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
-        if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
-            raise DecodingError(
-                f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
-            )
+        tokens = self._checked(tokens)
         n = tokens.shape[1]
-        fits = max(self.rows.lengths) + n <= self.model.config.context_length
-        if not fits and self.overflow == "stop":
-            raise self._too_long(max(self.rows.lengths) + n)
-        if not fits and n > 1:  # each token has a window of its own
+        if self.overflow == "slide" and n > 1 and max(self.rows.lengths) + n > self._window:
+            # Each token has a window of its own.
             return torch.cat([self.extend(column) for column in tokens.T], dim=1)
+        self.move(tokens)
+        return self.read(at_least=n)[:, -n:]
+
+    @torch.inference_mode()
+    def move(self, tokens: Tensor) -> None:
+        """Append tokens[i] to row i, for all followers but the model. tokens: (rows,) or (rows, n).
+
+        Where they are what was guessed, or rewound before, the model has read them already.
+        """
+        tokens = self._checked(tokens)
+        n = tokens.shape[1]
+        longest = max(self.rows.lengths) + n
+        if longest > self._window and self.overflow == "stop":
+            raise self._too_long(longest)
         for follower in self._followers:
             follower.extend(tokens)
-        usable = self._cached and fits
-        hidden = self.model(tokens, self._cache) if usable else self._recompute(n)
-        logits = self.model.logits(hidden)
-        self.logits = logits[:, -1]
-        return logits
+        if not any(self._ahead):
+            self._at = [None] * len(self.rows)
+            return
+        for row, new in enumerate(tokens.tolist()):
+            ahead = self._ahead[row]
+            at = self._at[row]
+            if ahead[:n] == new:
+                del ahead[:n]
+                known = at is not None and at + n < self._logits.shape[1]
+                self._at[row] = at + n if at is not None and known else None
+            else:
+                same = next((i for i, token in enumerate(ahead[:n]) if token != new[i]), len(ahead))
+                self._forget(row, len(ahead) - same)
+                self._ahead[row] = []
+                self._at[row] = None
+
+    @torch.inference_mode()
+    def read(self, guesses: Tensor | None = None, *, at_least: int = 1) -> Tensor:
+        """Run the model on the tokens it has not read, and on guesses of what follows them.
+
+        guesses: (rows, d), for which the rows do not move. at_least: how many of each row's last
+        tokens to read, if need be again. Returns the logits after each token read, (rows, n + d,
+        vocab) float32, where n is the number for the row with most to read.
+        """
+        rows, cache = self.rows, self._cache
+        d = 0 if guesses is None else guesses.shape[1]
+        n = at_least
+        if cache is not None and self._cached and max(rows.lengths) <= self._window:
+            read = [have - len(more) for have, more in zip(cache.lengths, self._ahead, strict=True)]
+            n = max(n, *(all_ - have for all_, have in zip(rows.lengths, read, strict=True)))
+            usable = n <= min(rows.lengths)
+        else:
+            usable = False
+        if guesses is not None and not usable:
+            rows.extend(guesses)
+        if usable and cache is not None:
+            cache.rewind(
+                [have - all_ + n for have, all_ in zip(cache.lengths, rows.lengths, strict=True)]
+            )
+            ids = self._last_tokens(n)
+            ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
+            hidden = self.model.hidden_states(ids, cache, layers=self._layers)
+        else:
+            hidden = self._recompute(n + d)
+        if guesses is not None and not usable:
+            rows.rewind([d] * len(rows))
+        self._ahead = [[] for _ in rows.lengths] if guesses is None else guesses.tolist()
+        self._at = [n - 1] * len(rows)
+        return self._keep(hidden)
 
     @torch.inference_mode()
     def select(self, parents: Sequence[int]) -> None:
@@ -235,15 +368,17 @@ class DecodeSession:
             follower.select(parents)
         if self._cache is not None:
             self._cache.select(parents)
-        if self._logits is not None:
-            self._logits = self._logits[torch.tensor(parents, device=self._logits.device)]
+        self._ahead = [list(self._ahead[p]) for p in parents]
+        self._at = [self._at[p] for p in parents]
+        index = torch.tensor(parents, device=self._logits.device)
+        self._logits, self._hidden = self._logits[index], self._hidden[index]
 
     @torch.inference_mode()
     def rewind(self, counts: int | Sequence[int]) -> None:
         """Drop the last tokens of each row, as many of row i as counts[i] says.
 
-        `logits` are unknown until the next `extend`, or until they are set to what they were.
-        Raises DecodingError if a row would lose a token of its prompt.
+        The logits of a row that loses tokens are unknown until it is extended. Raises
+        DecodingError if a row would lose a token of its prompt.
         """
         if isinstance(counts, int):
             counts = [counts] * len(self.rows)
@@ -251,17 +386,66 @@ class DecodeSession:
             new = self.rows.lengths[row] - self.rows.prompt_lengths[row]
             if not 0 <= count <= new:
                 raise DecodingError(f"cannot rewind {count} tokens of a row with {new} new ones")
+        for row, count in enumerate(counts):
+            if count and self._cache is not None and self._cached:
+                end = self.rows.lengths[row]
+                read = min(end, self._cache.lengths[row] - len(self._ahead[row]))
+                dropped = self.rows.tokens[row, end - count : max(read, end - count)]
+                self._ahead[row] = dropped.tolist() + self._ahead[row]
+            self._at[row] = None if count else self._at[row]
         for follower in self._followers:
             follower.rewind(counts)
-        if self._cache is not None and self._cached:
+
+    @property
+    def _window(self) -> int:
+        return self.model.config.context_length
+
+    def _now(self, states: Tensor) -> Tensor:
+        """What belongs to each row's last token. states: (rows, read, …)."""
+        first = self._at[0]
+        if first is not None and all(at == first for at in self._at):
+            return states[:, first]
+        if not any(self.known):
+            raise DecodingError(
+                "after rewind there are no logits until the rows are extended or read"
+            )
+        at = torch.tensor([at or 0 for at in self._at], device=states.device)
+        return states[torch.arange(len(at), device=states.device), at]
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """Take over the states of a pass, (rows, read, 1 + layers, width); returns its logits."""
+        self._hidden = hidden
+        self._logits = self.model.logits(hidden[:, :, 0])
+        return self._logits
+
+    def _forget(self, row: int, count: int) -> None:
+        """Take the last tokens of a row out of the cache."""
+        if self._cache is not None and self._cached and count:
+            counts = [0] * len(self.rows)
+            counts[row] = count
             self._cache.rewind(counts)
-        self._logits = None
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
+            raise DecodingError(
+                f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
+            )
+        return tokens
 
     def _too_long(self, length: int) -> DecodingError:
-        window = self.model.config.context_length
         return DecodingError(
-            f"a row of {length} tokens is longer than the model's window of {window}"
+            f"a row of {length} tokens is longer than the model's window of {self._window}"
         )
+
+    def _last_tokens(self, n: int) -> Tensor:
+        """(rows, n): the last n tokens of each row."""
+        lengths = self.rows.lengths
+        if min(lengths) == max(lengths):
+            return self.rows.tokens[:, -n:]
+        last = torch.tensor(lengths, device=self.rows.tokens.device)[:, None] - n
+        last = last + torch.arange(n, device=last.device)
+        return self.rows.tokens.gather(1, last)
 
     def _recompute(self, n: int) -> Tensor:
         """The hidden states of each row's last n tokens, from the tokens in its window alone.
@@ -269,7 +453,7 @@ class DecodeSession:
         This is the first pass over the prompts, every pass without a cache, and every pass once
         a row has outgrown the window.
         """
-        window = self.model.config.context_length
+        window = self._window
         lengths = self.rows.lengths
         if max(lengths) > window and self.overflow == "stop":
             raise self._too_long(max(lengths))
@@ -282,8 +466,9 @@ class DecodeSession:
         self._cached = self._cache is not None and max(lengths) <= window
         if self._cache is not None:
             self._cache.clear()
-        hidden = self.model(ids, self._cache if self._cached else None, counts)
+        hidden = self.model.hidden_states(
+            ids, self._cache if self._cached else None, counts, layers=self._layers
+        )
         last = torch.tensor(counts, device=ids.device)[:, None] - n
         last = last + torch.arange(n, device=ids.device)
-        picked: Tensor = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[2]))
-        return picked
+        return hidden[torch.arange(len(counts), device=ids.device)[:, None], last]

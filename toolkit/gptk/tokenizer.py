@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -30,6 +30,9 @@ class Tokenizer:
     """The Unicode form that text is brought into first."""
     chat_template: str | None = None
     """The model's jinja2 template for conversations."""
+    template_tokens: Mapping[str, str] | None = None
+    """What the template is given as bos_token and eos_token; by default the texts of `bos` and of
+    the first of `eos`."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written in it count as such.

@@ -6,15 +6,14 @@ to its: of the 2·width best candidates those that end within the first `width` 
 and the first `width` that do not end go on.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.samplers._places import best_of_each_prompt, candidates_per_place, choice_at
 
 
 class Beam(gptk.Sampler):
@@ -38,38 +37,24 @@ class Beam(gptk.Sampler):
         if n > self.width:
             raise gptk.OptionError(
                 f"n={n} results are more than the beam width {self.width}; "
-                f"ask for at most {self.width}, or give beam:width={n}"
+                f"ask for at most {self.width}, or give {self.name}:width={n}"
             )
         return self.width
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        # Each row can end in len(eos) ways: of so many candidates `width` go on, unless stop
-        # strings end more.
-        count = self.width * max(2, 1 + len(rows.eos))
+        count = self.width * candidates_per_place(rows)
+        # The best of a prompt are among the best of its rows.
         top = logits.topk(min(count, logits.shape[-1]), dim=-1)
         logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
         scores = logprobs + rows.scores[:, None]
-        # The best of a prompt are among the best of its rows, which are adjacent.
-        picked = []
-        first = 0
-        for size in Counter(rows.prompts).values():
-            block = scores[first : first + size].flatten()
-            best = block.topk(min(count, len(block))).indices
-            picked.append(best + first * scores.shape[1])
-            first += size
-        at = torch.cat(picked)
-        return gptk.Choice(
-            tokens=top.indices.flatten()[at],
-            logprobs=logprobs.flatten()[at],
-            scores=scores.flatten()[at],
-            parents=at // scores.shape[1],
-        )
+        at = best_of_each_prompt(scores, rows, count)
+        return choice_at(at, top.indices, logprobs, scores)
 
     def rank(self, score: float, length: int) -> float:
         return float(score / max(length, 1) ** self.length_penalty)
 
     def is_done(self, finished: Sequence[float], best: float, length: int, limit: int) -> bool:
-        if len(finished) < self.width:
+        if len(finished) < self.width // self.groups:
             return False
         if self.early_stopping is True:
             return True

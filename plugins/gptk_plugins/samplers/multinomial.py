@@ -1,12 +1,17 @@
 """Multinomial (ancestral) sampling: v ~ softmax(logits / T).
 
-By inverse CDF: the token is the first whose cumulative probability, in the order of token ids,
-exceeds u, the row's one uniform number for this step. So a row's text depends on its own
-random stream alone, and a small change of the logits seldom changes the token.
+    argminᵥ E(v) / p(v)
+
+where each row, position and token has an exponential random number E of its own: a race in which
+tokens win as often as they are likely (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014).
+So a row's text depends on its own random stream alone; a small change of the logits, by another
+batch or a draft model's, seldom changes the token; and a truncation changes it only if it cuts
+it off.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -28,17 +33,41 @@ class Multinomial(gptk.Sampler):
         return () if self.temperature == 1 else (Temperature(temperature=self.temperature),)
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        return gptk.Choice.one_each(draw(logits, rows.uniform()), logits, rows)
+        highest = logits.amax(dim=-1)
+        # Both ways draw the same tokens; a look at some logits says which is the quicker.
+        some = logits[:, ::64] > -torch.inf
+        if 8 * int(torch.count_nonzero(some)) < some.numel():
+            tokens, total = _draw_among_few(logits, highest, rows)
+        else:
+            weights = (logits - highest[:, None]).exp()
+            tokens = (rows.exponential(logits.shape[-1]) / weights).argmin(dim=-1)
+            total = weights.sum(dim=-1)
+        # As Choice.one_each, with the sum of exponentials that is at hand.
+        logprobs = logits.gather(1, tokens[:, None])[:, 0] - highest - total.log()
+        return gptk.Choice(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token id for each row by inverse CDF. logits: (rows, vocab); uniform: (rows,)."""
-    # Sums of 50,000 float32 probabilities lose the digits that a fair draw needs.
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp().to(uniform.dtype)
-    cdf = weights.cumsum(dim=-1)
-    total = cdf[:, -1:].contiguous()
-    tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
-    # u * total can round up to total; the last token with any mass is then meant. Where no
-    # token is left the sums are not numbers, and any id in range will do: its score says so.
-    last = torch.searchsorted(cdf, total).clamp(max=logits.shape[-1] - 1)
-    return torch.minimum(tokens, last)[:, 0]
+def _draw_among_few(logits: Tensor, highest: Tensor, rows: gptk.Rows) -> tuple[Tensor, Tensor]:
+    """The draw and the sum of the weights where a truncation has left few tokens.
+
+    It takes a third of the time that the whole vocabulary takes.
+    """
+    row, token = _places(logits)
+    weights = (logits[row, token] - highest[row]).exp()
+    race = rows.exponential_at(row, token) / weights
+    if len(rows) == 1 and len(token):
+        return token[race.argmin()][None], weights.sum()[None]
+    first = torch.full_like(highest, torch.inf).scatter_reduce(0, row, race, "amin")
+    won = race == first[row]
+    # A row without any token is left with token 0, whose score says so.
+    tokens = torch.zeros_like(highest, dtype=torch.int64).scatter(0, row[won], token[won])
+    return tokens, torch.zeros_like(highest).index_add(0, row, weights)
+
+
+def _places(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and token of each finite logit, row by row."""
+    if logits.device.type == "cpu":  # numpy finds them in a third of the time
+        flat = torch.from_numpy(np.flatnonzero(logits.numpy() > -np.inf))
+        return flat // logits.shape[1], flat % logits.shape[1]
+    row, token = (logits > -torch.inf).nonzero(as_tuple=True)
+    return row, token

@@ -93,6 +93,7 @@ def _tokenizer(settings: Mapping[str, Any], path: Path) -> gptk.Tokenizer:
         add_bos=first is not None,
         normalization=_normalization(settings.get("normalizer"), source),
         chat_template=beside.chat_template(),
+        template_tokens=beside.template_tokens(),
     )
 
 
@@ -238,15 +239,37 @@ class _Beside:
         found = numbers if isinstance(numbers, list) else [numbers, self._ids.get(text or "")]
         return [number for number in found if number in self._numbers]
 
+    def template_tokens(self) -> dict[str, str] | None:
+        """What transformers gives to the template: what the tokenizer's own files name.
+
+        That can be another token than generation begins or ends with, or none.
+        """
+        named = self._files["tokenizer_config"]
+        if "added_tokens_decoder" not in named:  # the map is of older versions, and counts then
+            named = named | self._files["special_tokens_map"]
+        if not named:
+            return None
+        tokens = {}
+        for role in ("bos_token", "eos_token"):
+            token = named.get(role)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                tokens[role] = text
+        return tokens
+
     def chat_template(self) -> str | None:
         """The template for conversations, of several the one called "default"."""
         path = self._folder / "chat_template.jinja"
-        if path.is_file():
+        try:
             return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
+            raise gptk.TokenizerError(f"cannot read {path}: {error}") from None
         template = self._files["tokenizer_config"].get("chat_template")
         if isinstance(template, list):
             template = {one["name"]: one["template"] for one in template}.get("default")
-        return template
+        return template if isinstance(template, str) else None
 
 
 def _steps(node: Mapping[str, Any] | None, plural: str) -> list[Mapping[str, Any]]:

@@ -227,6 +227,10 @@ def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[st
     names = {number: name for name, number in tokenizer.encoding._special_tokens.items()}
     bos = None if tokenizer.bos is None else names.get(tokenizer.bos)
     eos = next((names[one] for one in tokenizer.eos if one in names), None)
+    if tokenizer.template_tokens is not None:
+        special = tokenizer.encoding._special_tokens
+        named = {role: t for role, t in tokenizer.template_tokens.items() if t in special}
+        bos, eos = named.get("bos_token"), named.get("eos_token")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,

@@ -17,6 +17,7 @@ from gptk.errors import GptkError, UnknownNameError, suggest
 
 # Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
 COMMANDS = {
+    "compare": "Compare samplers on the same prompts: quality, diversity, speed.",
     "convert": "Write a model in another format.",
     "eval": "Measure how well a model predicts a text.",
     "generate": "Continue a prompt, by any sampler.",

@@ -15,7 +15,7 @@ from gptk.spec import unescape
 
 if TYPE_CHECKING:
     from gptk.generation import Generation
-    from gptk.language_model import Stream
+    from gptk.language_model import Prompt, Stream
 
 
 @click.command("generate")
@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     multiple=True,
     help="A logits processor, for example repetition-penalty:penalty=1.1. Repeat for several; "
     "they work in the order given.",
+)
+@click.option(
+    "--draft",
+    metavar="MODEL|SPEC",
+    help="What guesses tokens ahead, for the same text sooner: a smaller model of the same "
+    "vocabulary, or lookup:ngram=3,tokens=8.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
@@ -78,6 +84,15 @@ if TYPE_CHECKING:
     type=click.File("r", encoding="utf-8-sig"),
     help="A prompt a line, decoded as one batch.",
 )
+@click.option(
+    "--chat", is_flag=True, help="PROMPT is a message: the model's chat template makes the prompt."
+)
+@click.option("--system", metavar="TEXT", help="With --chat: the system message before it.")
+@click.option(
+    "--chat-template",
+    type=click.File("r", encoding="utf-8-sig"),
+    help="With --chat: a jinja2 template instead of the model's own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, one on each line.")
 @click.option("--no-stream", is_flag=True, help="Print the text at the end, not as it comes.")
 def command(
@@ -87,6 +102,9 @@ def command(
     device: str,
     dtype: str,
     prompts_file: IO[str] | None,
+    chat: bool,
+    system: str | None,
+    chat_template: IO[str] | None,
     as_json: bool,
     no_stream: bool,
     stop: Sequence[str],
@@ -100,21 +118,37 @@ def command(
     The text goes to standard output; a closing line with tokens, tokens/s and the finish reason
     goes to standard error.
     """
-    prompts = _read_prompts(prompt, prompts_file)
+    if not chat and (system is not None or chat_template is not None):
+        raise click.UsageError("--system and --chat-template work with --chat")
+    prompts = read_prompts(prompt, prompts_file)
+    if chat and not all(prompts):
+        raise click.UsageError("--chat needs a message")
     warn_of_failures()
+    from gptk.chat import conversation, encode_chat
+    from gptk.decoding import check_draft
+    from gptk.drafting import make_drafter
     from gptk.language_model import load
     from gptk.plugins import create
     from gptk.sampling import LogitsProcessor, Sampler
 
     # Mistakes are told before the model is loaded.
-    create("sampler", settings["sampler"], Sampler).max_rows(settings["n"])
+    sampler = create("sampler", settings["sampler"], Sampler)
+    sampler.max_rows(settings["n"])
+    if settings["draft"] is not None:
+        make_drafter(settings["draft"])
+        check_draft(sampler)
     for processor in settings["processors"]:
         create("processor", processor, LogitsProcessor)
+    template = _read_template(chat_template)
     lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
-    stream = lm.stream_batch(prompts, stop=[unescape(text) for text in stop], **settings)
+    given: Sequence[Prompt] = prompts
+    if chat:
+        given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
+    stream = lm.stream_batch(given, stop=[unescape(text) for text in stop], **settings)
     print_pieces = stream.live and not (as_json or no_stream)
     start = time.perf_counter()
     interrupted = False
+    failure: DecodingError | None = None
     try:
         for piece in _with_progress(stream, settings["max_new_tokens"]):
             if print_pieces and piece:
@@ -128,6 +162,15 @@ def command(
             sys.exit(130)
         if print_pieces:
             click.echo(rest, nl=False)
+    except DecodingError as error:
+        # What there is until then is printed all the same.
+        failure = error
+        try:
+            rest = stream.interrupt()
+        except DecodingError:
+            raise error from None
+        if print_pieces:
+            click.echo(rest, nl=False)
     seconds = time.perf_counter() - start
     if print_pieces:
         click.echo()
@@ -136,9 +179,12 @@ def command(
     _print_closing_line(stream, seconds, seed_given=settings["seed"] is not None)
     if interrupted:
         sys.exit(130)
+    if failure is not None:
+        raise failure
 
 
-def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
+def read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
+    """PROMPT, the lines of a file, or standard input. Raises click.UsageError."""
     if prompts_file is not None:
         if prompt is not None:
             raise click.UsageError("give PROMPT or --prompts-file, not both")
@@ -156,6 +202,22 @@ def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]
         except UnicodeDecodeError:
             raise click.UsageError("standard input is not UTF-8 text") from None
     return [prompt]
+
+
+def _read_template(file: IO[str] | None) -> str | None:
+    """A chat template, checked. Raises click.UsageError or PromptError."""
+    if file is None:
+        return None
+    from gptk.chat import check_template
+
+    try:
+        template = file.read()
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{file.name} is not a UTF-8 text file") from None
+    if not template.strip():
+        raise click.UsageError(f"{file.name} has no chat template: it is empty")
+    check_template(template)
+    return template
 
 
 def _with_progress(stream: "Stream", steps: int) -> Any:
@@ -177,7 +239,11 @@ def _print_results(
     as_json: bool,
 ) -> None:
     if as_json:
-        used = {"sampler": settings["sampler"], "processors": list(settings["processors"])}
+        used = {
+            "sampler": settings["sampler"],
+            "processors": list(settings["processors"]),
+            "draft": settings["draft"],
+        }
         for prompt, result in zip(prompts, results, strict=True):
             click.echo(json.dumps({"prompt": prompt, **used, **dataclasses.asdict(result)}))
         return
@@ -194,6 +260,12 @@ def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -
     tokens = sum(len(one.tokens) for one in everything)
     reasons = ", ".join(sorted({one.finish_reason for one in everything}))
     line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"
+    if any(one.complete is False for one in everything):
+        line += ", incomplete"
+    if stream.acceptance is not None:
+        right, guessed = stream.acceptance.accepted, stream.acceptance.guessed
+        share = f" ({right / guessed:.0%})" if guessed else ""
+        line += f", {right} of {guessed} guesses accepted{share}"
     if stream.draws and not seed_given:
         line += f", seed: {everything[0].seed}"
     click.echo(line, err=True)

@@ -1,0 +1,1 @@
+"""Commands that the built-in plug-ins add to `gptk`."""

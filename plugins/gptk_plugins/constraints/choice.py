@@ -1,0 +1,38 @@
+"""Choice: the new text is one of some texts.
+
+valid(text) = text in choices
+"""
+
+import json
+from typing import Any
+
+from pydantic import Field, field_validator
+
+import gptk
+from gptk_plugins.constraints._matcher import Constraint
+
+
+class Choice(Constraint):
+    """The new text is one of the given ones."""
+
+    name = "choice"
+    example = """choices='["yes", "no"]'"""
+
+    choices: tuple[str, ...] = Field(min_length=1, description="the texts, as a JSON list")
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _list(cls, choices: Any) -> Any:
+        if isinstance(choices, str):
+            raise gptk.OptionError(
+                f"""{cls.title()}: choices is a JSON list, '["yes", "no"]', not {choices!r}"""
+            )
+        return choices
+
+    def grammar_text(self) -> str:
+        # One terminal: of several, each would be a lexeme of its own.
+        texts = [json.dumps(text, ensure_ascii=False) for text in self.choices]
+        return f"start: CHOICE\nCHOICE: {' | '.join(texts)}"
+
+    def subject(self) -> str:
+        return "choices"

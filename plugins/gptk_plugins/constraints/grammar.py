@@ -1,0 +1,32 @@
+"""Context-free grammars in Lark's notation: the new text is one that `start` derives.
+
+    valid(text) = start =>* text
+
+llguidance parses with Earley's algorithm (1970) over a lexer of the terminals, and has its own
+dialect: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md. A special token of
+the tokenizer can be asked for by name, `<|im_start|>`, and JSON by `%json {schema}`.
+"""
+
+import re
+
+from pydantic import Field
+
+from gptk_plugins.constraints._matcher import Constraint, text_of
+
+
+class Grammar(Constraint):
+    """The new text is one that a Lark grammar derives."""
+
+    name = "grammar"
+    example = "grammar=arithmetic.lark"
+    grammar_is_given = True
+
+    grammar: str = Field(description="a Lark grammar: a file, or the text itself")
+
+    def grammar_text(self) -> str:
+        literal = re.search(r"^\s*start\b[^/\\]*:", self.grammar, re.MULTILINE) is not None
+        form = "a Lark grammar, which has a rule `start: …`"
+        return text_of(self.grammar, literal=literal, form=form)
+
+    def subject(self) -> str:
+        return f"{self.grammar!r:.80}"

@@ -1,0 +1,55 @@
+"""JSON schema (draft 2020-12): the new text is a JSON value that the schema allows.
+
+    valid(text) = the schema allows json(text), and text is written as json.dumps writes it
+
+That is: a space after each comma and colon, no other whitespace, and properties in the order of
+the schema. Small models that may choose put whitespace to the last token; the schema's own key
+`x-guidance`, `{"whitespace_flexible": true, "item_separator": ",", "key_separator": ":"}`, lets
+them. A text surely ends only where `maxLength`, `maxItems`, `minimum`, `maximum` and
+`additionalProperties` bound it. Keywords that llguidance cannot follow are an error, unless
+`x-guidance` says `"lenient": true`.
+"""
+
+import json
+import warnings
+from typing import Any
+
+from pydantic import Field
+
+from gptk_plugins.constraints._matcher import Constraint, text_of
+
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# What is shadowed is pydantic 1's BaseModel.schema, deprecated since 2.0.
+warnings.filterwarnings("ignore", 'Field name "schema" in "JsonSchema" shadows', UserWarning)
+
+
+class JsonSchema(Constraint):
+    """The new text is JSON that a schema allows."""
+
+    name = "json-schema"
+    example = "schema=person.json"
+
+    schema: str | dict[str, Any] = Field(  # type: ignore[assignment]
+        description="a JSON schema: a file, or the JSON object itself"
+    )
+
+    def grammar_text(self) -> str:
+        schema = self.schema if isinstance(self.schema, dict) else self._read(self.schema)
+        own = schema.get("x-guidance", {})
+        style = {**STYLE, **own} if isinstance(own, dict) else own
+        return "start: %json " + json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
+
+    def subject(self) -> str:
+        return repr(self.schema)[:80] if isinstance(self.schema, str) else "schema"
+
+    @staticmethod
+    def _read(given: str) -> dict[str, Any]:
+        text = text_of(given, literal=given.lstrip().startswith("{"), form="a JSON object")
+        try:
+            schema = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise ValueError("is not a JSON object")
+        return schema

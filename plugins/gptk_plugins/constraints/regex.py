@@ -1,0 +1,28 @@
+"""Regular expressions: the new text, all of it, matches the pattern.
+
+    valid(text) = the pattern matches text from its first character to its last
+
+The syntax is that of the Rust crate regex: no look-around, no backreferences. `\\d` means the
+digits 0 to 9, `.` any character but a newline.
+"""
+
+from pydantic import Field
+
+from gptk_plugins.constraints._matcher import Constraint, llguidance
+
+
+class Regex(Constraint):
+    """The new text as a whole matches a regular expression."""
+
+    name = "regex"
+    example = 'pattern="[0-9]{3}-[0-9]{4}"'
+
+    pattern: str = Field(
+        description="no look-around, no backreferences; in quotes a backslash is written twice"
+    )
+
+    def grammar_text(self) -> str:
+        return f"start: /{llguidance().regex_to_lark(self.pattern)}/"
+
+    def subject(self) -> str:
+        return f"pattern {self.pattern!r}"

@@ -1,0 +1,23 @@
+"""Epsilon sampling (Hewitt et al. 2022): only tokens with p(v) ≥ ε stay, and the likeliest."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class Epsilon(gptk.LogitsProcessor):
+    """Keeps tokens whose probability is at least epsilon, and always the most likely one."""
+
+    name = "epsilon"
+    example = "epsilon=0.001"
+
+    epsilon: float = Field(
+        0.0003, gt=0, lt=1, description="the least probability; the paper has 0.0003 to 0.0009"
+    )
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        probabilities = logits.softmax(dim=-1)
+        least = probabilities.amax(dim=-1, keepdim=True).clamp(max=self.epsilon)
+        return logits.masked_fill(probabilities < least, -torch.inf)

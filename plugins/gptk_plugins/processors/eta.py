@@ -1,0 +1,36 @@
+"""Eta sampling (Hewitt et al. 2022): only tokens with p(v) ≥ η stay, and the likeliest.
+
+η = min(ε, √ε·exp(-H)) with the entropy H = -Σ p(v)·log p(v) in nats: where the model is unsure,
+less likely tokens are let in than by epsilon.
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+
+class Eta(gptk.LogitsProcessor):
+    """Keeps tokens above a probability that falls with the entropy, and the most likely one."""
+
+    name = "eta"
+    example = "epsilon=0.001"
+
+    epsilon: float = Field(
+        0.0003,
+        gt=0,
+        lt=1,
+        description="the least probability where entropy is low; the paper has 0.0003 to 0.004",
+    )
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        probabilities = logits.softmax(dim=-1)
+        # 0·log 0, of tokens that were taken out, counts as 0.
+        entropy = -(probabilities * logits.log_softmax(dim=-1)).nansum(dim=-1, keepdim=True)
+        eta = (math.sqrt(self.epsilon) * (-entropy).exp()).clamp(max=self.epsilon)
+        # η is below the highest probability, which is at least exp(-H), but for rounding.
+        least = torch.minimum(eta, probabilities.amax(dim=-1, keepdim=True))
+        return logits.masked_fill(probabilities < least, -torch.inf)

@@ -1,0 +1,49 @@
+"""Exponential decay length penalty: the longer the text, the likelier its end.
+
+    logit'(EOS) = logit(EOS) + |logit(EOS)| · (factor^(n - after) - 1) after n > after new tokens
+
+It is transformers' ExponentialDecayLengthPenalty. By its definition the effect depends on how far
+the logit is from 0, which softmax alone would not see.
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+LARGEST = 1e30
+"""No growth is larger: in float32, infinite numbers would become none (0 · inf)."""
+
+
+class LengthDecay(gptk.LogitsProcessor):
+    """Raises the logit of EOS more and more once the text has a length."""
+
+    name = "length-decay"
+    example = "after=30,factor=1.05"
+
+    after: int = Field(ge=0, description="new tokens without an effect")
+    factor: float = Field(
+        gt=0, description="growth with each token after that; 1 changes nothing, below 1 prolongs"
+    )
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        growths = [
+            self._growth(length - prompt_length - self.after)
+            for length, prompt_length in zip(rows.lengths, rows.prompt_lengths, strict=True)
+        ]
+        eos = [token for token in rows.eos if token < logits.shape[-1]]
+        if not eos or not any(growths):
+            return logits
+        growth = torch.tensor(growths, device=logits.device, dtype=logits.dtype)[:, None]
+        ends = logits[:, eos]
+        raised = torch.where(ends.isfinite(), ends + ends.abs() * growth, ends)
+        return logits.index_copy(1, torch.tensor(eos, device=logits.device), raised)
+
+    def _growth(self, steps: int) -> float:
+        """factor^steps - 1, or 0 before there is an effect."""
+        if steps <= 0:
+            return 0.0
+        return math.expm1(min(steps * math.log(self.factor), math.log(LARGEST)))

@@ -1,0 +1,27 @@
+"""Presence penalty (OpenAI's API): logit - penalty if the token is among the row's new tokens.
+
+As with OpenAI and vLLM; llama.cpp looks at the prompt, too.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+from gptk_plugins.processors.frequency_penalty import token_counts
+
+
+class PresencePenalty(gptk.LogitsProcessor):
+    """Makes tokens that the new text has less likely, however often it has them."""
+
+    name = "presence-penalty"
+    example = "penalty=0.5"
+
+    penalty: float = Field(
+        0.5, description="off the logit; 0 changes nothing, below 0 rewards repetition"
+    )
+    prompt: bool = Field(False, description="whether the prompt's tokens count, too")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        present = token_counts(logits, rows, prompt=self.prompt).clamp_(max=1)
+        return torch.sub(logits, present, alpha=self.penalty)

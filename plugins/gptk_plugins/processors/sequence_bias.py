@@ -1,0 +1,82 @@
+"""Sequence bias: logit(v) + bias(s) for each given sequence s that v would complete.
+
+A sequence of one token counts at every step. Its beginning may stand in the prompt. It is
+transformers' SequenceBiasLogitsProcessor.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+import gptk
+from gptk_plugins.processors._words import Word, check_vocabulary, explained, ids_of, pairs
+
+FORM = """a JSON object such as '{" New York": -2}', or a list of pairs '[[[464, 3290], 1.5]]'"""
+
+
+class SequenceBias(gptk.LogitsProcessor):
+    """Adds to the logit of a token that would complete one of the given sequences."""
+
+    name = "sequence-bias"
+    example = """biases='{" New York": -2.5}'"""
+
+    biases: tuple[tuple[Word, float], ...] = Field(
+        description="what to add by text (with its leading space) as a JSON object, or as a list "
+        "of pairs of a list of token ids and a number"
+    )
+
+    @field_validator("biases", mode="wrap")
+    @classmethod
+    def _pairs(cls, given: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        return explained(cls, "biases", pairs(given), validate, FORM)
+
+    def start(self, rows: gptk.Rows) -> "Biases":
+        """Raises TokenizerError for texts where there is no tokenizer."""
+        biases = {tuple(ids_of(word, self, rows)): bias for word, bias in self.biases}
+        return Biases(biases, self, rows.tokens.device)
+
+
+class Biases:
+    """Sequences of tokens by what comes before the last; called, it adds their biases.
+
+    A look-up for each length there is: neither the number of sequences nor the length of the row
+    makes a difference.
+    """
+
+    def __init__(
+        self, biases: Mapping[tuple[int, ...], float], plugin: gptk.Plugin, device: torch.device
+    ) -> None:
+        self._plugin = plugin
+        self._largest = max((token for sequence in biases for token in sequence), default=0)
+        single = {sequence[0]: bias for sequence, bias in biases.items() if len(sequence) == 1}
+        self._index = torch.tensor(list(single), dtype=torch.int64, device=device)
+        self._added = torch.tensor(list(single.values()), dtype=torch.float32, device=device)
+        self._after: dict[tuple[int, ...], list[tuple[int, float]]] = {}
+        for (*before, last), bias in biases.items():
+            if before:
+                self._after.setdefault(tuple(before), []).append((last, bias))
+        self._widths = sorted({len(before) for before in self._after})
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        check_vocabulary(self._largest, logits.shape[-1], self._plugin)
+        places: list[tuple[int, int]] = []
+        added: list[float] = []
+        for row in range(len(rows) if self._widths else 0):
+            end = rows.lengths[row]
+            tail = rows.tokens[row, max(0, end - self._widths[-1]) : end].tolist()
+            for width in self._widths:
+                if width <= len(tail):
+                    for token, bias in self._after.get(tuple(tail[len(tail) - width :]), ()):
+                        places.append((row, token))
+                        added.append(bias)
+        if len(self._index):
+            logits = logits.index_add(1, self._index, self._added.expand(len(logits), -1))
+        if places:
+            at = torch.tensor(places, device=logits.device).T
+            more = torch.tensor(added, device=logits.device)
+            logits = logits.index_put((at[0], at[1]), more, accumulate=True)
+        return logits

@@ -1,0 +1,32 @@
+"""Top-H (Baradaran Potraj et al. 2025): likely tokens as long as their entropy stays within bounds.
+
+Of the 100 likeliest tokens, with probabilities p that sum to 1, the likeliest stay while
+-Σ p(v)·log p(v) over them is at most h·H, where H is the sum over all hundred. The paper calls
+h alpha; the limit of 100 is that of its authors' code and of transformers.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+
+CANDIDATES = 100
+
+
+class TopH(gptk.LogitsProcessor):
+    """Keeps the most likely tokens up to a share of the entropy, and ties with the last."""
+
+    name = "top-h"
+    example = "h=0.4"
+
+    h: float = Field(0.4, gt=0, le=1, description="the share of the entropy; 1 keeps 100 tokens")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        top = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1).values
+        probabilities = top.softmax(dim=-1)
+        entropy = torch.special.entr(probabilities).cumsum(dim=-1)
+        # A token of probability 0 adds nothing and would always fit.
+        kept = (entropy <= self.h * entropy[:, -1:]) & (probabilities > 0)
+        last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
+        return logits.masked_fill(logits < top.gather(-1, last), -torch.inf)

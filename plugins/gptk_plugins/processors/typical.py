@@ -1,0 +1,32 @@
+"""Locally typical sampling (Meister et al. 2022): tokens about as surprising as is to be expected.
+
+With the entropy H = -Σ p(v)·log p(v), tokens in the order of |-log p(v) - H| stay until they reach
+mass p. So the likeliest token is the first to go where it is much likelier than the rest.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+from gptk_plugins.processors._prefix import last_key
+
+
+class Typical(gptk.LogitsProcessor):
+    """Keeps the tokens whose surprise is nearest to the entropy, until they reach p."""
+
+    name = "typical"
+    example = "p=0.9"
+
+    p: float = Field(0.9, gt=0, le=1, description="the probability to reach; 1 keeps all")
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        if self.p == 1:
+            return logits
+        logprobs = logits.log_softmax(dim=-1)
+        probabilities = logprobs.exp()
+        # 0·log 0, of tokens that were taken out, counts as 0.
+        entropy = -(probabilities * logprobs).nansum(dim=-1, keepdim=True)
+        nearness = logprobs.add_(entropy).abs_().neg_()
+        least = last_key(nearness, probabilities, self.p)
+        return logits.masked_fill(nearness < least, -torch.inf)

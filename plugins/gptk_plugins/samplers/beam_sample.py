@@ -1,0 +1,38 @@
+"""Beam sampling (beam-search multinomial sampling of transformers): beams drawn, not picked.
+
+At each step the candidates of a prompt, all tokens of all its beams, are drawn without
+replacement with probabilities ∝ exp(score / T), where the score is the sum of log-probabilities,
+and the drawn ones go on as in beam search, best score first. Drawing is by Gumbel-top-k (Vieira
+2014): the largest score / T + Gumbel noise.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+from gptk_plugins.samplers._places import best_of_each_prompt, candidates_per_place, choice_at
+from gptk_plugins.samplers.beam import Beam
+
+
+class BeamSample(Beam):
+    """Beam search whose candidates are drawn at random instead of being the best."""
+
+    name = "beam-sample"
+    example = "width=4,temperature=0.7"
+    random = True
+
+    temperature: float = Field(1.0, gt=0, description="below 1 sharpens, above 1 flattens")
+
+    def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
+        count = self.width * candidates_per_place(rows)
+        logprobs = logits.log_softmax(dim=-1)
+        scores = logprobs + rows.scores[:, None]
+        noise = -rows.exponential(logits.shape[-1], apart=True).log()
+        drawn = (scores / self.temperature + noise).topk(min(count, logits.shape[-1]), dim=-1)
+        logprobs, scores = logprobs.gather(1, drawn.indices), scores.gather(1, drawn.indices)
+        at = best_of_each_prompt(drawn.values, rows, count)
+        # Best score first, prompt by prompt: a stable sort by the score, then by the prompt.
+        at = at[scores.flatten()[at].argsort(descending=True, stable=True)]
+        prompts = at.new_tensor(rows.prompts)[at // scores.shape[1]]
+        at = at[prompts.argsort(stable=True)]
+        return choice_at(at, drawn.indices, logprobs, scores)

@@ -1,0 +1,50 @@
+"""Best of n (Stiennon et al. 2020): draw n results, keep those that a scorer likes best.
+
+argmaxᵢ scorer(resultᵢ),   by default  Σ log p(tokenₜ) / length
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+import gptk
+from gptk_plugins.samplers._over import Over
+
+
+class BestOfN(Over):
+    """The best of several samples, by mean log-probability or by a scorer of your own."""
+
+    name = "best-of-n"
+    example = 'n=8,sampler="top-p:p=0.9"'
+    random = True
+
+    n: int = Field(8, ge=1, description="how many results to draw")
+    scorer: str = Field("mean-logprob", description="what judges them, a spec")
+
+    @model_validator(mode="after")
+    def _draws_results(self) -> "BestOfN":
+        _ = self.judge
+        if not self.base.random or self.base.competing or type(self.base) is BestOfN:
+            raise ValueError(
+                f"{self.base.name} does not draw results one by one, so there is no best of "
+                "several; a sampler that does is top-p"
+            )
+        return self
+
+    @functools.cached_property
+    def judge(self) -> gptk.Scorer:
+        return gptk.plugins.create("scorer", self.scorer, gptk.Scorer)
+
+    def max_rows(self, n: int) -> int:
+        if n > self.n:
+            raise gptk.OptionError(
+                f"n={n} results are more than the {self.n} drawn; ask for at most {self.n}, or "
+                f"give {self.name}:n={n}"
+            )
+        return self.n
+
+    def pick(self, results: Sequence[gptk.Generation], n: int) -> Sequence[gptk.Generation]:
+        judged = [dataclasses.replace(result, score=self.judge.score(result)) for result in results]
+        return sorted(judged, key=lambda result: result.score, reverse=True)[:n]

@@ -1,0 +1,155 @@
+"""Mirostat (Basu et al. 2021): feedback keeps the text's mean surprise at a target τ, in bits.
+
+A token's surprise is S(v) = -log₂ p(v). Each row has an estimate μ, at first 2τ. At each step
+
+    version 2 (Algorithm 2)   tokens with S(v) ≤ μ stay, and always the most likely one
+    version 1 (Algorithm 1)   the k most likely stay, k = (ε·2^μ / (1 - N^-ε))^(1/s), where N is the
+                              size of the vocabulary, ε = s - 1, and s the exponent of Zipf's law
+                              fitted to the m most likely: s = Σ tᵢbᵢ / Σ tᵢ², i < m, where
+                              tᵢ = ln((i + 1) / i), bᵢ = ln(p(i) / p(i + 1))
+    both                      a token is drawn from these, and μ ← μ - η·(S(token) - τ)
+
+S is the surprise before the truncation, as in the paper and in its authors' program: the truncated
+distribution is not what the text's perplexity is measured by. llama.cpp takes the probability
+after the truncation, so that its texts surprise the model more at an equal τ. k is rounded to the
+nearest whole number, at least 1 (llama.cpp rounds down, the authors' program adds 1 more).
+
+"Before the truncation" is after the temperature and all other processors.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import gptk
+from gptk_plugins.samplers.multinomial import Multinomial
+
+
+class Mirostat(Multinomial):
+    """A token drawn from as many as keep the text's surprise at a target."""
+
+    name = "mirostat"
+    example = "tau=4,eta=0.1"
+
+    version: int = Field(2, ge=1, le=2, description="2 is simpler, 1 is the paper's first")
+    tau: float = Field(5.0, gt=0, description="the mean surprise to keep to, in bits")
+    eta: float = Field(0.1, gt=0, description="how fast the truncation follows the error")
+    m: int = Field(100, ge=2, description="of version 1: tokens that Zipf's law is fitted to")
+
+    def processors(self) -> Sequence[gptk.LogitsProcessor]:
+        truncation = MirostatTruncation(version=self.version, tau=self.tau, eta=self.eta, m=self.m)
+        return (*super().processors(), truncation)
+
+
+class MirostatTruncation(gptk.LogitsProcessor):
+    """Keeps the tokens that mirostat draws from; its state is the estimate μ of each row."""
+
+    name = "mirostat-truncation"
+
+    version: int
+    tau: float
+    eta: float
+    m: int
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        return self.start(rows)(logits, rows)
+
+    def start(self, rows: gptk.Rows) -> "Estimate":
+        return Estimate(self, len(rows))
+
+
+class Estimate(gptk.Follower):
+    """μ of each row, after each of its new tokens.
+
+    It moves by a token only where the distribution that the token was drawn from was seen: where
+    this was called for the row as it stood right before that token. Tokens that come in any other
+    way (the second and later ones of several at a time, or one that the distribution excludes)
+    leave μ as it is. Rewinding brings back the μ of before; the last distribution seen then
+    counts again, if it was seen at that place.
+    """
+
+    def __init__(self, options: MirostatTruncation, rows: int) -> None:
+        self._options = options
+        self.mu = [[2 * options.tau] for _ in range(rows)]
+        """For each row the estimate at first and after each new token."""
+        self._logprobs: Tensor | None = None
+        self._seen_at: list[int | None] = [None] * rows
+        """For each row how many estimates there were when it was last seen, if that holds yet."""
+
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        logprobs = logits.log_softmax(dim=-1)
+        self._logprobs = logprobs
+        self._seen_at = [len(mu) for mu in self.mu]
+        most = [mu[-1] * math.log(2) for mu in self.mu]
+        least = (
+            self._zipf_cut(logprobs, most)
+            if self._options.version == 1
+            else torch.minimum(-logprobs.new_tensor(most)[:, None], logprobs.amax(-1, keepdim=True))
+        )
+        return logits.masked_fill(logprobs < least, -torch.inf)
+
+    def extend(self, tokens: Tensor) -> None:
+        surprises = [math.inf] * len(self.mu)
+        if self._logprobs is not None:
+            first = self._logprobs.gather(1, tokens[:, :1])[:, 0]
+            surprises = (first / -math.log(2)).tolist()
+        for mu, seen_at, surprise in zip(self.mu, self._seen_at, surprises, strict=True):
+            new = mu[-1]
+            if seen_at == len(mu) and math.isfinite(surprise):
+                new -= self._options.eta * (surprise - self._options.tau)
+            mu += [new] * tokens.shape[1]
+
+    def select(self, parents: Sequence[int]) -> None:
+        self.mu = [list(self.mu[parent]) for parent in parents]
+        self._seen_at = [self._seen_at[parent] for parent in parents]
+        if self._logprobs is not None:
+            self._logprobs = self._logprobs[list(parents)]
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        for row, count in enumerate(counts):
+            mu = self.mu[row]
+            del mu[len(mu) - count :]
+            seen_at = self._seen_at[row]
+            # What was seen after tokens that are gone says nothing of others in their place.
+            if seen_at is not None and seen_at > len(mu):
+                self._seen_at[row] = None
+
+    def _zipf_cut(self, logprobs: Tensor, most: Sequence[float]) -> Tensor:
+        """The log-probability of each row's k-th token, (rows, 1). most: μ in nats."""
+        vocabulary = logprobs.shape[-1]
+        top = logprobs.topk(min(self._options.m, vocabulary), dim=-1).values
+        counts = [
+            _zipf_count(row, mu, vocabulary) for row, mu in zip(top.tolist(), most, strict=True)
+        ]
+        cut = logprobs.new_full((len(counts), 1), -torch.inf)
+        truncated = [row for row, k in enumerate(counts) if k < vocabulary]
+        if truncated:
+            longest = max(counts[row] for row in truncated)
+            if longest > top.shape[-1]:
+                top = logprobs.topk(longest, dim=-1).values
+            for row in truncated:
+                cut[row] = top[row, counts[row] - 1]
+        return cut
+
+
+def _zipf_count(logprobs: Sequence[float], mu: float, vocabulary: int) -> int:
+    """How many tokens Zipf's law allows. logprobs: the likeliest, falling; mu: in nats."""
+    steps = [
+        (math.log((i + 1) / i), one - next_)
+        for i, (one, next_) in enumerate(itertools.pairwise(logprobs), start=1)
+        if next_ > -math.inf
+    ]
+    if not steps:
+        return 1
+    s = sum(t * b for t, b in steps) / sum(t * t for t, _ in steps)
+    if s == 0:  # all are equally likely, and ties stay
+        return 1
+    # In logarithms, for 2^μ outgrows any float; the fraction's limit for ε → 0 is 1 / ln N.
+    epsilon, log_n = s - 1, math.log(vocabulary)
+    fraction = epsilon / -math.expm1(-epsilon * log_n) if epsilon else 1 / log_n
+    log_k = (math.log(fraction) + mu) / s
+    return max(1, round(math.exp(log_k))) if log_k < math.log(vocabulary) else vocabulary

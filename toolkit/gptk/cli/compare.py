@@ -1,0 +1,209 @@
+"""`gptk compare`: samplers side by side on the same prompts."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from gptk.cli import warn_of_failures
+from gptk.cli.generate import read_prompts
+
+if TYPE_CHECKING:
+    from gptk.comparison import Comparison
+
+_NOTE = (
+    "log p: mean log-probability of the new tokens under the model itself, nats a token. "
+    "distinct-n: different n-grams by n-grams of a prompt's results. seq-rep-4: share of repeated "
+    "4-grams in a text. self-BLEU: how alike the results of a prompt are."
+)
+_SAMPLE = 160  # characters
+
+
+@click.command("compare")
+@click.argument("prompt", required=False)
+@click.option(
+    "--sampler",
+    "samplers",
+    metavar="SPEC",
+    multiple=True,
+    help="For example top-p:p=0.9. Repeat for each sampler to compare.",
+)
+@click.option(
+    "--processor",
+    "processors",
+    metavar="SPEC",
+    multiple=True,
+    help="A logits processor that all samplers get. Repeat for several; they work in the order "
+    "given.",
+)
+@click.option(
+    "--prompts-file",
+    type=click.File("r", encoding="utf-8-sig"),
+    help="A prompt a line, instead of PROMPT.",
+)
+@click.option(
+    "--n",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Results for each prompt; a sampler that cannot give as many gives the most it can.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="The same for all samplers.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
+    "installed.",
+)
+@click.option(
+    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with all texts.")
+@click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw quality by diversity into a .png, .svg or .pdf file.",
+)
+def command(
+    prompt: str | None,
+    samplers: Sequence[str],
+    processors: Sequence[str],
+    prompts_file: IO[str] | None,
+    n: int,
+    max_new_tokens: int,
+    seed: int,
+    model: str | None,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Run several samplers on PROMPT and measure what they write.
+
+    Quality is the mean log-probability of the new tokens under the model itself, without
+    processors, so that it compares between samplers; diversity is told by distinct-1, distinct-2
+    and self-BLEU, repetition by seq-rep-4. All are of the model's tokens. Prompts may come from a
+    file or standard input, too.
+    """
+    if not samplers:
+        raise click.UsageError("name one sampler or more to compare, --sampler SPEC each")
+    prompts = read_prompts(prompt, prompts_file)
+    warn_of_failures()
+    from gptk.comparison import check_samplers, compare, plot_comparison
+    from gptk.errors import SourceError
+    from gptk.plotting import check_format
+    from gptk.plugins import create
+    from gptk.sampling import LogitsProcessor
+
+    # Mistakes are told before the model is loaded.
+    check_samplers(samplers, n)
+    for processor in processors:
+        create("processor", processor, LogitsProcessor)
+    if plot is not None:
+        check_format(plot)
+        if not plot.parent.is_dir():
+            raise SourceError(f"{plot} cannot be written: there is no directory {plot.parent}")
+    from gptk.language_model import load
+
+    lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed}
+    with _progress() as progress:
+        compared = compare(
+            lm, prompts, samplers, processors=processors, progress=progress, **settings
+        )
+    if as_json:
+        click.echo(json.dumps(_as_object(prompts, processors, settings, compared)))
+    else:
+        _print(compared, n)
+    if plot is not None:
+        try:
+            plot_comparison(compared, plot)
+        except OSError as error:
+            raise SourceError(f"{plot} cannot be written: {error.strerror or error}") from None
+        click.echo(f"plot: {plot}", err=True)
+
+
+def _as_object(
+    prompts: Sequence[str],
+    processors: Sequence[str],
+    settings: dict[str, Any],
+    compared: "Sequence[Comparison]",
+) -> dict[str, Any]:
+    listed = []
+    for one in compared:
+        metrics = dataclasses.asdict(one)
+        about = {key: metrics.pop(key) for key in ("sampler", "random", "results")}
+        texts = metrics.pop("texts")
+        listed.append({**about, "metrics": metrics, "texts": texts})
+    return {
+        "prompts": list(prompts),
+        "processors": list(processors),
+        **settings,
+        "samplers": listed,
+    }
+
+
+def _print(compared: "Sequence[Comparison]", n: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Sampler", overflow="fold")
+    for column in (
+        "Results", "log p", "distinct-1", "distinct-2", "seq-rep-4", "self-BLEU", "tokens/s",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    table.add_column("Text", overflow="fold", min_width=20)
+    for one in compared:
+        given = max(map(len, one.texts), default=0)
+        sample = " ".join(one.texts[0][0].split())
+        table.add_row(
+            Text(one.sampler),
+            str(given) if given == n else f"{given} of {n}",
+            *map(_number, (one.mean_logprob, one.distinct_1, one.distinct_2)),
+            *map(_number, (one.seq_rep_4, one.self_bleu)),
+            f"{one.tokens_per_second:.1f}",
+            Text(sample if len(sample) <= _SAMPLE else sample[: _SAMPLE - 1] + "…"),
+        )
+    # As wide as the terminal; piped, wide enough to be read.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for one in compared:
+        if one.results < n:
+            many = "one result" if one.results == 1 else f"at most {one.results} results"
+            console.print(Text(f"{one.sampler} has {many} for a prompt."))
+    console.print(Text(_NOTE, style="dim"))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """On a terminal, a progress bar on standard error."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Comparing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
