@@ -1,0 +1,205 @@
+"""gptk's logits processors inside a decoding loop that is not gptk's.
+
+Such a loop comes at each step with all tokens of its rows and their logits, and does not tell how
+the rows have moved since. But they are the rows of its last call, reordered (beams), shortened
+(rejected drafts) and extended: comparing the tokens gives the verbs `select`, `rewind` and
+`extend` back, and the rows and every follower are told of them as a `DecodeSession` would.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptk.errors import OptionError
+from gptk.model import GPT
+from gptk.plugins import create
+from gptk.sampling import LogitsProcessor
+from gptk.session import Follower, Rows
+from gptk.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptk.sampling import Process
+
+
+class Replay:
+    """Processors, and the rows as they stood at the last call.
+
+    prompt_length: how many of the first columns are the prompt; None, those of the first call.
+    pad_token_id: what stands before shorter prompts, in no row's tokens.
+    num_beams: rows of each prompt; None, every row may come from any, and has a prompt of its own.
+    """
+
+    def __init__(
+        self,
+        processors: "str | LogitsProcessor | Sequence[str | LogitsProcessor]",
+        *,
+        prompt_length: int | None = None,
+        pad_token_id: int | None = None,
+        num_beams: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        model: GPT | None = None,
+        eos: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(processors, str | LogitsProcessor):
+            processors = [processors]
+        self.processors = [create("processor", one, LogitsProcessor) for one in processors]
+        for name, number in (("prompt_length", prompt_length), ("num_beams", num_beams)):
+            if number is not None and number < 1:
+                raise OptionError(f"{name} is {number}; it must be 1 or more")
+        if eos is None:
+            eos = tokenizer.eos if tokenizer is not None else ()
+        self._prompt_length = prompt_length
+        self._beams = num_beams
+        self._pad = pad_token_id
+        self._tokenizer = tokenizer
+        self._model = model
+        self._eos = tuple(eos)
+        self._seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the rows: the next call begins a new generation."""
+        self._tokens: Tensor | None = None  # (rows, length), those of the last call
+        self._live: list[int] = []  # the rows of the caller that have not ended
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """tokens: (rows, length), all of each row so far. logits: (rows, vocab).
+
+        Returns new logits of the same type. Rows that have ended keep theirs.
+        """
+        try:
+            tokens = tokens.long().clone()  # the caller may write on in his own
+            self._follow(tokens)
+            self._tokens = tokens
+            if not self._live:
+                return logits
+            every = len(self._live) == len(logits)
+            processed = (logits if every else logits[self._live]).float()
+            for process in self._processes:
+                processed = process(processed, self._rows)
+        except BaseException:
+            self.reset()  # some followers may have moved and others not
+            raise
+        processed = processed.to(logits.dtype)
+        if processed.is_inference():  # which others could not write into
+            processed = processed.clone()
+        if every:
+            return processed
+        return logits.index_put((torch.tensor(self._live, device=logits.device),), processed)
+
+    def _follow(self, tokens: Tensor) -> None:
+        """Move the rows to where `tokens` says they are, or begin anew."""
+        origin = self._origin(tokens)
+        if origin is None:
+            prompt = tokens.shape[1] if self._prompt_length is None else self._prompt_length
+            if prompt > tokens.shape[1]:
+                raise OptionError(
+                    f"prompt_length is {prompt}, but the rows have {tokens.shape[1]} tokens"
+                )
+            self._start(tokens, prompt)
+            return
+        parents, kept = origin
+        live = self._unended(tokens, self._prompt)
+        places = {row: place for place, row in enumerate(self._live)}
+        if any(parents[row] not in places for row in live):  # its end was taken back
+            self._start(tokens, self._prompt)
+            return
+        assert self._tokens is not None
+        dropped = self._tokens.shape[1] - kept
+        selected = [places[parents[row]] for row in live]
+        if live and selected != list(range(len(self._live))):
+            self._select(selected)
+        if live and dropped:
+            for follower in self._followers:
+                follower.rewind([dropped] * len(live))
+        if live and kept < tokens.shape[1]:
+            self._extend(tokens[live, kept:])
+        self._live = live
+
+    def _origin(self, tokens: Tensor) -> tuple[list[int], int] | None:
+        """Which old row each row comes from, and how many columns all of them have kept.
+
+        None if they do not go on from the last call: a loop adds one token a call at most, and
+        keeps the prompts.
+        """
+        old = self._tokens
+        if old is None or old.device != tokens.device or len(old) != len(tokens):
+            return None
+        if tokens.shape[1] > old.shape[1] + 1:
+            return None
+        width = min(old.shape[1], tokens.shape[1])
+        equal = old[:, :width] == tokens[:, :width]
+        parents = list(range(len(tokens)))
+        kept = width
+        for row, unmoved in enumerate(equal.all(dim=1).tolist()):
+            if unmoved:
+                continue
+            common = (old[:, :width] == tokens[row, :width]).long().cumprod(dim=1).sum(dim=1)
+            lengths = common.tolist()
+            parents[row] = max(self._possible_parents(row, len(old)), key=lengths.__getitem__)
+            kept = min(kept, lengths[parents[row]])
+        return None if kept < self._prompt else (parents, kept)
+
+    def _possible_parents(self, row: int, count: int) -> list[int]:
+        """The old rows that a row may come from, itself first, then by distance.
+
+        Equal rows differ in their random streams: the nearest is likely of the same prompt.
+        """
+        beams = self._beams or count
+        first = row - row % beams
+        return sorted(range(first, first + beams), key=lambda other: abs(other - row))
+
+    def _start(self, tokens: Tensor, prompt: int) -> None:
+        """Begin with the first `prompt` columns as prompts, and replay what comes after."""
+        if self._beams is not None and len(tokens) % self._beams:
+            raise OptionError(
+                f"num_beams is {self._beams}, which does not divide the {len(tokens)} rows"
+            )
+        self._prompt = prompt
+        self._live = self._unended(tokens, prompt)
+        if not self._live:
+            return
+        starts = [0] * len(tokens)
+        if self._pad is not None:
+            padding = (tokens[:, : prompt - 1] == self._pad).long().cumprod(dim=1)
+            starts = padding.sum(dim=1).tolist()
+        prompts = [row[start:prompt] for row, start in zip(tokens.tolist(), starts, strict=True)]
+        beams = self._beams or 1
+        self._rows = Rows(
+            prompts[::beams],
+            seed=self._seed,
+            device=tokens.device,
+            eos=self._eos,
+            tokenizer=self._tokenizer,
+            model=self._model,
+        )
+        self._rows.select([row // beams for row in range(len(tokens))])
+        self._processes: list[Process] = [one.start(self._rows) for one in self.processors]
+        self._followers: list[Follower] = [self._rows]
+        for process in self._processes:
+            if isinstance(process, Follower):
+                self._followers.append(process)
+        if len(self._live) < len(tokens):
+            self._select(self._live)
+        if prompt < tokens.shape[1]:
+            self._extend(tokens[self._live, prompt:])
+
+    def _select(self, parents: Sequence[int]) -> None:
+        for follower in self._followers:
+            follower.select(parents)
+
+    def _extend(self, tokens: Tensor) -> None:
+        for follower in self._followers:
+            follower.extend(tokens)
+
+    def _unended(self, tokens: Tensor, prompt: int) -> list[int]:
+        """The rows without EOS after the prompt: others are only padded to the end of a batch."""
+        if not self._eos or prompt == tokens.shape[1]:
+            return list(range(len(tokens)))
+        eos = torch.tensor(self._eos, device=tokens.device)
+        ended = torch.isin(tokens[:, prompt:], eos).any(dim=1).tolist()
+        return [row for row, end in enumerate(ended) if not end]
