@@ -2,11 +2,11 @@
 
 import math
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import keep_from
 
 
 class MinP(gptk.LogitsProcessor):
@@ -20,4 +20,4 @@ class MinP(gptk.LogitsProcessor):
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         # p(v) / max p = exp(logit - max logit): no softmax is needed.
         least = logits.amax(dim=-1, keepdim=True) + math.log(self.p)
-        return logits.masked_fill(logits < least, -torch.inf)
+        return keep_from(logits, least)

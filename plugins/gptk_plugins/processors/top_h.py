@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import keep_from
 
 CANDIDATES = 100
 
@@ -29,4 +30,4 @@ class TopH(gptk.LogitsProcessor):
         # A token of probability 0 adds nothing and would always fit.
         kept = (entropy <= self.h * entropy[:, -1:]) & (probabilities > 0)
         last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
-        return logits.masked_fill(logits < top.gather(-1, last), -torch.inf)
+        return keep_from(logits, top.gather(-1, last))

@@ -1,10 +1,10 @@
 """Top-k (Fan et al. 2018): only the k largest logits stay."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import keep_from
 
 
 class TopK(gptk.LogitsProcessor):
@@ -19,4 +19,4 @@ class TopK(gptk.LogitsProcessor):
         if self.k >= logits.shape[-1]:
             return logits
         least = logits.topk(self.k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        return logits.masked_fill(logits < least, -torch.inf)
+        return keep_from(logits, least)

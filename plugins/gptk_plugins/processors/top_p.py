@@ -1,10 +1,10 @@
 """Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import keep_from
 from gptk_plugins.processors._prefix import last_key
 
 
@@ -20,4 +20,4 @@ class TopP(gptk.LogitsProcessor):
         if self.p == 1:
             return logits
         least = last_key(logits, logits.softmax(dim=-1), self.p)
-        return logits.masked_fill(logits < least, -torch.inf)
+        return keep_from(logits, least)

@@ -29,4 +29,4 @@ class Typical(gptk.LogitsProcessor):
         entropy = -(probabilities * logprobs).nansum(dim=-1, keepdim=True)
         nearness = logprobs.add_(entropy).abs_().neg_()
         least = last_key(nearness, probabilities, self.p)
-        return logits.masked_fill(nearness < least, -torch.inf)
+        return torch.where(nearness < least, -torch.inf, logits)

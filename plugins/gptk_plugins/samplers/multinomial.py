@@ -40,7 +40,7 @@ class Multinomial(gptk.Sampler):
             tokens, total = _draw_among_few(logits, highest, rows)
         else:
             weights = (logits - highest[:, None]).exp()
-            tokens = (rows.exponential(logits.shape[-1]) / weights).argmin(dim=-1)
+            tokens = _argmin(rows.exponential(logits.shape[-1]) / weights)
             total = weights.sum(dim=-1)
         # As Choice.one_each, with the sum of exponentials that is at hand.
         logprobs = logits.gather(1, tokens[:, None])[:, 0] - highest - total.log()
@@ -62,6 +62,13 @@ def _draw_among_few(logits: Tensor, highest: Tensor, rows: gptk.Rows) -> tuple[T
     # A row without any token is left with token 0, whose score says so.
     tokens = torch.zeros_like(highest, dtype=torch.int64).scatter(0, row[won], token[won])
     return tokens, torch.zeros_like(highest).index_add(0, row, weights)
+
+
+def _argmin(race: Tensor) -> Tensor:
+    """The place of the smallest number of each row."""
+    if race.device.type == "cpu":  # numpy takes an eighth of the time
+        return torch.from_numpy(race.numpy().argmin(axis=-1))
+    return race.argmin(dim=-1)
 
 
 def _places(logits: Tensor) -> tuple[Tensor, Tensor]:
