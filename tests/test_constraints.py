@@ -222,7 +222,8 @@ def test_json_is_valid_when_it_may_end_and_not_before(smollm2, seed, vocabulary)
     assert processor.is_complete(tokens, walk.rows)
     value = json.loads(tokenizer.decode_bytes(tokens).decode())
     jsonschema.validate(value, SMALL)
-    assert json.dumps(value, ensure_ascii=False) == tokenizer.decode(tokens)
+    between = regex.sub(r'"(?:[^"\\]|\\.)*"', '""', tokenizer.decode(tokens))
+    assert not regex.search(r"\s(?<![,:] )|[,:](?! )", between)  # one space where json.dumps has it
 
 
 def texts_of(processor, tokenizer=BYTES):
@@ -333,11 +334,11 @@ def test_after_a_wrong_token_or_the_end_all_is_masked_until_a_rewind(wrong):
 
 def test_text_with_a_byte_that_the_vocabulary_lacks_is_masked_not_made_up(smollm2):
     assert b"\x04" not in [smollm2.token_bytes(token) for token in range(300)]
-    for pattern in ("a\x04bc|ax", r"a\x04bc|ax"):
+    for pattern in ("a\x04bc|ax", r"a\x04bc|ax", "a\U00050000|ax"):
         walk = Walk(constraint("regex", pattern=pattern), tokenizer=smollm2)
         walk.extend([smollm2.encode("a")])
         assert walk.allowed() == smollm2.encode("x")
-    for pattern in ("a\x04bc", r"a\x04bc"):
+    for pattern in ("a\x04bc", r"a\x04bc", "a\U00050000"):
         walk = Walk(constraint("regex", pattern=pattern), tokenizer=smollm2)
         assert walk.allowed() == smollm2.encode("a")
         walk.extend([smollm2.encode("a")])

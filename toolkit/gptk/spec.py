@@ -2,12 +2,14 @@
 
 `name` or `name:key=value,key=value`. A value with a comma, a space or a quote at its start is
 quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\"`, `\\\\`). Lists and
-the like are written as JSON, `tokens="[1, 2]"`.
+the like are written as JSON, which needs no quotes of its own: `tokens=[1, 2]`.
 
 >>> parse_spec("beam:width=4,early_stopping=never")
 ('beam', {'width': '4', 'early_stopping': 'never'})
 >>> parse_spec(r'stop:text="a, b\\n"')
 ('stop', {'text': 'a, b\\n'})
+>>> parse_spec('bad-words:words=["a b", "c"]')
+('bad-words', {'words': '["a b", "c"]'})
 >>> format_spec("stop", {"text": "a, b"})
 'stop:text="a, b"'
 """
@@ -22,6 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]*)=")
 _QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'""", re.DOTALL)
 _PLAIN = re.compile(r"""(?!["'])[^,\s]+""")
+_JSON = json.JSONDecoder(strict=False)  # in texts, line breaks themselves are fine
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0"}
 _FORM = 'expected name or name:key=value,key=value, with quotes round a value such as "a, b"'
 
@@ -42,15 +45,30 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         key = _KEY.match(spec, at + 1)
         if not key:
             raise SpecError(f"cannot read {spec!r} from {spec[at:]!r} on; {_FORM}")
-        value = _QUOTED.match(spec, key.end()) or _PLAIN.match(spec, key.end())
+        value = _value(spec, key.end())
         if not value:
             raise SpecError(f"{spec!r} gives no value for {key[1]}; {_FORM}")
         name_of_option = key[1].replace("-", "_")  # names have hyphens, so people write them
         if name_of_option in options:
             raise SpecError(f"{spec!r} gives {key[1]} twice")
-        options[name_of_option] = unescape(value[0][1:-1]) if value[0][0] in "\"'" else value[0]
-        at = value.end()
+        options[name_of_option], at = value
     return name[0], options
+
+
+def _value(spec: str, start: int) -> tuple[str, int] | None:
+    """The value that begins at `start`, and where it ends."""
+    if quoted := _QUOTED.match(spec, start):
+        return unescape(quoted[0][1:-1]), quoted.end()
+    if spec[start : start + 1] in ("[", "{"):
+        try:
+            end = _JSON.raw_decode(spec, start)[1]
+        except (ValueError, RecursionError):
+            end = start
+        if end > start and spec[end : end + 1] in ("", ","):
+            return spec[start:end], end
+    if plain := _PLAIN.match(spec, start):
+        return plain[0], plain.end()
+    return None
 
 
 def format_spec(name: str, options: Mapping[str, object]) -> str:

@@ -123,7 +123,7 @@ class Constrained:
                     allowed[:, token] = 0  # it ends the row, whatever text it would be
                 allowed[:, token] |= ended
         mask = torch.from_numpy(allowed[:, :width].view(np.bool_)).to(logits.device)
-        return torch.where(mask, logits, -torch.inf)  # half as long again by masked_fill(~mask)
+        return torch.where(mask, logits, -torch.inf)  # masked_fill(~mask) takes half as long again
 
     def extend(self, tokens: Tensor) -> None:
         for state, new in zip(self._states, tokens.tolist(), strict=True):
@@ -221,7 +221,7 @@ class _Vocabulary:
         self.special = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
         self._tokenizer = llguidance().LLTokenizer(_Wrapper(self, encoding))
         known = set(self.tokens)
-        self._absent = "".join(chr(byte) for byte in range(128) if bytes([byte]) not in known)
+        self._absent = {byte for byte in range(256) if bytes([byte]) not in known}
         # Copies share what their lexer has learnt, so that a second call begins fast.
         self._first = functools.lru_cache(maxsize=16)(self._new)
 
@@ -233,9 +233,10 @@ class _Vocabulary:
         return self._first(grammar).deep_copy()
 
     def _new(self, grammar: str) -> "LLMatcher":
-        # Text with a byte that the vocabulary lacks, as SmolLM2's does six control characters,
-        # is not what its tokenizer makes tokens of.
-        if self._absent and re.search(rf"\\[xuU]|[{re.escape(self._absent)}]", grammar):
+        # The tokenizer leaves out bytes that its vocabulary lacks (SmolLM2's six control characters
+        # and some more), so that text with these can't be had in the tokens it would take.
+        escaped = re.search(r"\\[xuU]", grammar) is not None
+        if self._absent and (escaped or not self._absent.isdisjoint(grammar.encode())):
             grammar += '\n%llguidance {"no_forcing": true}\n'
         return first_matcher(self._tokenizer, grammar)
 

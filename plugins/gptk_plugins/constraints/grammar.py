@@ -18,7 +18,7 @@ class Grammar(Constraint):
     """The new text is one that a Lark grammar derives."""
 
     name = "grammar"
-    example = "grammar=arithmetic.lark"
+    example = """grammar='start: "yes" | "no" " way"?'"""
     grammar_is_given = True
 
     grammar: str = Field(description="a Lark grammar: a file, or the text itself")

@@ -28,7 +28,9 @@ class JsonSchema(Constraint):
     """The new text is JSON that a schema allows."""
 
     name = "json-schema"
-    example = "schema=person.json"
+    example = (
+        'schema={"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}'
+    )
 
     schema: str | dict[str, Any] = Field(  # type: ignore[assignment]
         description="a JSON schema: a file, or the JSON object itself"

@@ -1,6 +1,7 @@
 """`gptk plugins`: what there is, whose it is, and how to use it."""
 
 import inspect
+import shlex
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ from gptk.plugins import KINDS, Provided, option_help, provided, summary
 _USES = {
     "sampler": 'gptk generate "Once upon a time" --sampler {}',
     "processor": 'gptk generate "Once upon a time" --sampler multinomial --processor {}',
+    "drafter": 'gptk generate "one two three one two" --draft {}',
+    "scorer": 'gptk generate "Once upon a time" --sampler best-of-n:scorer={}',
     "scheduler": "gptk train --set scheduler={}",
     "regularizer": "gptk train --set regularizers={}",
     "observer": "gptk train --set observers={}",
@@ -86,7 +89,7 @@ def _show(one: Provided) -> None:
     if one.kind in _USES:
         example = getattr(item, "example", "")
         spec = f"{one.name}:{example}" if example else one.name
-        click.echo(f"Example: {_USES[one.kind].format(spec)}")
+        click.echo(f"Example: {_USES[one.kind].format(shlex.quote(spec))}")
 
 
 def _console() -> Console:
