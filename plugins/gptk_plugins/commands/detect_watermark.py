@@ -65,8 +65,9 @@ def command(
 ) -> None:
     """Tell whether TEXT carries the watermark of the processor `watermark`.
 
-    Without TEXT it is read from standard input. Give the text without its prompt: the prompt's
-    tokens are not watermarked. Some 50 tokens are enough for a bias of 2.
+    Without TEXT it is read from standard input, one trailing newline taken off. Give the text
+    without its prompt, whose tokens are not watermarked. With a bias of 2, some 50 tokens are
+    enough.
     """
     import gptk
     from gptk_plugins.processors.watermark import Watermark
@@ -98,7 +99,8 @@ def _read(text: str | None, file: IO[str] | None) -> str:
         raise click.UsageError("give TEXT or --file, not both")
     try:
         if text is None:
-            text = (file or sys.stdin).read()
+            # A file's or a program's last line break is not the text's.
+            text = (file or sys.stdin).read().removesuffix("\n")
     except UnicodeDecodeError:
         raise click.UsageError("the text is not UTF-8") from None
     return text

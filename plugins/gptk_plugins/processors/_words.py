@@ -25,8 +25,9 @@ def explained(
     try:
         return validate(given)
     except pydantic.ValidationError:
+        shown = repr(given) if len(repr(given)) < 80 else f"{repr(given)[:80]}…"
         raise gptk.OptionError(
-            f"{plugin.title()}: {key}={given!r} is not allowed; {key} is {form}"
+            f"{plugin.title()}: {key}={shown} is not allowed; {key} is {form}"
         ) from None
 
 

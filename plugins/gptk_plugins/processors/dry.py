@@ -39,11 +39,11 @@ class DRY(gptk.LogitsProcessor):
     multiplier: float = Field(
         0.8,
         ge=0,
-        description="the penalty of a repetition of the allowed length; 0 changes nothing",
+        description="the penalty on what follows a repetition of the allowed length; 0: none",
     )
     base: float = Field(1.75, ge=1, description="growth of the penalty with each token more")
     allowed_length: int = Field(
-        2, ge=1, description="the longest repetition that may be completed without a penalty"
+        2, ge=1, description="how many tokens in a row may come again without a penalty"
     )
     penalty_last_n: int = Field(
         -1, ge=-1, description="how many of the last tokens are searched; -1: all, 0: none"
@@ -193,7 +193,11 @@ class _Breakers:
     """Texts and sequences of tokens that end what can be repeated."""
 
     def __init__(self, options: DRY, rows: gptk.Rows) -> None:
-        self._texts = [word.encode() for word in options.sequence_breakers if isinstance(word, str)]
+        self._texts = [
+            word.encode("utf-8", "surrogatepass")
+            for word in options.sequence_breakers
+            if isinstance(word, str)
+        ]
         self._sequences = [
             [word] if isinstance(word, int) else list(word)
             for word in options.sequence_breakers

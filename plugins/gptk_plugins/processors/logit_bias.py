@@ -18,7 +18,7 @@ class LogitBias(gptk.LogitsProcessor):
     """Adds to the logits of given tokens: about -100 bans one, 100 forces it."""
 
     name = "logit-bias"
-    example = """bias='{"11": -100, " the": 2.5}'"""
+    example = 'bias={"11": -100, "!": 2.5}'
 
     bias: tuple[tuple[Token | Text, float], ...] = Field(
         description="what to add by token id, or by text that is one token, as a JSON object; "

@@ -22,11 +22,11 @@ class SequenceBias(gptk.LogitsProcessor):
     """Adds to the logit of a token that would complete one of the given sequences."""
 
     name = "sequence-bias"
-    example = """biases='{" New York": -2.5}'"""
+    example = 'biases={" New York": -2.5}'
 
     biases: tuple[tuple[Word, float], ...] = Field(
         description="what to add by text (with its leading space) as a JSON object, or as a list "
-        "of pairs of a list of token ids and a number"
+        "of pairs of a list of token ids (or a text) and a number"
     )
 
     @field_validator("biases", mode="wrap")

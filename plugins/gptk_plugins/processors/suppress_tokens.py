@@ -16,7 +16,7 @@ class SuppressTokens(gptk.LogitsProcessor):
     """Takes out given tokens, everywhere or as the first new one."""
 
     name = "suppress-tokens"
-    example = """tokens='[1, " the"]'"""
+    example = 'tokens=[1, "!"]'
 
     tokens: tuple[Token | Text, ...] = Field(
         description="token ids, or texts that are one token, as a JSON list"

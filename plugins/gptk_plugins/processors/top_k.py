@@ -1,4 +1,7 @@
-"""Top-k (Fan et al. 2018): only the k largest logits stay."""
+"""Top-k (Fan et al. 2018): only the k largest logits stay.
+
+logit(v) ≥ the k-th largest logit
+"""
 
 from pydantic import Field
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p."""
+"""Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p.
+
+the smallest S with Σ p(v) ≥ p, v in S, that holds whatever is likelier than one of its own
+"""
 
 from pydantic import Field
 from torch import Tensor

@@ -10,7 +10,7 @@ z = (green - share · n) / sqrt(n · share · (1 - share)) over n tokens tells s
 
 Lists and scores are those of transformers on a CPU, so that one detects what the other wrote; here
 they are drawn on the CPU whatever the model's device. A list of 49,152 tokens takes 0.3 ms to
-draw, so those of 4,096 seeds are kept (25 MB).
+draw, so those of 4,096 seeds are kept (25 MB). selfhash needs up to 40 for each row and step.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""Min-p sampling (Nguyen et al. 2024)."""
+"""Min-p sampling (Nguyen et al. 2024): draws from the tokens near enough to the likeliest.
+
+    v ~ softmax(logits / T) over the v with p(v) ≥ p · max p
+"""
 
 from collections.abc import Sequence
 

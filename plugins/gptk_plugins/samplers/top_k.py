@@ -1,4 +1,7 @@
-"""Top-k sampling (Fan et al. 2018): multinomial sampling from the k most likely tokens."""
+"""Top-k sampling (Fan et al. 2018): multinomial sampling from the k most likely tokens.
+
+v ~ softmax(logits / T) over the k largest logits
+"""
 
 from collections.abc import Sequence
 

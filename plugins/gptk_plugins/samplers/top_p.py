@@ -1,4 +1,7 @@
-"""Top-p or nucleus sampling (Holtzman et al. 2020)."""
+"""Top-p or nucleus sampling (Holtzman et al. 2020): draws from the most likely tokens that reach p.
+
+v ~ softmax(logits / T) over the smallest set S with Σ p(v) ≥ p, v in S
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,9 @@
-"""Locally typical sampling (Meister et al. 2022)."""
+"""Locally typical sampling (Meister et al. 2022): draws from the tokens as surprising as expected.
+
+    v ~ softmax(logits / T) over the v with the smallest |-log p(v) - H| that reach p together
+
+H is the entropy; see the processor.
+"""
 
 from collections.abc import Sequence
 
