@@ -1,7 +1,8 @@
 """Makes the reference pages from the plug-ins' own declarations.
 
     python docs/build.py           write pages anew; runs that are there are kept
-    python docs/build.py --run     and make all runs anew, on SmolLM2: some minutes
+    python docs/build.py --run     and make the missing runs, on SmolLM2
+    python docs/build.py --run-all and make all runs anew: some minutes
     python docs/build.py --check   say which pages are out of date, and exit 1 if any is
 
 A page has the plug-in's docstrings (with the formula and the paper), its options, and a run.
@@ -56,7 +57,8 @@ RUN = "## A run"
 
 
 def main(arguments):
-    pages = dict(made("--run" in arguments))
+    again = "--run-all" in arguments
+    pages = dict(made("--run" in arguments or again, again))
     wrong = [path for path, text in pages.items() if read(path) != text]
     gone = [
         path
@@ -76,7 +78,7 @@ def main(arguments):
     return 0
 
 
-def made(run):
+def made(run, again):
     """All pages, path and text."""
     lm = gptk.load("smollm2", device="cpu", dtype="float32") if run else None
     index = ["# Reference", "", "Made from the plug-ins' declarations by `docs/build.py`."]
@@ -87,7 +89,7 @@ def made(run):
                 continue
             path = DOCS / FOLDERS[kind] / f"{one.name}.md"
             index.append(f"| [{one.name}]({path.relative_to(DOCS)}) | {summary(one.item)} |")
-            yield path, page(kind, one, lm)
+            yield path, page(kind, one, lm, again)
     yield DOCS / "reference.md", "\n".join(index) + "\n"
     yield DOCS / "combinations.md", combinations()
 
@@ -96,8 +98,8 @@ def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def page(kind, one, lm):
-    """A page in Markdown. Where there is no model to make its run, the run there is is kept."""
+def page(kind, one, lm, again):
+    """A page in Markdown. Without a model to make a run, or unless again, the old one is kept."""
     item, spec = one.item, example(one)
     lines = [f"# {one.name}", "", f"{kind.capitalize()}. {summary(item)}", ""]
     lines += [inspect.getmodule(item).__doc__.strip(), "", "## Options", ""]
@@ -120,8 +122,9 @@ def page(kind, one, lm):
     lines += ["", RUN, "", "On SmolLM2-135M-Instruct, float32:", "", f"    {command}", ""]
     text = "\n".join(lines) + "\n"
     old = read(DOCS / FOLDERS[kind] / f"{one.name}.md")
-    if lm is None:
-        return text + old.partition(f"    {command}\n\n")[2]
+    kept = old.partition(f"    {command}\n\n")[2]
+    if lm is None or (kept and not again):
+        return text + kept
     return text + result(lm, prompt, settings)
 
 

@@ -37,7 +37,7 @@ def test_a_page_has_formula_options_and_a_run(kind, one):
     document = inspect.getmodule(one.item).__doc__
     assert document.strip() in text
     if kind != "drafter":
-        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|-inf", document), "it lacks a formula"
+        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|logit -|-inf", document), "it lacks a formula"
     for option in one.item.model_fields:
         assert f"| `{option}` |" in text
     assert re.search(r"\n    gptk generate .*\n\n(    .*\n|\n)+\d+ tokens, score ", text)

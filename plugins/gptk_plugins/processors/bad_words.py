@@ -23,7 +23,7 @@ class BadWords(gptk.LogitsProcessor):
     """Takes out tokens that would complete one of the given words or token sequences."""
 
     name = "bad-words"
-    example = 'words=["foo", "bar baz"]'
+    example = 'words=["red", "navy blue"]'
 
     words: tuple[Word, ...] = Field(
         description="texts, banned with and without a space before them, or lists of token ids, "

@@ -1,4 +1,7 @@
-"""Minimum length: EOS is taken out as long as the row has fewer than n new tokens."""
+"""Minimum length: EOS is taken out as long as the row has fewer than n new tokens.
+
+    logit(EOS) = -inf while new tokens < n
+"""
 
 import torch
 from pydantic import Field

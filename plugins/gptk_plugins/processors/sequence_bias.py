@@ -22,7 +22,7 @@ class SequenceBias(gptk.LogitsProcessor):
     """Adds to the logit of a token that would complete one of the given sequences."""
 
     name = "sequence-bias"
-    example = 'biases={" New York": -2.5}'
+    example = 'biases={" purple": 4, " sky blue": 2.5}'
 
     biases: tuple[tuple[Word, float], ...] = Field(
         description="what to add by text (with its leading space) as a JSON object, or as a list "
