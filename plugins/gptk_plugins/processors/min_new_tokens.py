@@ -1,6 +1,6 @@
 """Minimum length: EOS is taken out as long as the row has fewer than n new tokens.
 
-    logit(EOS) = -inf while new tokens < n
+logit(EOS) = -inf while new tokens < n
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Min-p sampling (Nguyen et al. 2024): draws from the tokens near enough to the likeliest.
 
-    v ~ softmax(logits / T) over the v with p(v) ≥ p · max p
+v ~ softmax(logits / T) over the v with p(v) ≥ p · max p
 """
 
 from collections.abc import Sequence
