@@ -439,9 +439,9 @@ def test_a_file_that_is_no_schema_is_named(tmp_path):
         (b"\xff", "is not a text in UTF-8"),
         (b'{"type": 1}', "type must be a string"),
     ):
-        path = tmp_path / "schema.json"
+        path = tmp_path / f"{'long-' * 20}schema.json"
         path.write_bytes(content)
-        with pytest.raises(OptionError, match=f"schema.json': {message}"):
+        with pytest.raises(OptionError, match=f"{path}': {message}"):
             constraint("json-schema", schema=str(path))
 
 

@@ -24,9 +24,11 @@ class Grammar(Constraint):
     grammar: str = Field(description="a Lark grammar: a file, or the text itself")
 
     def grammar_text(self) -> str:
-        literal = re.search(r"^\s*start\b[^/\\]*:", self.grammar, re.MULTILINE) is not None
         form = "a Lark grammar, which has a rule `start: …`"
-        return text_of(self.grammar, literal=literal, form=form)
+        return text_of(self.grammar, literal=self._is_literal(), form=form)
 
     def subject(self) -> str:
-        return f"{self.grammar!r:.80}"
+        return "grammar" if self._is_literal() else repr(self.grammar)
+
+    def _is_literal(self) -> bool:
+        return re.search(r"^\s*start\b[^/\\]*:", self.grammar, re.MULTILINE) is not None

@@ -43,11 +43,12 @@ class JsonSchema(Constraint):
         return "start: %json " + json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
 
     def subject(self) -> str:
-        return repr(self.schema)[:80] if isinstance(self.schema, str) else "schema"
+        is_file = isinstance(self.schema, str) and not _is_literal(self.schema)
+        return repr(self.schema) if is_file else "schema"
 
     @staticmethod
     def _read(given: str) -> dict[str, Any]:
-        text = text_of(given, literal=given.lstrip().startswith("{"), form="a JSON object")
+        text = text_of(given, literal=_is_literal(given), form="a JSON object")
         try:
             schema = json.loads(text)
         except ValueError as error:
@@ -55,3 +56,7 @@ class JsonSchema(Constraint):
         if not isinstance(schema, dict):
             raise ValueError("is not a JSON object")
         return schema
+
+
+def _is_literal(given: str) -> bool:
+    return given.lstrip().startswith("{")
