@@ -121,6 +121,14 @@ def test_one_group_is_beam_search_and_many_are_diverse():
     assert len(set(firsts)) == 4
 
 
+def test_the_groups_of_a_prompt_end_where_its_own_window_is_full():
+    lengths = [LLAMA_LIKE.context_length - 3, LLAMA_LIKE.context_length - 7]
+    batch = [[1] * length for length in lengths]
+    outs = LM.generate_batch(batch, sampler="diverse-beam:width=4,beam_groups=2", ignore_eos=True)
+    assert [len(out.tokens) for out in outs] == [3, 7]
+    assert {out.finish_reason for out in outs} == {"length"}
+
+
 def test_groups_must_share_the_beams_equally():
     with pytest.raises(OptionError, match="3 groups cannot share 4 beams equally"):
         create("sampler", "diverse-beam:width=4,beam_groups=3", gptk.Sampler)

@@ -328,7 +328,7 @@ class Decoding:
             reason = "eos"
         elif stopped:
             reason = "stop"
-        elif row.length + 1 >= self.searches[row.prompt].limit:
+        elif row.length + 1 >= self.searches[self._search_of(row)].limit:
             reason = "length"
         elif late:
             reason = "time"
