@@ -75,6 +75,8 @@ def _places(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Row and token of each finite logit, row by row."""
     if logits.device.type == "cpu":  # numpy finds them in a third of the time
         flat = torch.from_numpy(np.flatnonzero(logits.numpy() > -np.inf))
+        if len(logits) == 1:
+            return torch.zeros_like(flat), flat
         return flat // logits.shape[1], flat % logits.shape[1]
     row, token = (logits > -torch.inf).nonzero(as_tuple=True)
     return row, token
