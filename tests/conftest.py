@@ -11,6 +11,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 hypothesis.settings.register_profile("gptk", deadline=None, derandomize=True, max_examples=100)
+# For tests that are to fail: the first example will do.
+hypothesis.settings.register_profile(
+    "no-shrinking",
+    parent=hypothesis.settings.get_profile("gptk"),
+    max_examples=300,
+    phases=[hypothesis.Phase.generate],
+)
 hypothesis.settings.load_profile("gptk")
 
 

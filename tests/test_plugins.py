@@ -155,10 +155,24 @@ class Broken:
         raise RuntimeError("no luck\ntoday")
 
 
+class BuiltForAnother:
+    GPTK_API = 2
+
+    @gptk.hookimpl
+    def gptk_samplers(self):
+        return []
+
+
 class Misspelt:
+    GPTK_API = 1
+
     @gptk.hookimpl
     def gptk_sampler(self):
         return []
+
+    @gptk.hookimpl
+    def gptk_logits_processors(self):
+        return [Everything]
 
 
 class Nameless(gptk.LogitsProcessor):
@@ -181,7 +195,10 @@ class WrongKind(gptk.Sampler):
     ("plugin", "message"),
     [
         (Broken(), "hook gptk_logits_processors of mine 1.0: RuntimeError: no luck"),
-        (Misspelt(), "there is no hook gptk_sampler; did you mean gptk_samplers"),
+        (
+            BuiltForAnother(),
+            "it was built for version 2 of gptk's hooks, and this gptk has version 1",
+        ),
         (Provider(Nameless), "Nameless has the name None"),
         (Provider(Inherited), "Inherited has the name None"),
         (Provider(Spaced), "Spaced has the name 'two words'"),
@@ -223,8 +240,19 @@ def test_a_hyphen_in_an_option_is_an_underscore():
     assert parse_spec("beam:length-penalty=2") == ("beam", {"length_penalty": "2"})
 
 
+def test_a_hook_that_there_is_not_is_warned_of_and_the_others_go_on():
+    plugin = Misspelt()
+    with pytest.warns(gptk.PluginWarning, match="no hook gptk_sampler; did you mean gptk_samplers"):
+        plugins.register(plugin)
+    try:
+        assert "everything" in plugins.provided("processor")
+    finally:
+        plugins.unregister(plugin)
+
+
 def test_all_hooks_exist():
-    specs = {name for name in dir(plugins.manager().hook) if name.startswith("gptk_")}
+    hooks = vars(plugins.manager().hook)
+    specs = {name for name, hook in hooks.items() if getattr(hook, "spec", None)}
     assert specs == {kind.hook for kind in plugins.KINDS.values()}
 
 

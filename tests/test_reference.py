@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import gptk
-from gptk.plugins import provided
+import gptk.testing
+from gptk import hookspecs
+from gptk.plugins import KINDS, provided
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [
@@ -47,6 +49,32 @@ def test_the_index_names_every_page():
     text = (DOCS / "reference.md").read_text(encoding="utf-8")
     for page in DOCS.glob("*ers/*.md"):
         assert f"({page.relative_to(DOCS)})" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_of_hooks_says_what_a_class_may_override(kind):
+    hook = KINDS[kind].hook
+    text = (DOCS / "hooks.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {hook}\n")[2].partition("\n## ")[0]
+    assert inspect.getdoc(getattr(hookspecs, hook)) in section
+    assert re.search(r"\n- on the command line: `gptk .*NAME.*`\n", section)
+    base = KINDS[kind].base_class()
+    for name, value in vars(base).items():
+        if base.__module__.startswith("gptk.") and inspect.isfunction(value) and name[0] != "_":
+            assert f"| `{name}(" in section
+            needed = "raise NotImplementedError" in inspect.getsource(value)
+            assert (f"| `{name}{_shape(value)}` (needed) |" in section) == needed
+
+
+def _shape(function):
+    return "(" + ", ".join(inspect.signature(function).parameters) + ")"
+
+
+def test_the_api_page_has_every_public_name_once():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for prefix, names in ((r"gptk\.", gptk.__all__), (r"gptk\.testing\.", gptk.testing.__all__)):
+        shown = re.findall(rf"^::: {prefix}(\w+)$", text, re.MULTILINE)
+        assert sorted(shown) == sorted({*names} - {"__version__"})
 
 
 @pytest.fixture(scope="module")

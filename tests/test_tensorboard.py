@@ -36,7 +36,7 @@ def test_a_run_and_its_continuation_show_each_step_once(tmp_path):
 
 
 def test_going_back_takes_back_what_came_after(tmp_path):
-    observer = create("observer", f'tensorboard:path="{tmp_path}"', gptk.TrainingObserver)
+    observer = create("training-observer", f'tensorboard:path="{tmp_path}"', gptk.TrainingObserver)
     for steps, loss in ((range(1, 6), 1.0), (range(3, 8), 2.0)):
         listener = observer.start(None)
         for step in steps:
@@ -47,7 +47,7 @@ def test_going_back_takes_back_what_came_after(tmp_path):
 
 
 def test_a_record_is_there_before_the_run_ends(tmp_path):
-    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    listener = create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
     listener.record({"kind": "step", "step": 1, "tokens": 64, "loss": 2.5, "lr": 0.1})
     reader = events(tmp_path / "tensorboard")
     assert [one.value for one in reader.Scalars("train/loss")] == [2.5]
@@ -56,7 +56,7 @@ def test_a_record_is_there_before_the_run_ends(tmp_path):
 
 
 def test_numbers_that_are_missing_or_not_finite_do_no_harm(tmp_path):
-    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    listener = create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
     nan = float("nan")
     listener.record({"kind": "step", "step": 1, "loss": nan, "lr": None, "skipped": True})
     listener.close()
@@ -66,7 +66,7 @@ def test_numbers_that_are_missing_or_not_finite_do_no_harm(tmp_path):
 
 
 def test_a_sample_is_shown_as_it_was_written(tmp_path):
-    listener = create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+    listener = create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
     prompt, text = "# Not a title", "\n*one*\n\n  <b>two</b>\nthree"
     listener.record({"kind": "sample", "step": 7, "prompt": prompt, "text": text})
     listener.close()
@@ -79,10 +79,10 @@ def test_a_sample_is_shown_as_it_was_written(tmp_path):
 
 def test_without_a_directory_it_needs_a_path():
     with pytest.raises(gptk.OptionError, match="give tensorboard:path="):
-        create("observer", "tensorboard", gptk.TrainingObserver).start(None)
+        create("training-observer", "tensorboard", gptk.TrainingObserver).start(None)
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(gptk.PluginError, match=r"pip install 'gptk\[tensorboard\]'"):
-        create("observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
+        create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)

@@ -220,6 +220,13 @@ def gptk_regularizers() -> list[type[gptk.Regularizer]]:
 
 
 @gptk.hookimpl
+def gptk_decoding_observers() -> list[type[gptk.DecodingObserver]]:
+    from gptk_plugins.observers import trace
+
+    return [trace.Trace]
+
+
+@gptk.hookimpl
 def gptk_training_observers() -> list[type[gptk.TrainingObserver]]:
     from gptk_plugins.observers import tensorboard
 

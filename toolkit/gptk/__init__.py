@@ -29,6 +29,9 @@ _HOMES = {
     "DecodeSession": "session",
     "Decoding": "decoding",
     "DecodingError": "errors",
+    "DecodingListener": "observing",
+    "DecodingObserver": "observing",
+    "DecodingStep": "observing",
     "DeviceError": "errors",
     "Draft": "drafting",
     "Drafter": "drafting",
@@ -47,6 +50,7 @@ _HOMES = {
     "OptionError": "errors",
     "Plugin": "plugins",
     "PluginError": "errors",
+    "PluginWarning": "plugins",
     "PromptError": "errors",
     "RandomStream": "random",
     "Regularizer": "training",
@@ -129,7 +133,11 @@ if TYPE_CHECKING:
     from gptk.language_model import load as load
     from gptk.model import GPT as GPT
     from gptk.model import GPTConfig as GPTConfig
+    from gptk.observing import DecodingListener as DecodingListener
+    from gptk.observing import DecodingObserver as DecodingObserver
+    from gptk.observing import DecodingStep as DecodingStep
     from gptk.plugins import Plugin as Plugin
+    from gptk.plugins import PluginWarning as PluginWarning
     from gptk.random import RandomStream as RandomStream
     from gptk.sampling import Choice as Choice
     from gptk.sampling import LogitsProcessor as LogitsProcessor

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gptk.drafting import Draft, Drafter
 from gptk.errors import DecodingError, IncompatibleError, PluginError
+from gptk.observing import DecodingListener, DecodingObserver, DecodingStep
+from gptk.plugins import Plugin, blaming, warn_of_failure
 from gptk.sampling import Choice, LogitsProcessor, Sampler
 from gptk.session import DecodeSession, Follower
 from gptk.tokenizer import Tokenizer
@@ -84,9 +86,9 @@ class Acceptance:
 class Decoding:
     """One run of a sampler over the rows of a session.
 
-    Call `step` until `live` is empty; `results` can be asked for at any time, also after an
-    error. With a draft, rows run ahead of each other: a row whose next token was not guessed
-    waits until no row has logits left, and then the model reads all at once.
+    Call `step` until `live` is empty, and in the end `close`; `results` can be asked for at any
+    time, also after an error. With a draft, rows run ahead of each other: a row whose next token
+    was not guessed waits until no row has logits left, and then the model reads all at once.
     """
 
     def __init__(
@@ -99,9 +101,12 @@ class Decoding:
         limits: Limits,
         tokenizer: Tokenizer | None,
         drafter: Drafter | None = None,
+        observers: Sequence[DecodingObserver] = (),
     ) -> None:
         self.session = session
         self.sampler = sampler
+        self.processors: tuple[LogitsProcessor, ...] = ()
+        """In the order they work in, the sampler's own last."""
         self.limits = limits
         self.tokenizer = tokenizer
         self._groups = sampler.groups if sampler.competing else 1
@@ -135,8 +140,15 @@ class Decoding:
         self._draft: Draft | None = None
         self._offered = [0] * len(rows)
         """For each row how many guesses are still to be compared."""
-        with torch.inference_mode():
-            for processor in (*processors, *sampler.processors()):
+        self._listeners: list[tuple[DecodingObserver, DecodingListener]] = []
+        self._seen: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
+        """For listeners: logits before and after the processors, and what each took out."""
+        self._plugins: list[Plugin] = [sampler, *processors, *observers]
+        self._plugins += [drafter] if drafter is not None else []
+        with torch.inference_mode(), blaming(self._plugins):
+            self.processors = (*processors, *sampler.processors())
+            self._plugins += self.processors[len(processors) :]
+            for processor in self.processors:
                 process = processor.start(rows)
                 self._processes.append((processor.name, process))
                 if process is not processor:
@@ -148,12 +160,27 @@ class Decoding:
                 self._draft = drafter.start(self)
                 self._follow(self._draft, f"the state of drafter {drafter.name}")
                 self._guess()
+            for observer in observers:
+                self._listeners.append((observer, observer.start(self)))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Extend every live row by the sampler's choice; with a draft, at least one row."""
-        self.sampler.advance(self)
+        """Extend every live row by the sampler's choice; with a draft, at least one row.
+
+        Raises PluginError that names the plug-in whose code failed.
+        """
+        with blaming(self._plugins):
+            self.sampler.advance(self)
         self.steps += 1
+
+    def close(self) -> None:
+        """Tell the observers that the run has ended."""
+        for observer, listener in self._listeners:
+            try:
+                listener.close()
+            except Exception as error:
+                warn_of_failure(observer, error)
+        self._listeners = []
 
     def processed_logits(self) -> Tensor:
         """The logits after all processors, (rows, vocab) float32."""
@@ -162,14 +189,22 @@ class Decoding:
     def process(self, logits: Tensor) -> Tensor:
         """Any logits for the rows' next tokens after all processors. (rows, vocab) float32."""
         shape = logits.shape
+        given = logits
+        removed: dict[str, Tensor] = {}
         for name, process in self._processes:
+            before = logits
             logits = process(logits, self.session.rows)
             if not isinstance(logits, Tensor) or logits.shape != shape:
-                given = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else logits
+                what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else logits
                 raise PluginError(
-                    f"processor {name} returned {given}; it must return logits of shape "
+                    f"processor {name} returned {what}; it must return logits of shape "
                     f"{tuple(shape)}"
                 )
+            if self._listeners:
+                count = (logits.isneginf() & ~before.isneginf()).sum(dim=-1)
+                removed[name] = removed[name] + count if name in removed else count
+        if self._listeners and len(logits) == len(self.live):
+            self._seen = given, logits, removed
         return logits
 
     def commit(self, choice: Choice, *, extended: bool = False) -> None:
@@ -187,12 +222,14 @@ class Decoding:
         shown: dict[int, int] = {}
         late = self.limits.deadline is not None and time.monotonic() >= self.limits.deadline
         origins = range(len(choice.tokens)) if extended else None
+        outcomes: list[Hypothesis | None] = []
         for place, (parent, token, logprob, score) in enumerate(
             zip(*_to_lists(choice), strict=True)
         ):
             row = self.live[parent]
             search = self._search_of(row)
             source = parent if origins is None else place
+            outcome = None
             if waiting[source]:
                 shown[source] = token
                 kept[search].append((source, row))
@@ -200,11 +237,16 @@ class Decoding:
                 row = self._extended(row, source, token, logprob, score, late)
                 if row.reason is None and len(kept[search]) < self._places:
                     kept[search].append((source, row))
+                    outcome = row
                 elif row.reason is not None and ranks[search] < self._places:
                     ended[search].append(row)
+                    outcome = row
                 ranks[search] += 1
             elif not self.sampler.competing:
                 self._explain(parent)
+            outcomes.append(outcome)
+        if self._listeners:
+            self._tell(choice, waiting, outcomes)
         finished = [
             search.finished + more for search, more in zip(self.searches, ended, strict=True)
         ]
@@ -272,6 +314,32 @@ class Decoding:
             raise PluginError(
                 f"{whose} has {' and '.join(verbs)}, but a follower needs extend, select and rewind"
             )
+
+    def _tell(
+        self, choice: Choice, waiting: list[bool], outcomes: Sequence[Hypothesis | None]
+    ) -> None:
+        """Tell the listeners of a choice; one that fails hears no more."""
+        if self._seen is None:  # the sampler chose without the processors
+            logits = self.session.logits
+            self._seen = logits, logits, {}
+        logits, processed, removed = self._seen
+        step = DecodingStep(
+            number=self.steps,
+            rows=tuple(self.live),
+            waiting=waiting[: len(self.live)],
+            logits=logits,
+            processed=processed,
+            removed=removed,
+            choice=choice,
+            outcomes=outcomes,
+        )
+        self._seen = None
+        for entry in list(self._listeners):
+            try:
+                entry[1].step(step)
+            except Exception as error:
+                self._listeners.remove(entry)
+                warn_of_failure(entry[0], error)
 
     def _search_of(self, row: Hypothesis) -> int:
         return row.prompt * self._groups + row.group

@@ -6,6 +6,8 @@ name and declares its options as typed fields (see `gptk.Plugin`). A complete pl
 
     import gptk
 
+    GPTK_API = 1
+
     class RunnerUp(gptk.Sampler):
         \"\"\"Always the second most likely token.\"\"\"
 
@@ -27,12 +29,17 @@ if TYPE_CHECKING:
     import click
 
     from gptk.drafting import Drafter
+    from gptk.observing import DecodingObserver
     from gptk.sampling import LogitsProcessor, Sampler, Scorer
     from gptk.tokenizer import TokenizerLoader
     from gptk.training import LRScheduler, Regularizer, TrainingObserver
     from gptk.weights import WeightLoader, WeightWriter
 
 hookspec = pluggy.HookspecMarker("gptk")
+
+API_VERSION = 1
+"""The version of these hooks and of the classes they give. A plug-in says in a line `GPTK_API = 1`
+which it was built for, and is refused by a gptk that has another; without that line it is taken."""
 
 
 @hookspec
@@ -53,6 +60,11 @@ def gptk_drafters() -> "list[type[Drafter]]":  # type: ignore[empty-body]
 @hookspec
 def gptk_scorers() -> "list[type[Scorer]]":  # type: ignore[empty-body]
     """Judges of whole results, for the sampler best-of-n."""
+
+
+@hookspec
+def gptk_decoding_observers() -> "list[type[DecodingObserver]]":  # type: ignore[empty-body]
+    """Listeners to the steps of decoding, for `--observer` and `--trace`."""
 
 
 @hookspec

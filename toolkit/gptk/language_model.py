@@ -18,7 +18,8 @@ from gptk.errors import DecodingError, GptkError, OptionError, PromptError, Toke
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
 from gptk.model import GPT
-from gptk.plugins import create
+from gptk.observing import DecodingObserver
+from gptk.plugins import blaming, create
 from gptk.sampling import LogitsProcessor, Sampler
 from gptk.saving import save_checkpoint
 from gptk.session import DecodeSession, Overflow, Rows
@@ -56,6 +57,8 @@ class Settings(TypedDict, total=False):
     """Go on after the end of the text [False]."""
     use_cache: bool
     """Keep keys and values; without, the same results, slowly [True]."""
+    observers: Iterable[str | DecodingObserver]
+    """What sees every step, such as trace:path=steps.jsonl [none]."""
 
 
 def load(
@@ -228,6 +231,7 @@ class Stream:
         max_seconds: float | None = None,
         ignore_eos: bool = False,
         use_cache: bool = True,
+        observers: Iterable[str | DecodingObserver] = (),
     ) -> None:
         self._max_new_tokens = _whole("max_new_tokens", max_new_tokens, least=1)
         self._n = _whole("n", n, least=1)
@@ -243,6 +247,9 @@ class Stream:
         if isinstance(processors, str | LogitsProcessor):
             processors = [processors]
         self._processors = [create("processor", p, LogitsProcessor) for p in processors]
+        if isinstance(observers, str | DecodingObserver):
+            observers = [observers]
+        self._observers = [create("decoding-observer", o, DecodingObserver) for o in observers]
         # Whatever does not go together is refused before any work.
         self._rows = self._sampler.max_rows(n)
         self._drafter = None if draft is None else make_drafter(draft)
@@ -352,17 +359,21 @@ class Stream:
             limits=Limits(self._max_new_tokens, self._eos, stop, self._stop_conditions, deadline),
             tokenizer=self._tokenizer,
             drafter=self._drafter,
+            observers=self._observers,
         )
         text = TextStream(self._stop)
-        while decoding.live:
-            decoding.step()
-            piece = ""
-            if self.live and self._tokenizer is not None:
-                row = (decoding.live or decoding.searches[0].finished)[0]
-                if row.length == decoding.steps and row.reason != "eos":
-                    piece = text.push(self._tokenizer.token_bytes(row.token))
-                    self._shown += piece
-            yield piece
+        try:
+            while decoding.live:
+                decoding.step()
+                piece = ""
+                if self.live and self._tokenizer is not None:
+                    row = (decoding.live or decoding.searches[0].finished)[0]
+                    if row.length == decoding.steps and row.reason != "eos":
+                        piece = text.push(self._tokenizer.token_bytes(row.token))
+                        self._shown += piece
+                yield piece
+        finally:
+            decoding.close()
         yield self._finish()
 
     def _generation(self, decoding: Decoding, index: int) -> Generation:
@@ -378,7 +389,8 @@ class Stream:
             )
             for row in decoding.results(index)
         ]
-        best, *others = self._sampler.pick(made, self._n)
+        with blaming([self._sampler]):
+            best, *others = self._sampler.pick(made, self._n)
         return dataclasses.replace(best, alternatives=others)
 
     def _is_complete(self, tokens: list[int], rows: Rows) -> bool | None:

@@ -1,23 +1,31 @@
 """The plug-in system: the base class of plug-ins, how they are found, and how they are named.
 
 Plug-ins come in through entry points of the group `gptk`, the built-in ones too. One that fails
-to import is remembered in `failures()` and skipped.
+to import is remembered in `failures()` and skipped; one that fails at work is named by `blaming`.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import pluggy
 import pydantic
+import pydantic_core
 
 from gptk import hookspecs
-from gptk.errors import OptionError, PluginError, UnknownNameError, suggest
+from gptk.errors import GptkError, OptionError, PluginError, UnknownNameError, suggest
 from gptk.spec import NAME, format_spec, parse_spec
 
 
@@ -45,9 +53,12 @@ KINDS = {
     ),
     "drafter": Kind("gptk_drafters", "drafters", "gptk.drafting:Drafter"),
     "scorer": Kind("gptk_scorers", "scorers", "gptk.sampling:Scorer"),
+    "decoding-observer": Kind(
+        "gptk_decoding_observers", "decoding observers", "gptk.observing:DecodingObserver"
+    ),
     "scheduler": Kind("gptk_lr_schedulers", "LR schedulers", "gptk.training:LRScheduler"),
     "regularizer": Kind("gptk_regularizers", "regularizers", "gptk.training:Regularizer"),
-    "observer": Kind(
+    "training-observer": Kind(
         "gptk_training_observers", "training observers", "gptk.training:TrainingObserver"
     ),
     "loader": Kind("gptk_weight_loaders", "weight loaders", "gptk.weights:WeightLoader"),
@@ -102,8 +113,17 @@ class Plugin(Options):
 
     @property
     def spec(self) -> str:
-        """The spec string that makes this plug-in again: options at their default left out."""
-        return format_spec(self.name, self.model_dump(mode="json", exclude_defaults=True))
+        """The spec string that makes this plug-in again: options at their default left out.
+
+        Raises OptionError if an option is an object that no text stands for.
+        """
+        try:
+            options = self.model_dump(mode="json", exclude_defaults=True)
+        except pydantic_core.PydanticSerializationError:
+            raise OptionError(
+                f"{self.title()} was made with an object and has no spec string"
+            ) from None
+        return format_spec(self.name, options)
 
 
 P = TypeVar("P", bound=Plugin)
@@ -121,18 +141,56 @@ class Provided:
     """Name and version of the distribution, or the module where it was registered by hand."""
 
 
+class PluginWarning(UserWarning):
+    """A plug-in does something that can be passed over, such as to misspell a hook."""
+
+
 def register(plugin: object, *, origin: str | None = None) -> None:
     """Add a plug-in module or object that no entry point names, for this process.
 
-    Raises PluginError, and leaves the plug-in out, if it breaks a rule or a name is taken.
+    Raises PluginError, and leaves the plug-in out, if it breaks a rule or a name is taken. Warns
+    (PluginWarning) of a hook whose name gptk does not know.
     """
     origin = origin or str(getattr(plugin, "__name__", type(plugin).__name__))
     before = failures()
-    _add(manager(), plugin, origin)
+    for line in _add(manager(), plugin, origin):
+        warnings.warn(line, PluginWarning, stacklevel=2)
     _survey.cache_clear()
     if new := [line for line in failures() if line not in before]:
         unregister(plugin)
         raise PluginError(new[0])
+
+
+def register_file(path: str | os.PathLike[str]) -> ModuleType:
+    """Import a single Python file as a plug-in module and `register` it, for this process.
+
+    Returns the module, whose name is `gptk_file_` and the file's; a file that was registered
+    before is read again. Raises PluginError, in one line, for a file that is not there, fails to
+    import (with the line where), has no hook (with what to add), or breaks a rule.
+    """
+    file, origin = Path(path).absolute(), str(path)
+    if file.suffix != ".py":
+        raise PluginError(f"{origin} is not a .py file; a plug-in is a Python module")
+    try:
+        source = file.read_bytes()
+    except FileNotFoundError:
+        raise PluginError(f"there is no file {origin}") from None
+    except OSError as error:
+        raise PluginError(f"{origin} cannot be read: {error.strerror}") from None
+    module = ModuleType(_file_module(file))
+    module.__file__ = str(file)
+    before = sys.modules.pop(module.__name__, None)
+    sys.modules[module.__name__] = module  # where classes look up what their annotations name
+    try:
+        _execute(module, source, origin)
+        unregister(before)
+        register(module, origin=origin)
+    except PluginError as error:
+        del sys.modules[module.__name__]
+        if origin not in str(error):
+            raise PluginError(f"{origin}: {error}") from error
+        raise
+    return module
 
 
 def unregister(plugin: object) -> None:
@@ -153,6 +211,80 @@ def failures() -> list[str]:
     return _load_failures + [line for kind in KINDS for line in _survey(kind).failures]
 
 
+def ask(one: Provided, method: str, *given: Any) -> Any:
+    """What a plug-in's class method answers; None, with a warning, where it fails.
+
+    For questions that all plug-ins of a kind are asked, so that one does not stop the others.
+    """
+    try:
+        return getattr(one.item, method)(*given)
+    except GptkError:
+        raise
+    except Exception as error:
+        hook = KINDS[one.kind].hook
+        warnings.warn(
+            f"{one.item.title()} of {one.distribution} (hook {hook}) failed in {method}: "
+            f"{brief(error)}",
+            PluginWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+@contextlib.contextmanager
+def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
+    """Name the plug-in whose code raised what comes out of the block, as a PluginError.
+
+    plugins: those at work. What gptk raises on purpose, what no plug-in's code had a part in, and
+    want of memory pass unchanged.
+    """
+    try:
+        yield
+    except (GptkError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        if line := blame(error, plugins):
+            raise PluginError(line) from error
+        raise
+
+
+def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
+    """Which plug-in's code was the last to run before the error, in a line; None for nobody's."""
+    at_work = list(plugins)
+    frames = list(traceback.walk_tb(error.__traceback__))[::-1]
+    # A plug-in's state and helpers stand in its module, or else in its package.
+    for part in (str, _package):
+        for frame, line in frames:
+            module = frame.f_globals.get("__name__", "")
+            for plugin in at_work:
+                if part(module) == part(type(plugin).__module__) and part(module) != "gptk":
+                    return (
+                        f"{type(plugin).title()} of {_owner(plugin)} failed in "
+                        f"{frame.f_code.co_qualname}, line {line} of {module}: {brief(error)}"
+                    )
+    return None
+
+
+def warn_of_failure(observer: Plugin, error: Exception) -> None:
+    """A PluginWarning for an observer that failed; whatever it observes goes on without it."""
+    line = blame(error, [observer]) or f"{observer.title()} failed: {brief(error)}"
+    warnings.warn(f"{line}; it hears no more of this run", PluginWarning, stacklevel=2)
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _owner(plugin: Plugin) -> str:
+    """The distribution and hook that a plug-in came by, or the module that defines it."""
+    known = provided(plugin.kind).get(plugin.name)
+    if known is not None and known.item is type(plugin):
+        return f"{known.distribution} (hook {KINDS[plugin.kind].hook})"
+    return f"module {type(plugin).__module__}"
+
+
 def create(kind: str, spec: "str | P", base: type[P]) -> P:
     """A plug-in of one kind from its spec string; an instance of `base` is returned as it is.
 
@@ -165,15 +297,19 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
     if not isinstance(spec, str):
         raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {spec!r}")
     name, options = parse_spec(spec)
-    plugin = find(kind, name).item
+    made = from_options(find(kind, name).item, options)
+    assert isinstance(made, base)
+    return made
+
+
+def from_options(plugin: type[P], options: Mapping[str, str]) -> P:
+    """A plug-in of a class with its options as a spec string has them. Raises OptionError."""
     fields = plugin.model_fields
     typed = {
         key: from_text(text) if key in fields and fields[key].annotation is not str else text
         for key, text in options.items()
     }
-    made = plugin(**typed)
-    assert isinstance(made, base)
-    return made
+    return plugin(**typed)
 
 
 def from_text(text: str) -> object:
@@ -210,10 +346,12 @@ def manager() -> pluggy.PluginManager:
     for entry_point in importlib.metadata.entry_points(group="gptk"):
         dist = entry_point.dist
         origin = f"{dist.name} {dist.version}" if dist else entry_point.module
+        who = f"plug-in {entry_point.name} of {origin}"
         try:
-            _add(pm, entry_point.load(), origin)
+            unknown = _add(pm, entry_point.load(), origin)
+            _load_failures.extend(f"{who}: {line}" for line in unknown)
         except (Exception, SystemExit) as error:  # it may raise anything; the others go on
-            _load_failures.append(f"plug-in {entry_point.name} of {origin}: {_brief(error)}")
+            _load_failures.append(f"{who}: {brief(error)}")
     return pm
 
 
@@ -221,15 +359,84 @@ _load_failures: list[str] = []
 _origins: dict[int, str] = {}
 
 
-def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> None:
+def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> list[str]:
+    """Register a plug-in; returns a line for each of its hooks that there is not.
+
+    Raises PluginError if it was built for another version of the hooks.
+    """
     if pm.is_registered(plugin):
-        return
-    hooks = {kind.hook for kind in KINDS.values()}
-    for name in dir(plugin):
-        if getattr(getattr(plugin, name, None), "gptk_impl", None) and name not in hooks:
-            raise PluginError(f"there is no hook {name}; {suggest(name, hooks, what='hooks')}")
+        return []
+    built_for = getattr(plugin, "GPTK_API", hookspecs.API_VERSION)
+    if built_for != hookspecs.API_VERSION:
+        raise PluginError(
+            f"it was built for version {built_for} of gptk's hooks, and this gptk has version "
+            f"{hookspecs.API_VERSION}; install a version of it that says GPTK_API = "
+            f"{hookspecs.API_VERSION}"
+        )
+    unknown = _unknown_hooks(plugin)
     pm.register(plugin)
     _origins[id(plugin)] = origin
+    return unknown
+
+
+def _marked(plugin: object) -> list[str]:
+    """The names in a plug-in that are marked as implementations of hooks."""
+    return [name for name in dir(plugin) if getattr(getattr(plugin, name, None), "gptk_impl", None)]
+
+
+def _unknown_hooks(plugin: object) -> list[str]:
+    hooks = {kind.hook for kind in KINDS.values()}
+    return [
+        f"there is no hook {name}; {suggest(name, hooks, what='hooks')}"
+        for name in _marked(plugin)
+        if name not in hooks
+    ]
+
+
+def _file_module(file: Path) -> str:
+    """The module name of a file: always the same, and no other module's."""
+    name = f"gptk_file_{file.parent.name if file.stem == '__init__' else file.stem}"
+    while getattr(sys.modules.get(name), "__file__", str(file)) != str(file):
+        name += "_"
+    return name
+
+
+def _execute(module: ModuleType, source: bytes, origin: str) -> None:
+    """Fill a module from its file's source. Raises PluginError if it fails, or has no hook."""
+    file = str(module.__file__)
+    try:
+        # Compiled here and not by importlib, which would leave a __pycache__ beside the file.
+        exec(compile(source, file, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        problem = brief(error)
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            problem, lines = f"{type(error).__name__}: {error.msg}", [error.lineno or 1]
+        where = f", line {lines[-1]}" if lines else ""
+        raise PluginError(f"{origin}{where}: {problem}") from error
+    if not set(_marked(module)) & {kind.hook for kind in KINDS.values()}:
+        raise PluginError(f"{origin} {_missing_hook(module)}")
+
+
+def _missing_hook(module: ModuleType) -> str:
+    """What is wrong with a module without hooks, and what to add."""
+    if unknown := _unknown_hooks(module):
+        return f"has no hook of gptk's: {unknown[0]}"
+    hooks = {kind.hook: name for name, kind in KINDS.items()}
+    if unmarked := [name for name in vars(module) if name in hooks]:
+        return f"does not mark {unmarked[0]} as a hook; write @gptk.hookimpl above it"
+    for name, item in vars(module).items():
+        own = isinstance(item, type) and item.__module__ == module.__name__
+        if own and issubclass(item, Plugin) and getattr(item, "kind", None) in KINDS:
+            hook, returned = KINDS[item.kind].hook, f"[{name}]"
+            break
+    else:
+        hook, returned = "gptk_samplers", "a list of its classes"
+    return (
+        f"has no hook, so gptk finds nothing in it; add a function {hook}() that returns "
+        f"{returned}, with @gptk.hookimpl above it"
+    )
 
 
 @dataclass
@@ -251,7 +458,7 @@ def _survey(kind: str) -> _Survey:
         try:
             items: list[Any] = list(implementation.function())
         except Exception as error:
-            survey.failures.append(f"hook {hook} of {origin}: {_brief(error)}")
+            survey.failures.append(f"hook {hook} of {origin}: {brief(error)}")
             continue
         for item in items:
             if problem := _problem(kind, item):
@@ -259,7 +466,8 @@ def _survey(kind: str) -> _Survey:
             elif item.name in survey.known:
                 survey.clashes[item.name] = (
                     f"two {KINDS[kind].plural} are called {item.name!r}: one from "
-                    f"{survey.known[item.name].distribution}, one from {origin}; uninstall one"
+                    f"{survey.known[item.name].distribution}, one from {origin}; rename or "
+                    "uninstall one"
                 )
             else:
                 survey.known[item.name] = Provided(kind, item.name, item, origin)
@@ -290,8 +498,11 @@ def _problem(kind: str, item: Any) -> str | None:
     return None
 
 
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def brief(error: BaseException) -> str:
+    """An error in a line: what gptk raised on purpose in its words, others by their type, too."""
+    text = str(error) if isinstance(error, GptkError) else ""
+    text = text or f"{type(error).__name__}: {error}"
+    return text.splitlines()[0].removesuffix(": ")
 
 
 def option_help(plugin: type[Options]) -> list[tuple[str, str, str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gptk.errors import TokenizerError
-from gptk.plugins import Plugin, create, provided
+from gptk.plugins import Plugin, ask, blaming, create, provided
 
 if TYPE_CHECKING:
     import tiktoken
@@ -117,15 +117,20 @@ def load_tokenizer(source: str) -> Tokenizer:
     """
     if not _SPEC.match(source):
         for one in provided("tokenizer").values():
-            if one.item.matches(source):
+            if ask(one, "matches", source):
                 loader = one.item.from_source(source)
                 assert isinstance(loader, TokenizerLoader)
-                return loader.load()
+                return _load(loader)
         if os.path.exists(source):
             raise TokenizerError(f"{source} is not a tokenizer file that gptk can read")
         if os.sep in source:
             raise TokenizerError(f"no such tokenizer file: {source}")
-    return create("tokenizer", source, TokenizerLoader).load()
+    return _load(create("tokenizer", source, TokenizerLoader))
+
+
+def _load(loader: TokenizerLoader) -> Tokenizer:
+    with blaming([loader]):
+        return loader.load()
 
 
 _SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option, as no path is likely to begin

@@ -29,13 +29,13 @@ from gptk import checkpoints, distributed, train_state
 from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
 from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
 from gptk.distributed import Processes
-from gptk.errors import OptionError, SourceError, TrainingError
+from gptk.errors import OptionError, PluginError, SourceError, TrainingError
 from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
 from gptk.metrics import MetricsFile, truncate_metrics
 from gptk.model import GPT
 from gptk.plotting import plot_runs
-from gptk.plugins import create
+from gptk.plugins import blaming, create, warn_of_failure
 from gptk.samples import SamplesFile
 from gptk.sampling import Sampler
 from gptk.saving import lock, write_model, write_text
@@ -113,6 +113,7 @@ class Trainer:
         self._evaluations_since_best = 0
         self._order = (-1, np.empty(0, np.int64))
         self._active: list[TrainingListener] = []
+        self._observing: list[tuple[TrainingObserver, TrainingListener]] = []
         self._held: IO[bytes] | None = None
         self._data_sums: list[str] | None = None
 
@@ -121,8 +122,9 @@ class Trainer:
         if model.device.type == "cpu":
             keep_freed_memory()
         model.train()
-        for regularizer in self.regularizers:
-            regularizer.setup(model)
+        with blaming(self.regularizers):
+            for regularizer in self.regularizers:
+                regularizer.setup(model)
         objective = _NextToken(model)
         if config.compile:
             for part in model.blocks if shard else [objective]:
@@ -548,7 +550,7 @@ class Trainer:
         """
         try:
             self._start_listeners()
-            with Interrupts() as interrupts:
+            with Interrupts() as interrupts, blaming([self.scheduler, *self.regularizers]):
                 ending = self._loop(interrupts)
             if self.run is not None and self.processes.main:
                 plot_runs([self.run], self.run / "losses.png")
@@ -561,6 +563,8 @@ class Trainer:
                 f"{str(error).partition('.')[0]}: lower batch_size (and raise accumulate) or "
                 f"context_length; {self._last_good()}"
             ) from None
+        except PluginError as error:
+            raise PluginError(f"{error}; {self._last_good()}") from error
         except RuntimeError as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -569,6 +573,9 @@ class Trainer:
         finally:
             for listener in self._active:
                 listener.close()
+            for observer, listener in self._observing:
+                with self._dropping(observer):
+                    listener.close()
             if self._held is not None:
                 self._held.close()
                 self._held = None
@@ -607,7 +614,7 @@ class Trainer:
         return patience is not None and self._evaluations_since_best >= patience
 
     def _start_listeners(self) -> None:
-        self._active = []
+        self._active, self._observing = [], []
         if not self.processes.main:
             return
         self._active += self._listeners
@@ -618,11 +625,24 @@ class Trainer:
             # What was recorded after the checkpoint that a run goes on from comes once more.
             truncate_metrics(self.run / "metrics.jsonl", self.step_count or -1)
             self._active += [MetricsFile(self.run / "metrics.jsonl"), SamplesFile(self.run)]
-        self._active += [observer.start(self.run) for observer in self._observers]
+        with blaming(self._observers):
+            self._observing = [(observer, observer.start(self.run)) for observer in self._observers]
 
     def _tell(self, record: dict[str, Any]) -> None:
         for listener in self._active:
             listener.record(record)
+        for observer, listener in list(self._observing):
+            with self._dropping(observer):
+                listener.record(record)
+
+    @contextmanager
+    def _dropping(self, observer: TrainingObserver) -> Iterator[None]:
+        """An observer that fails is named in a warning and hears no more; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._observing = [entry for entry in self._observing if entry[0] is not observer]
+            warn_of_failure(observer, error)
 
     def _evaluate_and_tell(self) -> bool:
         """Evaluate and sample; whether the validation loss is the best so far."""
@@ -764,7 +784,9 @@ class _Plugins:
         self.scheduler = create("scheduler", config.scheduler, LRScheduler)
         self.regularizers = [create("regularizer", s, Regularizer) for s in config.regularizers]
         self.sampler = create("sampler", config.sample_sampler, Sampler)
-        self.observers = [create("observer", s, TrainingObserver) for s in config.observers]
+        self.observers = [
+            create("training-observer", s, TrainingObserver) for s in config.observers
+        ]
         names = [one.name for one in self.regularizers]
         if twice := [name for name in names if names.count(name) > 1]:
             raise OptionError(f"the regularizer {twice[0]} is given twice")

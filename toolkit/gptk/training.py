@@ -99,7 +99,7 @@ class Regularizer(Plugin):
 class TrainingObserver(Plugin):
     """Sees every record of a training run: steps, evaluations, samples."""
 
-    kind: ClassVar[str] = "observer"
+    kind: ClassVar[str] = "training-observer"
 
     def start(self, run: Path | None) -> "TrainingListener":
         """Begin to listen. run: the run directory, or None if the run writes none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
-from gptk.plugins import Plugin, create, provided
+from gptk.plugins import Plugin, ask, blaming, create, provided
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +180,9 @@ def load_checkpoint(source: str) -> Checkpoint:
 
     Raises SourceError where no loader knows the source, or what the loader raises.
     """
-    return find_loader(source).load()
+    loader = find_loader(source)
+    with blaming([loader]):
+        return loader.load()
 
 
 def build_model(
@@ -243,7 +245,7 @@ def find_loader(source: str) -> WeightLoader:
     if not known:
         raise SourceError("no weight loaders are known; is gptk installed with its plug-ins?")
     for one in known.values():
-        if one.item.matches(source):
+        if ask(one, "matches", source):
             loader = one.item.from_source(source)
             assert isinstance(loader, WeightLoader)
             return loader
@@ -258,7 +260,7 @@ def default_source() -> str:
     if source := os.environ.get("GPTK_MODEL"):
         return source
     for one in provided("loader").values():
-        if installed := one.item.default_source():
+        if installed := ask(one, "default_source"):
             assert isinstance(installed, str)
             return installed
     raise SourceError(

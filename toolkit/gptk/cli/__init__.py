@@ -8,7 +8,8 @@ import importlib
 import os
 import sys
 import traceback
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 import click
 
@@ -23,7 +24,7 @@ COMMANDS = {
     "generate": "Continue a prompt, by any sampler.",
     "info": "Show what a model is made of.",
     "plot": "Plot the losses of training runs.",
-    "plugins": "List plug-ins, or show one with its options.",
+    "plugins": "List plug-ins, show one with its options, or begin a new one.",
     "train": "Train a model, or go on training one.",
 }
 
@@ -52,15 +53,34 @@ class _Commands(click.Group):
         formatter.write_text("Plug-ins may add commands: `gptk plugins` lists them.")
 
 
+def _take_in(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> None:
+    """Register the files of --plugin. A callback: before commands, which they may add, are
+    looked up."""
+    if files and not ctx.resilient_parsing:
+        from gptk.plugins import register_file
+
+        for file in files:
+            register_file(file)
+
+
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="gptk %(version)s")
 @click.option("--debug", is_flag=True, help="On an error, show the traceback.")
+@click.option(
+    "--plugin",
+    metavar="FILE.py",
+    multiple=True,
+    expose_value=False,
+    callback=_take_in,
+    help="Take in the plug-in in this file, for this one command. Repeatable.",
+)
 def cli(debug: bool) -> None:
     """Decoding strategies for GPT models: every sampler with every processor, exactly."""
 
 
 def main() -> NoReturn:
     """Run the program. Exits 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    warnings.showwarning = _show_warning
     try:
         code = cli.main(prog_name="gptk", standalone_mode=False)
         sys.stdout.flush()
@@ -81,6 +101,19 @@ def main() -> NoReturn:
         if "--debug" in sys.argv:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **to: Any) -> None:
+    """A plug-in's warning as a line of gptk's own; any other as Python shows it."""
+    from gptk.plugins import PluginWarning
+
+    if issubclass(category, PluginWarning):
+        click.echo(f"gptk: {message}", err=True)
+    else:
+        _show_any_warning(message, category, *place, **to)
+
+
+_show_any_warning = warnings.showwarning
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -11,7 +11,7 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.errors import DecodingError
-from gptk.spec import unescape
+from gptk.spec import format_spec, unescape
 
 if TYPE_CHECKING:
     from gptk.generation import Generation
@@ -93,6 +93,18 @@ if TYPE_CHECKING:
     type=click.File("r", encoding="utf-8-sig"),
     help="With --chat: a jinja2 template instead of the model's own.",
 )
+@click.option(
+    "--observer",
+    "observers",
+    metavar="SPEC",
+    multiple=True,
+    help="A plug-in that sees every step. Repeatable.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    help="Write every step to a file, as JSON lines; short for --observer trace:path=FILE.",
+)
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, one on each line.")
 @click.option("--no-stream", is_flag=True, help="Print the text at the end, not as it comes.")
 def command(
@@ -108,6 +120,8 @@ def command(
     as_json: bool,
     no_stream: bool,
     stop: Sequence[str],
+    observers: Sequence[str],
+    trace: str | None,
     **settings: Any,
 ) -> None:
     """Continue PROMPT.
@@ -128,6 +142,7 @@ def command(
     from gptk.decoding import check_draft
     from gptk.drafting import make_drafter
     from gptk.language_model import load
+    from gptk.observing import DecodingObserver
     from gptk.plugins import create
     from gptk.sampling import LogitsProcessor, Sampler
 
@@ -139,12 +154,17 @@ def command(
         check_draft(sampler)
     for processor in settings["processors"]:
         create("processor", processor, LogitsProcessor)
+    if trace is not None:
+        observers = [*observers, format_spec("trace", {"path": trace})]
+    watching = [create("decoding-observer", spec, DecodingObserver) for spec in observers]
     template = _read_template(chat_template)
     lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
     given: Sequence[Prompt] = prompts
     if chat:
         given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
-    stream = lm.stream_batch(given, stop=[unescape(text) for text in stop], **settings)
+    stream = lm.stream_batch(
+        given, stop=[unescape(text) for text in stop], observers=watching, **settings
+    )
     print_pieces = stream.live and not (as_json or no_stream)
     start = time.perf_counter()
     interrupted = False

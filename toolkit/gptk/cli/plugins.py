@@ -3,6 +3,7 @@
 import inspect
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from rich.text import Text
 from gptk.cli import COMMANDS, warn_of_failures
 from gptk.errors import UnknownNameError, suggest
 from gptk.plugins import KINDS, Provided, option_help, provided, summary
+from gptk.scaffold import SCAFFOLDS, first_command, write_package
 
 # How a plug-in of each kind is used; {} is its spec string.
 _USES = {
@@ -22,7 +24,8 @@ _USES = {
     "scorer": 'gptk generate "Once upon a time" --sampler best-of-n:scorer={}',
     "scheduler": "gptk train --set scheduler={}",
     "regularizer": "gptk train --set regularizers={}",
-    "observer": "gptk train --set observers={}",
+    "training-observer": "gptk train --set observers={}",
+    "decoding-observer": 'gptk generate "Once upon a time" --observer {}',
     "loader": "gptk info {}",
     "writer": "gptk convert smollm2 TARGET --to {}",
     "tokenizer": 'gptk generate "Once upon a time" --tokenizer {}',
@@ -66,6 +69,31 @@ def show(name: str, kind: str | None) -> None:
         if index:
             click.echo()
         _show(one)
+
+
+@command.command("new")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(SCAFFOLDS), required=True, help="What it provides.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The folder to write. Default: gptk-NAME.",
+)
+def new(name: str, kind: str, out: Path | None) -> None:
+    """Write a package with a plug-in called NAME: code that works, tests, and all it needs.
+
+    The plug-in is an example of its kind, in a few lines, to put your own in place of.
+    """
+    folder = write_package(name, kind, out)
+    click.echo(f"{folder}: a package with the {kind} {name}. Go on with:\n")
+    for line in (
+        f"cd {shlex.quote(str(folder))}",
+        "pip install -e '.[test]'",
+        "pytest",
+        first_command(kind, name),
+    ):
+        click.echo(f"  {line}")
 
 
 def _show(one: Provided) -> None:

@@ -1,0 +1,96 @@
+"""What happened at each step of decoding, as JSON lines: `gptk generate --trace FILE.jsonl`.
+
+The first line has the version of gptk, the sampler and its processors. Then there is a line for
+each row and step, with the entropy of the distribution (in nats, after the processors), what each
+processor took out of it, and the candidates that extend the row: the token, its text, its
+log-probability, the score of the row with it, whether it was taken (candidates of competing rows
+may not be), and why the row ends if it does.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+import gptk
+
+
+class Trace(gptk.DecodingObserver):
+    """Writes every step to a file, as JSON lines."""
+
+    name = "trace"
+    example = "path=steps.jsonl"
+
+    path: Path = Field(description="the file to write; what it had is lost")
+
+    def start(self, decoding: gptk.Decoding) -> "Writer":
+        """Raises OptionError if the file cannot be written."""
+        try:
+            return Writer(self.path, decoding)
+        except OSError as error:
+            raise gptk.OptionError(
+                f"trace: {self.path} cannot be written: {error.strerror or error}"
+            ) from None
+
+
+class Writer(gptk.DecodingListener):
+    """The file of one run."""
+
+    def __init__(self, path: Path, decoding: gptk.Decoding) -> None:
+        self._tokenizer = decoding.tokenizer
+        self._file = path.open("w", encoding="utf-8")
+        self._write(
+            gptk=gptk.__version__,
+            sampler=decoding.sampler.spec,
+            processors=[_spec(one) for one in decoding.processors],
+        )
+
+    def step(self, step: gptk.DecodingStep) -> None:
+        candidates: list[list[dict[str, Any]]] = [[] for _ in step.rows]
+        chosen = zip(
+            step.parents,
+            step.choice.tokens.tolist(),
+            step.choice.logprobs.tolist(),
+            step.choice.scores.tolist(),
+            step.outcomes,
+            strict=True,
+        )
+        for parent, token, logprob, score, outcome in chosen:
+            candidate = {"token": token, "logprob": logprob, "score": score}
+            if self._tokenizer is not None:
+                candidate["text"] = self._tokenizer.decode([token])
+            candidate["taken"] = outcome is not None
+            if outcome is not None and outcome.reason is not None:
+                candidate["ends"] = outcome.reason
+            candidates[parent].append(candidate)
+        entropy = step.entropy.tolist()
+        removed = {name: counts.tolist() for name, counts in step.removed.items()}
+        for index, row in enumerate(step.rows):
+            if not step.waiting[index]:
+                self._write(
+                    step=step.number,
+                    prompt=row.prompt,
+                    sample=row.sample,
+                    group=row.group,
+                    length=row.length,
+                    entropy=entropy[index],
+                    removed={name: counts[index] for name, counts in removed.items()},
+                    candidates=candidates[index],
+                )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **line: Any) -> None:
+        # JSON has no infinity: a candidate that cannot be has a score of null.
+        finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
+        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _spec(processor: gptk.LogitsProcessor) -> str:
+    try:
+        return processor.spec
+    except gptk.OptionError:  # one that was made of an object has none
+        return processor.name

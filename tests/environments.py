@@ -1,0 +1,65 @@
+"""Fresh virtual environments, to install packages as a user would, without fetching anything."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+class Environment:
+    """A virtual environment of its own that also sees the packages of the running one.
+
+    So gptk, torch, pip and pytest need not be installed in it; what is installed in it is seen
+    by it alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+
+    def run(
+        self, *args: object, cwd: Path | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program that is a module, `run("gptk", "plugins")`: `python -m gptk plugins`.
+
+        check: an exit code other than 0 is an AssertionError with what the program said.
+        """
+        # Nothing but the environment's own site-packages is to make a package visible.
+        settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        out = subprocess.run(
+            [self.python, "-m", *map(str, args)],
+            cwd=cwd or self.folder,
+            env=settings | {"VIRTUAL_ENV": str(self.folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if check and out.returncode:
+            said = f"{out.stdout}\n{out.stderr}".strip()
+            raise AssertionError(f"{' '.join(map(str, args))} exits {out.returncode}:\n{said}")
+        return out
+
+    def install(self, path: str | Path, *, editable: bool = False) -> None:
+        """`pip install` a package folder, perhaps with extras, `"folder[test]"`, or a wheel.
+
+        Nothing is fetched: what the package needs must be there, or pip says what is missing.
+        """
+        self.run(
+            "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index",
+            "--no-build-isolation", *(["--editable"] if editable else []), path,
+        )  # fmt: skip
+
+
+def fresh_environment(folder: Path) -> Environment:
+    """A new environment in a folder that is not there yet."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    environment = Environment(folder)
+    seen = [one for one in sys.path if Path(one).name in ("site-packages", "dist-packages")]
+    # A line that begins with `import` is run. addsitedir reads the .pth files of a folder in
+    # turn, those of editable installs among them.
+    lines = [f"import site; site.addsitedir({one!r})\n" for one in seen]
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "of_the_running_environment.pth").write_text("".join(lines))
+    return environment

@@ -1,0 +1,135 @@
+"""New plug-in packages: `gptk plugins new` writes one from the templates in this folder.
+
+A template is a file of the package with `$placeholders` (string.Template); those of a kind stand
+in a folder of its name. Their names end in `.template`, so that nothing takes them for code.
+"""
+
+import ast
+import datetime
+import importlib.resources
+import importlib.util
+import keyword
+import os
+import re
+import tempfile
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from string import Template
+
+from gptk import __version__
+from gptk.errors import OptionError, PluginError
+from gptk.hookspecs import API_VERSION
+from gptk.plugins import provided
+from gptk.spec import NAME
+
+TEMPLATES = importlib.resources.files(__name__)
+SCAFFOLDS = ("sampler", "processor", "scheduler", "regularizer", "loader", "tokenizer")
+"""The kinds of plug-ins that there are templates of."""
+LONGEST_NAME = 40
+
+
+def write_package(name: str, kind: str, target: Path | None = None) -> Path:
+    """Write a package with a working plug-in of that kind and name; returns its folder.
+
+    target: the folder, by default `gptk-NAME` in the current one. It is there whole or not at
+    all. Raises OptionError for a name that is not one or is taken, and PluginError for a folder
+    that is there or cannot be written.
+    """
+    values = _values(name, kind)
+    _check(name, kind, values)
+    target = Path(values["distribution"]) if target is None else target
+    if os.path.lexists(target):
+        raise PluginError(f"{target} is there already; it is not overwritten")
+    if not target.parent.is_dir():
+        raise PluginError(f"there is no folder {target.parent} to write {target.name} in")
+    try:
+        # Beside the target, so that one rename brings it to its place.
+        with tempfile.TemporaryDirectory(prefix=".gptk-new-", dir=target.parent) as temporary:
+            folder = Path(temporary) / "package"
+            for path, text in _files(kind, values).items():
+                file = folder / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+            folder.rename(target)
+    except OSError as error:
+        raise PluginError(f"{target} cannot be written: {error.strerror}") from None
+    return target
+
+
+def first_command(kind: str, name: str) -> str:
+    """The first command of the README's section on use."""
+    use = _filled(TEMPLATES / kind / "use.md.template", _values(name, kind))
+    return next(line for line in use.splitlines() if line.startswith("gptk "))
+
+
+def _files(kind: str, values: dict[str, str]) -> dict[str, str]:
+    """The package's files, by their paths in it."""
+    module = values["module"]
+    values = values | {"use": _filled(TEMPLATES / kind / "use.md.template", values).strip()}
+    sources = {
+        "pyproject.toml": TEMPLATES / "pyproject.toml.template",
+        "README.md": TEMPLATES / "README.md.template",
+        "LICENSE": TEMPLATES / "LICENSE.template",
+        ".gitignore": TEMPLATES / "gitignore.template",
+        f"src/{module}/__init__.py": TEMPLATES / kind / "plugin.py.template",
+        f"tests/test_{module.removeprefix('gptk_')}.py": TEMPLATES / kind / "test.py.template",
+    }
+    return {path: _filled(template, values) for path, template in sources.items()}
+
+
+def _filled(template: Traversable, values: dict[str, str]) -> str:
+    return Template(template.read_text(encoding="utf-8")).substitute(values)
+
+
+def _values(name: str, kind: str) -> dict[str, str]:
+    """What the placeholders stand for."""
+    parts = re.split(r"[-_.]+", name)
+    return {
+        "name": name,
+        "kind": kind,
+        "entry": "-".join(parts).lower(),
+        "distribution": f"gptk-{'-'.join(parts).lower()}",
+        "module": f"gptk_{'_'.join(parts).lower()}",
+        "cls": "".join(part[:1].upper() + part[1:] for part in parts),
+        "api": str(API_VERSION),
+        "gptk": __version__.partition("+")[0],
+        "year": str(datetime.date.today().year),
+    }
+
+
+def _check(name: str, kind: str, values: dict[str, str]) -> None:
+    """Raises OptionError for a name that cannot be used."""
+    if not NAME.fullmatch(name) or not name[-1].isalnum():
+        raise OptionError(
+            f"{name!r} cannot be a plug-in's name; a name has letters, digits, dots and hyphens, "
+            "and begins and ends with a letter or digit"
+        )
+    if len(name) > LONGEST_NAME:
+        raise OptionError(f"{name!r} has {len(name)} characters; use {LONGEST_NAME} at most")
+    cls, module = values["cls"], values["module"]
+    if not cls.isidentifier() or keyword.iskeyword(cls) or _is_used(cls, kind):
+        raise OptionError(
+            f"a {kind} called {name!r} would be a class {cls}, which "
+            + ("is another thing there already" if cls.isidentifier() else "is no name in Python")
+            + "; choose another name"
+        )
+    if name in provided(kind):
+        raise OptionError(
+            f"there is a {kind} {name} already, in {provided(kind)[name].distribution}; choose "
+            "another name"
+        )
+    if importlib.util.find_spec(module) is not None:
+        raise OptionError(f"there is a module {module} already; choose another name")
+
+
+def _is_used(cls: str, kind: str) -> bool:
+    """Whether the templates mean something else by the class's name, such as pydantic's Field."""
+    values = _values("x", kind) | {"cls": "_"}
+    names = set()
+    for one in ("plugin", "test"):
+        source = _filled(TEMPLATES / kind / f"{one}.py.template", values)
+        for node in ast.walk(ast.parse(source)):
+            match node:
+                case ast.Name(id=name) | ast.alias(name=name):
+                    names.add(name)
+    return cls in names
