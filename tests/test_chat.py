@@ -13,12 +13,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import gptk
 from gptk.chat import MAX_STEPS, encode_chat, render_chat
+from gptk.testing import tiny_gpt, tiny_lm
 from gptk.tokenizer import load_tokenizer
 from gptk_plugins.writers.huggingface import HuggingFace
 from test_cli import failing
 from test_cli import gptk as run_gptk
 from test_tokenizers import saved, trained
-from toys import GPT2_LIKE, byte_tokenizer, small_gpt, small_lm
+from toys import GPT2_LIKE, byte_tokenizer
 
 USER = [{"role": "user", "content": "Hello"}]
 
@@ -142,7 +143,7 @@ def smollm2(smollm2_path):
 def smollm2_oracle(smollm2, tmp_path_factory):
     """SmolLM2's tokenizer, converted, in transformers."""
     folder = tmp_path_factory.mktemp("converted")
-    HuggingFace().write(folder, small_gpt(replace(GPT2_LIKE, vocab_size=49152)), smollm2)
+    HuggingFace().write(folder, tiny_gpt(replace(GPT2_LIKE, vocab_size=49152)), smollm2)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -252,7 +253,7 @@ def test_saving_and_converting_keep_the_template_and_its_tokens(tmp_path):
     )
     assert render_chat(tokenizer, talk) == expected
     assert "Hi<e>" in expected
-    lm = gptk.LanguageModel(small_gpt(replace(GPT2_LIKE, vocab_size=700)), tokenizer)
+    lm = gptk.LanguageModel(tiny_gpt(replace(GPT2_LIKE, vocab_size=700)), tokenizer)
     lm.save(tmp_path / "saved")
     assert render_chat(gptk.load(str(tmp_path / "saved")).tokenizer, talk) == expected
     (tmp_path / "hf").mkdir()
@@ -280,7 +281,7 @@ def test_without_names_for_the_template_bos_and_the_first_eos_count():
 
 
 def test_a_reply_is_what_generate_makes_of_the_rendered_text():
-    lm = small_lm()
+    lm = tiny_lm()
     own = gptk.LanguageModel(lm.model, replace(lm.tokenizer, chat_template=TEMPLATES["chatml"]))
     chosen = {"sampler": "top-p:p=0.9", "seed": 3, "n": 2, "max_new_tokens": 9}
     expected = lm.generate(render_chat(own.tokenizer, USER), **chosen)
@@ -329,7 +330,7 @@ def test_the_template_gets_copies_without_methods_of_their_own():
 
 def test_without_a_template_the_error_says_what_to_do():
     with pytest.raises(gptk.PromptError, match=r"no chat template; give one \(--chat-template"):
-        small_lm().chat(USER)
+        tiny_lm().chat(USER)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_any_text_as_a_template_renders_or_is_a_prompt_error(template):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model with a chat template, saved."""
-    lm = small_lm()
+    lm = tiny_lm()
     path = tmp_path_factory.mktemp("model") / "small"
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     gptk.LanguageModel(lm.model, replace(lm.tokenizer, chat_template=template)).save(path)
@@ -456,7 +457,7 @@ def test_a_template_file_serves_instead_of_the_models_own(model, tmp_path):
 
 def test_what_chat_cannot_do_is_said_in_one_line(model, tmp_path):
     plain = tmp_path / "plain"
-    small_lm().save(plain)
+    tiny_lm().save(plain)
     chat = ("generate", "--chat", "Hi")
     assert "has no chat template" in failing(*chat, "--model", plain, code=1)
     assert "needs a message" in failing("generate", "--chat", "--model", model, code=2)

@@ -51,10 +51,10 @@ def failing(*args, code, **settings):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model with the tokenizer `bytes`, saved."""
-    from toys import small_lm
+    from gptk.testing import tiny_lm
 
     path = tmp_path_factory.mktemp("model") / "small"
-    small_lm().save(path)
+    tiny_lm().save(path)
     return path
 
 

@@ -22,11 +22,12 @@ from gptk.comparison import (
     self_bleu,
     seq_rep,
 )
+from gptk.testing import tiny_gpt, tiny_lm
 from test_cli import failing
 from test_cli import gptk as run_gptk
 from test_plots import SIGNATURES
 from test_plots import texts as svg_texts
-from toys import CONFIGS, small_gpt, small_lm
+from toys import CONFIGS
 
 text = st.lists(st.integers(0, 4), max_size=12)
 groups = st.lists(text, max_size=5)
@@ -124,7 +125,7 @@ def test_self_bleu_is_the_mean_of_nltks_bleus(texts):
 def test_teacher_forced_logprobs_equal_those_of_each_text_alone(config, monkeypatch):
     """In batches, with texts of unlike lengths, one of them empty."""
     monkeypatch.setattr("gptk.comparison._BATCH", 20)
-    lm = gptk.LanguageModel(small_gpt(CONFIGS[config]))
+    lm = gptk.LanguageModel(tiny_gpt(CONFIGS[config]))
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for prompt, new in [(3, 5), (1, 1), (7, 0), (2, 9), (1, 8), (20, 12), (4, 4)]:
@@ -141,7 +142,7 @@ def test_teacher_forced_logprobs_equal_those_of_each_text_alone(config, monkeypa
 
 @pytest.fixture(scope="module")
 def lm():
-    return small_lm()
+    return tiny_lm()
 
 
 PROMPTS = ["one", "two words", "three"]

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from gptk import DecodingError, LogitsProcessor, OptionError, PluginError, Rows, TokenizerError
 from gptk.plugins import create
+from gptk.testing import tiny_lm
 from gptk.tokenizer import load_tokenizer
 from gptk_plugins.constraints import _matcher
-from toys import byte_tokenizer, small_lm
+from toys import byte_tokenizer
 
-LM = small_lm()
+LM = tiny_lm()
 BYTES = LM.tokenizer
 SMALL = {
     "type": "object",

@@ -12,7 +12,7 @@ import torch
 import gptk
 from gptk import testing
 from gptk.plugins import KINDS, create, provided
-from toys import small_lm
+from gptk.testing import tiny_lm
 
 # Options that show more than the defaults, or that a plug-in needs.
 PROCESSORS = {
@@ -104,7 +104,7 @@ class TestLookupDrafter(testing.DrafterContract):
 
 
 class TestModelDrafter(testing.DrafterContract):
-    make = staticmethod(lambda: provided("drafter")["model"].item(source=small_lm(seed=1)))
+    make = staticmethod(lambda: provided("drafter")["model"].item(source=tiny_lm(seed=1)))
 
 
 class Edited(testing.LoaderContract):

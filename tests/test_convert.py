@@ -19,6 +19,7 @@ import checkpoints
 import gptk
 from gptk.plugins import register, unregister
 from gptk.saving import write_directory, write_model
+from gptk.testing import tiny_gpt, tiny_lm
 from gptk.tokenizer import load_tokenizer
 from gptk.weights import build_model, load_checkpoint
 from gptk_plugins.loaders.huggingface import HuggingFace as Loader
@@ -29,7 +30,7 @@ from gptk_plugins.writers.huggingface import HuggingFace
 from test_cli import failing
 from test_cli import gptk as run
 from test_tokenizers import texts
-from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer, small_gpt, small_lm
+from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer
 
 OPENAI = Path(__file__).parent / "data" / "openai" / "tiny"
 NO_BIASES = {"mlp_bias": False, "qkv_bias": False, "out_bias": False}
@@ -85,7 +86,7 @@ CONFIGS = {
 
 def random_gpt(config: gptk.GPTConfig) -> gptk.GPT:
     """A random model whose biases and norms count, too."""
-    model = small_gpt(config)
+    model = tiny_gpt(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -186,7 +187,7 @@ def test_llama3s_rotary_rule_is_found_in_its_divisors_also_in_float32(original, 
 )
 def test_models_that_no_family_holds_are_refused(config, message, tmp_path):
     with pytest.raises(gptk.SourceError) as caught:
-        HuggingFace().write(tmp_path, small_gpt(config), None)
+        HuggingFace().write(tmp_path, tiny_gpt(config), None)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -282,7 +283,7 @@ TOKENIZERS = {
 
 def written(tokenizer: gptk.Tokenizer, folder: Path) -> Path:
     vocab_size = tokenizer.encoding.max_token_value + 1
-    HuggingFace().write(folder, small_gpt(replace(GPT2_LIKE, vocab_size=vocab_size)), tokenizer)
+    HuggingFace().write(folder, tiny_gpt(replace(GPT2_LIKE, vocab_size=vocab_size)), tokenizer)
     return folder
 
 
@@ -386,7 +387,7 @@ def test_two_tokens_of_one_id_are_refused(tmp_path):
 def source(tmp_path_factory) -> Path:
     """A small random model with the tokenizer `bytes`, saved by gptk."""
     path = tmp_path_factory.mktemp("source") / "small"
-    small_lm().save(path)
+    tiny_lm().save(path)
     return path
 
 
@@ -418,7 +419,7 @@ def test_openais_gpt2_becomes_gptks_and_then_hugging_faces(tmp_path):
 @pytest.mark.parametrize("format_", ["huggingface", "gptk"])
 def test_the_precision_is_the_stored_one_or_the_one_asked_for(format_, tmp_path):
     small = replace(LLAMA_LIKE, qk_norm=False)
-    lm = gptk.LanguageModel(small_gpt(small).bfloat16(), None)
+    lm = gptk.LanguageModel(tiny_gpt(small).bfloat16(), None)
     lm.save(tmp_path / "bfloat16")
     for options, dtype in (
         ([], torch.bfloat16),
@@ -434,7 +435,7 @@ def test_the_precision_is_the_stored_one_or_the_one_asked_for(format_, tmp_path)
 
 
 def test_a_mixture_of_precisions_is_stored_in_one_that_holds_all(tmp_path):
-    model = small_gpt(replace(LLAMA_LIKE, qk_norm=False))
+    model = tiny_gpt(replace(LLAMA_LIKE, qk_norm=False))
     state = {
         name: one.bfloat16() if one.dim() == 2 else one for name, one in model.state_dict().items()
     }
@@ -575,7 +576,7 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path):
 
 
 def test_averaged_weights_are_written_by_parameter_names(tmp_path):
-    model = small_gpt(GPT2_LIKE)
+    model = tiny_gpt(GPT2_LIKE)
     averaged = {name: one.detach() / 2 for name, one in model.named_parameters()}
     write_model(tmp_path, model.config, averaged, byte_tokenizer())
     checkpoint = load_checkpoint(str(tmp_path))

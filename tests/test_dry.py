@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk.plugins import create
-from toys import byte_tokenizer, small_lm
+from gptk.testing import tiny_lm
+from toys import byte_tokenizer
 
 VOCABULARY = 12
 BYTES = byte_tokenizer()
@@ -216,7 +217,7 @@ class Anew(gptk.LogitsProcessor):
 
 
 LOOSE = dry(multiplier=1.5, allowed_length=1, sequence_breakers=[10, [3, 4]])
-LM = small_lm()
+LM = tiny_lm()
 
 
 @pytest.mark.parametrize(

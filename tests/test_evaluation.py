@@ -18,9 +18,10 @@ import gptk
 from checkpoints import CONFIGS, random_ids, random_model
 from gptk import Tokenizer, evaluate, prepare_tokens
 from gptk.evaluation import token_logprobs
+from gptk.testing import tiny_gpt, tiny_lm
 from test_cli import failing
 from test_cli import gptk as program
-from toys import GPT2_LIKE, LLAMA_LIKE, small_gpt, small_lm
+from toys import GPT2_LIKE, LLAMA_LIKE
 
 WINDOW = 24
 TEXT = "Once upon a time, in a village by the sea, naïve 한국어.\n" * 6
@@ -119,7 +120,7 @@ def _shorter(model, window):
 @example(33, 32, 1)
 @example(34, 32, 1)
 def test_every_token_is_scored_once_in_the_first_window_that_predicts_it(length, stride, batch):
-    window, model = 32, small_gpt(GPT2_LIKE)
+    window, model = 32, tiny_gpt(GPT2_LIKE)
     ids = torch.arange(length) * 37 % 257
     nats, windows = 0.0, {}
     for place in range(1, length):
@@ -144,14 +145,14 @@ def test_every_token_is_scored_once_in_the_first_window_that_predicts_it(length,
 
 
 def test_a_text_within_the_window_gets_the_loss_of_score():
-    lm = small_lm()
+    lm = tiny_lm()
     out = evaluate(lm, lm.encode(TEXT[:60]))
     assert out.loss == pytest.approx(lm.score(TEXT[:60]).loss, abs=1e-6)
     assert (out.stride, out.context_length) == (48, 96)
 
 
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_scored_text(tmp_path):
-    lm = small_lm()
+    lm = tiny_lm()
     (tmp_path / "text.txt").write_text(TEXT)
     out = evaluate(lm, str(tmp_path / "text.txt"))
     assert out.bytes == out.tokens == len(TEXT.encode()) - 1
@@ -163,13 +164,13 @@ def test_bits_per_byte_are_nats_over_the_bytes_of_the_scored_text(tmp_path):
 def test_the_tokens_between_documents_are_scored_and_have_no_bytes(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(TEXT)
-    out = evaluate(small_lm(), [str(tmp_path)])
+    out = evaluate(tiny_lm(), [str(tmp_path)])
     assert out.tokens == 2 * len(TEXT.encode())
     assert out.bytes == 2 * len(TEXT.encode()) - 1
 
 
 def test_where_texts_begin_with_bos_the_first_token_is_scored(tmp_path):
-    lm = small_lm()
+    lm = tiny_lm()
     tokenizer = Tokenizer(lm.tokenizer.encoding, bos=256, add_bos=True)
     lm = gptk.LanguageModel(lm.model, tokenizer)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -179,16 +180,16 @@ def test_where_texts_begin_with_bos_the_first_token_is_scored(tmp_path):
 
 
 def test_without_a_tokenizer_there_are_no_bytes():
-    out = evaluate(gptk.LanguageModel(small_gpt()), [1, 2, 3])
+    out = evaluate(gptk.LanguageModel(tiny_gpt()), [1, 2, 3])
     assert (out.tokens, out.bytes, out.bits_per_byte) == (2, None, None)
     with pytest.raises(gptk.TokenizerError):
-        evaluate(gptk.LanguageModel(small_gpt()), "builtin:python-docs")
+        evaluate(gptk.LanguageModel(tiny_gpt()), "builtin:python-docs")
 
 
 @pytest.mark.parametrize("config", [GPT2_LIKE, LLAMA_LIKE])
 def test_the_batch_size_and_packing_do_not_change_the_figures(config):
     ids = np.frombuffer(TEXT.encode(), dtype=np.uint8)
-    lm = small_lm(config)
+    lm = tiny_lm(config)
     loss = evaluate(lm, ids, stride=30, batch_size=1).loss
     for batch_size in (2, 1000, None):
         assert evaluate(lm, ids, stride=30, batch_size=batch_size).loss == pytest.approx(loss)
@@ -197,7 +198,7 @@ def test_the_batch_size_and_packing_do_not_change_the_figures(config):
 
 
 def test_a_model_in_training_is_evaluated_without_dropout_and_goes_on_training():
-    lm = small_lm()
+    lm = tiny_lm()
     want = evaluate(lm, [*range(100)]).loss
     lm.model.set_dropout(0.5)
     lm.model.train()
@@ -207,7 +208,7 @@ def test_a_model_in_training_is_evaluated_without_dropout_and_goes_on_training()
 
 
 def test_logits_never_stand_in_memory_for_more_than_a_part_of_a_batch():
-    lm, rows, real = small_lm(), [], gptk.GPT.logits
+    lm, rows, real = tiny_lm(), [], gptk.GPT.logits
 
     def logits(model, hidden):
         rows.append(len(hidden))
@@ -220,7 +221,7 @@ def test_logits_never_stand_in_memory_for_more_than_a_part_of_a_batch():
 
 
 def test_token_logprobs_are_log_softmax_at_the_targets():
-    model = small_gpt()
+    model = tiny_gpt()
     hidden, targets = torch.randn(600, 32), torch.arange(600) % 257
     with torch.inference_mode():
         want = model.logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -242,14 +243,14 @@ def test_token_logprobs_are_log_softmax_at_the_targets():
 )
 def test_what_cannot_be_evaluated_is_one_line(data, settings, error, words):
     with pytest.raises(error) as caught:
-        evaluate(small_lm(), data, **settings)
+        evaluate(tiny_lm(), data, **settings)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_damaged_weights_are_told():
-    lm = small_lm()
+    lm = tiny_lm()
     with torch.no_grad():
         lm.model.norm.weight[3] = math.nan
     with pytest.raises(gptk.DecodingError, match="the loss is nan"):
@@ -274,7 +275,7 @@ def test_smollm2_has_transformers_bits_per_byte(hf_smollm2):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small"
-    small_lm().save(path)
+    tiny_lm().save(path)
     return path
 
 
@@ -286,7 +287,7 @@ def text_file(tmp_path):
 
 
 def test_eval_prints_what_evaluate_gives(model, text_file):
-    want = evaluate(small_lm(), str(text_file), stride=20)
+    want = evaluate(tiny_lm(), str(text_file), stride=20)
     out = program("eval", "--model", model, "--data", text_file, "--stride", 20)
     assert out.returncode == 0, out.stderr
     assert out.stderr == ""
@@ -310,7 +311,7 @@ def test_eval_prints_json(model, text_file):
     out = program("eval", "--model", model, "--data", text_file, "--json", "--batch-size", 2)
     record = json.loads(out.stdout)
     assert record.pop("tokens_per_second") > 0
-    want = dataclasses.asdict(evaluate(small_lm(), str(text_file), batch_size=2))
+    want = dataclasses.asdict(evaluate(tiny_lm(), str(text_file), batch_size=2))
     assert record == pytest.approx(want)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import gptk
 from environments import fresh_environment
+from gptk.testing import tiny_lm
 from test_readme import FENCE
-from toys import small_lm
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gptk-lz-penalty"
 
@@ -43,7 +43,7 @@ def example_module(monkeypatch):
 
 
 def test_the_example_works_as_a_module_by_hand(example_module):
-    lm = small_lm()
+    lm = tiny_lm()
     chosen = {"sampler": "beam:width=3", "max_new_tokens": 12, "seed": 0}
     plain = lm.generate("abababab", **chosen)
     assert lm.generate("abababab", processors=["lz-penalty:strength=0"], **chosen) == plain

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk.generation import TextStream
-from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer, small_gpt, small_lm
+from gptk.testing import tiny_gpt, tiny_lm
+from toys import GPT2_LIKE, LLAMA_LIKE, byte_tokenizer
 
 EOS = 256
 
@@ -30,7 +31,7 @@ class Dictate(gptk.Sampler):
 
 @pytest.fixture(scope="module")
 def lm():
-    return gptk.LanguageModel(small_gpt(), byte_tokenizer())
+    return gptk.LanguageModel(tiny_gpt(), byte_tokenizer())
 
 
 def dictate(lm, data, **settings):
@@ -57,7 +58,7 @@ def test_max_new_tokens_ends_a_row(lm):
 
 @pytest.mark.parametrize("sampler", ["greedy", "beam:width=3", "multinomial"])
 def test_a_full_window_ends_a_row(sampler):
-    lm = gptk.LanguageModel(small_gpt(GPT2_LIKE))
+    lm = gptk.LanguageModel(tiny_gpt(GPT2_LIKE))
     out = lm.generate([1] * 20, sampler=sampler, max_new_tokens=50, seed=0)
     assert (len(out.tokens), out.finish_reason) == (GPT2_LIKE.context_length - 20, "length")
     pair = [[1] * 20, [2] * 5]
@@ -68,7 +69,7 @@ def test_a_full_window_ends_a_row(sampler):
 
 @pytest.mark.parametrize("sampler", ["greedy", "beam:width=3", "multinomial"])
 def test_a_sliding_window_goes_on(sampler):
-    lm = gptk.LanguageModel(small_gpt(GPT2_LIKE))
+    lm = gptk.LanguageModel(tiny_gpt(GPT2_LIKE))
     out = lm.generate([1] * 20, sampler=sampler, max_new_tokens=50, overflow="slide", seed=0)
     assert (len(out.tokens), out.finish_reason) == (50, "length")
     long = lm.generate([1] * 100, sampler=sampler, max_new_tokens=3, overflow="slide", seed=0)
@@ -272,7 +273,7 @@ def test_bad_prompts_are_refused_in_one_line(lm, name):
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids_only():
-    lm = gptk.LanguageModel(small_gpt())
+    lm = gptk.LanguageModel(tiny_gpt())
     out = lm.generate([1, 2], max_new_tokens=3)
     assert len(out.tokens) == 3
     assert out.text == ""
@@ -285,7 +286,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only():
 @settings(max_examples=5)
 @given(st.integers(1, 3))
 def test_bfloat16_generates(width):
-    lm = gptk.LanguageModel(small_gpt().to(torch.bfloat16))
+    lm = gptk.LanguageModel(tiny_gpt().to(torch.bfloat16))
     out = lm.generate([1, 2], sampler=f"beam:width={width}", max_new_tokens=4)
     assert len(out.tokens) == 4
     assert dataclasses.asdict(out)["finish_reason"] == "length"
@@ -298,7 +299,7 @@ def test_stop_conditions_are_asked_after_each_token_and_mix_with_strings():
         asked.append(list(tokens))
         return len(tokens) == 2 + 5
 
-    lm, prompt = small_lm(), [65, 66]
+    lm, prompt = tiny_lm(), [65, 66]
     out = lm.generate(prompt, stop=[five, "\n\n"], ignore_eos=True)
     free = lm.generate(prompt, ignore_eos=True)
     assert (out.tokens, out.finish_reason) == (free.tokens[:5], "stop")

@@ -13,10 +13,10 @@ import torch
 import gptk
 from gptk import DecodeSession, Follower, IncompatibleError
 from gptk.plugins import create, provided
-from toys import small_lm
+from gptk.testing import tiny_lm
 
-LM = small_lm()
-DRAFT = small_lm()
+LM = tiny_lm()
+DRAFT = tiny_lm()
 with torch.no_grad():
     for weight in DRAFT.model.parameters():
         weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gptk import OptionError, Rows, Sampler
 from gptk.plugins import create
-from toys import batches, small_lm
+from gptk.testing import batches, tiny_lm
 
-LM = small_lm()
+LM = tiny_lm()
 VERSIONS = [1, 2]
 MARGIN = 1e-4
 """In bits: nearer than this to the estimate, rounding may decide whether a token stays."""
@@ -216,7 +216,7 @@ def test_select_copies_where_it_saw_it():
 
 @pytest.mark.parametrize("version", VERSIONS)
 @settings(max_examples=10)
-@given(batch=batches(3), seed=st.integers(0, 100))
+@given(batch=batches(max_prompts=3), seed=st.integers(0, 100))
 def test_each_row_of_a_batch_has_its_own_estimate(version, batch, seed):
     unique = [list(p) for p in dict.fromkeys(map(tuple, batch))]
     asked = {
@@ -232,7 +232,7 @@ def test_each_row_of_a_batch_has_its_own_estimate(version, batch, seed):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("draft", ["lookup:ngram=1,tokens=4", LM, small_lm(seed=1)])
+@pytest.mark.parametrize("draft", ["lookup:ngram=1,tokens=4", LM, tiny_lm(seed=1)])
 def test_with_a_draft_the_text_is_the_same(version, draft):
     asked = {
         "sampler": f"mirostat:version={version},tau=2,eta=0.5",

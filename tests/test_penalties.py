@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptk
-import toys
+from gptk import testing
 from gptk.plugins import create, provided
 
 VOCABULARY = 16
@@ -44,7 +44,7 @@ def apply(spec, scores, prompts, news=None, eos=(EOS,)):
 
 
 def logits(rows=3):
-    return toys.logits(rows, VOCABULARY)
+    return testing.logits(rows, VOCABULARY)
 
 
 def texts(max_size=14):

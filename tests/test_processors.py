@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptk import LogitsProcessor, Rows
 from gptk.plugins import create
-from toys import logits
+from gptk.testing import logits
 
 
 def rows_of(tokens):

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gptk
 from gptk.plugins import create, provided
-from toys import CONFIGS, GPT2_LIKE, LLAMA_LIKE, VOCABULARY, small_gpt
+from gptk.testing import tiny_gpt
+from toys import CONFIGS, GPT2_LIKE, LLAMA_LIKE, VOCABULARY
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,7 +101,7 @@ def optimizer_options(model, regularizers):
 
 def trained(config, regularizers, steps=3):
     """(losses, gradients of the last step, weights) of a small model after a few steps."""
-    model = small_gpt(config).train()
+    model = tiny_gpt(config).train()
     for one in regularizers:
         one.setup(model)
     options = optimizer_options(model, regularizers)
@@ -261,7 +262,7 @@ def test_a_penalty_stays_finite_where_probabilities_vanish():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("strength", [1e-6, 0.3])
 def test_l1_is_the_sum_over_matrices_in_float64(config, strength):
-    model = small_gpt(config)
+    model = tiny_gpt(config)
     penalty = regularizer(f"l1:strength={strength}").penalty(model, None, None)
     matrices = {n: p for n, p in model.named_parameters() if not n.endswith("bias") and p.dim() > 1}
     want = strength * sum(p.double().abs().sum() for p in matrices.values())
@@ -279,7 +280,7 @@ def test_l1_is_the_sum_over_matrices_in_float64(config, strength):
 
 
 def with_gradients(scale, seed=0):
-    model = small_gpt(GPT2_LIKE)
+    model = tiny_gpt(GPT2_LIKE)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
@@ -320,7 +321,7 @@ def test_clipping_at_zero_only_reports_the_norm():
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_by_default_what_decays_is_what_decays_in_nanogpt(config):
-    model = small_gpt(config)
+    model = tiny_gpt(config)
     options = optimizer_options(model, [regularizer("weight-decay:strength=0.3")])
     for name, parameter in model.named_parameters():
         assert options[name] == {"weight_decay": 0.3 if parameter.dim() >= 2 else 0.0}, name
@@ -332,7 +333,7 @@ def test_norms_biases_and_embeddings_decay_as_asked(config, norms, biases, embed
     made = provided("regularizer")["weight-decay"].item(
         norms=norms, biases=biases, embeddings=embeddings
     )
-    got = optimizer_options(small_gpt(config), [made])
+    got = optimizer_options(tiny_gpt(config), [made])
     for name, options in got.items():
         want = True
         if name in ("embed.weight", "embed_positions.weight"):
@@ -346,7 +347,7 @@ def test_norms_biases_and_embeddings_decay_as_asked(config, norms, biases, embed
 
 
 def test_without_a_gradient_a_weight_loses_strength_times_lr_of_itself():
-    model = small_gpt(GPT2_LIKE)
+    model = tiny_gpt(GPT2_LIKE)
     before = copy.deepcopy(model.state_dict())
     options = optimizer_options(model, [regularizer("weight-decay:strength=0.2")])
     groups = [{"params": [p]} | options[name] for name, p in model.named_parameters()]
@@ -363,7 +364,7 @@ def test_without_a_gradient_a_weight_loses_strength_times_lr_of_itself():
 
 
 def with_dropout(p, config=GPT2_LIKE):
-    model = small_gpt(config)
+    model = tiny_gpt(config)
     regularizer(f"dropout:p={p}").setup(model)
     return model
 
@@ -372,7 +373,7 @@ def with_dropout(p, config=GPT2_LIKE):
 @torch.no_grad()
 def test_dropout_changes_outputs_in_training_only(config):
     inputs, _ = batch()
-    want = small_gpt(config)(inputs)
+    want = tiny_gpt(config)(inputs)
     assert torch.equal(with_dropout(0.4, config).eval()(inputs), want)
     assert torch.equal(with_dropout(0.0, config).train()(inputs), want)
     model = with_dropout(0.4, config).train()
@@ -403,7 +404,7 @@ def test_dropout_keeps_the_expected_value_at_each_of_its_places(p):
         """What comes out at each place, of one input in so many rows."""
         model(inputs.expand(rows, -1))
         embedded = seen["embedded"]
-        x = small_gpt(GPT2_LIKE).embed(inputs).expand(rows, -1, -1)
+        x = tiny_gpt(GPT2_LIKE).embed(inputs).expand(rows, -1, -1)
         block(x, None, None, None)
         added = block._drop(block.mlp(x))
         return {"embedded": embedded, "attended": seen["attended"], "added": added}
@@ -448,7 +449,7 @@ def test_an_average_is_torch_s(config, warm, decay):
         n = int(n)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 
-    model = small_gpt(config)
+    model = tiny_gpt(config)
     peer = AveragedModel(model, multi_avg_fn=warming if warm else get_ema_multi_avg_fn(decay))
     made = regularizer(f"ema:decay={decay},warm_start={str(warm).lower()}")
     state = {}
@@ -462,7 +463,7 @@ def test_an_average_is_torch_s(config, warm, decay):
 
 
 def test_an_average_is_its_formula_in_float64():
-    model, made, state = small_gpt(), regularizer("ema:decay=0.9,warm_start=false"), {}
+    model, made, state = tiny_gpt(), regularizer("ema:decay=0.9,warm_start=false"), {}
     want = None
     for _ in walk(model, 30, [made], [state]):
         now = model.embed.weight.detach().double()
@@ -474,7 +475,7 @@ def test_an_average_is_its_formula_in_float64():
 
 
 def test_a_decay_of_zero_is_the_weights_themselves():
-    model, made, state = small_gpt(), regularizer("ema:decay=0"), {}
+    model, made, state = tiny_gpt(), regularizer("ema:decay=0"), {}
     for _ in walk(model, 3, [made], [state]):
         for name, weight in model.named_parameters():
             assert torch.equal(made.averaged(state)[name], weight)
@@ -487,7 +488,7 @@ def test_a_decay_of_zero_is_the_weights_themselves():
 
 
 def test_a_warm_start_forgets_the_first_weights():
-    model, state, plain_state = small_gpt(), {}, {}
+    model, state, plain_state = tiny_gpt(), {}, {}
     both = [regularizer("ema:decay=0.999"), regularizer("ema:decay=0.999,warm_start=false")]
     first = last = None
     for _ in walk(model, 100, both, [state, plain_state]):
@@ -506,7 +507,7 @@ def test_a_warm_start_forgets_the_first_weights():
 @given(st.integers(1, 15), st.booleans())
 def test_an_average_goes_on_bit_for_bit_from_its_state(stop, warm):
     made = regularizer(f"ema:decay=0.97,warm_start={str(warm).lower()}")
-    model, unbroken, broken = small_gpt(), {}, {}
+    model, unbroken, broken = tiny_gpt(), {}, {}
     for step, _ in enumerate(walk(model, 16, [made, made], [unbroken, broken]), start=1):
         if step == stop:
             saved = safetensors.torch.save(broken)
@@ -536,7 +537,7 @@ SHARDED = ["l1:strength=0.001", "z-loss:strength=0.01", "grad-clip:max_norm=0.5"
 
 def train_in_part(rank, count, folder):
     """One process of `count`: three steps on its part of the batch, then all averaged weights."""
-    model = small_gpt(GPT2_LIKE).train()
+    model = tiny_gpt(GPT2_LIKE).train()
     forward = NextToken(model)
     if count > 1:
         from torch.distributed.device_mesh import init_device_mesh

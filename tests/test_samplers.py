@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import gptk
 from gptk import Choice, DecodingError, GptkError, LogitsProcessor, OptionError, Rows, Sampler
 from gptk.plugins import create
-from toys import LLAMA_LIKE, batches, logits, prompts, small_lm
+from gptk.testing import batches, logits, prompts, tiny_lm
+from toys import LLAMA_LIKE
 
-LM = small_lm()
+LM = tiny_lm()
 # Of all others tests/test_matrix.py shows as much.
 SPECS = {
     "greedy": "greedy",
@@ -138,7 +139,7 @@ def test_a_truncation_changes_a_draw_only_if_it_cuts_it_off():
     assert 500 < stays.sum() < 1500
 
 
-@given(prompts(4))
+@given(prompts(max_tokens=4))
 @settings(max_examples=10)
 def test_beam_of_full_width_finds_the_likeliest_sequence(prompt):
     """Three tokens over a vocabulary cut to six: 216 sequences, all compared."""
@@ -254,7 +255,7 @@ def test_a_sampler_that_takes_a_masked_token_is_told_so():
 def test_logits_that_are_not_numbers_are_named():
     with pytest.raises(GptkError, match="processor temperature gave logits that are not numbers"):
         LM.generate([1], sampler="greedy", processors=["temperature:temperature=1e-40"])
-    broken = small_lm()
+    broken = tiny_lm()
     torch.nn.init.constant_(broken.model.head.weight, torch.nan)
     with pytest.raises(GptkError, match="model's logits are not numbers"):
         broken.generate([1])

@@ -17,9 +17,10 @@ import gptk
 from environments import fresh_environment
 from gptk import plugins
 from gptk.scaffold import LONGEST_NAME, SCAFFOLDS, write_package
+from gptk.testing import tiny_gpt, tiny_lm
 from test_cli import failing
 from test_cli import gptk as run_gptk
-from toys import GPT2_LIKE, small_gpt, small_lm
+from toys import GPT2_LIKE
 
 KINDS = pytest.mark.parametrize("kind", SCAFFOLDS)
 LONG = "a-name-as-long-as-any-name-may-ever-be-4"
@@ -130,7 +131,7 @@ class TestThePackage:
 
     def test_a_sampler_generates(self, tmp_path, taken_in):
         module = taken_in(source(write_package("runner-up", "sampler", tmp_path / "p")))
-        lm = small_lm()
+        lm = tiny_lm()
         out = lm.generate("abc", sampler="runner-up:temperature=2", seed=3, max_new_tokens=5)
         assert out == lm.generate(
             "abc", sampler=module.RunnerUp(temperature=2), seed=3, max_new_tokens=5
@@ -139,7 +140,7 @@ class TestThePackage:
 
     def test_a_processor_processes(self, tmp_path, taken_in):
         taken_in(source(write_package("runner-up", "processor", tmp_path / "p")))
-        lm = small_lm()
+        lm = tiny_lm()
         chosen = {"sampler": "multinomial", "max_new_tokens": 12, "seed": 1}
         plain = lm.generate("abc", **chosen)
         assert lm.generate("abc", processors=["runner-up:a=1e-9"], **chosen) == plain
@@ -158,7 +159,7 @@ class TestThePackage:
     def test_a_loader_loads_what_its_test_writes(self, tmp_path, taken_in):
         folder = write_package("runner-up", "loader", tmp_path / "p")
         taken_in(source(folder))
-        model = small_gpt(GPT2_LIKE)
+        model = tiny_gpt(GPT2_LIKE)
         config = json.dumps(dataclasses.asdict(GPT2_LIKE))
         state = {name: p.detach() for name, p in model.named_parameters()}
         path = str(tmp_path / "model.runner-up")
@@ -324,7 +325,7 @@ class TestAFile:
     """`gptk --plugin FILE.py COMMAND`."""
 
     def test_it_serves_the_command_that_it_is_given_to(self, coldest, tmp_path):
-        small_lm().save(tmp_path / "model")
+        tiny_lm().save(tmp_path / "model")
         out = run_gptk(
             "--plugin", coldest, "generate", "abc", "--model", tmp_path / "model",
             "--sampler", "coldest", "--max-new-tokens", 3, "--json",
@@ -421,7 +422,7 @@ class TestAFile:
         assert not any(name.startswith("gptk_file_x") for name in sys.modules)
 
     def test_one_that_fails_at_work_is_named_with_its_line(self, coldest, tmp_path):
-        small_lm().save(tmp_path / "model")
+        tiny_lm().save(tmp_path / "model")
         coldest.write_text(COLDEST.replace("argmin(dim=-1)", "argmin(dim=7)"))
         out = run_gptk(
             "--plugin", coldest, "generate", "abc", "--model", tmp_path / "model",
@@ -446,11 +447,11 @@ def use(kind, environment, folder, data):
     if kind == "loader":
         model = folder / "model.runner-up"
         config = json.dumps(dataclasses.asdict(GPT2_LIKE))
-        state = {name: p.detach() for name, p in small_gpt(GPT2_LIKE).named_parameters()}
+        state = {name: p.detach() for name, p in tiny_gpt(GPT2_LIKE).named_parameters()}
         save_file(state, model, metadata={"config": config})
         how = ["--tokenizer", "bytes", "--model", f"runner-up:path={model}"]
     else:
-        small_lm().save(model)
+        tiny_lm().save(model)
         how = ["--model", model, "--sampler", "multinomial"]
         how += [f"--{kind}", "runner-up"]
     out = environment.run("gptk", "generate", "abc", *how, "--max-new-tokens", 3, "--json")

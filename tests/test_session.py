@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptk import DecodeSession, DecodingError, Follower
-from toys import CONFIGS, GPT2_LIKE, batches, small_gpt
+from gptk.testing import batches, tiny_gpt
+from toys import CONFIGS, GPT2_LIKE
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-MODELS = {name: small_gpt(config) for name, config in CONFIGS.items()}
+MODELS = {name: tiny_gpt(config) for name, config in CONFIGS.items()}
 
 
 def plain_logits(model, tokens):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk import DecodeSession, Drafter, IncompatibleError, OptionError
-from toys import GPT2_LIKE, LLAMA_LIKE, batches, small_gpt, small_lm
+from gptk.testing import batches, tiny_gpt, tiny_lm
+from toys import GPT2_LIKE, LLAMA_LIKE
 
-LM = small_lm()
-OTHER = small_lm(seed=1)
-NEAR = small_lm()
+LM = tiny_lm()
+OTHER = tiny_lm(seed=1)
+NEAR = tiny_lm()
 with torch.no_grad():
     for weight in NEAR.model.parameters():
         weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@given(batch=batches(3), seed=st.integers(0, 1000), data=st.data())
+@given(batch=batches(max_prompts=3), seed=st.integers(0, 1000), data=st.data())
 @settings(max_examples=8)
 def test_with_a_draft_the_results_are_the_same(draft, sampler, batch, seed, data):
     chosen = {
@@ -77,7 +78,7 @@ def test_with_a_draft_the_results_are_the_same(draft, sampler, batch, seed, data
 def test_a_draft_goes_as_far_as_the_window(overflow):
     prompt = [1, 2, 3, 1, 2, 3] * 13
     chosen = {"max_new_tokens": 30, "overflow": overflow}
-    for draft in ("lookup", LM, small_lm(GPT2_LIKE)):
+    for draft in ("lookup", LM, tiny_lm(GPT2_LIKE)):
         same(LM.generate(prompt, draft=draft, **chosen), LM.generate(prompt, **chosen))
 
 
@@ -116,7 +117,7 @@ def test_guesses_and_acceptances_are_counted():
 
 def test_the_model_reads_all_guesses_at_once():
     passes = []
-    model = small_gpt()
+    model = tiny_gpt()
     hook = model.norm.register_forward_hook(lambda *_: passes.append(1))
     lm = gptk.LanguageModel(model)
     lm.generate([1, 2, 3], draft=LM, max_new_tokens=24)
@@ -126,7 +127,7 @@ def test_the_model_reads_all_guesses_at_once():
 
 def test_rows_of_a_batch_run_ahead_of_each_other():
     passes = []
-    model = small_gpt()
+    model = tiny_gpt()
     hook = model.norm.register_forward_hook(lambda *_: passes.append(1))
     lm = gptk.LanguageModel(model)
     prompts = [[5, 6, 7, 8] * 4, [9] * 12, [1, 2, 3]]
@@ -142,7 +143,7 @@ def test_rows_of_a_batch_run_ahead_of_each_other():
     assert len(passes) <= max(alone) + 2
 
 
-@given(batch=batches(3), data=st.data())
+@given(batch=batches(max_prompts=3), data=st.data())
 @settings(max_examples=25)
 def test_any_walk_of_guesses_gives_the_logits_of_the_plain_model(batch, data):
     model = LM.model
@@ -189,11 +190,11 @@ def test_beams_refuse_a_draft():
 def test_a_draft_of_another_vocabulary_is_refused():
     small = dataclasses.replace(LLAMA_LIKE, vocab_size=100)
     with pytest.raises(OptionError, match="vocabulary of 100 tokens and the model one of 257"):
-        LM.generate([1], draft=gptk.LanguageModel(small_gpt(small)))
+        LM.generate([1], draft=gptk.LanguageModel(tiny_gpt(small)))
 
 
 def test_a_draft_may_be_padded_or_unpadded():
-    padded = small_lm(dataclasses.replace(LLAMA_LIKE, vocab_size=300))
+    padded = tiny_lm(dataclasses.replace(LLAMA_LIKE, vocab_size=300))
     for one, other in ((LM, padded), (padded, LM)):
         same(one.generate([1], draft=other), one.generate([1]))
 
@@ -202,7 +203,7 @@ def test_a_draft_may_be_padded_or_unpadded():
 def test_with_a_draft_tokens_are_drawn_as_often_as_they_are_likely(draft):
     """All 25 texts of two tokens, 4,000 drawn: fixed seed, chi-square."""
     tiny = dataclasses.replace(LLAMA_LIKE, vocab_size=5)
-    lm, other = (gptk.LanguageModel(small_gpt(tiny, seed=seed)) for seed in (3, 4))
+    lm, other = (gptk.LanguageModel(tiny_gpt(tiny, seed=seed)) for seed in (3, 4))
     prompt, runs = [1, 2, 1], 4000
     chosen = {"sampler": "multinomial:temperature=1.5", "max_new_tokens": 2, "seed": 0}
     outs = lm.generate_batch([prompt] * runs, draft=other if "model" in draft else draft, **chosen)

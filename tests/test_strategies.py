@@ -15,12 +15,13 @@ import gptk
 from gptk import OptionError, RandomStream
 from gptk.plugins import create, register, unregister
 from gptk.random import as_keys, columns, exponential
-from toys import CONFIGS, LLAMA_LIKE, prompts, small_gpt, small_lm
+from gptk.testing import prompts, tiny_gpt, tiny_lm
+from toys import CONFIGS, LLAMA_LIKE
 
 CPU = torch.device("cpu")
-LMS = {name: small_lm(config) for name, config in CONFIGS.items()}
+LMS = {name: tiny_lm(config) for name, config in CONFIGS.items()}
 LM = LMS["llama-like"]
-TINY = gptk.LanguageModel(small_gpt(dataclasses.replace(LLAMA_LIKE, vocab_size=5), seed=3))
+TINY = gptk.LanguageModel(tiny_gpt(dataclasses.replace(LLAMA_LIKE, vocab_size=5), seed=3))
 
 
 def states(model, tokens):
@@ -100,7 +101,7 @@ def diverse_beams(model, prompt, width, groups, diversity, steps):
 
 
 @pytest.mark.parametrize(("width", "groups"), [(4, 2), (6, 3), (3, 3), (4, 1)])
-@given(prompt=prompts(6), diversity=st.sampled_from([0.0, 0.5, 2.0, 20.0]))
+@given(prompt=prompts(max_tokens=6), diversity=st.sampled_from([0.0, 0.5, 2.0, 20.0]))
 @settings(max_examples=6)
 def test_diverse_beam_search_is_the_papers(width, groups, diversity, prompt):
     sampler = f"diverse-beam:width={width},beam_groups={groups},diversity={diversity}"
@@ -339,7 +340,7 @@ def test_best_of_n_needs_a_sampler_that_draws(base):
 
 @pytest.mark.parametrize("name", LMS)
 @pytest.mark.parametrize("negative", [None, "[9, 8, 7]"])
-@given(prompt=prompts(8), scale=st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0, -1.0]))
+@given(prompt=prompts(max_tokens=8), scale=st.sampled_from([0.0, 0.5, 1.0, 1.5, 3.0, -1.0]))
 @settings(max_examples=8)
 def test_guidance_is_the_papers(name, negative, prompt, scale):
     lm = LMS[name]

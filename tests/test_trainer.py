@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import gptk
 from gptk.data import Windows
+from gptk.testing import tiny_gpt
 from gptk.trainer import Trainer
 from gptk.weights import build_model
-from toys import GPT2_LIKE, small_gpt
+from toys import GPT2_LIKE
 from training_runs import SMALL, config, tokens
 
 BOOK_124M = {
@@ -34,7 +35,7 @@ BOOK_SMALL = {**BOOK_124M, "context_length": 32, "emb_dim": 64, "n_heads": 4, "n
 
 def trainer(model=None, train_tokens=2000, *, tokenizer=None, **changes):
     """A trainer in memory, on random tokens."""
-    model = model or small_gpt(GPT2_LIKE)
+    model = model or tiny_gpt(GPT2_LIKE)
     length = changes.pop("context_length", 16)
     data = tokens(train_tokens, model.config.vocab_size)
     return Trainer(
@@ -134,7 +135,7 @@ def test_the_last_short_batch_counts_by_its_size():
 
 def test_an_epoch_takes_each_window_once_and_the_next_another_order():
     data = np.arange(16 * 20 + 1)
-    one = Trainer(small_gpt(), Windows(data % 257, 16), Windows(data % 257, 16), config())
+    one = Trainer(tiny_gpt(), Windows(data % 257, 16), Windows(data % 257, 16), config())
     seen = []
     for _ in range(2 * one.steps_per_epoch):
         seen.append(one._next_windows().tolist())
@@ -384,7 +385,7 @@ def test_epochs_take_the_place_of_steps_on_the_way(tmp_path):
 def test_bfloat16_autocast_learns_as_float32_does(architecture):
     settings = SMALL | {"architecture": architecture, "n_kv_heads": 1}
     shape = gptk.TrainConfig(**settings).new_model_config(257)
-    exact, rounded = (trainer(small_gpt(shape), dtype=d) for d in ("float32", "bfloat16"))
+    exact, rounded = (trainer(tiny_gpt(shape), dtype=d) for d in ("float32", "bfloat16"))
     for _ in range(10):
         a, b = exact.step()["loss"], rounded.step()["loss"]
         assert a == pytest.approx(b, abs=0.01)
@@ -399,7 +400,7 @@ def test_compiling_changes_no_loss(architecture):
     settings = SMALL | {"architecture": architecture, "n_kv_heads": 1}
     shape = gptk.TrainConfig(**settings).new_model_config(257)
     plain, compiled = (
-        trainer(small_gpt(shape), compile=compile, eval_batches=3) for compile in (False, True)
+        trainer(tiny_gpt(shape), compile=compile, eval_batches=3) for compile in (False, True)
     )
     for _ in range(3):
         assert plain.step()["loss"] == pytest.approx(compiled.step()["loss"], abs=1e-5)

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from gptk import LogitsProcessor, OptionError, Rows
 from gptk.plugins import create, provided
-from toys import logits, small_lm
+from gptk.testing import logits, tiny_lm
 
 MARGIN = 1e-5
 """How far rounding may move the options at which the last token stays or goes."""
@@ -454,7 +454,7 @@ def test_options_out_of_bounds_are_refused(name):
 
 # The samplers that rest on them
 
-LM = small_lm()
+LM = tiny_lm()
 
 
 @pytest.mark.parametrize(

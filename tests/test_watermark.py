@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk.plugins import create, provided
-from toys import small_lm
+from gptk.testing import tiny_lm
 
-LM = small_lm()
+LM = tiny_lm()
 KEY = 15_485_863
 SETTINGS = [
     {},
@@ -115,7 +115,7 @@ def judged(options, tokens, *, bos=None, ignore_repeated_ngrams=False, z_thresho
 def generated(*processors, seed=0):
     return LM.generate(
         [1, 2, 3],
-        sampler="multinomial:temperature=1.3",
+        sampler="multinomial:temperature=1.2",
         processors=processors,
         max_new_tokens=90,
         ignore_eos=True,

@@ -122,4 +122,4 @@ def _show(one: Provided) -> None:
 
 def _console() -> Console:
     """As wide as the terminal; piped, wide enough that no line is folded."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else 1000)
