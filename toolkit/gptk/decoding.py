@@ -34,7 +34,7 @@ class Hypothesis:
     prompt: int
     sample: int = 0
     group: int = 0
-    parent: "Hypothesis | None" = None
+    parent: "Hypothesis | None" = field(default=None, repr=False, compare=False)
     token: int = -1
     logprob: float = 0.0
     total: float = 0.0
@@ -47,9 +47,13 @@ class Hypothesis:
 
     def chain(self) -> "list[Hypothesis]":
         """The links from the first new token to this one."""
+        return self.since(0)
+
+    def since(self, length: int) -> "list[Hypothesis]":
+        """The links that come after the first `length` new tokens."""
         links = []
-        link: Hypothesis | None = self
-        while link is not None and link.parent is not None:
+        link = self
+        while link.length > length and link.parent is not None:
             links.append(link)
             link = link.parent
         return links[::-1]
@@ -137,6 +141,7 @@ class Decoding:
         self._processes: list[tuple[str, Process]] = []
         self.state: object = None
         """What the sampler remembers."""
+        self._drafter = drafter
         self._draft: Draft | None = None
         self._offered = [0] * len(rows)
         """For each row how many guesses are still to be compared."""
@@ -151,8 +156,7 @@ class Decoding:
             for processor in self.processors:
                 process = processor.start(rows)
                 self._processes.append((processor.name, process))
-                if process is not processor:
-                    self._follow(process, f"the state of processor {processor.name}")
+                self._follow(process, f"the state of processor {processor.name}")
             self.state = sampler.start(self)
             self._follow(self.state, f"the state of sampler {sampler.name}")
             if drafter is not None:
@@ -160,8 +164,12 @@ class Decoding:
                 self._draft = drafter.start(self)
                 self._follow(self._draft, f"the state of drafter {drafter.name}")
                 self._guess()
-            for observer in observers:
-                self._listeners.append((observer, observer.start(self)))
+            try:
+                for observer in observers:
+                    self._listeners.append((observer, observer.start(self)))
+            except BaseException:
+                self.close()
+                raise
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -214,6 +222,8 @@ class Decoding:
         that ends with candidate i, and the rows need only be selected.
         """
         self._check(choice)
+        candidates = _to_lists(choice)
+        self._check_values(*candidates[:2])
         # A row that waits for the model has had its choice: this one was for show.
         waiting = [not known for known in self.session.known]
         kept: list[list[tuple[int, Hypothesis]]] = [[] for _ in self.searches]
@@ -223,9 +233,7 @@ class Decoding:
         late = self.limits.deadline is not None and time.monotonic() >= self.limits.deadline
         origins = range(len(choice.tokens)) if extended else None
         outcomes: list[Hypothesis | None] = []
-        for place, (parent, token, logprob, score) in enumerate(
-            zip(*_to_lists(choice), strict=True)
-        ):
+        for place, (parent, token, logprob, score) in enumerate(zip(*candidates, strict=True)):
             row = self.live[parent]
             search = self._search_of(row)
             source = parent if origins is None else place
@@ -284,6 +292,7 @@ class Decoding:
         guesses = []
         for _ in range(count):
             choice = self.sampler.step(self.process(next_logits()), session.rows)
+            self._check(choice)
             guesses.append(choice.tokens)
             session.move(choice.tokens)
         session.rewind(count)
@@ -368,6 +377,7 @@ class Decoding:
         room = min(max(left), session.model.config.context_length - max(rows.lengths))
         guesses = self._draft.propose(self, room) if room > 0 else None
         if guesses is not None:
+            self._check_guesses(guesses, room)
             self._offered = (guesses >= 0).sum(dim=1).tolist()
             self.acceptance.guessed += sum(self._offered)
             guesses = guesses.clamp(min=0)  # what stands where there is no guess is as good as any
@@ -419,7 +429,18 @@ class Decoding:
         limit = self.searches[self._search_of(best)].limit
         return self.sampler.is_done(ranks, best.score, best.length, limit)
 
-    def _check(self, choice: Choice) -> None:
+    def _check(self, choice: object) -> None:
+        """Raises PluginError for what is no choice for these rows. It does not wait for a GPU."""
+        if not isinstance(choice, Choice):
+            raise PluginError(
+                f"sampler {self.sampler.name} returned {choice!r:.80}; it must return a gptk.Choice"
+            )
+        for what, tensor in (("tokens", choice.tokens), ("parents", choice.parents)):
+            if tensor is not None and not _holds_integers(tensor):
+                raise PluginError(
+                    f"sampler {self.sampler.name} chose {what} of type {tensor.dtype}; they must "
+                    "be whole numbers"
+                )
         candidates = choice.tokens.shape
         shapes = {choice.logprobs.shape, choice.scores.shape, candidates}
         if choice.parents is not None:
@@ -434,6 +455,37 @@ class Decoding:
                 f"sampler {self.sampler.name} chose {candidates[0]} tokens for {len(self.live)} "
                 "rows; only competing rows may be dropped or forked"
             )
+
+    def _check_values(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
+        vocabulary, rows = self.session.model.config.vocab_size, len(self.live)
+        for token in (min(tokens, default=0), max(tokens, default=0)):
+            if not 0 <= token < vocabulary:
+                raise PluginError(
+                    f"sampler {self.sampler.name} chose token {token}; the vocabulary has "
+                    f"{vocabulary}"
+                )
+        for parent in (min(parents, default=0), max(parents, default=0)):
+            if not 0 <= parent < rows:
+                raise PluginError(f"sampler {self.sampler.name} chose for row {parent} of {rows}")
+
+    def _check_guesses(self, guesses: object, most: int) -> None:
+        who = "the draft" if self._drafter is None else f"drafter {self._drafter.name}"
+        if not isinstance(guesses, Tensor):
+            raise PluginError(f"{who} guessed {guesses!r:.80}; it must give a tensor")
+        rows = len(self.live)
+        if guesses.dim() != 2 or len(guesses) != rows or not _holds_integers(guesses):
+            raise PluginError(
+                f"{who} gave guesses of shape {tuple(guesses.shape)} and type {guesses.dtype}; "
+                f"they must be whole numbers of shape ({rows}, at most {most})"
+            )
+        if guesses.shape[1] > most:
+            raise PluginError(
+                f"{who} guessed {guesses.shape[1]} tokens ahead where {most} were asked for"
+            )
+        vocabulary = self.session.model.config.vocab_size
+        wrong = guesses[(guesses < -1) | (guesses >= vocabulary)].tolist()
+        if wrong:
+            raise PluginError(f"{who} guessed token {wrong[0]}; the vocabulary has {vocabulary}")
 
     def _check_dead_ends(
         self, kept: Sequence[Sequence[object]], finished: Sequence[Sequence[object]]
@@ -474,6 +526,10 @@ def check_draft(sampler: Sampler) -> None:
 def _is_distribution(logits: Tensor) -> bool:
     """Whether softmax gives probabilities. logits: (vocab,)."""
     return bool(logits.amax().isfinite())  # NaN is the largest
+
+
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _to_lists(choice: Choice) -> tuple[list[int], list[int], list[float], list[float]]:

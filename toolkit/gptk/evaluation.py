@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gptk.data import TokenFile, Windows, prepare_tokens
 from gptk.errors import DataError, DecodingError, OptionError
-from gptk.model import GPT
+from gptk.model import GPT, evaluating
 
 if TYPE_CHECKING:
     from gptk.language_model import LanguageModel
@@ -88,26 +88,20 @@ def evaluate(
     tokens = _tokens(lm, data)
     lengths = None if tokenizer is None else _text_lengths(tokenizer, vocabulary)
     nats, scored, size = 0.0, 0, 0
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
-                # (windows, length), of which the last `new` have not been scored
-                windows = Windows(tokens[starts.start :], length, stride)
-                inputs, targets = windows.batch(np.arange(len(starts)))
-                hidden = model(inputs.to(model.device))[:, -new:].flatten(0, 1)
-                targets = targets[:, -new:].flatten()
-                logprobs = token_logprobs(model, hidden, targets.to(model.device))
-                nats -= float(logprobs.cpu().double().sum())
-                scored += len(targets)
-                if lengths is not None:
-                    size += int(lengths[targets].sum())
-                if progress is not None:
-                    progress(scored, len(tokens) - 1)
-    finally:
-        if training:
-            model.train()
+    with evaluating(model), torch.inference_mode():
+        for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
+            # (windows, length), of which the last `new` have not been scored
+            windows = Windows(tokens[starts.start :], length, stride)
+            inputs, targets = windows.batch(np.arange(len(starts)))
+            hidden = model(inputs.to(model.device))[:, -new:].flatten(0, 1)
+            targets = targets[:, -new:].flatten()
+            logprobs = token_logprobs(model, hidden, targets.to(model.device))
+            nats -= float(logprobs.cpu().double().sum())
+            scored += len(targets)
+            if lengths is not None:
+                size += int(lengths[targets].sum())
+            if progress is not None:
+                progress(scored, len(tokens) - 1)
     loss = nats / scored
     if not math.isfinite(loss):
         raise DecodingError(

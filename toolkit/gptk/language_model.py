@@ -14,12 +14,12 @@ from gptk.chat import Message, encode_chat
 from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
-from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError
+from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError, suggest
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
-from gptk.model import GPT
+from gptk.model import GPT, evaluating
 from gptk.observing import DecodingObserver
-from gptk.plugins import blaming, create
+from gptk.plugins import blaming, create, provided
 from gptk.sampling import LogitsProcessor, Sampler
 from gptk.saving import save_checkpoint
 from gptk.session import DecodeSession, Overflow, Rows
@@ -166,7 +166,7 @@ class LanguageModel:
         window = self.model.config.context_length
         if len(ids) > window:
             raise PromptError(f"the text has {len(ids)} tokens, the model's window {window}")
-        with torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             tokens = torch.tensor(ids, device=self.model.device)
             hidden = self.model(tokens[None, :-1])[0]
             logprobs = token_logprobs(self.model, hidden, tokens[1:])
@@ -232,7 +232,10 @@ class Stream:
         ignore_eos: bool = False,
         use_cache: bool = True,
         observers: Iterable[str | DecodingObserver] = (),
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise OptionError(_unknown_setting(name))
         self._max_new_tokens = _whole("max_new_tokens", max_new_tokens, least=1)
         self._n = _whole("n", n, least=1)
         self._seed = secrets.randbits(32) if seed is None else _whole("seed", seed)
@@ -244,18 +247,20 @@ class Stream:
             raise OptionError(f"max_seconds is {max_seconds!r}; it must be a number, 0 or more")
         self._lm = lm
         self._sampler = create("sampler", sampler, Sampler)
-        if isinstance(processors, str | LogitsProcessor):
-            processors = [processors]
-        self._processors = [create("processor", p, LogitsProcessor) for p in processors]
-        if isinstance(observers, str | DecodingObserver):
-            observers = [observers]
-        self._observers = [create("decoding-observer", o, DecodingObserver) for o in observers]
+        self._processors = [
+            create("processor", one, LogitsProcessor)
+            for one in _listed("processors", processors, LogitsProcessor)
+        ]
+        self._observers = [
+            create("decoding-observer", one, DecodingObserver)
+            for one in _listed("observers", observers, DecodingObserver)
+        ]
         # Whatever does not go together is refused before any work.
         self._rows = self._sampler.max_rows(n)
         self._drafter = None if draft is None else make_drafter(draft)
         if self._drafter is not None:
             check_draft(self._sampler)
-        stops = [stop] if isinstance(stop, str) or callable(stop) else list(stop)
+        stops = _listed("stop", [stop] if callable(stop) else stop, str)
         self._stop_conditions = tuple(one for one in stops if not isinstance(one, str))
         self._stop = [one for one in stops if isinstance(one, str)]
         for one in stops:
@@ -312,6 +317,8 @@ class Stream:
     @property
     def result(self) -> Generation:
         """The result for the first prompt. Raises GptkError before the end."""
+        if not self.results:
+            raise GptkError("there was no prompt, and so there is no result")
         return self.results[0]
 
     def interrupt(self) -> str:
@@ -329,8 +336,9 @@ class Stream:
             self._results = [
                 self._generation(self._decoding, index) for index in range(len(self._prompts))
             ]
-        rest = self.result.text[len(self._shown) :]
-        self._shown = self.result.text
+        text = self._results[0].text
+        rest = text[len(self._shown) :]
+        self._shown = text
         return rest
 
     def _decode(self) -> Generator[str, None, None]:
@@ -362,15 +370,18 @@ class Stream:
             observers=self._observers,
         )
         text = TextStream(self._stop)
+        read = 0
         try:
             while decoding.live:
                 decoding.step()
                 piece = ""
                 if self.live and self._tokenizer is not None:
                     row = (decoding.live or decoding.searches[0].finished)[0]
-                    if row.length == decoding.steps and row.reason != "eos":
-                        piece = text.push(self._tokenizer.token_bytes(row.token))
-                        self._shown += piece
+                    for link in row.since(read):
+                        if link.reason != "eos":
+                            piece += text.push(self._tokenizer.token_bytes(link.token))
+                    read = row.length
+                    self._shown += piece
                 yield piece
         finally:
             decoding.close()
@@ -398,6 +409,29 @@ class Stream:
         answers = [one.is_complete(tokens, rows) for one in self._processors]
         asked = [answer for answer in answers if answer is not None]
         return all(asked) if asked else None
+
+
+def _listed(name: str, given: Any, single: type) -> list[Any]:
+    """A setting that is a list, or one thing that would stand in it, or None for none."""
+    if given is None:
+        return []
+    if isinstance(given, str | single):
+        return [given]
+    if not isinstance(given, Iterable):
+        what = (
+            "a text, a function, or a list of these"
+            if name == "stop"
+            else "a list of specs or instances"
+        )
+        raise OptionError(f"{name} is {given!r:.80}; it must be {what}")
+    return list(given)
+
+
+def _unknown_setting(name: str) -> str:
+    processor = name.replace("_", "-")
+    if processor in provided("processor"):
+        return f"there is no setting {name}; it is a processor: processors=['{processor}:…']"
+    return f"there is no setting {name}; {suggest(name, Settings.__annotations__, what='settings')}"
 
 
 def _whole(name: str, value: Any, *, least: int | None = None) -> int:

@@ -10,7 +10,8 @@ unusual:
 - rows of a batch stand at positions of their own, see `gptk.cache`.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -201,6 +202,19 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block; afterwards the model is in the mode in which it was."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 class GPT(nn.Module):

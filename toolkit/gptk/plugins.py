@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, ClassVar, TypeVar
 
 import pluggy
@@ -254,17 +254,37 @@ def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
     """Which plug-in's code was the last to run before the error, in a line; None for nobody's."""
     at_work = list(plugins)
     frames = list(traceback.walk_tb(error.__traceback__))[::-1]
-    # A plug-in's state and helpers stand in its module, or else in its package.
-    for part in (str, _package):
+    for is_of in (_is_method_of, _is_beside, _is_in_package_of):
         for frame, line in frames:
-            module = frame.f_globals.get("__name__", "")
             for plugin in at_work:
-                if part(module) == part(type(plugin).__module__) and part(module) != "gptk":
+                if is_of(frame, plugin):
                     return (
                         f"{type(plugin).title()} of {_owner(plugin)} failed in "
-                        f"{frame.f_code.co_qualname}, line {line} of {module}: {brief(error)}"
+                        f"{frame.f_code.co_qualname}, line {line} of "
+                        f"{frame.f_globals.get('__name__')}: {brief(error)}"
                     )
     return None
+
+
+def _is_method_of(frame: FrameType, plugin: Plugin) -> bool:
+    """Whether a frame runs a method of the plug-in or of a class inside its own."""
+    if frame.f_globals.get("__name__") != type(plugin).__module__:
+        return False
+    qualname = type(plugin).__qualname__
+    return frame.f_locals.get("self") is plugin or frame.f_code.co_qualname.startswith(
+        f"{qualname}."
+    )
+
+
+def _is_beside(frame: FrameType, plugin: Plugin) -> bool:
+    """Whether a frame is in the plug-in's module, where its state and helpers stand."""
+    module = frame.f_globals.get("__name__", "")
+    return bool(module == type(plugin).__module__ and _package(module) != "gptk")
+
+
+def _is_in_package_of(frame: FrameType, plugin: Plugin) -> bool:
+    package = _package(frame.f_globals.get("__name__", ""))
+    return package == _package(type(plugin).__module__) != "gptk"
 
 
 def warn_of_failure(observer: Plugin, error: Exception) -> None:

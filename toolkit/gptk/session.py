@@ -5,15 +5,15 @@ session and moves with it, the KV cache first: that is why strategies combine.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gptk.cache import KVCache
-from gptk.errors import DecodingError
-from gptk.model import GPT
+from gptk.errors import DecodingError, GptkError, PromptError
+from gptk.model import GPT, evaluating
 from gptk.random import RandomStream, as_keys, columns, exponential
 from gptk.tokenizer import Tokenizer
 
@@ -211,6 +211,10 @@ class DecodeSession:
     `extend` is two things, which speculation takes apart: `move` appends tokens to the rows and
     tells the followers, `read` runs the model on those tokens that it has not seen, and on
     guesses of what follows. A row that moves on as guessed has its logits without another pass.
+
+    What it gives are inference tensors: to change them in place or to train on them, `clone()`
+    them outside `torch.inference_mode`. Dropout is off, whatever the model's mode. Raises
+    PromptError for prompts that are empty or not of the model's vocabulary.
     """
 
     _logits: Tensor
@@ -230,6 +234,12 @@ class DecodeSession:
         layers: Sequence[int] = (),
     ) -> None:
         self.model = model
+        if not prompts:
+            raise PromptError("a session needs a prompt")
+        for number, prompt in enumerate(prompts, 1):
+            if not len(prompt):
+                raise PromptError(f"prompt {number} has no tokens")
+            self._check_ids(prompt, PromptError)
         self.rows = Rows(prompts, seed=seed, device=model.device, model=model)
         self.overflow = overflow
         self._layers = tuple(layers)
@@ -348,7 +358,7 @@ class DecodeSession:
             )
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
-            hidden = self.model.hidden_states(ids, cache, layers=self._layers)
+            hidden = self._states(ids, cache)
         else:
             hidden = self._recompute(n + d)
         if guesses is not None and not usable:
@@ -382,6 +392,8 @@ class DecodeSession:
         """
         if isinstance(counts, int):
             counts = [counts] * len(self.rows)
+        if len(counts) != len(self.rows):
+            raise DecodingError(f"there are {len(counts)} counts for {len(self.rows)} rows")
         for row, count in enumerate(counts):
             new = self.rows.lengths[row] - self.rows.prompt_lengths[row]
             if not 0 <= count <= new:
@@ -426,12 +438,22 @@ class DecodeSession:
             self._cache.rewind(counts)
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
+        tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
+        if tokens.device.type == "cpu" and tokens.numel():  # others would have to be waited for
+            self._check_ids([int(tokens.min()), int(tokens.max())], DecodingError)
         if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
             raise DecodingError(
                 f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
             )
         return tokens
+
+    def _check_ids(self, ids: Iterable[int], error: type[GptkError]) -> None:
+        vocabulary = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise error(f"token {token} is not in the model's vocabulary of {vocabulary}")
 
     def _too_long(self, length: int) -> DecodingError:
         return DecodingError(
@@ -446,6 +468,12 @@ class DecodeSession:
         last = torch.tensor(lengths, device=self.rows.tokens.device)[:, None] - n
         last = last + torch.arange(n, device=last.device)
         return self.rows.tokens.gather(1, last)
+
+    def _states(
+        self, ids: Tensor, cache: KVCache | None, counts: list[int] | None = None
+    ) -> Tensor:
+        with evaluating(self.model):
+            return self.model.hidden_states(ids, cache, counts, layers=self._layers)
 
     def _recompute(self, n: int) -> Tensor:
         """The hidden states of each row's last n tokens, from the tokens in its window alone.
@@ -466,9 +494,7 @@ class DecodeSession:
         self._cached = self._cache is not None and max(lengths) <= window
         if self._cache is not None:
             self._cache.clear()
-        hidden = self.model.hidden_states(
-            ids, self._cache if self._cached else None, counts, layers=self._layers
-        )
+        hidden = self._states(ids, self._cache if self._cached else None, counts)
         last = torch.tensor(counts, device=ids.device)[:, None] - n
         last = last + torch.arange(n, device=ids.device)
         return hidden[torch.arange(len(counts), device=ids.device)[:, None], last]

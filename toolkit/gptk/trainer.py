@@ -524,7 +524,7 @@ class Trainer:
             if weights is not None:
                 checkpoint = Checkpoint(self.model.config, weights)
                 model = build_model(checkpoint, self.model.device, torch.float32)
-            lm = LanguageModel(model.eval(), self.tokenizer)
+            lm = LanguageModel(model, self.tokenizer)
             text = lm.generate(
                 self.config.sample_prompt,
                 sampler=self._sampler,
@@ -532,7 +532,6 @@ class Trainer:
                 seed=self.config.seed,
                 overflow="slide",
             ).text
-            self.model.train()
         return {
             "kind": "sample",
             "step": self.step_count,

@@ -22,7 +22,9 @@ class CFG(gptk.LogitsProcessor):
     name = "cfg"
     example = "scale=1.5"
 
-    scale: float = Field(1.5, description="above 1 follows the prompt more closely")
+    scale: float = Field(
+        1.5, ge=-1e6, le=1e6, description="above 1 follows the prompt more closely"
+    )
     negative: str | tuple[int, ...] | None = Field(
         None, description="the negative prompt, a text or a list of token ids"
     )

@@ -18,7 +18,10 @@ class FrequencyPenalty(gptk.LogitsProcessor):
     example = "penalty=0.5"
 
     penalty: float = Field(
-        0.5, description="off the logit for each time; 0 changes nothing, below 0 rewards"
+        0.5,
+        ge=-1e6,
+        le=1e6,
+        description="off the logit for each time; 0 changes nothing, below 0 rewards",
     )
     prompt: bool = Field(False, description="whether to count in the prompt, too")
 

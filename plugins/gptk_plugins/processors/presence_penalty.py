@@ -18,7 +18,10 @@ class PresencePenalty(gptk.LogitsProcessor):
     example = "penalty=0.5"
 
     penalty: float = Field(
-        0.5, description="off the logit; 0 changes nothing, below 0 rewards repetition"
+        0.5,
+        ge=-1e6,
+        le=1e6,
+        description="off the logit; 0 changes nothing, below 0 rewards repetition",
     )
     prompt: bool = Field(False, description="whether the prompt's tokens count, too")
 

@@ -17,7 +17,9 @@ class RepetitionPenalty(gptk.LogitsProcessor):
     name = "repetition-penalty"
     example = "penalty=1.1"
 
-    penalty: float = Field(1.1, gt=0, description="1 changes nothing; below 1 rewards repetition")
+    penalty: float = Field(
+        1.1, ge=1e-6, le=1e6, description="1 changes nothing; below 1 rewards repetition"
+    )
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         # Padding stands for the row's first token: penalizing it again writes the same value.

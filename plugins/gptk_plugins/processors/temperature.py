@@ -12,7 +12,9 @@ class Temperature(gptk.LogitsProcessor):
     name = "temperature"
     example = "temperature=0.7"
 
-    temperature: float = Field(1.0, gt=0, description="1 changes nothing; for 0 use greedy")
+    temperature: float = Field(
+        1.0, ge=1e-6, le=1e6, description="1 changes nothing; for 0 use greedy"
+    )
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         return logits / self.temperature

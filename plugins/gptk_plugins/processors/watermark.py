@@ -56,7 +56,9 @@ class Watermark(gptk.LogitsProcessor):
     greenlist_ratio: float = Field(
         0.25, gt=0, lt=1, description="the share of the vocabulary that is favoured; γ"
     )
-    bias: float = Field(2.0, description="what is added to the logits of those tokens; δ")
+    bias: float = Field(
+        2.0, ge=-1e6, le=1e6, description="what is added to the logits of those tokens; δ"
+    )
     hashing_key: int = Field(
         15485863, ge=0, lt=2**63, description="the secret; choose another and keep it"
     )

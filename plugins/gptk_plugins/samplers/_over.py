@@ -33,5 +33,8 @@ class Over(gptk.Sampler):
     def logits(self, session: gptk.DecodeSession) -> Tensor:
         return self.base.logits(session)
 
+    def advance(self, decoding: gptk.Decoding) -> None:
+        self.base.advance(decoding)
+
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
         return self.base.step(logits, rows)

@@ -19,8 +19,10 @@ def candidates_per_place(rows: gptk.Rows) -> int:
 def best_of_each_prompt(keys: Tensor, rows: gptk.Rows, count: int) -> Tensor:
     """Where the `count` largest keys of each prompt are, best first, in the flattened tensor.
 
-    keys: (rows, candidates); the rows of a prompt are adjacent.
+    keys: (rows, candidates); the rows of a prompt are adjacent. A row without a token to go on
+    with has keys that are no numbers; they come last.
     """
+    keys = keys.masked_fill(keys.isnan(), -torch.inf)
     picked = []
     first = 0
     for size in Counter(rows.prompts).values():

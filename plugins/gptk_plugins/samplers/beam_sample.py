@@ -21,7 +21,9 @@ class BeamSample(Beam):
     example = "width=4,temperature=0.7"
     random = True
 
-    temperature: float = Field(1.0, gt=0, description="below 1 sharpens, above 1 flattens")
+    temperature: float = Field(
+        1.0, ge=1e-6, le=1e6, description="below 1 sharpens, above 1 flattens"
+    )
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
         count = self.width * candidates_per_place(rows)

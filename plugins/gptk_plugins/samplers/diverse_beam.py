@@ -26,7 +26,10 @@ class DiverseBeam(Beam):
 
     beam_groups: int = Field(2, ge=1, description="groups, which share the beams equally")
     diversity: float = Field(
-        0.5, ge=0, description="λ, log-probability lost for a token that a group before chose"
+        0.5,
+        ge=0,
+        le=1e6,
+        description="λ, log-probability lost for a token that a group before chose",
     )
 
     @model_validator(mode="after")
@@ -60,6 +63,7 @@ class DiverseBeam(Beam):
             if first == 0 or rows.prompts[first - 1] != prompt:
                 chosen = torch.zeros_like(chosen)
             keys = (scores[first:end] - self.diversity * chosen).flatten()
+            keys = keys.masked_fill(keys.isnan(), -torch.inf)  # of rows that cannot go on
             best = keys.topk(min(count, len(keys))).indices
             tokens = best % vocabulary
             # What the group goes on with; beams that end choose nothing to stay away from.

@@ -48,7 +48,12 @@ class DoLa(Over):
 
     @model_validator(mode="after")
     def _rests_on_one_that_only_chooses(self) -> "DoLa":
-        if type(self.base).advance is not gptk.Sampler.advance or isinstance(self.base, Over):
+        base = self.base
+        if (
+            base.competing
+            or type(base).advance is not gptk.Sampler.advance
+            or isinstance(base, Over)
+        ):
             raise ValueError(
                 f"{self.base.name} decides by more than logits; greedy and top-p do not"
             )

@@ -27,7 +27,9 @@ class Multinomial(gptk.Sampler):
     example = "temperature=0.8"
     random = True
 
-    temperature: float = Field(1.0, gt=0, description="below 1 sharpens, above 1 flattens")
+    temperature: float = Field(
+        1.0, ge=1e-6, le=1e6, description="below 1 sharpens, above 1 flattens"
+    )
 
     def processors(self) -> Sequence[gptk.LogitsProcessor]:
         return () if self.temperature == 1 else (Temperature(temperature=self.temperature),)

@@ -4,6 +4,9 @@ import math
 
 import gptk
 
+LEAST = -1e9
+"""Of a result without tokens, which would else be the best of all at 0."""
+
 
 class MeanLogprob(gptk.Scorer):
     """How likely the model finds a result, a token."""
@@ -11,4 +14,6 @@ class MeanLogprob(gptk.Scorer):
     name = "mean-logprob"
 
     def score(self, result: gptk.Generation) -> float:
-        return math.fsum(result.token_logprobs) / max(len(result.token_logprobs), 1)
+        if not result.token_logprobs:
+            return LEAST
+        return math.fsum(result.token_logprobs) / len(result.token_logprobs)

@@ -47,7 +47,7 @@ def tiny_gpt(config: GPTConfig = TINY, *, vocabulary: int | None = None, seed: i
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.15)
             else:  # no bias of zero, no scale of one: each is seen if it is lost
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
 
 
@@ -93,7 +93,7 @@ def markov_lm(
         model.embed.weight.copy_(torch.eye(size))
         for name in ("blocks.0.attn.out.weight", "blocks.0.mlp.down.weight"):
             model.get_parameter(name).zero_()
-        model.norm.weight.fill_(1)
+        model.get_parameter("norm.weight").fill_(1)
         # The norm makes √vocab of a one-hot state's 1.
         weight = chances.log().clamp(min=-1e5).T / size**0.5
         model.head.weight.copy_(weight)
