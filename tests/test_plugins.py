@@ -370,7 +370,7 @@ def test_a_plugin_can_add_a_command(third_party):
 
 
 def test_the_core_runs_without_built_ins(tmp_path):
-    """With plugins/ gone the core imports, and says that it knows no samplers."""
+    """With plugins/ gone the core says that it knows no samplers, and decodes by one's own."""
     code = """
         import importlib.metadata
         importlib.metadata.entry_points = lambda **_: ()
@@ -380,6 +380,17 @@ def test_the_core_runs_without_built_ins(tmp_path):
             create("sampler", "greedy", gptk.Sampler)
         except gptk.GptkError as error:
             print(error)
+
+        class Second(gptk.Sampler):
+            name = "second"
+
+            def step(self, logits, rows):
+                return gptk.Choice.one_each(logits.topk(2).indices[:, 1], logits, rows)
+
+        from gptk.testing import tiny_gpt
+        lm = gptk.LanguageModel(tiny_gpt())
+        assert len(lm.generate([1, 2], sampler=Second(), max_new_tokens=4).tokens) == 4
+        assert len(lm.score([1, 2, 3]).token_logprobs) == 2
         import sys
         assert "gptk_plugins" not in sys.modules
     """

@@ -11,8 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LONG = {"chapter.md", "training.md"}
+"""Pages whose examples train models."""
 EXAMPLES = [
-    pytest.param(language, code, id=f"{page.name}-{number}")
+    pytest.param(
+        language,
+        code,
+        id=f"{page.name}-{number}",
+        marks=[pytest.mark.slow] if page.name in LONG else [],
+    )
     for page in PAGES
     for number, (language, code) in enumerate(FENCE.findall(page.read_text()), start=1)
 ]

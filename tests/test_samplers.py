@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gptk
 from gptk import Choice, DecodingError, GptkError, LogitsProcessor, OptionError, Rows, Sampler
 from gptk.plugins import create
-from gptk.testing import batches, logits, prompts, tiny_lm
+from gptk.testing import logits, prompts, tiny_lm
 from toys import LLAMA_LIKE
 
 LM = tiny_lm()
@@ -30,29 +30,6 @@ def rows_of(tokens, seed=0):
 
 def result(out):
     return [(one.tokens, one.finish_reason) for one in (out, *out.alternatives)]
-
-
-@pytest.mark.parametrize("spec", SPECS.values())
-@given(batch=batches(), seed=st.integers(0, 10))
-@settings(max_examples=20)
-def test_a_prompt_gives_the_same_alone_and_anywhere_in_a_batch(spec, batch, seed):
-    unique = [list(p) for p in dict.fromkeys(map(tuple, batch))]
-    settings = {"sampler": spec, "max_new_tokens": 8, "seed": seed}
-    together = LM.generate_batch(unique, **settings)
-    backwards = LM.generate_batch(unique[::-1], **settings)[::-1]
-    for prompt, one, other in zip(unique, together, backwards, strict=True):
-        alone = LM.generate(prompt, **settings)
-        assert result(one) == result(alone) == result(other)
-        assert one.score == pytest.approx(alone.score, abs=1e-3)
-
-
-@pytest.mark.parametrize("spec", SPECS.values())
-@given(prompt=prompts())
-@settings(max_examples=10)
-def test_the_same_without_kv_cache(spec, prompt):
-    settings = {"sampler": spec, "max_new_tokens": 8, "seed": 3}
-    cached, plain = (LM.generate(prompt, **settings, use_cache=use) for use in (True, False))
-    assert result(cached) == result(plain)
 
 
 @pytest.mark.parametrize("spec", SPECS.values())
@@ -87,15 +64,6 @@ def test_equal_seeds_give_equal_texts_and_samples_differ(spec):
     first = LM.generate([1, 2, 3], sampler=spec, n=1, seed=7, max_new_tokens=10)
     assert first.tokens == out.tokens
     assert LM.generate([1, 2, 3], sampler=spec, seed=8, max_new_tokens=10).tokens != out.tokens
-
-
-def test_the_global_random_state_is_neither_used_nor_changed():
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    one = LM.generate([1, 2, 3], sampler="multinomial", seed=1).tokens
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(1)
-    assert LM.generate([1, 2, 3], sampler="multinomial", seed=1).tokens == one
 
 
 @given(logits(rows=1))
@@ -252,9 +220,18 @@ def test_a_sampler_that_takes_a_masked_token_is_told_so():
         LM.generate([1], sampler=Coldest(), processors=["top-k:k=3"])
 
 
+class NoNumbers(LogitsProcessor):
+    """0 / 0."""
+
+    name = "no-numbers"
+
+    def __call__(self, logits, rows):
+        return logits * torch.nan
+
+
 def test_logits_that_are_not_numbers_are_named():
-    with pytest.raises(GptkError, match="processor temperature gave logits that are not numbers"):
-        LM.generate([1], sampler="greedy", processors=["temperature:temperature=1e-40"])
+    with pytest.raises(GptkError, match="processor no-numbers gave logits that are not numbers"):
+        LM.generate([1], sampler="greedy", processors=[NoNumbers()])
     broken = tiny_lm()
     torch.nn.init.constant_(broken.model.head.weight, torch.nan)
     with pytest.raises(GptkError, match="model's logits are not numbers"):

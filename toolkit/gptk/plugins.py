@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -251,40 +251,37 @@ def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
 
 
 def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
-    """Which plug-in's code was the last to run before the error, in a line; None for nobody's."""
-    at_work = list(plugins)
+    """Which plug-in's code was the last to run before the error, in a line; None for nobody's.
+
+    plugins: those at work; those that these call are found as well.
+    """
     frames = list(traceback.walk_tb(error.__traceback__))[::-1]
-    for is_of in (_is_method_of, _is_beside, _is_in_package_of):
-        for frame, line in frames:
-            for plugin in at_work:
-                if is_of(frame, plugin):
-                    return (
-                        f"{type(plugin).title()} of {_owner(plugin)} failed in "
-                        f"{frame.f_code.co_qualname}, line {line} of "
-                        f"{frame.f_globals.get('__name__')}: {brief(error)}"
-                    )
+    callers = [frame.f_locals.get("self") for frame, _ in frames]
+    at_work = [*plugins, *(one for one in callers if isinstance(one, Plugin))]
+    for index, (frame, line) in enumerate(frames):
+        suspects = _suspects(frame, at_work)
+        if not suspects:
+            continue
+        # Several may stand in one module, and share what is beside them there.
+        qualname = frame.f_code.co_qualname
+        own = [one for one in suspects if qualname.startswith(f"{type(one).__qualname__}.")]
+        calling = [one for one in callers[index:] if any(one is other for other in suspects)]
+        plugin = [*own, *calling, *suspects][0]
+        return (
+            f"{type(plugin).title()} of {_owner(plugin)} failed in {qualname}, line {line} of "
+            f"{frame.f_globals.get('__name__')}: {brief(error)}"
+        )
     return None
 
 
-def _is_method_of(frame: FrameType, plugin: Plugin) -> bool:
-    """Whether a frame runs a method of the plug-in or of a class inside its own."""
-    if frame.f_globals.get("__name__") != type(plugin).__module__:
-        return False
-    qualname = type(plugin).__qualname__
-    return frame.f_locals.get("self") is plugin or frame.f_code.co_qualname.startswith(
-        f"{qualname}."
-    )
-
-
-def _is_beside(frame: FrameType, plugin: Plugin) -> bool:
-    """Whether a frame is in the plug-in's module, where its state and helpers stand."""
+def _suspects(frame: FrameType, plugins: Sequence[Plugin]) -> list[Plugin]:
+    """The plug-ins whose module a frame is in, or else those whose package it is in."""
     module = frame.f_globals.get("__name__", "")
-    return bool(module == type(plugin).__module__ and _package(module) != "gptk")
-
-
-def _is_in_package_of(frame: FrameType, plugin: Plugin) -> bool:
-    package = _package(frame.f_globals.get("__name__", ""))
-    return package == _package(type(plugin).__module__) != "gptk"
+    if _package(module) == "gptk":
+        return []
+    return [one for one in plugins if type(one).__module__ == module] or [
+        one for one in plugins if _package(type(one).__module__) == _package(module)
+    ]
 
 
 def warn_of_failure(observer: Plugin, error: Exception) -> None:

@@ -42,7 +42,7 @@ class Writer(gptk.DecodingListener):
         self._file = path.open("w", encoding="utf-8")
         self._write(
             gptk=gptk.__version__,
-            sampler=decoding.sampler.spec,
+            sampler=_spec(decoding.sampler),
             processors=[_spec(one) for one in decoding.processors],
         )
 
@@ -89,8 +89,8 @@ class Writer(gptk.DecodingListener):
         self._file.flush()
 
 
-def _spec(processor: gptk.LogitsProcessor) -> str:
+def _spec(plugin: gptk.Plugin) -> str:
     try:
-        return processor.spec
+        return plugin.spec
     except gptk.OptionError:  # one that was made of an object has none
-        return processor.name
+        return plugin.name

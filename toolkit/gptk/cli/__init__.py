@@ -82,9 +82,15 @@ def main() -> NoReturn:
     """Run the program. Exits 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
     warnings.showwarning = _show_warning
     try:
-        code = cli.main(prog_name="gptk", standalone_mode=False)
+        ended = cli.main(prog_name="gptk", standalone_mode=False)
+        code = ended if isinstance(ended, int) else 0
         sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torch's communication threads may outlive the interpreter, and then abort the
+            # process; torchrun would take that for a failure of a run that has ended well.
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     except BrokenPipeError:
         # The reader has gone, as in `gptk … | head -1`: nothing is left to say, and the
         # interpreter must not complain when it closes stdout.
