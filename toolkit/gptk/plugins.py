@@ -265,7 +265,7 @@ def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
         # Several may stand in one module, and share what is beside them there.
         qualname = frame.f_code.co_qualname
         own = [one for one in suspects if qualname.startswith(f"{type(one).__qualname__}.")]
-        calling = [one for one in callers[index:] if any(one is other for other in suspects)]
+        calling = [one for caller in callers[index:] for one in suspects if one is caller]
         plugin = [*own, *calling, *suspects][0]
         return (
             f"{type(plugin).title()} of {_owner(plugin)} failed in {qualname}, line {line} of "
