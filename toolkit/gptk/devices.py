@@ -36,13 +36,15 @@ def available() -> list[str]:
     return [name for name, there in kinds if there] + ["cpu"]
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, else float32.
+def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it and for quantized weights, else float32.
 
     On a CPU bfloat16 is faster where the processor has it, but rounds so coarsely that a
-    prompt's greedy text can depend on the batch round it; there it has to be asked for.
-    Raises DeviceError for an unknown name.
+    prompt's greedy text can depend on the batch round it; there it has to be asked for. The
+    kernels for quantized weights take bfloat16 only. Raises DeviceError for an unknown name.
     """
+    if name == "auto" and quantized:
+        return torch.bfloat16
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32

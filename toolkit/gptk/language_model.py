@@ -14,12 +14,21 @@ from gptk.chat import Message, encode_chat
 from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
-from gptk.errors import DecodingError, GptkError, OptionError, PromptError, TokenizerError, suggest
+from gptk.errors import (
+    DecodingError,
+    DeviceError,
+    GptkError,
+    OptionError,
+    PromptError,
+    TokenizerError,
+    suggest,
+)
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
 from gptk.model import GPT, evaluating
 from gptk.observing import DecodingObserver
 from gptk.plugins import blaming, create, provided
+from gptk.quantization import Precision
 from gptk.sampling import LogitsProcessor, Sampler
 from gptk.saving import save_checkpoint
 from gptk.session import DecodeSession, Overflow, Rows
@@ -66,24 +75,34 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: Precision | None = None,
     tokenizer: "str | Tokenizer | None" = None,
 ) -> "LanguageModel":
     """Load a language model.
 
     source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
     where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
-    GPUs, float32 on CPUs), float32, bfloat16 or float16. tokenizer: instead of the model's own.
+    GPUs and for quantized weights, float32 on CPUs), float32, bfloat16 or float16. quantize: the
+    precision of the linear layers' weights, int8 or int4, on a CPU; see GPT.quantize. tokenizer:
+    instead of the model's own.
 
-    Raises SourceError, TokenizerError or DeviceError.
+    Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
     on = resolve_device(device)
-    precision = resolve_dtype(dtype, on)
+    if quantize is not None and quantize not in get_args(Precision):
+        raise OptionError(f"quantize is {quantize!r}; it must be int8 or int4")
+    if quantize is not None and on.type != "cpu":
+        raise DeviceError(f"quantized weights need the device cpu, not {on.type}")
+    numbers = resolve_dtype(dtype, on, quantized=quantize is not None)
     checkpoint = load_checkpoint(source or default_source())
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
-    return LanguageModel(build_model(checkpoint, device=on, dtype=precision).pack(), tokenizer)
+    model = build_model(checkpoint, device=on, dtype=numbers)
+    if quantize is not None:
+        model.quantize(quantize)
+    return LanguageModel(model.pack(), tokenizer)
 
 
 class LanguageModel:

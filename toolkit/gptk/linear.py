@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptk.quantization import Packed, Precision, quantize
+
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -22,12 +24,12 @@ _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignor
 class Linear(nn.Linear):
     """nn.Linear with faster inference on CPUs; in training and elsewhere it is the same."""
 
-    packed: Tensor | None = None
-    """The weights in oneDNN's layout, in place of `weight`, between `pack` and `unpack`."""
+    packed: Packed | None = None
+    """The weights in another layout, in place of `weight`, until `unpack`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            return _onednn(x, self.packed, self.bias)
+            return self.packed.linear(x, self.bias)
         if (
             not torch.is_grad_enabled()
             and _suits(self.weight, torch.float32)
@@ -40,19 +42,42 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Pack the weights if they are bfloat16 on a CPU; meanwhile they cannot be trained."""
         if self.packed is None and _suits(self.weight, torch.bfloat16):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+            self.packed = _Blocked(self.weight)
+            del self.weight
+
+    def quantize(self, precision: Precision) -> None:
+        """Round the weights to that precision, if they suit it; see gptk.quantization."""
+        if self.packed is None and (packed := quantize(self.weight, precision)) is not None:
+            self.packed = packed
             del self.weight
 
     def unpack(self) -> None:
-        """Make the weights an ordinary parameter again, bit for bit what they were."""
+        """Make the weights an ordinary parameter again: what they were, or were rounded to."""
         if self.packed is not None:
-            self.weight = nn.Parameter(self.packed.to_dense())
+            self.weight = nn.Parameter(self.packed.dense())
             self.packed = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            destination[prefix + "weight"] = self.packed.to_dense()
+            destination[prefix + "weight"] = self.packed.dense()
+
+
+class _Blocked:
+    """bfloat16 weights in oneDNN's blocked layout, bit for bit."""
+
+    kind = "bfloat16"
+
+    def __init__(self, weight: Tensor) -> None:
+        self.nbytes = weight.nbytes
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn(x, self._weight, bias)
+
+    def dense(self) -> Tensor:
+        dense: Tensor = self._weight.to_dense()
+        return dense
 
 
 def _suits(weight: Tensor, dtype: torch.dtype) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gptk.cache import KVCache, Slots
 from gptk.errors import SourceError
 from gptk.linear import Linear
+from gptk.quantization import Precision
 
 
 @dataclass(frozen=True)
@@ -317,8 +318,32 @@ class GPT(nn.Module):
                 module.pack()
         return self
 
+    def quantize(self, precision: Precision) -> "GPT":
+        """Round the weights of the linear layers, the head's too, to int8 or int4, on a CPU.
+
+        Embeddings, norms and biases stay as they are, and so do layers whose inputs are no
+        multiple of 32. A layer is quantized by itself: no weight is there twice at a time but
+        one layer's. `unpack` and `train` make ordinary parameters of the rounded weights. Returns
+        the model. See gptk.quantization.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize(precision)
+        return self
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """The bytes of all weights by how they are kept: float32, bfloat16, int8, int4."""
+        sizes: dict[str, int] = {}
+        for parameter in self.parameters():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + parameter.nbytes
+        for module in self.modules():
+            if isinstance(module, Linear) and module.packed is not None:
+                sizes[module.packed.kind] = sizes.get(module.packed.kind, 0) + module.packed.nbytes
+        return sizes
+
     def unpack(self) -> None:
-        """Undo `pack`."""
+        """Undo `pack`, and what `quantize` did to the layout."""
         packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
         for module in packed:
             module.unpack()

@@ -6,6 +6,7 @@ the row's own random numbers. Where the two models' distributions agree, so do t
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,16 @@ class ModelDrafter(gptk.Drafter):
         description="the model, as --model names it"
     )
     tokens: int = Field(5, ge=1, description="the most tokens to guess at a time")
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="the precision that its weights are rounded to, on a CPU"
+    )
 
     def start(self, decoding: gptk.Decoding) -> gptk.Draft:
         model = decoding.session.model
         lm = self.source
         if isinstance(lm, str):
-            lm = _loaded(lm, str(model.device), str(model.dtype).removeprefix("torch."))
+            dtype = str(model.dtype).removeprefix("torch.")
+            lm = _loaded(lm, str(model.device), dtype, self.quantize)
         _check_vocabulary(lm, model, decoding.tokenizer)
         return ModelDraft(lm.model, decoding.session.rows, self.tokens)
 
@@ -78,9 +83,11 @@ class ModelDraft(gptk.Follower):
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(source: str, device: str, dtype: str) -> gptk.LanguageModel:
+def _loaded(
+    source: str, device: str, dtype: str, quantize: Literal["int8", "int4"] | None
+) -> gptk.LanguageModel:
     """The draft of the call before is likely that of the next one."""
-    return gptk.load(source, device=device, dtype=dtype)
+    return gptk.load(source, device=device, dtype=dtype, quantize=quantize)
 
 
 def _check_vocabulary(

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -71,6 +71,11 @@ _SAMPLE = 160  # characters
     default="auto",
     show_default=True,
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Round the weights of linear layers: less memory, faster on a CPU.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with all texts.")
 @click.option(
     "--plot",
@@ -90,6 +95,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
+    quantize: Literal["int8", "int4"] | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:
@@ -120,7 +126,7 @@ def command(
             raise SourceError(f"{plot} cannot be written: there is no directory {plot.parent}")
     from gptk.language_model import load
 
-    lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed}
     with _progress() as progress:
         compared = compare(

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -73,6 +73,11 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Round the weights of linear layers: less memory, faster on a CPU.",
+)
+@click.option(
     "--overflow",
     type=click.Choice(["stop", "slide"]),
     default="stop",
@@ -113,6 +118,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
+    quantize: Literal["int8", "int4"] | None,
     prompts_file: IO[str] | None,
     chat: bool,
     system: str | None,
@@ -158,7 +164,7 @@ def command(
         observers = [*observers, format_spec("trace", {"path": trace})]
     watching = [create("decoding-observer", spec, DecodingObserver) for spec in observers]
     template = _read_template(chat_template)
-    lm = load(model, device=device, dtype=dtype, tokenizer=tokenizer)
+    lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     given: Sequence[Prompt] = prompts
     if chat:
         given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]

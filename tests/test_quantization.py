@@ -1,0 +1,162 @@
+"""Quantized weights: what they round to, the products with them, and a real model's loss."""
+
+import math
+import pydoc_data.topics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptk
+from gptk.linear import Linear
+from gptk.quantization import GROUP, Int4, Int8, quantize
+from gptk.testing import tiny_gpt
+from test_cli import failing
+from test_cli import gptk as run_gptk
+from toys import GPT2_LIKE
+
+PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int4"])
+
+
+@st.composite
+def weights(draw):
+    """(outputs, inputs): of different sizes, with rows of zeros and groups of one value."""
+    outputs, groups = draw(st.integers(1, 130)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    weight = torch.randn(outputs, groups * GROUP, generator=generator)
+    weight *= draw(st.sampled_from([1e-4, 0.02, 1.0, 50.0]))
+    weight += draw(st.sampled_from([0.0, 0.0, 0.1, -30.0]))
+    weight[draw(st.integers(0, outputs - 1))] = 0
+    weight[draw(st.integers(0, outputs - 1)), :GROUP] = draw(st.sampled_from([0.5, -3.0]))
+    return weight
+
+
+@settings(max_examples=60)
+@given(weights())
+def test_int8_rounds_to_the_nearest_of_its_steps(weight):
+    got = Int8(weight).dense().float()
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    # Half a step; and what bfloat16 makes of the scale and of the product, 2⁻⁸ each.
+    assert ((got - weight).abs() <= 0.5 * step * 1.01 + 2**-7 * weight.abs() + 1e-12).all()
+
+
+@settings(max_examples=60)
+@given(weights())
+def test_int4_rounds_to_the_nearest_of_its_groups_levels(weight):
+    got = Int4(weight).dense().float()
+    groups = weight.view(len(weight), -1, GROUP)
+    most, least = groups.amax(2, keepdim=True), groups.amin(2, keepdim=True)
+    step = (most - least) / 15
+    size = torch.maximum(most.abs(), least.abs())
+    error = (got.view_as(groups) - groups).abs()
+    # Offset and scale are bfloat16, so that the levels may miss the ends of the group.
+    assert (error <= 0.5 * step + 2**-7 * (size + 8 * step) + 1e-12).all()
+
+
+@PRECISIONS
+@settings(max_examples=40)
+@given(
+    weight=weights(), rows=st.sampled_from([1, 2, 5, 63, 64, 100]), bias=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]), seed=st.integers(0, 100),
+)  # fmt: skip
+def test_products_are_those_with_the_rounded_weights(precision, weight, rows, bias, dtype, seed):
+    packed = quantize(weight, precision)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 1, weight.shape[1], generator=generator).bfloat16().to(dtype)
+    b = torch.randn(len(weight), generator=generator).to(dtype) if bias else None
+    got = packed.linear(x, b)
+    assert got.dtype == dtype
+    assert got.shape == (rows, 1, len(weight))
+    dense = packed.dense().double()
+    want = x.double() @ dense.T + (0 if b is None else b.double())
+    # Each product and sum in float32 or better, the result in bfloat16.
+    size = x.double().abs() @ dense.abs().T + 1
+    assert ((got.double() - want).abs() <= 2**-7 * size).all()
+
+
+@PRECISIONS
+def test_a_row_has_the_same_product_alone(precision):
+    torch.manual_seed(0)
+    packed = quantize(torch.randn(96, 64), precision)
+    x = torch.randn(7, 64).bfloat16()
+    together = packed.linear(x, None)
+    for row in range(7):
+        assert torch.equal(packed.linear(x[row : row + 1], None)[0], together[row])
+
+
+@PRECISIONS
+def test_inputs_that_no_group_divides_stay_as_they_are(precision):
+    assert quantize(torch.randn(8, 40), precision) is None
+    layer = Linear(40, 8)
+    layer.quantize(precision)
+    assert layer.packed is None
+    assert layer.weight.shape == (8, 40)
+
+
+@PRECISIONS
+def test_a_model_computes_with_the_rounded_weights(precision):
+    model = tiny_gpt(GPT2_LIKE).bfloat16().quantize(precision)
+    sizes = model.bytes_by_kind()
+    assert set(sizes) == {"bfloat16", precision}
+    ids = torch.tensor([[1, 2, 3, 250]])
+    with torch.inference_mode():
+        got = model.logits(model(ids))
+    head = model.head.packed.dense().float()
+    rounded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = tiny_gpt(GPT2_LIKE)
+    plain.load_state_dict({**rounded, "head.weight": rounded["embed.weight"]})
+    with torch.inference_mode():
+        want = plain(ids) @ head.T
+    assert (got - want).norm() < 0.03 * want.norm()
+    model.train()
+    assert all(isinstance(m.weight, torch.nn.Parameter) for m in model.modules()
+               if isinstance(m, Linear))  # fmt: skip
+    assert model.head.weight is model.embed.weight
+
+
+@PRECISIONS
+def test_generation_with_a_draft_is_the_same(precision):
+    lm = gptk.LanguageModel(tiny_gpt().quantize(precision))  # activations are float32
+    for sampler in ("greedy", "multinomial"):
+        settings = {"sampler": sampler, "max_new_tokens": 20, "seed": 1}
+        plain = lm.generate([1, 2, 1, 2], **settings)
+        assert lm.generate([1, 2, 1, 2], draft="lookup:ngram=1", **settings) == plain
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """SmolLM2's loss on 2,000 tokens of English, by precision."""
+    text = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["compound"]
+    found = {}
+    for name, options in {
+        "bfloat16": {"dtype": "bfloat16"},
+        "int8": {"quantize": "int8"},
+        "int4": {"quantize": "int4"},
+    }.items():
+        lm = gptk.load("smollm2", device="cpu", **options)
+        ids = lm.encode(text)[:2000]
+        assert len(ids) == 2000
+        score = lm.score(ids)
+        found[name] = -math.fsum(score.token_logprobs) / len(score.token_logprobs)
+    return found
+
+
+@pytest.mark.slow
+def test_int8_loses_next_to_nothing(losses):
+    assert losses["int8"] == pytest.approx(losses["bfloat16"], rel=0.005)
+
+
+@pytest.mark.slow
+def test_int4_loses_little(losses):
+    assert losses["int4"] < 1.08 * losses["bfloat16"]
+
+
+def test_the_command_takes_a_precision(tmp_path):
+    gptk.LanguageModel(tiny_gpt(), gptk.load_tokenizer("bytes")).save(tmp_path / "model")
+    common = ["generate", "abc", "--model", tmp_path / "model", "--max-new-tokens", "3"]
+    out = run_gptk(*common, "--quantize", "int4")
+    assert out.returncode == 0, out.stderr
+    assert "int3" in failing(*common, "--quantize", "int3", code=2)
+    with pytest.raises(gptk.OptionError, match="quantize is 'int3'; it must be int8 or int4"):
+        gptk.load(str(tmp_path / "model"), quantize="int3")

@@ -1,0 +1,181 @@
+"""Quantized weights on a CPU: int8 by channel and int4 by groups, on PyTorch's packed kernels.
+
+Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
+of the time. Both kernels take bfloat16 activations and accumulate in float32. They are made for few
+rows; for many, as in a prompt, the weights are expanded for the moment of one product.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Precision = Literal["int8", "int4"]
+"""int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the least to
+the largest of 32 weights, with a scale and an offset for each such group."""
+
+GROUP = 32
+_MANY_ROWS = 64
+"""From here on a product with expanded weights is faster, the expansion included."""
+_BLOCK = 64
+"""Outputs that int4 weights are packed in; fewer are filled up."""
+
+
+class Packed(Protocol):
+    """The weights of a linear layer, (outputs, inputs), in a layout of their own."""
+
+    kind: str
+    """The precision, by name."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times the weights, plus the bias, in x's dtype. x: (…, inputs)."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The weights as they count, (outputs, inputs) bfloat16."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        raise NotImplementedError
+
+
+def quantize(weight: Tensor, precision: Precision) -> Packed | None:
+    """Quantized weights, each rounded to the nearest level; None where they do not suit.
+
+    weight: (outputs, inputs) on a CPU. Inputs that no group of 32 divides stay as they are.
+    """
+    if weight.device.type != "cpu" or weight.shape[1] % GROUP:
+        return None
+    return Int8(weight) if precision == "int8" else Int4(weight)
+
+
+class Int8:
+    """w = code · scale, with a code from -127 to 127 and a scale for each output."""
+
+    kind = "int8"
+
+    def __init__(self, weight: Tensor) -> None:
+        weight = weight.detach().float()
+        # The scale that the kernel gets is rounded first, so that codes fit it.
+        self._scale = (weight.abs().amax(dim=1) / 127).bfloat16()
+        scale = self._scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+        self._codes = (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, bias, len(self._scale), self._few, self.dense)
+
+    def dense(self) -> Tensor:
+        return self._codes.bfloat16().mul_(self._scale[:, None])
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scale.nbytes
+
+    def _few(self, x: Tensor) -> Tensor:
+        y: Tensor = torch._weight_int8pack_mm(x, self._codes, self._scale)
+        return y
+
+
+class Int4:
+    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero."""
+
+    kind = "int4"
+
+    def __init__(self, weight: Tensor) -> None:
+        weight = weight.detach().float()
+        outputs, inputs = weight.shape
+        groups = weight.view(outputs, inputs // GROUP, GROUP)
+        least, most = groups.amin(dim=2), groups.amax(dim=2)
+        scale = ((most - least) / 15).bfloat16().float()
+        zero = (least + 8 * scale).bfloat16().float()
+        step = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+        codes = ((groups - zero[:, :, None]) / step + 8).round_().clamp_(0, 15)
+        self._pack(codes.view(outputs, inputs).to(torch.int32), scale, zero)
+
+    def _pack(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+        """codes: (outputs, inputs); scale, zero: (outputs, groups)."""
+        self._outputs = len(codes)
+        room = -self._outputs % _BLOCK
+        codes = F.pad(codes, (0, 0, 0, room), value=8)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = torch.stack((scale, zero), dim=-1).transpose(0, 1)
+        self._scales = F.pad(scales, (0, 0, 0, room)).bfloat16().contiguous()
+        """(groups, outputs, 2), as the kernel has it."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        expand = self.dense if _packed_in() is not None else None
+        return _product(x, bias, self._outputs, self._few, expand)
+
+    def dense(self) -> Tensor:
+        block = _packed_in()
+        groups, padded, _ = self._scales.shape
+        if block is None:  # a layout that is not known: ask the kernel, an input at a time
+            eye = torch.eye(groups * GROUP, dtype=torch.bfloat16)
+            return self._few(eye)[:, : self._outputs].T
+        # (blocks, groups, inputs of a group, half a block): the halves are a byte's nibbles
+        nibbles = self._packed.view(padded // block, groups, GROUP, block // 2)
+        scales = self._scales.view(groups, padded // block, 1, block, 2).transpose(0, 1).float()
+        scale, zero = scales.unbind(-1)
+        halves = (nibbles & 15).float(), (nibbles >> 4).float()
+        dense = [
+            torch.addcmul(zero_ - 8 * scale_, half, scale_).bfloat16()
+            for half, scale_, zero_ in zip(
+                halves, scale.chunk(2, dim=-1), zero.chunk(2, dim=-1), strict=True
+            )
+        ]
+        by_input = torch.cat(dense, dim=-1).view(padded // block, groups * GROUP, block)
+        by_input = by_input.transpose(0, 1).reshape(groups * GROUP, padded)
+        return by_input[:, : self._outputs].T
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._packed.nbytes + self._scales.nbytes)
+
+    def _few(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+        return y
+
+
+def _product(
+    x: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    few: Callable[[Tensor], Tensor],
+    expand: Callable[[], Tensor] | None,
+) -> Tensor:
+    """x times weights by the kernel for few rows, or expanded ones for many."""
+    flat = x.reshape(-1, x.shape[-1])
+    narrow = flat if flat.dtype == torch.bfloat16 else flat.bfloat16()
+    if len(flat) >= _MANY_ROWS and expand is not None:
+        y = F.linear(narrow, expand())
+    else:
+        y = few(narrow)[:, :outputs]
+    y = y.view(*x.shape[:-1], outputs) if y.is_contiguous() else y.reshape(*x.shape[:-1], outputs)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if bias is None else y + bias
+
+
+@functools.cache
+def _packed_in() -> int | None:
+    """How many outputs int4 weights are packed in at a time: 64, 32, or None for another layout.
+
+    The layout is the kernel's own and differs between processors, so it is learned from what
+    becomes of known codes. In a byte there are the i-th output of a block and the i-th of its
+    second half.
+    """
+    for block in (64, 32):
+        outputs = torch.arange(block, dtype=torch.int32)[:, None].expand(block, GROUP)
+        halves = torch.zeros(2, GROUP, block // 2, dtype=torch.int32)
+        for shift in (0, 4):
+            codes = ((outputs >> shift) & 15).contiguous()
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            packed = packed.view(GROUP, block // 2).int()
+            halves += torch.stack((packed & 15, packed >> 4)) << shift
+        if torch.equal(torch.cat((halves[0], halves[1]), dim=1), outputs.T):
+            return int(block)
+    return None
