@@ -509,7 +509,7 @@ API = {
     "Language model": """load LanguageModel Settings Stream Generation Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
-    "Models": "load_checkpoint build_model default_source GPT GPTConfig",
+    "Models": "load_checkpoint build_model default_source GPT GPTConfig Levels",
     "Decoding": "Decoding Choice DecodeSession Rows Follower RandomStream KVCache",
     "Plug-ins": """hookimpl Plugin plugins PluginWarning Sampler LogitsProcessor Drafter Draft
         Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer

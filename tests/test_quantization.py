@@ -1,16 +1,19 @@
 """Quantized weights: what they round to, the products with them, and a real model's loss."""
 
+import dataclasses
 import math
 import pydoc_data.topics
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoints
 import gptk
 from gptk.linear import Linear
-from gptk.quantization import GROUP, Int4, Int8, quantize
+from gptk.quantization import GROUP, Int4, Int8, Levels, quantize
 from gptk.testing import tiny_gpt
 from test_cli import failing
 from test_cli import gptk as run_gptk
@@ -124,13 +127,85 @@ def test_generation_with_a_draft_is_the_same(precision):
         assert lm.generate([1, 2, 1, 2], draft="lookup:ngram=1", **settings) == plain
 
 
+KEPT = pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+
+
+@KEPT
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2-untied"])
+def test_levels_of_a_gguf_file_are_its_numbers(case, kind, tmp_path):
+    """gguf's own dequantization is the oracle."""
+    path = str(tmp_path / "model.gguf")
+    checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
+    stored, expanded = gptk.load_checkpoint(path, stored=True), gptk.load_checkpoint(path)
+    assert stored.config == expanded.config
+    assert stored.state.keys() == expanded.state.keys()
+    kept = {name: one for name, one in stored.state.items() if isinstance(one, gptk.Levels)}
+    assert len(kept) >= 1 + 4 * stored.config.n_layers
+    for name, one in stored.state.items():
+        numbers = one.dense() if name in kept else one
+        assert torch.allclose(numbers, expanded.state[name], rtol=1e-6, atol=1e-9), name
+
+
+@KEPT
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2-untied"])
+def test_a_model_keeps_what_its_file_has(case, kind, tmp_path):
+    path = str(tmp_path / "model.gguf")
+    checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
+    lm = gptk.load(path, device="cpu", quantize="stored", tokenizer="bytes")
+    sizes = lm.model.bytes_by_kind()
+    assert {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}[kind] in sizes
+    expanded = gptk.load(path, device="cpu", dtype="float32", tokenizer="bytes").model
+    for name, module in lm.model.named_modules():
+        if isinstance(module, Linear):
+            want = expanded.get_submodule(name).weight
+            got = module.packed.dense().float()
+            # Rounded to bfloat16 are the scale, its product with a code (or with the high half of
+            # one), and the number: 2⁻⁸ each.
+            assert (got - want).abs().max() <= 3 * 2**-8 * want.abs().max(), name
+    ids = checkpoints.random_ids()
+    with torch.inference_mode():
+        got, want = lm.model.logits(lm.model(ids)), expanded.logits(expanded(ids))
+    assert (got - want).norm() < 0.03 * want.norm()
+
+
+@settings(max_examples=40)
+@given(
+    outputs=st.integers(1, 100), groups=st.integers(1, 3), rows=st.sampled_from([1, 3, 64, 70]),
+    seed=st.integers(0, 1000), bias=st.booleans(),
+)  # fmt: skip
+def test_eight_bits_by_groups_are_two_times_four(outputs, groups, rows, seed, bias):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(256, (outputs, groups * GROUP), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(outputs, groups, generator=generator).bfloat16().float()
+    packed = Levels(codes, scale, -128 * scale, 8).pack()
+    want = (codes.float() - 128).view(outputs, groups, GROUP) * scale[:, :, None]
+    # Both halves and their sum are rounded to bfloat16.
+    bound = 2**-8 * (2 * want.abs() + 15 * scale[:, :, None])
+    assert ((packed.dense().float() - want.flatten(1)).abs() <= bound.flatten(1)).all()
+    x = torch.randn(rows, groups * GROUP, generator=generator).bfloat16()
+    b = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+    got = packed.linear(x, b).double()
+    product = x.double() @ want.flatten(1).double().T + (0 if b is None else b.double())
+    size = x.double().abs() @ (want.abs() + 15 * scale[:, :, None]).flatten(1).double().T + 1
+    assert ((got - product).abs() <= 3 * 2**-8 * size).all()
+
+
+def test_levels_of_unlike_bits_do_not_stack():
+    one = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 4)
+    assert Levels.stack([one, one]).shape == (4, 32)
+    with pytest.raises(RuntimeError, match="4 and of 8"):
+        Levels.stack([one, dataclasses.replace(one, bits=8)])
+
+
 @pytest.fixture(scope="module")
 def losses():
     """SmolLM2's loss on 2,000 tokens of English, by precision."""
     text = pydoc_data.topics.topics["with"] + pydoc_data.topics.topics["compound"]
     found = {}
     for name, options in {
+        "float32": {"dtype": "float32"},
         "bfloat16": {"dtype": "bfloat16"},
+        "stored": {"quantize": "stored"},
         "int8": {"quantize": "int8"},
         "int4": {"quantize": "int4"},
     }.items():
@@ -140,6 +215,11 @@ def losses():
         score = lm.score(ids)
         found[name] = -math.fsum(score.token_logprobs) / len(score.token_logprobs)
     return found
+
+
+@pytest.mark.slow
+def test_what_is_stored_is_kept(losses):
+    assert losses["stored"] == pytest.approx(losses["float32"], rel=0.005)
 
 
 @pytest.mark.slow
@@ -158,5 +238,7 @@ def test_the_command_takes_a_precision(tmp_path):
     out = run_gptk(*common, "--quantize", "int4")
     assert out.returncode == 0, out.stderr
     assert "int3" in failing(*common, "--quantize", "int3", code=2)
-    with pytest.raises(gptk.OptionError, match="quantize is 'int3'; it must be int8 or int4"):
+    with pytest.raises(
+        gptk.OptionError, match="quantize is 'int3'; it must be int8, int4 or stored"
+    ):
         gptk.load(str(tmp_path / "model"), quantize="int3")

@@ -35,6 +35,8 @@ class StoredTensor:
     """How it is stored, by ggml's name: F32, Q4_1, …"""
     read: Callable[[], Tensor]
     """The tensor, float32 unless it was stored in another floating type."""
+    read_levels: Callable[[], gptk.Levels] | None
+    """The tensor as it is quantized, for matrices of Q4_0, Q4_1 and Q8_0."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,34 @@ def _stored(
             return raw.view(_PLAIN[name]).view(shape)
         return _dequantize(raw.view(-1, block_bytes), ggml_type, what).view(shape)
 
-    return StoredTensor(shape, name, read)
+    def read_levels() -> gptk.Levels:
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=start)
+        return _levels(raw.view(shape[0], -1, block_bytes), name)
+
+    kept = len(shape) == 2 and name in _KEPT
+    return StoredTensor(shape, name, read, read_levels if kept else None)
+
+
+_KEPT = {"Q4_0", "Q4_1", "Q8_0"}
+
+
+def _levels(blocks: Tensor, name: str) -> gptk.Levels:
+    """What is in some blocks of 32 numbers, (outputs, groups, bytes a block).
+
+    Each begins with a float16 scale; in Q4_1 the value of code 0 follows. Q4 have the first 16
+    codes in the low halves of bytes, the others in the high ones.
+    """
+    scale = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0].float()
+    if name == "Q8_0":
+        codes = blocks[:, :, 2:].contiguous() ^ 128  # from two's complement to 0 … 255
+        return gptk.Levels(codes.flatten(1), scale, -128 * scale, 8)
+    if name == "Q4_0":
+        first, offset = 2, -8 * scale
+    else:
+        first, offset = 4, blocks[:, :, 2:4].contiguous().view(torch.float16)[:, :, 0].float()
+    both = blocks[:, :, first:]
+    codes = torch.cat((both & 15, both >> 4), dim=2)
+    return gptk.Levels(codes.flatten(1), scale, offset, 4)
 
 
 _PLAIN = {

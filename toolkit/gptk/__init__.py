@@ -46,6 +46,7 @@ _HOMES = {
     "KVCache": "cache",
     "LRScheduler": "training",
     "LanguageModel": "language_model",
+    "Levels": "quantization",
     "LogitsProcessor": "sampling",
     "OptionError": "errors",
     "Plugin": "plugins",
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
     from gptk.observing import DecodingStep as DecodingStep
     from gptk.plugins import Plugin as Plugin
     from gptk.plugins import PluginWarning as PluginWarning
+    from gptk.quantization import Levels as Levels
     from gptk.random import RandomStream as RandomStream
     from gptk.sampling import Choice as Choice
     from gptk.sampling import LogitsProcessor as LogitsProcessor

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 
@@ -75,7 +75,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: Precision | None = None,
+    quantize: Precision | Literal["stored"] | None = None,
     tokenizer: "str | Tokenizer | None" = None,
 ) -> "LanguageModel":
     """Load a language model.
@@ -83,24 +83,25 @@ def load(
     source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
     where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
     GPUs and for quantized weights, float32 on CPUs), float32, bfloat16 or float16. quantize: the
-    precision of the linear layers' weights, int8 or int4, on a CPU; see GPT.quantize. tokenizer:
-    instead of the model's own.
+    precision of the linear layers' weights on a CPU: int8, int4 (see GPT.quantize), or stored, for
+    matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0, which else are expanded. tokenizer: instead
+    of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
     on = resolve_device(device)
-    if quantize is not None and quantize not in get_args(Precision):
-        raise OptionError(f"quantize is {quantize!r}; it must be int8 or int4")
+    if quantize not in (None, "stored", *get_args(Precision)):
+        raise OptionError(f"quantize is {quantize!r}; it must be int8, int4 or stored")
     if quantize is not None and on.type != "cpu":
         raise DeviceError(f"quantized weights need the device cpu, not {on.type}")
     numbers = resolve_dtype(dtype, on, quantized=quantize is not None)
-    checkpoint = load_checkpoint(source or default_source())
+    checkpoint = load_checkpoint(source or default_source(), stored=quantize == "stored")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
     model = build_model(checkpoint, device=on, dtype=numbers)
-    if quantize is not None:
+    if quantize == "int8" or quantize == "int4":
         model.quantize(quantize)
     return LanguageModel(model.pack(), tokenizer)
 

@@ -42,14 +42,17 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Pack the weights if they are bfloat16 on a CPU; meanwhile they cannot be trained."""
         if self.packed is None and _suits(self.weight, torch.bfloat16):
-            self.packed = _Blocked(self.weight)
-            del self.weight
+            self.take(_Blocked(self.weight))
+
+    def take(self, packed: Packed) -> None:
+        """Compute with these weights from now on."""
+        self.packed = packed
+        del self.weight
 
     def quantize(self, precision: Precision) -> None:
         """Round the weights to that precision, if they suit it; see gptk.quantization."""
         if self.packed is None and (packed := quantize(self.weight, precision)) is not None:
-            self.packed = packed
-            del self.weight
+            self.take(packed)
 
     def unpack(self) -> None:
         """Make the weights an ordinary parameter again: what they were, or were rounded to."""

@@ -6,7 +6,8 @@ rows; for many, as in a prompt, the weights are expanded for the moment of one p
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -54,6 +55,54 @@ def quantize(weight: Tensor, precision: Precision) -> Packed | None:
     return Int8(weight) if precision == "int8" else Int4(weight)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """A matrix as a file has it, (outputs, inputs): w = code · scale + offset, in groups of 32."""
+
+    codes: Tensor
+    """(outputs, inputs) uint8: from 0 to 15 with 4 bits, to 255 with 8."""
+    scale: Tensor
+    """(outputs, groups) float32."""
+    offset: Tensor
+    """(outputs, groups) float32: the value of code 0."""
+    bits: Literal[4, 8]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """With the codes packed, and scales and offsets of two bytes."""
+        return self.codes.numel() * self.bits // 8 + 2 * (self.scale.numel() + self.offset.numel())
+
+    def __getitem__(self, rows: Tensor) -> "Levels":
+        return Levels(self.codes[rows], self.scale[rows], self.offset[rows], self.bits)
+
+    @staticmethod
+    def stack(parts: "Sequence[Levels]") -> "Levels":
+        """Their outputs one after the other. Raises RuntimeError if they do not fit."""
+        if len({part.bits for part in parts}) > 1:
+            raise RuntimeError("levels of 4 and of 8 bits")
+        return Levels(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat([part.offset for part in parts]),
+            parts[0].bits,
+        )
+
+    def dense(self) -> Tensor:
+        """The numbers, float32."""
+        groups = self.codes.view(*self.scale.shape, GROUP).float()
+        return torch.addcmul(self.offset[:, :, None], groups, self.scale[:, :, None]).view(
+            self.shape
+        )
+
+    def pack(self) -> Packed:
+        """The weights of a linear layer: the same codes, with scales and offsets in bfloat16."""
+        return Int4.of(self) if self.bits == 4 else Int8Groups(self)
+
+
 class Int8:
     """w = code · scale, with a code from -127 to 127 and a scale for each output."""
 
@@ -95,13 +144,21 @@ class Int4:
         zero = (least + 8 * scale).bfloat16().float()
         step = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
         codes = ((groups - zero[:, :, None]) / step + 8).round_().clamp_(0, 15)
-        self._pack(codes.view(outputs, inputs).to(torch.int32), scale, zero)
+        self._pack(codes.view(outputs, inputs), scale, zero)
+
+    @classmethod
+    def of(cls, levels: Levels) -> "Int4":
+        """The weights of a file with 4 bits."""
+        made = cls.__new__(cls)
+        made._pack(levels.codes, levels.scale, levels.offset + 8 * levels.scale)
+        return made
 
     def _pack(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
         """codes: (outputs, inputs); scale, zero: (outputs, groups)."""
         self._outputs = len(codes)
         room = -self._outputs % _BLOCK
-        codes = F.pad(codes, (0, 0, 0, room), value=8)
+        codes = codes.to(torch.int32)
+        codes = F.pad(codes, (0, 0, 0, room), value=8) if room else codes
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         scales = torch.stack((scale, zero), dim=-1).transpose(0, 1)
         self._scales = F.pad(scales, (0, 0, 0, room)).bfloat16().contiguous()
@@ -139,6 +196,40 @@ class Int4:
     def _few(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
         return y
+
+
+class Int8Groups:
+    """w = (code - 128) · scale, with a code from 0 to 255 and a scale for each group.
+
+    PyTorch has no kernel for that. But a code is 16 · high + low, so that two int4 matrices add up
+    to the very same: (high - 8) · 16 scale and low · scale. They stand in one.
+    """
+
+    kind = "int8"
+
+    def __init__(self, levels: Levels) -> None:
+        scale = levels.scale.bfloat16().float()
+        self._outputs = len(scale)
+        halves = Levels(
+            torch.cat((levels.codes >> 4, levels.codes & 15)),
+            torch.cat((16 * scale, scale)),
+            torch.cat((-128 * scale, torch.zeros_like(scale))),
+            4,
+        )
+        self._halves = Int4.of(halves)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        both = self._halves.linear(x, None)
+        y = both[..., : self._outputs] + both[..., self._outputs :]
+        return y if bias is None else y + bias
+
+    def dense(self) -> Tensor:
+        both = self._halves.dense().float()
+        return (both[: self._outputs] + both[self._outputs :]).bfloat16()
+
+    @property
+    def nbytes(self) -> int:
+        return self._halves.nbytes
 
 
 def _product(

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ class Checkpoint:
     state: Mapping[str, "Tensor"]
     """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
     `embed.weight`. They may be in any precision and mapped from a file; `build_model` takes them
-    over without a copy where device and dtype are right."""
+    over without a copy where device and dtype are right. Those of `load_stored` may be
+    `gptk.Levels`."""
     tokenizer: "Callable[[], Tokenizer] | None" = None
     """Makes the tokenizer stored with the weights, if there is one; may raise TokenizerError."""
     source: str = ""
@@ -64,6 +65,13 @@ class WeightLoader(Plugin):
         """Read the configuration and all tensors. Raises SourceError."""
         raise NotImplementedError(f"{type(self).__name__} does not define load()")
 
+    def load_stored(self) -> Checkpoint:
+        """As `load`, with matrices that are stored quantized as gptk.Levels where it can.
+
+        By default it is `load`.
+        """
+        return self.load()
+
 
 class WeightWriter(Plugin):
     """Writes a model in one format, a directory, for `gptk convert --to NAME`."""
@@ -86,7 +94,7 @@ class Tensors:
     that nobody asked for are both errors that name it.
     """
 
-    def __init__(self, readers: "Mapping[str, Callable[[], Tensor]]", source: str) -> None:
+    def __init__(self, readers: "Mapping[str, Callable[[], Any]]", source: str) -> None:
         self._readers = dict(readers)
         self._names = frozenset(readers)
         self._source = source
@@ -97,7 +105,7 @@ class Tensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
 
-    def take(self, name: str) -> "Tensor":
+    def take(self, name: str) -> Any:
         """Read a tensor and count it as used. Raises SourceError if it is not there."""
         if name not in self._readers:
             again = " a second time" if name in self._names else ""
@@ -113,19 +121,18 @@ class Tensors:
         self,
         config: "GPTConfig",
         names: Mapping[str, str],
-        change: "Callable[[str, Tensor], Tensor] | None" = None,
-    ) -> "dict[str, Tensor]":
+        change: "Callable[[str, Any], Any] | None" = None,
+    ) -> dict[str, Any]:
         """The state of a GPT of that configuration, as Checkpoint has it, from all tensors.
 
         `names` leads from gptk's names to the file's: `{i}` is the layer, `blocks.{i}.mlp.down`
         stands for its weight and its bias, and several names on the right are stacked, as in
         the fused `attn.qkv`: queries, keys, values. A name that is not there is the same in the
-        file. `change` gets the file's name and tensor and returns it in gptk's layout.
+        file. `change` gets the file's name and tensor and returns it in gptk's layout. What is
+        said of tensors goes for gptk.Levels, too.
 
         Raises SourceError that names a tensor that is missing, left over or of the wrong shape.
         """
-        import torch
-
         if config.n_layers > len(self._names):
             raise SourceError(
                 f"{self._source}: the configuration has {config.n_layers} layers, the file only "
@@ -140,7 +147,7 @@ class Tensors:
             try:
                 if change is not None:
                     parts = [change(one, part) for one, part in zip(theirs, parts, strict=True)]
-                state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                state[name] = parts[0] if len(parts) == 1 else _stacked(parts)
                 fits = state[name].shape == parameter.shape
             except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
                 fits = False
@@ -162,6 +169,17 @@ class Tensors:
             )
 
 
+def _stacked(parts: Sequence[Any]) -> Any:
+    """Tensors or levels on top of each other; as tensors where they are not all of a kind."""
+    import torch
+
+    from gptk.quantization import Levels
+
+    if all(isinstance(part, Levels) for part in parts) and len({p.bits for p in parts}) == 1:
+        return Levels.stack(parts)
+    return torch.cat([part.dense() if isinstance(part, Levels) else part for part in parts])
+
+
 def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
     layer = re.search(r"\.(\d+)\.", ours)
     pattern = ours.replace(layer[0], ".{i}.", 1) if layer else ours
@@ -175,14 +193,15 @@ def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
     return [one.replace("{i}", layer[1] if layer else "") for one in theirs]
 
 
-def load_checkpoint(source: str) -> Checkpoint:
+def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
     """Load a model by name (`smollm2`), path, hub id, or loader spec (`gguf:path=model.gguf`).
 
-    Raises SourceError where no loader knows the source, or what the loader raises.
+    stored: quantized matrices as gptk.Levels, where the loader can. Raises SourceError where no
+    loader knows the source, or what the loader raises.
     """
     loader = find_loader(source)
     with blaming([loader]):
-        return loader.load()
+        return loader.load_stored() if stored else loader.load()
 
 
 def build_model(
@@ -191,13 +210,17 @@ def build_model(
     """The GPT with a checkpoint's weights, in evaluation mode.
 
     No weight is ever there twice in the dtype asked for: the model is made without memory and
-    each tensor put in its place as it is, or converted by itself.
+    each tensor put in its place as it is, or converted by itself. Levels stay quantized, on a
+    CPU; an embedding is expanded, and a tied head beside it stays quantized.
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
     """
     import torch
 
+    from gptk.linear import Linear
+    from gptk.quantization import Levels
+
     config = checkpoint.config
-    given = dict(checkpoint.state)
+    given: dict[str, Any] = dict(checkpoint.state)
     # The state dict of a GPT has a tied head under both names.
     if (
         config.tied_head
@@ -210,11 +233,28 @@ def build_model(
     tensors = Tensors(
         {name: partial(lambda one: one, one) for name, one in given.items()}, checkpoint.source
     )
-    state = tensors.assemble(config, {}, lambda _, one: one.to(device=device, dtype=dtype))
+
+    def placed(name: str, one: Any) -> Any:
+        if isinstance(one, Levels):
+            if not name.startswith("embed"):
+                return one
+            if name == "embed.weight" and config.tied_head:
+                levels["head.weight"] = one
+            one = one.dense()
+        return one.to(device=device, dtype=dtype)
+
+    levels: dict[str, Levels] = {}
+    state = tensors.assemble(config, {}, placed)
+    levels |= {name: one for name, one in state.items() if isinstance(one, Levels)}
+    state = {name: one for name, one in state.items() if name not in levels}
     model = empty_gpt(config)
     model.load_state_dict(state, strict=False, assign=True)
     if config.tied_head:
         model.head.weight = model.embed.weight
+    for name, one in levels.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        layer.take(one.pack())
     return model.eval()
 
 

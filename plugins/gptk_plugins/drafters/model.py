@@ -28,8 +28,9 @@ class ModelDrafter(gptk.Drafter):
         description="the model, as --model names it"
     )
     tokens: int = Field(5, ge=1, description="the most tokens to guess at a time")
-    quantize: Literal["int8", "int4"] | None = Field(
-        None, description="the precision that its weights are rounded to, on a CPU"
+    quantize: Literal["int8", "int4", "stored"] | None = Field(
+        None,
+        description="what its weights are rounded to on a CPU; stored: as in its file",
     )
 
     def start(self, decoding: gptk.Decoding) -> gptk.Draft:
@@ -84,7 +85,7 @@ class ModelDraft(gptk.Follower):
 
 @functools.lru_cache(maxsize=1)
 def _loaded(
-    source: str, device: str, dtype: str, quantize: Literal["int8", "int4"] | None
+    source: str, device: str, dtype: str, quantize: Literal["int8", "int4", "stored"] | None
 ) -> gptk.LanguageModel:
     """The draft of the call before is likely that of the next one."""
     return gptk.load(source, device=device, dtype=dtype, quantize=quantize)

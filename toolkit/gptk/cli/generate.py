@@ -74,8 +74,9 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "int4"]),
-    help="Round the weights of linear layers: less memory, faster on a CPU.",
+    type=click.Choice(["int8", "int4", "stored"]),
+    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
+    "faster on a CPU.",
 )
 @click.option(
     "--overflow",
@@ -118,7 +119,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4"] | None,
+    quantize: Literal["int8", "int4", "stored"] | None,
     prompts_file: IO[str] | None,
     chat: bool,
     system: str | None,

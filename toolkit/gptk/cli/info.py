@@ -14,19 +14,29 @@ def command(model: str | None) -> None:
     """Show configuration, size and tokenizer of MODEL (default: as for `gptk generate`)."""
     warn_of_failures()
     from gptk.errors import TokenizerError
+    from gptk.quantization import Levels
     from gptk.weights import default_source, load_checkpoint
 
-    checkpoint = load_checkpoint(model or default_source())
+    checkpoint = load_checkpoint(model or default_source(), stored=True)
     click.echo(f"source: {checkpoint.source}")
     for key, value in (checkpoint.notes or {}).items():
         click.echo(f"{key}: {value}")
-    tensors = {tensor.data_ptr(): tensor for tensor in checkpoint.state.values()}.values()
-    click.echo(f"parameters: {sum(tensor.numel() for tensor in tensors):,}")
-    memory: Counter[str] = Counter()
-    for tensor in tensors:
-        memory[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    sizes = ", ".join(f"{size / 2**20:,.0f} MiB {dtype}" for dtype, size in memory.items())
-    click.echo(f"loaded as: {sizes}")
+    parameters = 0
+    expanded: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for tensor in checkpoint.state.values():
+        parameters += tensor.shape.numel()
+        if isinstance(tensor, Levels):
+            expanded["float32"] += 4 * tensor.shape.numel()
+            kept[f"{tensor.bits} bits"] += tensor.nbytes
+        else:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            expanded[kind] += tensor.nbytes
+            kept[kind] += tensor.nbytes
+    click.echo(f"parameters: {parameters:,}")
+    click.echo(f"loaded as: {_sizes(expanded)}")
+    if kept != expanded:
+        click.echo(f"with --quantize stored: {_sizes(kept)}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
@@ -45,3 +55,7 @@ def command(model: str | None) -> None:
         for token in tokens:
             if token is not None:
                 click.echo(f"{label}: {token} {encoding.decode([token])!r}")
+
+
+def _sizes(sizes: "Counter[str]") -> str:
+    return ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes.items()))
