@@ -73,11 +73,41 @@ class GPTConfig:
                 )
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm (Zhang and Sennrich 2019), with one kernel for bfloat16 on CPUs.
+
+    There PyTorch takes eight small ones, with conversions to float32 and back; they are a tenth
+    of a step. The mean of x and -x together is 0, so their layer norm is the RMS norm.
+    """
+
+    doubled: Tensor | None = None
+    """The weights twice, between `pack` and `unpack`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.doubled is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        size = len(self.doubled)
+        both = F.layer_norm(torch.cat((x, -x), dim=-1), (size,), self.doubled, None, self.eps or 0)
+        return both[..., : size // 2]
+
+    def pack(self) -> None:
+        """Get ready for that, if the weights are bfloat16 on a CPU."""
+        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
+            self.doubled = self.weight.detach().repeat(2)
+
+    def unpack(self) -> None:
+        self.doubled = None
+
+
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     """Layer norm or RMS norm over the last axis, of that size."""
     if config.norm == "rms":
-        return nn.RMSNorm(size, eps=config.norm_eps)
+        return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines for the positions of a pass, (1 or rows, time, 1, head_dim) each."""
 
 
 class Attention(nn.Module):
@@ -98,7 +128,7 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, at: Slots | None
+        self, x: Tensor, rope: Rope | None, cache: KVCache | None, at: Slots | None
     ) -> Tensor:
         rows, time, _ = x.shape
         qkv = self.qkv(x).view(rows, time, -1, self.head_dim)
@@ -108,7 +138,7 @@ class Attention(nn.Module):
             q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
-            qk = rotate(qk, rope)
+            qk = rotate(qk, *rope)
         q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
         # (rows, heads, time, head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -121,14 +151,14 @@ class Attention(nn.Module):
         return self.out(y)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021), halves of a head as pairs.
 
-    x: (rows, time, heads, head_dim); rope: (2, 1 or rows, time, 1, head_dim), cosines and sines.
+    x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, 1, head_dim).
     """
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * rope[0], swapped, rope[1])
+    return torch.addcmul(x * cosines, swapped, sines)
 
 
 def attend(
@@ -196,7 +226,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, at: Slots | None
+        self, x: Tensor, rope: Rope | None, cache: KVCache | None, at: Slots | None
     ) -> Tensor:
         x = x + self._drop(self.attn(self.attn_norm(x), rope, cache, at))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
@@ -270,7 +300,8 @@ class GPT(nn.Module):
         x = self.embed(ids)
         rope = None
         if self.embed_positions is None:
-            rope = self._rope_table(end, x)[:, positions, None]
+            cosines, sines = self._rope_table(end, x)[:, positions, None].unbind()
+            rope = cosines, sines
         else:
             x = x + self.embed_positions(positions)
         if self.training and self.dropout:
@@ -314,7 +345,7 @@ class GPT(nn.Module):
         They are ordinary parameters again after `unpack` or `train`. Returns the model.
         """
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | RMSNorm):
                 module.pack()
         return self
 
@@ -344,9 +375,10 @@ class GPT(nn.Module):
 
     def unpack(self) -> None:
         """Undo `pack`, and what `quantize` did to the layout."""
-        packed = [m for m in self.modules() if isinstance(m, Linear) and m.packed is not None]
-        for module in packed:
-            module.unpack()
+        packed = self.head.packed is not None
+        for module in self.modules():
+            if isinstance(module, Linear | RMSNorm):
+                module.unpack()
         if packed and self.config.tied_head:
             self.head.weight = self.embed.weight
 

@@ -240,14 +240,18 @@ def _product(
     expand: Callable[[], Tensor] | None,
 ) -> Tensor:
     """x times weights by the kernel for few rows, or expanded ones for many."""
-    flat = x.reshape(-1, x.shape[-1])
-    narrow = flat if flat.dtype == torch.bfloat16 else flat.bfloat16()
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if x.dtype != torch.bfloat16:
+        flat = flat.bfloat16()
     if len(flat) >= _MANY_ROWS and expand is not None:
-        y = F.linear(narrow, expand())
+        y = F.linear(flat, expand())
     else:
-        y = few(narrow)[:, :outputs]
-    y = y.view(*x.shape[:-1], outputs) if y.is_contiguous() else y.reshape(*x.shape[:-1], outputs)
-    y = y if y.dtype == x.dtype else y.to(x.dtype)
+        y = few(flat)
+        if y.shape[1] > outputs:
+            y = y[:, :outputs]
+    y = y.reshape(*x.shape[:-1], outputs)
+    if x.dtype != torch.bfloat16:
+        y = y.to(x.dtype)
     return y if bias is None else y + bias
 
 
