@@ -23,6 +23,8 @@ _MANY_ROWS = 64
 """From here on a product with expanded weights is faster, the expansion included."""
 _BLOCK = 64
 """Outputs that int4 weights are packed in; fewer are filled up."""
+_CHUNK = 64 * _BLOCK
+"""Outputs that are worked on at a time, so that what is between takes little memory."""
 
 
 class Packed(Protocol):
@@ -91,12 +93,16 @@ class Levels:
             parts[0].bits,
         )
 
-    def dense(self) -> Tensor:
-        """The numbers, float32."""
-        groups = self.codes.view(*self.scale.shape, GROUP).float()
-        return torch.addcmul(self.offset[:, :, None], groups, self.scale[:, :, None]).view(
-            self.shape
-        )
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers."""
+        dense = torch.empty(*self.scale.shape, GROUP, dtype=dtype)
+        for at in range(0, len(dense), _CHUNK):
+            part = slice(at, at + _CHUNK)
+            codes = self.codes[part].view(dense[part].shape).float()
+            dense[part] = torch.addcmul(
+                self.offset[part, :, None], codes, self.scale[part, :, None]
+            )
+        return dense.view(self.shape)
 
     def pack(self) -> Packed:
         """The weights of a linear layer: the same codes, with scales and offsets in bfloat16."""
@@ -136,15 +142,9 @@ class Int4:
     kind = "int4"
 
     def __init__(self, weight: Tensor) -> None:
-        weight = weight.detach().float()
-        outputs, inputs = weight.shape
-        groups = weight.view(outputs, inputs // GROUP, GROUP)
-        least, most = groups.amin(dim=2), groups.amax(dim=2)
-        scale = ((most - least) / 15).bfloat16().float()
-        zero = (least + 8 * scale).bfloat16().float()
-        step = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-        codes = ((groups - zero[:, :, None]) / step + 8).round_().clamp_(0, 15)
-        self._pack(codes.view(outputs, inputs), scale, zero)
+        parts = [_to_four_bits(part) for part in torch.split(weight.detach(), _CHUNK)]
+        codes, scale, zero = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
+        self._pack(codes, scale, zero)
 
     @classmethod
     def of(cls, levels: Levels) -> "Int4":
@@ -157,9 +157,10 @@ class Int4:
         """codes: (outputs, inputs); scale, zero: (outputs, groups)."""
         self._outputs = len(codes)
         room = -self._outputs % _BLOCK
-        codes = codes.to(torch.int32)
-        codes = F.pad(codes, (0, 0, 0, room), value=8) if room else codes
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        parts = torch.split(F.pad(codes, (0, 0, 0, room)), _CHUNK)
+        self._packed = torch.cat(
+            [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts]
+        )
         scales = torch.stack((scale, zero), dim=-1).transpose(0, 1)
         self._scales = F.pad(scales, (0, 0, 0, room)).bfloat16().contiguous()
         """(groups, outputs, 2), as the kernel has it."""
@@ -196,6 +197,18 @@ class Int4:
     def _few(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
         return y
+
+
+def _to_four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (outputs, inputs) uint8, and for each group the scale and the value of code 8."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    least, most = groups.amin(dim=2), groups.amax(dim=2)
+    # Rounded first, as the kernel has them, so that codes fit them.
+    scale = ((most - least) / 15).bfloat16().float()
+    zero = (least + 8 * scale).bfloat16().float()
+    step = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    codes = ((groups - zero[:, :, None]) / step + 8).round_().clamp_(0, 15)
+    return codes.view(weight.shape).to(torch.uint8), scale, zero
 
 
 class Int8Groups:

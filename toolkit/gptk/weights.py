@@ -240,7 +240,7 @@ def build_model(
                 return one
             if name == "embed.weight" and config.tied_head:
                 levels["head.weight"] = one
-            one = one.dense()
+            one = one.dense(dtype)
         return one.to(device=device, dtype=dtype)
 
     levels: dict[str, Levels] = {}
