@@ -4,6 +4,8 @@ No test module: tests/test_broken_promises.py runs it and expects that each clas
 that it names in `breaks`, and so shows what the author of such a plug-in sees.
 """
 
+import dataclasses
+
 import tiktoken
 import torch
 from pydantic import Field
@@ -113,6 +115,45 @@ class SharesAState(gptk.LogitsProcessor):
         return self.State(rows)
 
 
+class KnowsSortedParents(gptk.LogitsProcessor):
+    """Counts."""
+
+    name = "knows-sorted-parents"
+
+    class State(Counting):
+        def select(self, parents):
+            self.tokens = [
+                list(row)
+                for index, row in enumerate(self.tokens)
+                for _ in range(list(parents).count(index))
+            ]
+
+    def start(self, rows):
+        return self.State(rows)
+
+
+class TakesTheFirst(gptk.LogitsProcessor):
+    """Counts, but only the first of several tokens."""
+
+    name = "takes-the-first"
+
+    class State(Counting):
+        def extend(self, tokens):
+            self.tokens = [a + b[:1] for a, b in zip(self.tokens, tokens.tolist(), strict=True)]
+
+    def start(self, rows):
+        return self.State(rows)
+
+
+class LeavesNothing(gptk.LogitsProcessor):
+    """Takes out all."""
+
+    name = "leaves-nothing"
+
+    def __call__(self, logits, rows):
+        return torch.full_like(logits, -torch.inf)
+
+
 class HalfPrecision(gptk.LogitsProcessor):
     """Rounds."""
 
@@ -173,6 +214,21 @@ class TestForgetsRewind(testing.ProcessorContract):
 class TestSharesAState(testing.ProcessorContract):
     make = SharesAState
     breaks = "its state follows the rows"
+
+
+class TestKnowsSortedParents(testing.ProcessorContract):
+    make = KnowsSortedParents
+    breaks = "its state follows the rows"
+
+
+class TestTakesTheFirst(testing.ProcessorContract):
+    make = TakesTheFirst
+    breaks = "its state follows the rows"
+
+
+class TestLeavesNothing(testing.ProcessorContract):
+    make = LeavesNothing
+    breaks = "it leaves a token"
 
 
 class TestHalfPrecision(testing.ProcessorContract):
@@ -346,6 +402,40 @@ class Rotates(gptk.Sampler):
         decoding.commit(gptk.Choice.one_each(tokens, logits, decoding.session.rows))
 
 
+class ForgetsScores(gptk.Sampler):
+    """Greedy, with the last token's log-probability as the score."""
+
+    name = "forgets-scores"
+
+    def step(self, logits, rows):
+        best = gptk.Choice.one_each(logits.argmax(-1), logits, rows)
+        return gptk.Choice(tokens=best.tokens, logprobs=best.logprobs, scores=best.logprobs)
+
+
+class PicksTheLast(gptk.Sampler):
+    """Draws, and gives the last results first."""
+
+    name = "picks-the-last"
+    random = True
+
+    def step(self, logits, rows):
+        race = rows.exponential(logits.shape[1]) / logits.softmax(-1)
+        return gptk.Choice.one_each(race.argmin(-1), logits, rows)
+
+    def pick(self, results, n):
+        return results[::-1][:n]
+
+
+class TestForgetsScores(testing.SamplerContract):
+    make = ForgetsScores
+    breaks = "log probabilities are those of the model"
+
+
+class TestPicksTheLast(testing.SamplerContract):
+    make = PicksTheLast
+    breaks = "n results are what was asked for"
+
+
 class TestTakesMasked(testing.SamplerContract):
     make = TakesMasked
     breaks = "masked tokens are never chosen"
@@ -409,6 +499,48 @@ class TestJumpsOnResume(testing.SchedulerContract):
 class TestOvershoots(testing.SchedulerContract):
     make = Overshoots
     breaks = "it is a share of the peak"
+
+
+class IgnoresWarmup(gptk.LRScheduler):
+    """The full rate at once."""
+
+    name = "ignores-warmup"
+
+    def __call__(self, step, total_steps):
+        return 1.0
+
+
+class TestIgnoresWarmup(testing.SchedulerContract):
+    make = IgnoresWarmup
+    breaks = "warmup never falls"
+
+
+class WithoutGradient(gptk.Regularizer):
+    """A number."""
+
+    name = "without-gradient"
+
+    def penalty(self, model, logits, targets):
+        return torch.stack([p.detach().abs().sum() for p in model.parameters()]).sum()
+
+
+class Misspells(gptk.Regularizer):
+    """An option that no optimizer has."""
+
+    name = "misspells"
+
+    def parameter_options(self, module, name, parameter):
+        return {"weight_decy": 0.1}
+
+
+class TestWithoutGradient(testing.RegularizerContract):
+    make = WithoutGradient
+    breaks = "a penalty is never negative"
+
+
+class TestMisspells(testing.RegularizerContract):
+    make = Misspells
+    breaks = "parameter options are numbers"
 
 
 class Rewards(gptk.Regularizer):
@@ -484,6 +616,24 @@ class Loader(testing.LoaderContract):
     def write(self, folder, config, state):
         save_file(state, folder / "model.safetensors")
         return str(folder / "model.safetensors")
+
+
+class AnotherConfiguration(gptk.WeightLoader):
+    """Reads all tensors, for a model of other heads."""
+
+    name = "another-configuration"
+    path: str = Field(description="the file")
+
+    def load(self):
+        config = dataclasses.replace(
+            testing.LoaderContract.config, n_heads=4, n_kv_heads=4, head_dim=4
+        )
+        return gptk.Checkpoint(config=config, state=load_file(self.path), source=self.path)
+
+
+class TestAnotherConfiguration(Loader):
+    make = AnotherConfiguration
+    breaks = "every tensor arrives"
 
 
 class TestDropsATensor(Loader):

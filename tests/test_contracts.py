@@ -1,5 +1,6 @@
 """Every built-in plug-in keeps the promises of its kind, as anybody's must."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -80,7 +81,12 @@ cover(
     PROCESSORS,
     needs_text=dict.fromkeys(NEEDS_TEXT, True),
 )
-cover("sampler", testing.SamplerContract, SAMPLERS)
+cover(
+    "sampler",
+    testing.SamplerContract,
+    SAMPLERS,
+    scores_are_sums={"best-of-n": False, "stochastic-beam": False},
+)
 cover("scheduler", testing.SchedulerContract, SCHEDULERS)
 cover("scorer", testing.ScorerContract, {})
 cover(
@@ -154,6 +160,7 @@ class TestHuggingFaceLoader(Edited):
 
 class TestNanoGPTLoader(testing.LoaderContract):
     make = provided("loader")["nanogpt"].item
+    config = dataclasses.replace(testing.LoaderContract.config, mlp="gelu")
 
     def write(self, folder, config, state):
         theirs = {

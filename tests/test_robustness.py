@@ -1,6 +1,7 @@
 """What plug-ins and callers get wrong, or push to an extreme, is told in a line or does no harm."""
 
 import dataclasses
+import json
 import math
 import pickle
 
@@ -61,6 +62,36 @@ class TestDeadBeams:
             LM.generate(
                 "x", sampler="beam", processors=['choice:choices=["a","b"]'], ignore_eos=True
             )
+
+
+class LooksAhead(gptk.Sampler):
+    """Greedy, after a look at what comes next, and asking twice."""
+
+    name = "looks-ahead"
+
+    def advance(self, decoding):
+        session = decoding.session
+        logits = decoding.processed_logits()
+        tokens = logits.argmax(-1)
+        session.extend(tokens)
+        decoding.processed_logits()
+        session.rewind(1)
+        decoding.commit(gptk.Choice.one_each(tokens, logits, session.rows))
+
+
+def test_a_sampler_may_look_ahead_and_take_back(tmp_path):
+    steps = {}
+    for sampler in ("greedy", LooksAhead()):
+        path = tmp_path / "t.jsonl"
+        out = LM.generate(
+            "ab", sampler=sampler, processors=["top-k:k=9"], max_new_tokens=6,
+            observers=[f"trace:path={path}"],
+        )  # fmt: skip
+        lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        shown = [(line["entropy"], line["removed"], line["candidates"]) for line in lines]
+        steps[str(sampler)] = out.tokens, shown
+    greedy, looking = steps.values()
+    assert looking == greedy
 
 
 def test_best_of_n_prefers_a_text_to_none():
@@ -281,6 +312,123 @@ def test_of_two_plugins_in_a_module_the_right_one_is_named(make):
     for processors in ([Innocent(), make()], [make(), Innocent()]):
         with pytest.raises(gptk.PluginError, match=f"^processor {make.name} of .* failed"):
             LM.generate("x", processors=processors)
+
+
+class Odd(gptk.LogitsProcessor):
+    """Returns, or begins with, what its options say."""
+
+    name = "odd"
+    fault: str = ""
+
+    def start(self, rows):
+        return None if self.fault == "start" else self
+
+    def __call__(self, logits, rows):
+        return logits.nan_to_num(neginf=-99).long() if self.fault == "integers" else logits
+
+    def is_complete(self, tokens, rows):
+        return 1 / 0 if self.fault == "is_complete" else None
+
+
+class OddSampler(gptk.Sampler):
+    """Fails where its option says."""
+
+    name = "odd-sampler"
+    fault: str = ""
+
+    def max_rows(self, n):
+        return 1 / 0 if self.fault == "max_rows" else n
+
+    def hidden_layers(self, config):
+        return 1 / 0 if self.fault == "hidden_layers" else ()
+
+    def rank(self, score, length):
+        return 1 / 0 if self.fault == "rank" else score
+
+    def pick(self, results, n):
+        return [] if self.fault == "pick" else results[:n]
+
+    def advance(self, decoding):
+        if self.fault != "advance":
+            super().advance(decoding)
+
+    def step(self, logits, rows):
+        best = gptk.Choice.one_each(logits.argmax(-1), logits, rows)
+        if self.fault == "lists":
+            return dataclasses.replace(best, tokens=best.tokens.tolist())
+        if self.fault == "nan":
+            return dataclasses.replace(best, scores=best.scores * torch.nan)
+        return best
+
+
+class OddDrafter(gptk.Drafter):
+    """Begins with nothing."""
+
+    name = "odd-drafter"
+
+    def start(self, decoding):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"processors": [Odd(fault="start")]}, r"processor odd: start\(\) returned None; it must"),
+        ({"processors": [Odd(fault="integers")]}, "processor odd returned .* type torch.int64"),
+        ({"processors": [Odd(fault="is_complete")]}, "processor odd of .* in Odd.is_complete"),
+        ({"sampler": OddSampler(fault="max_rows")}, "sampler odd-sampler of .*max_rows"),
+        ({"sampler": OddSampler(fault="hidden_layers")}, "odd-sampler of .*hidden_layers"),
+        ({"sampler": OddSampler(fault="rank")}, "sampler odd-sampler of .*OddSampler.rank"),
+        ({"sampler": OddSampler(fault="pick")}, "sampler odd-sampler picked none of 1 results"),
+        ({"sampler": OddSampler(fault="advance")}, "odd-sampler made no choice in a step"),
+        ({"sampler": OddSampler(fault="lists")}, "chose tokens of type list; they must be tensors"),
+        ({"draft": OddDrafter()}, r"drafter odd-drafter: start\(\) returned None; it must"),
+    ],
+)  # fmt: skip
+def test_faults_of_plugins_are_theirs(settings, message):
+    with pytest.raises(gptk.PluginError, match=message):
+        LM.generate("x", **settings, max_new_tokens=3)
+
+
+def test_a_score_that_is_no_number_is_told_so():
+    with pytest.raises(gptk.DecodingError, match=r"gave its token a score .* that is no number"):
+        LM.generate("x", sampler=OddSampler(fault="nan"))
+
+
+def test_the_callers_own_functions_are_not_a_plugins():
+    def stop(tokens):
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        LM.generate("x", sampler=OddSampler(), stop=stop)
+
+
+def test_an_observer_that_cannot_begin_is_warned_of():
+    class CannotBegin(gptk.DecodingObserver):
+        """Fails at once."""
+
+        name = "cannot-begin"
+
+        def start(self, decoding):
+            raise KeyError("oh")
+
+    want = LM.generate("x", max_new_tokens=3, seed=0)
+    with pytest.warns(gptk.PluginWarning, match="decoding-observer cannot-begin .* KeyError"):
+        assert LM.generate("x", max_new_tokens=3, seed=0, observers=[CannotBegin()]) == want
+
+
+def test_a_hook_takes_no_arguments():
+    module = type("Module", (), {})()
+    module.gptk_samplers = gptk.hookimpl(_with_an_argument)
+    with pytest.raises(gptk.PluginError, match=r"hook gptk_samplers takes no arguments; .*manager"):
+        gptk.plugins.register(module)
+
+
+def gptk_samplers(manager):
+    return []
+
+
+_with_an_argument = gptk_samplers
 
 
 class TestSettings:

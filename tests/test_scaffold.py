@@ -229,6 +229,7 @@ class TestTheCommand:
             ("sampler-contract", "would be a class SamplerContract, which is another"),
             ("greedy", f"there is a sampler greedy already, in gptk {gptk.__version__}"),
             ("plugins", "there is a module gptk_plugins already"),
+            ("test-me", "would be TestMe, a test's name"),
         ],
     )
     def test_a_name_that_cannot_be_used(self, name, message, tmp_path):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gptk.drafting import Draft, Drafter
-from gptk.errors import DecodingError, IncompatibleError, PluginError
+from gptk.errors import DecodingError, GptkError, IncompatibleError, PluginError
 from gptk.observing import DecodingListener, DecodingObserver, DecodingStep
-from gptk.plugins import Plugin, blaming, warn_of_failure
+from gptk.plugins import Plugin, blaming, not_of_a_plugin, warn_of_failure
 from gptk.sampling import Choice, LogitsProcessor, Sampler
 from gptk.session import DecodeSession, Follower
 from gptk.tokenizer import Tokenizer
@@ -148,6 +148,9 @@ class Decoding:
         self._listeners: list[tuple[DecodingObserver, DecodingListener]] = []
         self._seen: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
         """For listeners: logits before and after the processors, and what each took out."""
+        self._stand = list(rows.lengths)
+        """The lengths of the rows at the next choice."""
+        self._choices = 0
         self._plugins: list[Plugin] = [sampler, *processors, *observers]
         self._plugins += [drafter] if drafter is not None else []
         with torch.inference_mode(), blaming(self._plugins):
@@ -155,6 +158,11 @@ class Decoding:
             self._plugins += self.processors[len(processors) :]
             for processor in self.processors:
                 process = processor.start(rows)
+                if not callable(process):
+                    raise PluginError(
+                        f"processor {processor.name}: start() returned {process!r:.80}; it must "
+                        "return what is called at each step"
+                    )
                 self._processes.append((processor.name, process))
                 self._follow(process, f"the state of processor {processor.name}")
             self.state = sampler.start(self)
@@ -162,11 +170,16 @@ class Decoding:
             if drafter is not None:
                 check_draft(sampler)
                 self._draft = drafter.start(self)
+                if not hasattr(self._draft, "propose"):
+                    raise PluginError(
+                        f"drafter {drafter.name}: start() returned {self._draft!r:.80}; it must "
+                        "return an object with propose()"
+                    )
                 self._follow(self._draft, f"the state of drafter {drafter.name}")
                 self._guess()
             try:
                 for observer in observers:
-                    self._listeners.append((observer, observer.start(self)))
+                    self._start_observer(observer)
             except BaseException:
                 self.close()
                 raise
@@ -177,8 +190,11 @@ class Decoding:
 
         Raises PluginError that names the plug-in whose code failed.
         """
+        before = self._choices
         with blaming(self._plugins):
             self.sampler.advance(self)
+        if self._choices == before:
+            raise PluginError(f"sampler {self.sampler.name} made no choice in a step")
         self.steps += 1
 
     def close(self) -> None:
@@ -202,16 +218,25 @@ class Decoding:
         for name, process in self._processes:
             before = logits
             logits = process(logits, self.session.rows)
-            if not isinstance(logits, Tensor) or logits.shape != shape:
-                what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else logits
+            if (
+                not isinstance(logits, Tensor)
+                or logits.shape != shape
+                or not logits.is_floating_point()
+            ):
+                what = (
+                    f"shape {tuple(logits.shape)} and type {logits.dtype}"
+                    if isinstance(logits, Tensor)
+                    else f"{logits!r:.80}"
+                )
                 raise PluginError(
                     f"processor {name} returned {what}; it must return logits of shape "
-                    f"{tuple(shape)}"
+                    f"{tuple(shape)} and type float32"
                 )
             if self._listeners:
                 count = (logits.isneginf() & ~before.isneginf()).sum(dim=-1)
                 removed[name] = removed[name] + count if name in removed else count
-        if self._listeners and len(logits) == len(self.live):
+        # A strategy may look ahead, or ask again: what counts is where the rows stand.
+        if self._listeners and self._seen is None and self.session.rows.lengths == self._stand:
             self._seen = given, logits, removed
         return logits
 
@@ -225,7 +250,8 @@ class Decoding:
         candidates = _to_lists(choice)
         self._check_values(*candidates[:2])
         # A row that waits for the model has had its choice: this one was for show.
-        waiting = [not known for known in self.session.known]
+        known = self.session.known
+        waiting = [not one for one in known] if self._draft is not None else [False] * len(known)
         kept: list[list[tuple[int, Hypothesis]]] = [[] for _ in self.searches]
         ended: list[list[Hypothesis]] = [[] for _ in self.searches]
         ranks = [0] * len(self.searches)
@@ -241,7 +267,7 @@ class Decoding:
             if waiting[source]:
                 shown[source] = token
                 kept[search].append((source, row))
-            elif score > -torch.inf:
+            elif score > -torch.inf and logprob == logprob:  # no NaN
                 row = self._extended(row, source, token, logprob, score, late)
                 if row.reason is None and len(kept[search]) < self._places:
                     kept[search].append((source, row))
@@ -251,7 +277,7 @@ class Decoding:
                     outcome = row
                 ranks[search] += 1
             elif not self.sampler.competing:
-                self._explain(parent)
+                self._explain(parent, token)
             outcomes.append(outcome)
         if self._listeners:
             self._tell(choice, waiting, outcomes)
@@ -282,6 +308,8 @@ class Decoding:
             if not extended:
                 tokens = [shown.get(source, row.token) for source, row in going_on]
                 self._move(torch.tensor(tokens, device=device), [s in shown for s in sources])
+        self._stand = list(self.session.rows.lengths)
+        self._choices += 1
 
     def guess(self, next_logits: Callable[[], Tensor], count: int) -> Tensor:
         """What the sampler would choose were the logits those of `next_logits`: (rows, count).
@@ -290,12 +318,14 @@ class Decoding:
         """
         session = self.session
         guesses = []
+        stand, self._stand = self._stand, []  # no listener is to take these for the model's logits
         for _ in range(count):
             choice = self.sampler.step(self.process(next_logits()), session.rows)
             self._check(choice)
             guesses.append(choice.tokens)
             session.move(choice.tokens)
         session.rewind(count)
+        self._stand = stand
         return torch.stack(guesses, dim=1)
 
     def results(self, prompt: int) -> list[Hypothesis]:
@@ -315,6 +345,15 @@ class Decoding:
     def rank(self, row: Hypothesis) -> float:
         """What the sampler ranks a hypothesis by."""
         return self.sampler.rank(row.score, row.length)
+
+    def _start_observer(self, observer: DecodingObserver) -> None:
+        """What gptk raises on purpose, such as for a file that cannot be written, comes through."""
+        try:
+            self._listeners.append((observer, observer.start(self)))
+        except GptkError:
+            raise
+        except Exception as error:
+            warn_of_failure(observer, error)
 
     def _follow(self, state: object, whose: str) -> None:
         if isinstance(state, Follower):
@@ -400,7 +439,8 @@ class Decoding:
                 *rows.tokens[place, : rows.prompt_lengths[place] + row.length].tolist(),
                 token,
             ]
-            stopped = any(condition(tokens) for condition in limits.conditions)
+            with not_of_a_plugin():
+                stopped = any(condition(tokens) for condition in limits.conditions)
         reason: FinishReason | None = None
         if token in limits.eos:
             reason = "eos"
@@ -435,6 +475,12 @@ class Decoding:
             raise PluginError(
                 f"sampler {self.sampler.name} returned {choice!r:.80}; it must return a gptk.Choice"
             )
+        for what, tensor in vars(choice).items():
+            if not isinstance(tensor, Tensor) and not (what == "parents" and tensor is None):
+                raise PluginError(
+                    f"sampler {self.sampler.name} chose {what} of type {type(tensor).__name__}; "
+                    "they must be tensors"
+                )
         for what, tensor in (("tokens", choice.tokens), ("parents", choice.parents)):
             if tensor is not None and not _holds_integers(tensor):
                 raise PluginError(
@@ -497,7 +543,7 @@ class Decoding:
             if not any(kept[search] or finished[search] for search in searches):
                 self._explain(place)
 
-    def _explain(self, place: int) -> NoReturn:
+    def _explain(self, place: int, token: int = 0) -> NoReturn:
         """Raises DecodingError that names who left no token to a row, or made it no number."""
         row = self.live[place]
         where = f"after {row.length} new tokens"
@@ -512,9 +558,11 @@ class Decoding:
                 raise DecodingError(f"processor {name} left no token to choose from {where}")
             if not _is_distribution(logits[place]):
                 raise DecodingError(f"processor {name} gave logits that are not numbers {where}")
-        raise DecodingError(
-            f"sampler {self.sampler.name} chose a token that the processors had taken out {where}"
-        )
+        if bool(logits[place, token] == -torch.inf):
+            what = "chose a token that the processors had taken out"
+        else:
+            what = "gave its token a score or log-probability that is no number"
+        raise DecodingError(f"sampler {self.sampler.name} {what} {where}")
 
 
 def check_draft(sampler: Sampler) -> None:

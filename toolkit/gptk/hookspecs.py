@@ -14,7 +14,9 @@ name and declares its options as typed fields (see `gptk.Plugin`). A complete pl
         name = "runner-up"
 
         def step(self, logits, rows):
-            return gptk.Choice.one_each(logits.topk(2).indices[:, 1], logits, rows)
+            best, tokens = logits.topk(2)
+            second = ~best[:, 1].isneginf()  # there may be a single token left
+            return gptk.Choice.one_each(tokens[:, 1].where(second, tokens[:, 0]), logits, rows)
 
     @gptk.hookimpl
     def gptk_samplers():

@@ -19,6 +19,7 @@ from gptk.errors import (
     DeviceError,
     GptkError,
     OptionError,
+    PluginError,
     PromptError,
     TokenizerError,
     suggest,
@@ -276,10 +277,12 @@ class Stream:
             for one in _listed("observers", observers, DecodingObserver)
         ]
         # Whatever does not go together is refused before any work.
-        self._rows = self._sampler.max_rows(n)
+        with blaming([self._sampler]):
+            self._rows = self._sampler.max_rows(n)
         self._drafter = None if draft is None else make_drafter(draft)
         if self._drafter is not None:
-            check_draft(self._sampler)
+            with blaming([self._sampler]):
+                check_draft(self._sampler)
         stops = _listed("stop", [stop] if callable(stop) else stop, str)
         self._stop_conditions = tuple(one for one in stops if not isinstance(one, str))
         self._stop = [one for one in stops if isinstance(one, str)]
@@ -353,9 +356,10 @@ class Stream:
         if self._decoding is None:
             raise DecodingError("interrupted before the first token")
         if self._results is None:
-            self._results = [
-                self._generation(self._decoding, index) for index in range(len(self._prompts))
-            ]
+            with blaming([self._sampler, *self._processors]):
+                self._results = [
+                    self._generation(self._decoding, index) for index in range(len(self._prompts))
+                ]
         text = self._results[0].text
         rest = text[len(self._shown) :]
         self._shown = text
@@ -367,12 +371,15 @@ class Stream:
             return
         seconds = self._max_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
+        with blaming([self._sampler]):
+            groups = self._sampler.groups if self._sampler.competing else 1
+            layers = self._sampler.hidden_layers(self._lm.model.config)
         session = DecodeSession(
             self._lm.model,
             self._prompts,
             samples=1 if self._sampler.competing else self._rows,
-            groups=self._sampler.groups if self._sampler.competing else 1,
-            layers=self._sampler.hidden_layers(self._lm.model.config),
+            groups=groups,
+            layers=layers,
             seed=self._seed,
             capacity=max(map(len, self._prompts)) + self._max_new_tokens,
             overflow=self._overflow,
@@ -420,8 +427,10 @@ class Stream:
             )
             for row in decoding.results(index)
         ]
-        with blaming([self._sampler]):
-            best, *others = self._sampler.pick(made, self._n)
+        picked = self._sampler.pick(made, self._n)
+        if not picked:
+            raise PluginError(f"sampler {self._sampler.name} picked none of {len(made)} results")
+        best, *others = picked
         return dataclasses.replace(best, alternatives=others)
 
     def _is_complete(self, tokens: list[int], rows: Rows) -> bool | None:

@@ -243,11 +243,25 @@ def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
     except (GptkError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
+        # torch's, and those of functions that are the caller's own
+        if type(error).__name__ == "OutOfMemoryError" or getattr(error, _CALLERS, False):
             raise
         if line := blame(error, plugins):
             raise PluginError(line) from error
         raise
+
+
+@contextlib.contextmanager
+def not_of_a_plugin() -> Iterator[None]:
+    """Within `blaming`: what comes out of this block is not to be laid at a plug-in's door."""
+    try:
+        yield
+    except Exception as error:
+        setattr(error, _CALLERS, True)
+        raise
+
+
+_CALLERS = "gptk_callers_own"
 
 
 def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
@@ -391,6 +405,12 @@ def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> list[str]:
             f"{hookspecs.API_VERSION}"
         )
     unknown = _unknown_hooks(plugin)
+    for name in _marked(plugin):
+        parameters = list(inspect.signature(getattr(plugin, name)).parameters)
+        if parameters and name in {kind.hook for kind in KINDS.values()}:
+            raise PluginError(
+                f"the hook {name} takes no arguments; this one has {', '.join(parameters)}"
+            )
     pm.register(plugin)
     _origins[id(plugin)] = origin
     return unknown

@@ -107,6 +107,8 @@ def _check(name: str, kind: str, values: dict[str, str]) -> None:
     if len(name) > LONGEST_NAME:
         raise OptionError(f"{name!r} has {len(name)} characters; use {LONGEST_NAME} at most")
     cls, module = values["cls"], values["module"]
+    if cls.startswith("Test"):  # pytest would take the class for tests
+        raise OptionError(f"the class of {name!r} would be {cls}, a test's name; choose another")
     if not cls.isidentifier() or keyword.iskeyword(cls) or _is_used(cls, kind):
         raise OptionError(
             f"a {kind} called {name!r} would be a class {cls}, which "

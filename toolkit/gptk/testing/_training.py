@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptk.model import GPT
-from gptk.testing._promises import PluginContract, check, examples, promise, undisturbed
+from gptk.testing._promises import (
+    PluginContract,
+    check,
+    examples,
+    options_schema,
+    promise,
+    undisturbed,
+)
 from gptk.testing.models import tiny_gpt
 
 TOTALS = st.integers(1, 300)
@@ -26,6 +33,8 @@ class SchedulerContract(PluginContract):
     def scheduler(self, warmup: int = 0) -> Any:
         """The scheduler to test, with some steps of warmup."""
         made = self.plugin()
+        bounds = options_schema(made).get("warmup", {})
+        warmup = max(warmup, bounds.get("minimum", 0))
         return type(made)(**{**made.model_dump(exclude_defaults=True), "warmup": warmup})
 
     @promise
@@ -67,13 +76,14 @@ class SchedulerContract(PluginContract):
     @examples(25)
     @given(total=TOTALS, warmup=WARMUPS)
     def test_warmup_never_falls(self, total: int, warmup: int) -> None:
-        """In warmup the rate rises, or stays, up to where the schedule begins."""
-        warmup = min(warmup, total // 2)  # a schedule may hold it to that
-        scheduler = self.scheduler(warmup)
+        """In warmup the rate rises, from less than it comes to, up to where the schedule begins."""
+        scheduler = self.scheduler(min(warmup, total // 2))  # a schedule may hold it to that
+        warmup = scheduler.warmup
         rates = [scheduler(step, total) for step in range(min(warmup + 1, total))]
         check(
-            all(a <= b + 1e-12 for a, b in itertools.pairwise(rates)),
-            f"with {warmup} steps of warmup, of {total}, it has {rates}",
+            all(a <= b + 1e-12 for a, b in itertools.pairwise(rates))
+            and (warmup < 2 or warmup > total // 2 or rates[0] < rates[warmup - 1]),
+            f"with {warmup} steps of warmup, of {total}, it has {[round(r, 4) for r in rates[:9]]}",
         )
 
     @promise
@@ -96,10 +106,21 @@ class RegularizerContract(PluginContract):
     @examples(8)
     @given(seed=SEEDS)
     def test_a_penalty_is_never_negative(self, seed: int) -> None:
-        """What is added to the loss is a finite number, 0 or more."""
+        """What is added to the loss is a finite number, 0 or more, with a gradient unless it is 0.
+
+        It is a look at the model, and leaves the weights alone.
+        """
         model, logits, targets = _example(seed)
-        penalty = float(torch.as_tensor(self.plugin().penalty(model, logits, targets)).detach())
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        given_ = torch.as_tensor(self.plugin().penalty(model, logits, targets))
+        penalty = float(given_.detach())
         check(math.isfinite(penalty) and penalty >= 0, f"the penalty is {penalty}")
+        check(
+            penalty == 0 or given_.requires_grad,
+            f"the penalty of {penalty} has no gradient: it changes nothing",
+        )
+        for name, parameter in model.named_parameters():
+            check(torch.equal(parameter, before[name]), f"it changed {name}")
 
     @promise
     @examples(8)
@@ -142,13 +163,17 @@ class RegularizerContract(PluginContract):
 
     @promise
     def test_parameter_options_are_numbers(self) -> None:
-        """Options of parameter groups are those of the optimizer: numbers, none negative."""
+        """Options of parameter groups are weight_decay and lr_scale: numbers, none negative."""
         model = tiny_gpt().train()
         plugin = self.plugin()
         for name, module in model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{own}".lstrip(".")
                 for key, value in plugin.parameter_options(module, full, parameter).items():
+                    check(
+                        key in ("weight_decay", "lr_scale"),
+                        f"{key} of {full} is no option; weight_decay and lr_scale are",
+                    )
                     check(
                         isinstance(value, int | float) and math.isfinite(value) and value >= 0,
                         f"{key} of {full} is {value!r}",
