@@ -5,8 +5,9 @@ unusual:
 
 - queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
 - a rotary embedding turns queries and keys together, with the sign folded into the sine table;
-- at one token a step the query heads of a group stand in the query axis of attention, which
-  on CPUs is many times faster than `enable_gqa` (grouped heads share one read of the keys);
+- in decoding, the query heads of a group and the rows of a prompt stand in the query axis of
+  attention, so that they share one read of the keys; on CPUs that is many times faster than
+  `enable_gqa`, and than a cache for each beam;
 - rows of a batch stand at positions of their own, see `gptk.cache`.
 """
 
@@ -140,14 +141,11 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
-        # (rows, heads, time, head_dim)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None and at is not None:
-            k, v = cache.write(self.layer, k, v, at)
-            y = attend(q, k, v, mask=at.mask, causal=at.causal)
+        if cache is None or at is None:
+            y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
         else:
-            dropout = self.dropout if self.training else 0.0
-            y = attend(q, k, v, mask=None, causal=True, dropout=dropout)
+            keys, values = cache.write(self.layer, k, v, at)
+            y = attend_causally(q, k, v) if at.causal else attend(q, keys, values, at)
         return self.out(y)  # type: ignore[no-any-return]
 
 
@@ -161,35 +159,35 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.addcmul(x * cosines, swapped, sines)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float = 0.0,
-) -> Tensor:
-    """softmax(q kᵀ / √d) v for grouped heads.
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √d) v where each token sees itself and those before it.
 
-    q: (rows, heads, time, d); k, v: (rows, kv_heads, keys, d); mask: (1 or rows, 1, time, keys),
-    True where a query may look. Returns (rows, time, heads * d).
+    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows, time, heads * d).
     """
-    rows, heads, time, d = q.shape
-    group = heads // k.shape[1]
-    if causal or group == 1:
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
-        )
-    else:
-        q = q.reshape(rows, -1, group * time, d)
-        if mask is not None:
-            mask = mask.repeat(1, 1, group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = y.view(rows, heads, time, d)
-    return y.transpose(1, 2).reshape(rows, time, heads * d)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, dropout_p=dropout
+    )
+    return y.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, at: Slots) -> Tensor:
+    """softmax(q kᵀ / √d) v for tokens that see what their rows' places in a cache let them see.
+
+    The heads of a group and the rows of a tree stand in the query axis, so that keys are read once
+    for all. q: (rows, time, heads, d); keys, values: (trees, kv_heads, slots, d). Returns
+    (rows, time, heads * d).
+    """
+    _, time, heads, d = q.shape
+    trees, kv_heads, _, _ = keys.shape
+    # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
+    q = at.by_tree(q).view(trees, at.places, time, kv_heads, heads // kv_heads, d)
+    q = q.permute(0, 3, 4, 1, 2, 5)
+    y = F.scaled_dot_product_attention(q.flatten(2, 4), keys, values, attn_mask=at.mask)
+    y = y.view(trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
+    return at.by_row(y.reshape(trees * at.places, time, heads * d))
 
 
 class MLP(nn.Module):
@@ -294,13 +292,14 @@ class GPT(nn.Module):
         (rows, time, 1 + layers, width): the final state, normalized, then these, as they are.
         """
         rows, time = ids.shape
-        at = cache.plan(time) if cache is not None else None
+        group = self.config.n_heads // self.config.n_kv_heads
+        at = cache.plan(time, group) if cache is not None else None
         positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
-        end = time if at is None else at.end
+        longest = time if cache is None else max(cache.lengths) + time
         x = self.embed(ids)
         rope = None
         if self.embed_positions is None:
-            cosines, sines = self._rope_table(end, x)[:, positions, None].unbind()
+            cosines, sines = self._rope_table(longest, x)[:, positions, None].unbind()
             rope = cosines, sines
         else:
             x = x + self.embed_positions(positions)
@@ -311,8 +310,8 @@ class GPT(nn.Module):
             x = block(x, rope, cache, at)
             if layer in layers:
                 kept.append(x)
-        if cache is not None:
-            cache.advance(counts or [time] * rows)
+        if cache is not None and at is not None:
+            cache.advance(counts or [time] * rows, at)
         x = self.norm(x)
         return torch.stack((x, *kept), dim=2) if kept else x[:, :, None]
 
@@ -328,7 +327,6 @@ class GPT(nn.Module):
             self.config.head_dim,
             rows=rows,
             capacity=capacity,
-            max_capacity=self.config.context_length,
             device=self.device,
             dtype=self.dtype,
         )
