@@ -513,6 +513,28 @@ def guided(model):
     )
 
 
+@pytest.mark.parametrize("negative", [[120, 121], [49], None])
+def test_guidance_here_and_in_transformers_is_the_same(theirs, lm, negative):
+    """On the same logits, at each step of a text, negative prompt or none."""
+    ids = torch.tensor([negative]) if negative else None
+    its = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        1.5, theirs, unconditional_ids=ids
+    )
+    spec = "cfg:scale=1.5" + (f",negative={negative}" if negative else "")
+    rows = gptk.Rows(PROMPTS[:1], model=lm.model)
+    process = create("processor", spec, gptk.LogitsProcessor).start(rows)
+    tokens = list(PROMPTS[0])
+    for _ in range(8):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([tokens])).logits[:, -1]
+            want = its(torch.tensor([tokens]), logits)
+        got = process(logits, rows)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        tokens.append(int(want.argmax()))
+        for follower in (rows, process):
+            follower.extend(torch.tensor([tokens[-1:]]))
+
+
 STATEFUL = {"synthid": lambda model: synthid(), "guidance": guided}
 
 

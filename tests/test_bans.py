@@ -314,6 +314,7 @@ def test_options_in_python_are_lists_and_mappings():
         ("forced-tokens:text=a,tokens=[1]", "takes text or tokens, not both"),
         ("forced-tokens:eos_at=3,at=2", "at=2 says where text or tokens begin"),
         ("min-new-tokens", "needs the option n (integer ≥ 0)"),
+        ("min-new-tokens:n=-1", "n=-1 is not allowed; n is integer ≥ 0"),
         ("watermark:greenlist_ratio=1", "greenlist_ratio=1 is not allowed"),
         ("watermark:seeding_scheme=x", "seeding_scheme is lefthash or selfhash"),
     ],
@@ -323,6 +324,7 @@ def test_wrong_options_say_what_is_allowed(spec, message):
         make(spec)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "default required" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ WRONG = [
     ("grammar", {"grammar": 'start: "a" | x\nx: b'}, 'line 2, column 4: unknown name: "b"'),
     ("grammar", {"grammar": 'start: x "b"\nx: x "a"'}, "no text fits"),
     ("grammar", {"grammar": 'start: a\na[stop="x"]: /.*/'}, "stop of a rule are not supported"),
-    ("choice", {"choices": []}, "choices=[] is not allowed"),
+    ("choice", {"choices": []}, "choices=[] is not allowed; choices is array of 1 or more"),
     ("choice", {"choices": "yes"}, """choices is a JSON list, '["yes", "no"]', not 'yes'"""),
 ]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import gptk
 from gptk import Choice, DecodingError, GptkError, LogitsProcessor, OptionError, Rows, Sampler
-from gptk.plugins import create
-from gptk.testing import logits, prompts, tiny_lm
+from gptk.plugins import create, provided
+from gptk.testing import batches, logits, prompts, tiny_lm
 from toys import LLAMA_LIKE
 
 LM = tiny_lm()
@@ -21,6 +21,11 @@ SPECS = {
     "top-k": "top-k:k=5",
     "top-p": "top-p:p=0.8",
     "beam": "beam:width=3",
+}
+
+EVERY = {
+    name: f"{name}:{one.item.example}" if one.item.example else name
+    for name, one in provided("sampler").items()
 }
 
 
@@ -134,6 +139,19 @@ def test_beam_of_full_width_finds_the_likeliest_sequence(prompt):
     assert out.tokens == ids[best.indices[0]].tolist()
 
 
+@given(batch=batches(), penalty=st.sampled_from([None, "repetition-penalty:penalty=1.5"]))
+@settings(max_examples=12)
+def test_one_beam_is_greedy(batch, penalty):
+    chosen = {"processors": [penalty] if penalty else [], "max_new_tokens": 16}
+    greedy = LM.generate_batch(batch, **chosen)
+    for spec in ("beam:width=1", "diverse-beam:width=1,beam_groups=1"):
+        for one, other in zip(
+            LM.generate_batch(batch, sampler=spec, **chosen), greedy, strict=True
+        ):
+            assert result(one) == result(other)
+            assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-4)
+
+
 def test_beam_results_come_best_first_and_are_distinct():
     out = LM.generate([1, 2, 3], sampler="beam:width=4", n=4, max_new_tokens=8)
     every = [out, *out.alternatives]
@@ -181,7 +199,7 @@ class Only(LogitsProcessor):
         return out
 
 
-@pytest.mark.parametrize("spec", SPECS.values())
+@pytest.mark.parametrize("spec", EVERY.values())
 def test_where_no_token_is_left_the_processor_responsible_is_named(spec):
     settings = {"sampler": spec, "seed": 0, "max_new_tokens": 5}
     with pytest.raises(DecodingError, match=r"processor only left no token .* after 2 new tokens"):
@@ -229,13 +247,21 @@ class NoNumbers(LogitsProcessor):
         return logits * torch.nan
 
 
-def test_logits_that_are_not_numbers_are_named():
-    with pytest.raises(GptkError, match="processor no-numbers gave logits that are not numbers"):
-        LM.generate([1], sampler="greedy", processors=[NoNumbers()])
+@pytest.mark.parametrize("spec", EVERY.values())
+@pytest.mark.parametrize("others", [[], ["typical"], ["top-k:k=3"], ["repetition-penalty"]])
+def test_logits_that_are_not_numbers_are_named(spec, others):
+    for before, after in ((others, []), ([], others)):
+        processors = [*before, NoNumbers(), *after]
+        with pytest.raises(GptkError, match="processor no-numbers gave logits that are not num"):
+            LM.generate_batch([[1], [2, 3]], sampler=spec, processors=processors, seed=0)
+
+
+@pytest.mark.parametrize("spec", EVERY.values())
+def test_a_damaged_models_logits_are_named(spec):
     broken = tiny_lm()
     torch.nn.init.constant_(broken.model.head.weight, torch.nan)
     with pytest.raises(GptkError, match="model's logits are not numbers"):
-        broken.generate([1])
+        broken.generate([1], sampler=spec, seed=0)
 
 
 class Recorder(gptk.Follower):

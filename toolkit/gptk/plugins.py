@@ -572,6 +572,7 @@ _BOUNDS = {
     "pattern": "like {}",
     "minLength": "of {} characters or more",
     "maxLength": "of {} characters at most",
+    "minItems": "of {} or more",
 }
 
 
@@ -609,4 +610,5 @@ def _explain(plugin: type[Options], error: pydantic.ValidationError) -> str:
         return f"{who}: {first['msg'].removeprefix('Value error, ')}"
     allowed, default = options[key]
     given = _text(first["input"])
-    return f"{who}: {key}={given} is not allowed; {key} is {allowed} (default {default})"
+    otherwise = "" if plugin.model_fields[key].is_required() else f" (default {default})"
+    return f"{who}: {key}={given} is not allowed; {key} is {allowed}{otherwise}"
