@@ -399,6 +399,12 @@ with bounds, a default and a one-line `description`. The first line of its docst
 kind the same name are an error that names both. Instances never change and may serve several calls
 at once: what is to be remembered goes into the object that `start` returns.
 
+**What goes wrong** is told in a line that names the distribution, its version and the hook, and all
+other plug-ins go on: a module that fails to import, or has no hook that is marked; a hook of a name
+that there is not, with the nearest one; a class without a name; and, when it is at work, code that
+raises an error, a method that is not there, and a value of another type than the table below says.
+An observer that fails hears no more, and the run goes on.
+
 **A name with options** is a spec string, `NAME:key=value,key=value`, on the command line, in Python
 and in configuration files alike; in Python an instance of the class does as well.
 

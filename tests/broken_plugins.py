@@ -163,6 +163,15 @@ class HalfPrecision(gptk.LogitsProcessor):
         return logits.half()
 
 
+class MovesAway(gptk.LogitsProcessor):
+    """Gives logits on another device."""
+
+    name = "moves-away"
+
+    def __call__(self, logits, rows):
+        return logits.to("meta")
+
+
 class Undocumented(gptk.LogitsProcessor):
     name = "undocumented"
     strength: float = 1.0
@@ -233,6 +242,11 @@ class TestLeavesNothing(testing.ProcessorContract):
 
 class TestHalfPrecision(testing.ProcessorContract):
     make = HalfPrecision
+    breaks = "shape dtype and device are kept"
+
+
+class TestMovesAway(testing.ProcessorContract):
+    make = MovesAway
     breaks = "shape dtype and device are kept"
 
 
@@ -334,6 +348,15 @@ class FlattersItself(gptk.Sampler):
         tokens = logits.argmax(-1)
         logprobs = torch.zeros(len(logits))
         return gptk.Choice(tokens=tokens, logprobs=logprobs, scores=rows.scores)
+
+
+class ScalesInPlace(gptk.Sampler):
+    """Greedy, on logits that it changes."""
+
+    name = "scales-in-place"
+
+    def step(self, logits, rows):
+        return gptk.Choice.one_each(logits.div_(2).argmax(-1), logits, rows)
 
 
 class DrawsSecretly(gptk.Sampler):
@@ -444,6 +467,11 @@ class TestTakesMasked(testing.SamplerContract):
 class TestFlattersItself(testing.SamplerContract):
     make = FlattersItself
     breaks = "log probabilities are those of the model"
+
+
+class TestScalesInPlace(testing.SamplerContract):
+    make = ScalesInPlace
+    breaks = "its input is not changed"
 
 
 class TestDrawsSecretly(testing.SamplerContract):

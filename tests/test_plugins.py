@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import gptk
 from gptk import plugins
@@ -175,6 +175,26 @@ class Misspelt:
         return [Everything]
 
 
+class Unmarked:
+    def gptk_samplers(self):
+        return []
+
+
+class OneClass:
+    @gptk.hookimpl
+    def gptk_samplers(self):
+        return WrongKind
+
+
+class HalfMarked:
+    def gptk_samplers(self):
+        return []
+
+    @gptk.hookimpl
+    def gptk_logits_processors(self):
+        return [Everything]
+
+
 class Nameless(gptk.LogitsProcessor):
     pass
 
@@ -185,6 +205,23 @@ class Inherited(Everything):
 
 class Spaced(gptk.LogitsProcessor):
     name = "two words"
+
+
+class Undefined(gptk.LogitsProcessor):
+    name = "undefined"
+    mode: "Nowhere" = 3  # noqa: F821
+
+
+class Picky(gptk.LogitsProcessor):
+    """Its validator fails."""
+
+    name = "picky"
+    count: int = 3
+
+    @field_validator("count")
+    @classmethod
+    def check(cls, value):
+        return 1 / value
 
 
 class WrongKind(gptk.Sampler):
@@ -199,8 +236,18 @@ class WrongKind(gptk.Sampler):
             BuiltForAnother(),
             "it was built for version 2 of gptk's hooks, and this gptk has version 1",
         ),
+        (
+            Unmarked(),
+            "it has no hook of gptk's: gptk_samplers is not marked as a hook; write @gptk",
+        ),
+        (object(), "it has no hook, so gptk finds nothing in it; add a function gptk_samplers()"),
+        (OneClass(), "hook gptk_samplers of mine 1.0: it returned <class '"),
         (Provider(Nameless), "Nameless has the name None"),
         (Provider(Inherited), "Inherited has the name None"),
+        (
+            Provider(Undefined),
+            "an option of Undefined has the type Nowhere, which is not defined",
+        ),
         (Provider(Spaced), "Spaced has the name 'two words'"),
         (Provider(WrongKind), "is not a subclass of gptk.LogitsProcessor"),
         (Provider(Everything(text="")), "is not a subclass of gptk.LogitsProcessor"),
@@ -213,6 +260,20 @@ def test_a_plugin_that_breaks_a_rule_is_refused_and_the_others_go_on(plugin, mes
     assert "\n" not in str(caught.value)
     assert "top-k" in plugins.provided("processor")
     assert plugins.failures() == []
+
+
+def test_a_class_that_fails_to_be_made_is_named():
+    provider = Provider(Picky)
+    plugins.register(provider, origin="mine 1.0")
+    try:
+        with pytest.raises(
+            gptk.PluginError,
+            match=r"^processor picky of mine 1.0 \(hook gptk_logits_processors\) cannot be made: "
+            "ZeroDivisionError: division by zero$",
+        ):
+            plugins.create("processor", "picky:count=0", gptk.LogitsProcessor)
+    finally:
+        plugins.unregister(provider)
 
 
 class Lists(gptk.LogitsProcessor):
@@ -243,6 +304,16 @@ def test_a_hyphen_in_an_option_is_an_underscore():
 def test_a_hook_that_there_is_not_is_warned_of_and_the_others_go_on():
     plugin = Misspelt()
     with pytest.warns(gptk.PluginWarning, match="no hook gptk_sampler; did you mean gptk_samplers"):
+        plugins.register(plugin)
+    try:
+        assert "everything" in plugins.provided("processor")
+    finally:
+        plugins.unregister(plugin)
+
+
+def test_a_hook_that_is_not_marked_is_warned_of_and_the_others_go_on():
+    plugin = HalfMarked()
+    with pytest.warns(gptk.PluginWarning, match="gptk_samplers is not marked as a hook; write @gp"):
         plugins.register(plugin)
     try:
         assert "everything" in plugins.provided("processor")
@@ -322,6 +393,22 @@ def third_party(tmp_path):
             return [click.Command("generate"), len]
         """,
     )
+    distribution("gptk-bare", "bare", "def gptk_samplers():\n    return []\n")
+    distribution(
+        "gptk-typo",
+        "typo",
+        """
+        import gptk
+
+        @gptk.hookimpl
+        def gptk_sampler():
+            return []
+
+        @gptk.hookimpl
+        def gptk_scorers():
+            return []
+        """,
+    )
     return tmp_path
 
 
@@ -342,12 +429,14 @@ def test_entry_points_are_found_and_a_broken_one_is_reported_and_skipped(third_p
     assert "gptk-coldest 1.0" in listed.stdout
     assert "beam" in listed.stdout
     said = listed.stderr.splitlines()
-    assert len(said) == 6
+    assert len(said) == 8
     for line in (
         "plug-in gptk-broken of gptk-broken 1.0: ModuleNotFoundError",
         "hook gptk_samplers of gptk-odd 1.0: Odd has the name None",
         "two samplers are called 'top-k': one from gptk",
-        "hook gptk_tokenizers of gptk-odd 1.0: TypeError",
+        "hook gptk_tokenizers of gptk-odd 1.0: it returned None, not a list",
+        "plug-in gptk-bare of gptk-bare 1.0: it has no hook of gptk's: gptk_samplers is not marked",
+        "a function of gptk-typo 1.0: there is no hook gptk_sampler; did you mean gptk_samplers",
         "hook gptk_commands of gptk-odd 1.0: gptk has a command generate of its own",
         "hook gptk_commands of gptk-odd 1.0: <built-in function len> is not a click command",
     ):
@@ -408,11 +497,12 @@ def test_built_ins_import_only_what_is_public():
 
     for file in Path(gptk_plugins.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                assert not node.module.startswith("gptk."), f"{file.name} imports {node.module}"
-            if isinstance(node, ast.Import):
-                for name in node.names:
-                    assert not name.name.startswith("gptk."), f"{file.name} imports {name.name}"
             match node:
+                case ast.ImportFrom(module=str(module)):
+                    assert module.split(".")[0] != "gptk", f"{file.name} imports from {module}"
+                case ast.Import(names=names):
+                    for name in names:
+                        assert not name.name.startswith("gptk."), f"{file.name} imports {name.name}"
+                        assert name.name != "gptk" or not name.asname, f"{file.name} renames gptk"
                 case ast.Attribute(value=ast.Name(id="gptk"), attr=name):
                     assert name in gptk.__all__, f"{file.name} uses gptk.{name}"

@@ -5,11 +5,14 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import gptk
+from gptk.data import Windows
 from gptk.testing import markov_lm, tiny_gpt, tiny_lm
+from training_runs import config
 
 LM = tiny_lm()
 
@@ -388,6 +391,151 @@ class OddDrafter(gptk.Drafter):
 def test_faults_of_plugins_are_theirs(settings, message):
     with pytest.raises(gptk.PluginError, match=message):
         LM.generate("x", **settings, max_new_tokens=3)
+
+
+class Unfinished(gptk.Sampler):
+    """Has no step."""
+
+    name = "unfinished"
+
+
+class Outdated(gptk.Sampler):
+    """Takes no rows."""
+
+    name = "outdated"
+
+    def step(self, logits):
+        return None
+
+
+class OutdatedState(gptk.LogitsProcessor):
+    """Makes a state that takes no rows."""
+
+    name = "outdated-state"
+
+    def start(self, rows):
+        return TakesNoRows()
+
+
+class TakesNoRows:
+    def __call__(self, logits):
+        return logits
+
+
+class NoStart(gptk.DecodingObserver):
+    """Has no start."""
+
+    name = "no-start"
+
+
+MODULE = "of module test_robustness failed: "
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"sampler": Unfinished()},
+            f"sampler unfinished {MODULE}NotImplementedError: Unfinished does not define step",
+        ),
+        ({"sampler": Outdated()}, rf"outdated {MODULE}TypeError: Outdated.step\(\) takes 2"),
+        (
+            {"processors": [OutdatedState()]},
+            rf"outdated-state {MODULE}TypeError: TakesNoRows.__call__\(\) takes 2",
+        ),
+    ],
+)
+def test_what_a_plugin_lacks_or_does_not_take_is_its_fault(settings, message):
+    with pytest.raises(gptk.PluginError, match=message):
+        LM.generate("x", **settings, max_new_tokens=3)
+
+
+def test_an_observer_that_lacks_a_method_is_named():
+    with pytest.warns(gptk.PluginWarning, match=f"decoding-observer no-start {MODULE}"):
+        LM.generate("x", observers=[NoStart()], max_new_tokens=2)
+
+
+class Three(gptk.TokenizerLoader):
+    """No tokenizer."""
+
+    name = "three"
+
+    def load(self):
+        return 3
+
+
+def test_a_tokenizer_that_is_none_is_told_so(request):
+    register(Three, "gptk_tokenizers", request)
+    message = r"^tokenizer three of Module \(hook gptk_tokenizers\): load\(\) returned 3; it must"
+    with pytest.raises(gptk.PluginError, match=message):
+        gptk.load_tokenizer("three")
+
+
+class OddScheduler(gptk.LRScheduler):
+    """Gives a word for a rate."""
+
+    name = "odd-scheduler"
+
+    def factor(self, step, total_steps):
+        return "fast" if step == 1 else 1.0
+
+
+class OddRegularizer(gptk.Regularizer):
+    """Goes wrong where it is asked to."""
+
+    name = "odd-regularizer"
+    fault: str
+
+    def parameter_options(self, module, name, parameter):
+        return None if self.fault == "parameter_options" else {}
+
+    def loss(self, loss, logits, targets):
+        return None if self.fault == "loss" else loss
+
+    def penalty(self, model, logits, targets):
+        return None if self.fault == "penalty" else 0.0
+
+    def before_step(self, model):
+        return 0.5 if self.fault == "before_step" else None
+
+
+class NeverStarts(gptk.TrainingObserver):
+    """Fails at once."""
+
+    name = "never-starts"
+
+    def start(self, run):
+        raise KeyError("oh")
+
+
+def trained(**settings):
+    windows = Windows(np.arange(400) % 257, 16)
+    trainer = gptk.Trainer(tiny_gpt(), windows, windows, config(steps=2, **settings))
+    trainer.train()
+    return trainer
+
+
+class TestTraining:
+    """Plug-ins of a training run that go wrong."""
+
+    def test_a_rate_that_is_no_number(self, request):
+        register(OddScheduler, "gptk_lr_schedulers", request)
+        with pytest.raises(
+            gptk.PluginError, match=r"odd-scheduler of Module .*: factor\(\) returned 'f"
+        ):
+            trained(scheduler="odd-scheduler")
+
+    @pytest.mark.parametrize("fault", ["parameter_options", "loss", "penalty", "before_step"])
+    def test_a_regularizer_that_returns_something_else(self, fault, request):
+        register(OddRegularizer, "gptk_regularizers", request)
+        message = rf"odd-regularizer of Module .*: {fault}\(\) returned (None|0\.5); it must return"
+        with pytest.raises(gptk.PluginError, match=message):
+            trained(regularizers=[f"odd-regularizer:fault={fault}"])
+
+    def test_an_observer_that_cannot_begin_is_warned_of(self, request):
+        register(NeverStarts, "gptk_training_observers", request)
+        with pytest.warns(gptk.PluginWarning, match="training-observer never-starts .* KeyError"):
+            assert trained(observers=["never-starts"]).step_count == 2
 
 
 def test_a_score_that_is_no_number_is_told_so():

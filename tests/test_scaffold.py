@@ -344,6 +344,13 @@ class TestAFile:
     def test_it_may_add_a_command(self, coldest):
         assert run_gptk("--plugin", coldest, "hello").stdout == "hello from a file\n"
 
+    def test_its_command_that_fails_is_named(self, coldest):
+        coldest.write_text(COLDEST.replace('click.echo("hello from a file")', "return 1 / 0"))
+        line = failing("--plugin", coldest, "hello", code=1)
+        assert (
+            line == f"gptk: command hello of {coldest} failed: ZeroDivisionError: division by zero"
+        )
+
     def test_several_files(self, coldest, tmp_path):
         other = tmp_path / "other" / "coldest.py"  # the same file name
         other.parent.mkdir()
@@ -396,14 +403,18 @@ class TestAFile:
             ("x.py", "import gptk\nraise gptk.GptkError\n", "x.py, line 2: GptkError"),
             ("x.py", "GPTK_API = 2\nimport gptk\n@gptk.hookimpl\ndef gptk_samplers(): ...\n",
              "x.py: it was built for version 2 of gptk's hooks"),
-            ("x.py", "", "x.py has no hook, so gptk finds nothing in it; add a function "
+            ("x.py", "", "x.py: it has no hook, so gptk finds nothing in it; add a function "
              "gptk_samplers() that returns a list of its classes, with @gptk.hookimpl above it"),
             ("x.py", "import gptk\nclass Mine(gptk.LRScheduler):\n    name = 'mine'\n",
              "add a function gptk_lr_schedulers() that returns [Mine], with @gptk.hookimpl"),
             ("x.py", "def gptk_scorers():\n    return []\n",
-             "x.py does not mark gptk_scorers as a hook; write @gptk.hookimpl above it"),
+             "x.py: it has no hook of gptk's: gptk_scorers is not marked as a hook; write "
+             "@gptk.hookimpl above it"),
             ("x.py", "import gptk\n@gptk.hookimpl\ndef gptk_sampler():\n    return []\n",
-             "x.py has no hook of gptk's: there is no hook gptk_sampler; did you mean"),
+             "x.py: it has no hook of gptk's: there is no hook gptk_sampler; did you mean"),
+            ("x.py", "GPTK_API = '1'\nimport gptk\n@gptk.hookimpl\ndef gptk_samplers(): ...\n",
+             "x.py: GPTK_API is '1'; it must be the version of gptk's hooks that the plug-in was "
+             "built for, a whole number such as 1"),
             ("x.py", COLDEST.replace('"coldest"', '"greedy"'),
              "two samplers are called 'greedy': one from gptk "),
             ("x.py", "import gptk\n@gptk.hookimpl\ndef gptk_samplers():\n    return 1 / 0\n",

@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -127,6 +128,7 @@ class Plugin(Options):
 
 
 P = TypeVar("P", bound=Plugin)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,37 @@ def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
             f"{type(plugin).title()} of {_owner(plugin)} failed in {qualname}, line {line} of "
             f"{frame.f_globals.get('__name__')}: {brief(error)}"
         )
+    if misfit := _misfit(error, callers[0] if callers else None, at_work):
+        return f"{misfit.title()} of {_owner(misfit)} failed: {brief(error)}"
     return None
+
+
+def _misfit(error: Exception, caller: object, plugins: Iterable[Plugin]) -> Plugin | None:
+    """The plug-in that lacks what gptk called, or takes other arguments: none of its code ran."""
+    if isinstance(caller, Plugin):  # its base class's code was the last to run
+        return caller
+    called = re.match(r"(\S+)\(\) ", str(error)) if isinstance(error, TypeError) else None
+    if called is None:
+        return None
+    for plugin in plugins:
+        module = type(plugin).__module__
+        item: object = sys.modules.get(module)
+        for name in called[1].split("."):
+            item = getattr(item, name, None)
+        inside = called[1].startswith(f"{type(plugin).__qualname__}.")
+        if inside or getattr(item, "__module__", None) == module:
+            return plugin
+    return None
+
+
+def expect(plugin: Plugin, method: str, value: T, kinds: Any, wanted: str) -> T:
+    """The value that a plug-in's method returned. Raises PluginError if it is none of `kinds`."""
+    if not isinstance(value, kinds):
+        raise PluginError(
+            f"{plugin.title()} of {_owner(plugin)}: {method}() returned {value!r:.60}; it must "
+            f"return {wanted}"
+        )
+    return value
 
 
 def _suspects(frame: FrameType, plugins: Sequence[Plugin]) -> list[Plugin]:
@@ -300,7 +332,8 @@ def _suspects(frame: FrameType, plugins: Sequence[Plugin]) -> list[Plugin]:
 
 def warn_of_failure(observer: Plugin, error: Exception) -> None:
     """A PluginWarning for an observer that failed; whatever it observes goes on without it."""
-    line = blame(error, [observer]) or f"{observer.title()} failed: {brief(error)}"
+    line = blame(error, [observer])
+    line = line or f"{observer.title()} of {_owner(observer)} failed: {brief(error)}"
     warnings.warn(f"{line}; it hears no more of this run", PluginWarning, stacklevel=2)
 
 
@@ -321,14 +354,23 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
 
     Options that are neither text nor numbers are written as JSON, `tokens="[1, 2]"`.
     Raises UnknownNameError (with the nearest names), SpecError, OptionError, or PluginError for
-    a name that two distributions claim.
+    a name that two distributions claim or a class that fails.
     """
     if isinstance(spec, base):
         return spec
     if not isinstance(spec, str):
         raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {spec!r}")
     name, options = parse_spec(spec)
-    made = from_options(find(kind, name).item, options)
+    one = find(kind, name)
+    try:
+        made = from_options(one.item, options)
+    except GptkError:
+        raise
+    except Exception as error:  # its validators, or an __init__ of its own
+        raise PluginError(
+            f"{one.item.title()} of {one.distribution} (hook {KINDS[kind].hook}) cannot be made: "
+            f"{brief(error)}"
+        ) from error
     assert isinstance(made, base)
     return made
 
@@ -379,8 +421,8 @@ def manager() -> pluggy.PluginManager:
         origin = f"{dist.name} {dist.version}" if dist else entry_point.module
         who = f"plug-in {entry_point.name} of {origin}"
         try:
-            unknown = _add(pm, entry_point.load(), origin)
-            _load_failures.extend(f"{who}: {line}" for line in unknown)
+            passed_over = _add(pm, entry_point.load(), origin)
+            _load_failures.extend(f"a function of {origin}: {line}" for line in passed_over)
         except (Exception, SystemExit) as error:  # it may raise anything; the others go on
             _load_failures.append(f"{who}: {brief(error)}")
     return pm
@@ -391,20 +433,27 @@ _origins: dict[int, str] = {}
 
 
 def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> list[str]:
-    """Register a plug-in; returns a line for each of its hooks that there is not.
+    """Register a plug-in; returns a line for each of its functions that only seems to be a hook.
 
-    Raises PluginError if it was built for another version of the hooks.
+    Raises PluginError if it was built for another version of the hooks, or has none.
     """
     if pm.is_registered(plugin):
         return []
     built_for = getattr(plugin, "GPTK_API", hookspecs.API_VERSION)
+    if not isinstance(built_for, int):
+        raise PluginError(
+            f"GPTK_API is {built_for!r}; it must be the version of gptk's hooks that the plug-in "
+            f"was built for, a whole number such as {hookspecs.API_VERSION}"
+        )
     if built_for != hookspecs.API_VERSION:
         raise PluginError(
             f"it was built for version {built_for} of gptk's hooks, and this gptk has version "
             f"{hookspecs.API_VERSION}; install a version of it that says GPTK_API = "
             f"{hookspecs.API_VERSION}"
         )
-    unknown = _unknown_hooks(plugin)
+    if not set(_marked(plugin)) & {kind.hook for kind in KINDS.values()}:
+        raise PluginError(_missing_hook(plugin))
+    passed_over = _unknown_hooks(plugin) + _unmarked_hooks(plugin)
     for name in _marked(plugin):
         parameters = list(inspect.signature(getattr(plugin, name)).parameters)
         if parameters and name in {kind.hook for kind in KINDS.values()}:
@@ -413,7 +462,7 @@ def _add(pm: pluggy.PluginManager, plugin: object, origin: str) -> list[str]:
             )
     pm.register(plugin)
     _origins[id(plugin)] = origin
-    return unknown
+    return passed_over
 
 
 def _marked(plugin: object) -> list[str]:
@@ -430,6 +479,15 @@ def _unknown_hooks(plugin: object) -> list[str]:
     ]
 
 
+def _unmarked_hooks(plugin: object) -> list[str]:
+    marked = _marked(plugin)
+    return [
+        f"{kind.hook} is not marked as a hook; write @gptk.hookimpl above it"
+        for kind in KINDS.values()
+        if kind.hook not in marked and callable(getattr(plugin, kind.hook, None))
+    ]
+
+
 def _file_module(file: Path) -> str:
     """The module name of a file: always the same, and no other module's."""
     name = f"gptk_file_{file.parent.name if file.stem == '__init__' else file.stem}"
@@ -439,7 +497,7 @@ def _file_module(file: Path) -> str:
 
 
 def _execute(module: ModuleType, source: bytes, origin: str) -> None:
-    """Fill a module from its file's source. Raises PluginError if it fails, or has no hook."""
+    """Fill a module from its file's source. Raises PluginError if it fails."""
     file = str(module.__file__)
     try:
         # Compiled here and not by importlib, which would leave a __pycache__ beside the file.
@@ -452,26 +510,21 @@ def _execute(module: ModuleType, source: bytes, origin: str) -> None:
             problem, lines = f"{type(error).__name__}: {error.msg}", [error.lineno or 1]
         where = f", line {lines[-1]}" if lines else ""
         raise PluginError(f"{origin}{where}: {problem}") from error
-    if not set(_marked(module)) & {kind.hook for kind in KINDS.values()}:
-        raise PluginError(f"{origin} {_missing_hook(module)}")
 
 
-def _missing_hook(module: ModuleType) -> str:
-    """What is wrong with a module without hooks, and what to add."""
-    if unknown := _unknown_hooks(module):
-        return f"has no hook of gptk's: {unknown[0]}"
-    hooks = {kind.hook: name for name, kind in KINDS.items()}
-    if unmarked := [name for name in vars(module) if name in hooks]:
-        return f"does not mark {unmarked[0]} as a hook; write @gptk.hookimpl above it"
-    for name, item in vars(module).items():
-        own = isinstance(item, type) and item.__module__ == module.__name__
+def _missing_hook(plugin: object) -> str:
+    """What is wrong with a plug-in without hooks, and what to add."""
+    if wrong := [*_unknown_hooks(plugin), *_unmarked_hooks(plugin)]:
+        return f"it has no hook of gptk's: {wrong[0]}"
+    for name, item in getattr(plugin, "__dict__", {}).items():
+        own = isinstance(item, type) and item.__module__ == getattr(plugin, "__name__", None)
         if own and issubclass(item, Plugin) and getattr(item, "kind", None) in KINDS:
             hook, returned = KINDS[item.kind].hook, f"[{name}]"
             break
     else:
         hook, returned = "gptk_samplers", "a list of its classes"
     return (
-        f"has no hook, so gptk finds nothing in it; add a function {hook}() that returns "
+        f"it has no hook, so gptk finds nothing in it; add a function {hook}() that returns "
         f"{returned}, with @gptk.hookimpl above it"
     )
 
@@ -493,7 +546,10 @@ def _survey(kind: str) -> _Survey:
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         origin = _origins[id(implementation.plugin)]
         try:
-            items: list[Any] = list(implementation.function())
+            returned = implementation.function()
+            if isinstance(returned, type) or not isinstance(returned, Iterable):
+                raise PluginError(f"it returned {returned!r:.60}, not a list")
+            items: list[Any] = list(returned)
         except Exception as error:
             survey.failures.append(f"hook {hook} of {origin}: {brief(error)}")
             continue
@@ -532,6 +588,11 @@ def _problem(kind: str, item: Any) -> str | None:
             f"{item.__name__} has the name {name!r}; give it a class attribute `name` of letters, "
             "digits, dots and hyphens"
         )
+    try:
+        plugin: type[Plugin] = item
+        plugin.model_rebuild()  # where an annotation names what came later, or nothing
+    except pydantic.errors.PydanticUndefinedAnnotation as error:
+        return f"an option of {item.__name__} has the type {error.name}, which is not defined"
     return None
 
 

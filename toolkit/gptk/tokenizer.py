@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gptk.errors import TokenizerError
-from gptk.plugins import Plugin, ask, blaming, create, provided
+from gptk.plugins import Plugin, ask, blaming, create, expect, provided
 
 if TYPE_CHECKING:
     import tiktoken
@@ -130,7 +130,7 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 def _load(loader: TokenizerLoader) -> Tokenizer:
     with blaming([loader]):
-        return loader.load()
+        return expect(loader, "load", loader.load(), Tokenizer, "a gptk.Tokenizer")
 
 
 _SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option, as no path is likely to begin

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -29,13 +30,13 @@ from gptk import checkpoints, distributed, train_state
 from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
 from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
 from gptk.distributed import Processes
-from gptk.errors import OptionError, PluginError, SourceError, TrainingError
+from gptk.errors import GptkError, OptionError, PluginError, SourceError, TrainingError
 from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
 from gptk.metrics import MetricsFile, truncate_metrics
 from gptk.model import GPT
 from gptk.plotting import plot_runs
-from gptk.plugins import blaming, create, warn_of_failure
+from gptk.plugins import blaming, create, expect, warn_of_failure
 from gptk.samples import SamplesFile
 from gptk.sampling import Sampler
 from gptk.saving import lock, write_model, write_text
@@ -131,8 +132,10 @@ class Trainer:
                 part.compile()
         self._objective = self.processes.spread(objective, model.blocks, shard=shard)
         self._parameters = dict(model.named_parameters())
+        with blaming(self.regularizers):
+            groups = self._groups()
         self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
         self._states: dict[str, dict[str, Tensor]] = {one.name: {} for one in self.regularizers}
 
@@ -345,7 +348,13 @@ class Trainer:
                 if name is None:
                     continue  # shared, and asked about at its first owner
                 for regularizer in self.regularizers:
-                    options[name] |= regularizer.parameter_options(module, name, parameter)
+                    options[name] |= expect(
+                        regularizer,
+                        "parameter_options",
+                        regularizer.parameter_options(module, name, parameter),
+                        Mapping,
+                        "options by name, such as {}",
+                    )
         groups: dict[tuple[tuple[str, float], ...], list[Tensor]] = defaultdict(list)
         for name, parameter in self._parameters.items():
             chosen = {"weight_decay": 0.0, "lr_scale": 1.0} | options[name]
@@ -363,7 +372,7 @@ class Trainer:
         self.model.train()
         windows = self._next_windows()
         mine = windows[self.processes.rank :: self.processes.count]
-        lr = self.config.lr * self.scheduler(self.step_count, self.total_steps)
+        lr = self.config.lr * self._factor()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         on_gpu = self.model.device.type == "cuda"
@@ -397,6 +406,10 @@ class Trainer:
             **({} if finite else {"skipped": True}),
         }
 
+    def _factor(self) -> float:
+        factor = self.scheduler(self.step_count, self.total_steps)
+        return expect(self.scheduler, "factor", factor, Real, "a number")
+
     def _next_windows(self) -> np.ndarray:
         """The windows of this step, for all processes; begins the next epoch when one ends."""
         n = len(self.train_windows)
@@ -423,9 +436,13 @@ class Trainer:
                 logits = self._logits(inputs)
                 loss = objective = _cross_entropy(logits, targets)
                 for regularizer in self.regularizers:
-                    objective = regularizer.loss(objective, logits, targets)
+                    changed = regularizer.loss(objective, logits, targets)
+                    objective = expect(regularizer, "loss", changed, Tensor, "a tensor, the loss")
                 for regularizer in self.regularizers:
-                    objective = objective + regularizer.penalty(self.model, logits, targets)
+                    more = regularizer.penalty(self.model, logits, targets)
+                    objective = objective + expect(
+                        regularizer, "penalty", more, (Tensor, Real), "a tensor or a number"
+                    )
                 torch.autograd.backward(objective * share)
             totals += torch.stack((loss.detach(), objective.detach())).double() * share
         return totals
@@ -448,10 +465,14 @@ class Trainer:
         """Let the regularizers at the gradients; returns their figures and the norm."""
         figures: dict[str, float] = {}
         for regularizer in self.regularizers:
-            figures |= {
-                name: float(value)
-                for name, value in (regularizer.before_step(self.model) or {}).items()
-            }
+            given = expect(
+                regularizer,
+                "before_step",
+                regularizer.before_step(self.model) or {},
+                Mapping,
+                "figures by name, or None",
+            )
+            figures |= {name: float(value) for name, value in given.items()}
         if "grad_norm" not in figures:
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             figures["grad_norm"] = float(distributed.whole(nn.utils.get_total_norm(gradients)))
@@ -624,8 +645,13 @@ class Trainer:
             # What was recorded after the checkpoint that a run goes on from comes once more.
             truncate_metrics(self.run / "metrics.jsonl", self.step_count or -1)
             self._active += [MetricsFile(self.run / "metrics.jsonl"), SamplesFile(self.run)]
-        with blaming(self._observers):
-            self._observing = [(observer, observer.start(self.run)) for observer in self._observers]
+        for observer in self._observers:
+            try:
+                self._observing.append((observer, observer.start(self.run)))
+            except GptkError:  # raised on purpose, such as for a package that is not there
+                raise
+            except Exception as error:
+                warn_of_failure(observer, error)
 
     def _tell(self, record: dict[str, Any]) -> None:
         for listener in self._active:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from gptk import __version__
-from gptk.errors import GptkError, UnknownNameError, suggest
+from gptk.errors import GptkError, PluginError, UnknownNameError, suggest
 
 # Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
 COMMANDS = {
@@ -46,6 +46,20 @@ class _Commands(click.Group):
             command = find("command", name).item
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (GptkError, click.ClickException, click.exceptions.Exit, click.Abort, OSError):
+            raise
+        except Exception as error:
+            name = ctx.invoked_subcommand
+            if name is None or name in COMMANDS:
+                raise
+            from gptk.plugins import brief, find
+
+            whose = find("command", name).distribution
+            raise PluginError(f"command {name} of {whose} failed: {brief(error)}") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
