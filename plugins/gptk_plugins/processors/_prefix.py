@@ -6,6 +6,8 @@ so those alone are sorted at first. Where they hold less probability than asked 
 counted into bins by their keys, and the one bin in which the sum reaches it is sorted.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
@@ -21,27 +23,29 @@ BINS = 1024
 Floats = npt.NDArray[np.float32]
 
 
-def last_key(keys: Tensor, probabilities: Tensor, p: float) -> Tensor:
+def last_key(
+    keys: Tensor, probabilities: Tensor, p: float, depths: Sequence[int] = DEPTHS
+) -> Tensor:
     """The key of the token at which tokens in the order of falling keys reach p together.
 
-    keys, probabilities: (rows, vocab); p: below 1. Returns (rows, 1): what has at least that key
-    is the smallest set, and ties with its last token. Which of tied tokens comes first is an
-    accident of the sort, so it must not decide. Where rounding keeps a row short of p it is the
-    lowest key.
+    keys, probabilities: (rows, vocab); p: below 1; depths: where to look first. Returns (rows, 1):
+    what has at least that key is the smallest set, and ties with its last token. Which of tied
+    tokens comes first is an accident of the sort, so it must not decide. Where rounding keeps a
+    row short of p it is the lowest key.
     """
     if keys.device.type == "cpu":
         pairs = zip(keys.numpy(), probabilities.numpy(), strict=True)
-        return keys.new_tensor([[_last_key(key, q, p)] for key, q in pairs])
+        return keys.new_tensor([[_last_key(key, q, p, depths)] for key, q in pairs])
     ordered = keys.sort(dim=-1, descending=True, stable=True)
     mass = probabilities.gather(-1, ordered.indices).cumsum(dim=-1)
     last = (mass < p).sum(dim=-1, keepdim=True).clamp(max=keys.shape[-1] - 1)
     return ordered.values.gather(-1, last)
 
 
-def _last_key(keys: Floats, probabilities: Floats, p: float) -> float:
+def _last_key(keys: Floats, probabilities: Floats, p: float, depths: Sequence[int]) -> float:
     """The same for one row. Not a number where the keys are none."""
     highest = keys.max()
-    for depth in DEPTHS:
+    for depth in depths:
         near = np.flatnonzero(keys >= highest - np.float32(depth))
         if len(near) > FEW:
             break
@@ -66,6 +70,6 @@ def _last_among(
     tokens: npt.NDArray[np.intp], keys: Floats, probabilities: Floats, p: float, before: float
 ) -> float:
     """The key of the one of these tokens that completes p; those ahead of them have `before`."""
-    order = tokens[np.argsort(-keys[tokens], kind="stable")]
+    order = tokens[np.argsort(-keys[tokens])]  # ties in any order: they share the key
     mass = before + np.cumsum(probabilities[order], dtype=np.float64)
     return float(keys[order[min(int(np.searchsorted(mass, p)), len(order) - 1)]])

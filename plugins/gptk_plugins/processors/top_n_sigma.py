@@ -21,9 +21,13 @@ class TopNSigma(gptk.LogitsProcessor):
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         below = logits - logits.amax(dim=-1, keepdim=True)
-        finite = below > -torch.inf
-        count = finite.sum(dim=-1, keepdim=True)
-        known = torch.where(finite, below, 0)
-        deviation = torch.where(finite, known - known.sum(dim=-1, keepdim=True) / count, 0)
-        sigma = (deviation.square().sum(dim=-1, keepdim=True) / count).sqrt()
-        return logits.masked_fill(below < -self.n * sigma, -torch.inf)
+        total, count = below.sum(dim=-1, keepdim=True), logits.new_tensor(logits.shape[-1])
+        if bool(total.isfinite().all()):
+            deviation = below - total / count
+        else:  # some were taken out: a few passes more over the vocabulary
+            finite = below > -torch.inf
+            known, count = torch.where(finite, below, 0), finite.sum(dim=-1, keepdim=True)
+            mean = known.sum(dim=-1, keepdim=True) / count
+            deviation = torch.where(finite, known - mean, 0)
+        sigma = (deviation.square_().sum(dim=-1, keepdim=True) / count).sqrt()
+        return torch.where(below < -self.n * sigma, -torch.inf, logits)

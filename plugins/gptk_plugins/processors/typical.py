@@ -11,6 +11,11 @@ from torch import Tensor
 import gptk
 from gptk_plugins.processors._prefix import last_key
 
+DEPTHS = (4, 7, 12)
+"""How far from the entropy to look first, in nats. At 60 places of an English text SmolLM2's
+typical tokens reach 0.9 within 4 at three of four, with 140 tokens to sort, and within 8 at all,
+with 1,800."""
+
 
 class Typical(gptk.LogitsProcessor):
     """Keeps the tokens whose surprise is nearest to the entropy, until they reach p."""
@@ -28,5 +33,5 @@ class Typical(gptk.LogitsProcessor):
         # 0·log 0, of tokens that were taken out, counts as 0.
         entropy = -(probabilities * logprobs).nansum(dim=-1, keepdim=True)
         nearness = logprobs.add_(entropy).abs_().neg_()
-        least = last_key(nearness, probabilities, self.p)
+        least = last_key(nearness, probabilities, self.p, DEPTHS)
         return torch.where(nearness < least, -torch.inf, logits)

@@ -84,7 +84,12 @@ class Watermark(gptk.LogitsProcessor):
                 )
                 continue
             likeliest = logits[row].topk(min(CANDIDATES, vocabulary)).indices.tolist()
-            chosen = [v for v in likeliest if self._is_green([*context, v], vocabulary)]
+            seeds = self._own_seeds(context, likeliest)
+            chosen = [
+                v
+                for v, seed in zip(likeliest, seeds, strict=True)
+                if _has(self._green(seed, vocabulary), v)
+            ]
             added[row, chosen] = 1
         return torch.add(logits, added.to(logits.device), alpha=self.bias)
 
@@ -133,21 +138,32 @@ class Watermark(gptk.LogitsProcessor):
     def _is_green(self, tokens: Sequence[int], vocabulary: int) -> bool:
         """Whether the last token is in the list of those before it, for selfhash with itself."""
         last = tokens[-1]
-        context = tokens if self.seeding_scheme == "selfhash" else tokens[:-1]
-        green = self._green(self._seed(context), vocabulary)
-        return last < vocabulary and bool(green[last >> 3] >> (last & 7) & 1)
+        if self.seeding_scheme == "selfhash":
+            (seed,) = self._own_seeds(tokens[:-1], [last])
+        else:
+            seed = self._seed(tokens[:-1])
+        return last < vocabulary and _has(self._green(seed, vocabulary), last)
 
     def _green(self, seed: int, vocabulary: int) -> npt.NDArray[np.uint8]:
         return _green_list(seed, vocabulary, int(vocabulary * self.greenlist_ratio))
 
     def _seed(self, context: Sequence[int]) -> int:
-        if self.seeding_scheme == "lefthash":
-            seed = self.hashing_key * context[-1]
-        else:
-            hashes = _table(self.hashing_key)[np.array(context[-self.context_width :]) % TABLE_SIZE]
-            # Products overflow 64 bits and wrap around.
-            seed = int((np.int64(self.hashing_key) * hashes * hashes[-1:]).min())
-        return seed % (2**64 - 1)
+        """Of lefthash."""
+        return self.hashing_key * context[-1] % (2**64 - 1)
+
+    def _own_seeds(self, context: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Of selfhash, for each token that may come after a context."""
+        table = _table(self.hashing_key)
+        before = context[len(context) - self.context_width + 1 :]
+        own = table[np.array(tokens) % TABLE_SIZE]
+        hashes = [own, *table[np.array(before, dtype=np.int64) % TABLE_SIZE, None]]
+        # Products overflow 64 bits and wrap around.
+        products = [np.int64(self.hashing_key) * one * own for one in hashes]
+        return [seed % (2**64 - 1) for seed in np.min(products, axis=0).tolist()]
+
+
+def _has(green: npt.NDArray[np.uint8], token: int) -> bool:
+    return bool(green[token >> 3] >> (token & 7) & 1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import places
 
 
 class XTC(gptk.LogitsProcessor):
@@ -27,7 +28,10 @@ class XTC(gptk.LogitsProcessor):
         chosen = rows.uniform(draw=1) < self.probability
         if not bool(chosen.any()):
             return logits
-        enough = logits.softmax(dim=-1) >= self.threshold
-        # Infinite where no token is good enough, so that none is above it. Ties stay.
-        least = torch.where(enough, logits, torch.inf).amin(dim=-1, keepdim=True)
-        return logits.masked_fill((logits > least) & chosen[:, None], -torch.inf)
+        # The few tokens that are good enough, row by row; the vocabulary is gone over but once.
+        row, token = places(logits.softmax(dim=-1), self.threshold)
+        scores = logits[row, token]
+        # Infinite where no token is good enough. Ties stay.
+        least = logits.new_full((len(logits),), torch.inf).scatter_reduce(0, row, scores, "amin")
+        out = (scores > least[row]) & chosen[row]
+        return logits.index_put((row[out], token[out]), logits.new_tensor(-torch.inf))
