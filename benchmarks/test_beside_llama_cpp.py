@@ -1,0 +1,57 @@
+"""gptk beside llama.cpp: the same Q4_1 file, greedy."""
+
+import pytest
+
+import gptk
+from engines import compiled, decode_seconds, generate, llama_cpp, smollm2_file, warm_up
+from models import prompt
+from turns import in_turns
+
+NEW = 128
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return gptk.load(str(smollm2_file()), device="cpu", quantize="stored")
+
+
+@pytest.mark.peers("q41", "q41-compiled")
+def test_greedy(lm, table):
+    ids = lm.encode("The capital of France is")
+    peers = llama_cpp(len(ids) + NEW + 1)
+    functions = {"gptk": lambda: generate(lm, ids, NEW)}
+    functions |= {name: lambda peer=peer: peer.generate(ids, NEW) for name, peer in peers.items()}
+    fast, reason = compiled(str(smollm2_file()), quantize="stored")
+    warm = ""
+    if fast is not None:
+        functions["compiled"] = lambda: generate(fast, ids, NEW)
+        warm = warm_up(functions["compiled"])
+    times = in_turns(functions)
+    table.row("q41", times, ["gptk"], list(peers), tokens=NEW)
+    if fast is None:
+        table.skip("q41-compiled", reason)
+    else:
+        table.row("q41-compiled", times, ["compiled"], list(peers), tokens=NEW, note=warm)
+
+
+@pytest.mark.peers("prompt-q41")
+def test_prompt(lm, table):
+    ids = prompt(512, vocabulary=40_000)
+    peers = llama_cpp(len(ids) + 2)
+    functions = {"gptk": lambda: generate(lm, ids, 1)}
+    functions |= {name: lambda peer=peer: peer.generate(ids, 1) for name, peer in peers.items()}
+    times = in_turns(functions, rounds=7)
+    table.row("prompt-q41", times, ["gptk"], list(peers), tokens=len(ids))
+
+
+@pytest.mark.peers("long-q41")
+def test_greedy_after_a_long_prompt(lm, table):
+    """Decoding alone, without the pass over the prompt."""
+    ids = prompt(1500, vocabulary=40_000)
+    peers = llama_cpp(len(ids) + NEW + 1)
+    functions = {"gptk": lambda: decode_seconds(lm, ids, NEW)}
+    functions |= {
+        name: lambda peer=peer: peer.decode_seconds(ids, NEW) for name, peer in peers.items()
+    }
+    note = "the time after the prompt's pass"
+    table.row("long-q41", in_turns(functions), ["gptk"], list(peers), tokens=NEW - 1, note=note)

@@ -1,0 +1,79 @@
+"""gptk beside the code of *Build a Large Language Model (From Scratch)*, and nanoGPT's step."""
+
+import pytest
+import torch
+
+import gptk
+from engines import book_gpt, generate
+from models import GPT2_VOCABULARY, precision, prompt
+from training_steps import BATCH, LENGTH, book_step, nanogpt_step, our_step
+from turns import in_turns
+
+NEW = 64
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+@pytest.mark.peers("gpt2-book")
+def test_generate(table, tmp_path):
+    """Greedy; the book's has no KV cache. gptk reads the book's own checkpoint."""
+    chapter = pytest.importorskip(
+        "llms_from_scratch.ch05", reason="llms-from-scratch is not installed"
+    )
+    book = book_gpt(1024).eval()
+    torch.save(book.state_dict(), tmp_path / "model.pth")
+    source = f'llms-from-scratch:path="{tmp_path / "model.pth"}",n_heads=12'
+    lms = {one: gptk.load(source, device="cpu", **precision(one)) for one in DTYPES}
+    ids = prompt(32, vocabulary=GPT2_VOCABULARY)
+
+    def theirs():
+        out = chapter.generate(book, torch.tensor([ids]), NEW, 1024)[0, len(ids) :].tolist()
+        assert len(out) == NEW
+        return out
+
+    assert generate(lms["float32"], ids, NEW) == theirs()
+    functions = {one: lambda lm=lm: generate(lm, ids, NEW) for one, lm in lms.items()}
+    times = in_turns({**functions, "the book": theirs})
+    table.row("gpt2-book", times, list(lms), ["the book"], tokens=NEW)
+
+
+@pytest.mark.peers("training")
+def test_training_step(table):
+    """gptk in bfloat16, with and without `compile`, beside the book's code as it stands."""
+    times = in_turns(
+        {
+            "bfloat16": our_step(dtype="bfloat16").step,
+            "bfloat16, compiled": our_step(dtype="bfloat16", compile=True).step,
+            "the book": book_step(autocast=False),
+        }
+    )
+    settings = ["bfloat16", "bfloat16, compiled"]
+    table.row("training", times, settings, ["the book"], tokens=BATCH * LENGTH)
+
+
+@pytest.mark.full
+@pytest.mark.peers(
+    "training-float32", "training-bf16", "training-nanogpt", "training-nanogpt-float32"
+)
+def test_training_step_in_equal_precision(table):
+    nanogpt = {"tied_head": True, "qkv_bias": True}
+    times = in_turns(
+        {
+            "float32": our_step(dtype="float32").step,
+            "bfloat16": our_step(dtype="bfloat16").step,
+            "the book, float32": book_step(autocast=False),
+            "the book, bfloat16": book_step(autocast=True),
+        }
+    )
+    tokens = BATCH * LENGTH
+    table.row("training-float32", times, ["float32"], ["the book, float32"], tokens=tokens)
+    table.row("training-bf16", times, ["bfloat16"], ["the book, bfloat16"], tokens=tokens)
+    times = in_turns(
+        {
+            "float32": our_step(dtype="float32", **nanogpt).step,
+            "bfloat16": our_step(dtype="bfloat16", **nanogpt).step,
+            "nanoGPT, float32": nanogpt_step(autocast=False),
+            "nanoGPT, bfloat16": nanogpt_step(autocast=True),
+        }
+    )
+    table.row("training-nanogpt", times, ["bfloat16"], ["nanoGPT, bfloat16"], tokens=tokens)
+    table.row("training-nanogpt-float32", times, ["float32"], ["nanoGPT, float32"], tokens=tokens)

@@ -1,0 +1,106 @@
+"""What strategies cost a step besides the model: from SmolLM2's logits to the tokens.
+
+The vocabulary has 49,152 tokens, the logits are those at places of an English text. "nothing" is
+the plain argmax.
+"""
+
+import itertools
+import json
+import pydoc_data.topics
+
+import pytest
+import torch
+
+import gptk
+import models
+from gptk.plugins import create, provided
+from machine import Work
+
+PROMPT = list(range(100, 400)) + list(range(250, 300))  # 350 tokens, some repeated
+ROWS = [1, 4, 32]
+ROUNDS = 20
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+OPTIONS = {
+    "json-schema": f"json-schema:schema={json.dumps(json.dumps(SCHEMA))}",
+    "regex": 'regex:pattern="[a-zA-Z ,]*\\\\."',
+}
+SAMPLERS = ["greedy", "multinomial", "top-k", "top-p", "min-p", "typical", "mirostat", "beam"]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load("smollm2", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def logits(lm):
+    """At 64 places of an English text: (places, vocab)."""
+    tokens = torch.tensor([lm.encode(pydoc_data.topics.topics["with"])[:120]])
+    with torch.inference_mode():
+        return lm.model.logits(lm.model(tokens))[0, -64:]
+
+
+def spec(kind, name):
+    example = provided(kind)[name].item.example
+    return OPTIONS.get(name, f"{name}:{example}" if example else name)
+
+
+def step(measure, lm, logits, count, choose):
+    """Time steps of `count` rows. choose: given the rows, a function from logits to tokens, and
+    followers of the tokens chosen."""
+    tokenizer = lm.tokenizer
+    rows = gptk.Rows([PROMPT] * count, tokenizer=tokenizer, eos=tokenizer.eos)
+    decide, followers = choose(rows)
+    steps = itertools.cycle(
+        [logits[torch.arange(at, at + count) % len(logits)] for at in range(0, 60, 3)]
+    )
+    chosen = []
+
+    def one():
+        tokens = decide(next(steps))[:, None]
+        for follower in followers:
+            follower.extend(tokens)
+        chosen.append(tokens)
+
+    def move():
+        while chosen:
+            rows.extend(chosen.pop())
+
+    work = Work(tokens=count, bytes=count * logits[0].nbytes)
+    with torch.inference_mode():
+        measure(one, work, setup=move, rounds=ROUNDS, warmup=2)
+
+
+def following(processes):
+    return [one for one in processes if isinstance(one, gptk.Follower)]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ["nothing", *sorted(set(provided("processor")) - {"cfg"})])
+def test_processor(name, rows, lm, logits, measure):
+    def choose(rows):
+        if name == "nothing":
+            return lambda logits: logits.argmax(dim=-1), []
+        process = create("processor", spec("processor", name), gptk.LogitsProcessor).start(rows)
+        return lambda logits: process(logits, rows).argmax(dim=-1), following([process])
+
+    step(measure, lm, logits, rows, choose)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampler_step(name, rows, lm, logits, measure):
+    sampler = create("sampler", spec("sampler", name), gptk.Sampler)
+
+    def choose(rows):
+        processes = [processor.start(rows) for processor in sampler.processors()]
+
+        def decide(logits):
+            for process in processes:
+                logits = process(logits, rows)
+            # Of a beam's candidates, one for each row here.
+            return sampler.step(logits, rows).tokens[: len(rows)]
+
+        return decide, following(processes)
+
+    step(measure, lm, logits, rows, choose)

@@ -1,0 +1,79 @@
+"""A training step of gptk and of its peers on windows of random tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+import gptk
+from engines import book_gpt
+from gptk.data import Windows
+from gptk.trainer import Trainer
+from models import GPT2_VOCABULARY
+
+BATCH, LENGTH = 2, 256
+
+
+def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings):
+    """A Trainer of a GPT-2 without a tied head, as the book has it; call its `step`."""
+    given = {
+        "architecture": "gpt2",
+        "context_length": length,
+        "qkv_bias": False,
+        "tied_head": False,
+        "batch_size": batch,
+        "lr": 4e-4,
+        "scheduler": "constant",
+        "regularizers": ["weight-decay:strength=0.1"],
+        "device": "cpu",
+    }
+    config = gptk.TrainConfig(**{**given, **settings})
+    data = np.random.default_rng(0).integers(0, vocabulary, 40 * batch * length).astype(np.uint16)
+    windows = Windows(data, length)
+    return Trainer(gptk.GPT(config.new_model_config(vocabulary)), windows, windows, config)
+
+
+def book_step(*, autocast):
+    """A step of the book's train_model_simple on its model."""
+    chapter = pytest.importorskip(
+        "llms_from_scratch.ch05", reason="llms-from-scratch is not installed"
+    )
+    model = book_gpt(LENGTH).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    ids = torch.randint(0, GPT2_VOCABULARY, (BATCH, LENGTH + 1))
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = chapter.calc_loss_batch(ids[:, :-1], ids[:, 1:], model, "cpu")
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def nanogpt_step(*, autocast):
+    """A step as nanoGPT's train.py makes it, on transformers' GPT-2.
+
+    nanoGPT is no package; transformers' GPT2LMHeadModel, which it takes its weights from, stands
+    for its model (the head tied, biases, scaled dot-product attention), with its optimizer: fused
+    AdamW, betas 0.9 and 0.95, gradients clipped at 1.
+    """
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    ids = torch.randint(0, GPT2_VOCABULARY, (BATCH, LENGTH + 1))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(ids[:, :-1]).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
