@@ -116,6 +116,10 @@ class TestBadInput:
             ("tokenizer=gpt3", "gpt3"),
             ("model=missing.gguf", "missing.gguf"),
             ("betas=[1,2]", "betas"),
+            ("betas=[0.9]", "betas=[0.9] is not allowed; betas is array of 2 or more, of 2 at"),
+            ("data=", "a source of data is empty"),
+            ("data=[]", "data=[] is not allowed; data is array of 1 or more"),
+            ("width=100000000000", "out of memory for the model; take a smaller one"),
             ("epochs=2", "give steps or epochs, not both"),
         ],
     )
@@ -143,6 +147,11 @@ class TestBadInput:
 
     def test_a_run_that_is_there(self, run):
         assert "holds a run already" in failing("train", "--out", run[0], *sets(), code=1)
+
+    def test_a_file_where_the_run_should_be(self, tmp_path):
+        (tmp_path / "run").touch()
+        line = failing("train", "--out", tmp_path / "run", *sets(), code=1)
+        assert line.endswith("run is a file; a run needs a directory")
 
     def test_no_run_to_resume(self, tmp_path):
         assert "is not a training run" in failing("train", "--resume", tmp_path, code=1)

@@ -516,6 +516,7 @@ def test_a_file_that_is_not_utf8_is_told_with_the_byte(tmp_path, cache, content,
 def test_missing_and_empty_sources_are_told_by_name(tmp_path, cache):
     fails([], "no data", "builtin:python-docs", cache=cache)
     fails([str(tmp_path / "none.txt")], "none.txt", "not there", cache=cache)
+    fails([""], "a source of data is empty", cache=cache)
     fails(["/dev/null"], "/dev/null", "neither a file nor a folder", cache=cache)
     fails(["x" * 300], "cannot be read", "too long", cache=cache)
     fails(["~nobody-of-that-name/x"], "not there", cache=cache)

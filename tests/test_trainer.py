@@ -353,6 +353,24 @@ class TestRun:
             Trainer.resume(run, ["width=64"])
 
 
+def test_too_large_a_batch_is_told_with_the_settings_to_change(tmp_path):
+    one = Trainer.start(config(save_every=2), tmp_path / "run")
+    step = one.step
+
+    def step_that_takes_too_much():
+        if one.step_count == 3:
+            torch.empty(2**50)
+        return step()
+
+    one.step = step_that_takes_too_much
+    with pytest.raises(gptk.TrainingError) as caught:
+        one.train()
+    assert str(caught.value).startswith(
+        "out of memory on cpu: lower batch_size (and raise accumulate) or context_length; the last "
+        f"good checkpoint is {tmp_path}/run/checkpoints/step-00000002"
+    )
+
+
 def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     one = Trainer.start(config(lr=1e-9, eval_every=2, patience=2, scheduler="constant"), tmp_path)
     one.best_loss = 0.0

@@ -281,6 +281,8 @@ def _find(source: str) -> list[Source]:
             )
         content = _BUILTINS[name]().encode()
         return [Source(source, lambda: io.BytesIO(content), len(content), 0)]
+    if not source:
+        raise DataError("a source of data is empty; name a text file, a folder, or a builtin text")
     path = Path(os.path.expanduser(source)).absolute()
     try:
         if not path.is_dir():

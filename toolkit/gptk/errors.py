@@ -71,6 +71,19 @@ class TrainingError(GptkError):
     """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: torch tells so of a CPU in a bare RuntimeError.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("mat1 and mat2 do not fit"))
+    (True, False)
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
 def suggest(name: str, known: Iterable[str], *, what: str) -> str:
     """The sentence that follows an unknown name: the nearest names, else all there are.
 

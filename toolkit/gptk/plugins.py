@@ -26,7 +26,14 @@ import pydantic
 import pydantic_core
 
 from gptk import hookspecs
-from gptk.errors import GptkError, OptionError, PluginError, UnknownNameError, suggest
+from gptk.errors import (
+    GptkError,
+    OptionError,
+    PluginError,
+    UnknownNameError,
+    out_of_memory,
+    suggest,
+)
 from gptk.spec import NAME, format_spec, parse_spec
 
 
@@ -246,7 +253,7 @@ def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
         raise
     except Exception as error:
         # torch's, and those of functions that are the caller's own
-        if type(error).__name__ == "OutOfMemoryError" or getattr(error, _CALLERS, False):
+        if out_of_memory(error) or getattr(error, _CALLERS, False):
             raise
         if line := blame(error, plugins):
             raise PluginError(line) from error
@@ -634,6 +641,7 @@ _BOUNDS = {
     "minLength": "of {} characters or more",
     "maxLength": "of {} characters at most",
     "minItems": "of {} or more",
+    "maxItems": "of {} at most",
 }
 
 
@@ -665,7 +673,7 @@ def _explain(plugin: type[Options], error: pydantic.ValidationError) -> str:
     key = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return f"{who} has no option {key!r}; {suggest(key, options, what='options')}"
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(first["loc"]) == 1:
         return f"{who} needs the option {key} ({options[key][0]})"
     if key not in options:
         return f"{who}: {first['msg'].removeprefix('Value error, ')}"

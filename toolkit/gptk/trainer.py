@@ -30,7 +30,14 @@ from gptk import checkpoints, distributed, train_state
 from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
 from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
 from gptk.distributed import Processes
-from gptk.errors import GptkError, OptionError, PluginError, SourceError, TrainingError
+from gptk.errors import (
+    GptkError,
+    OptionError,
+    PluginError,
+    SourceError,
+    TrainingError,
+    out_of_memory,
+)
 from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
 from gptk.metrics import MetricsFile, truncate_metrics
@@ -153,12 +160,14 @@ class Trainer:
         """A trainer at step 0: makes or loads the model, tokenizes the data.
 
         Raises DataError, SourceError, TokenizerError, DeviceError, OptionError; TrainingError if
-        `run` is a run already.
+        `run` is a run already or a file, or memory does not hold the model.
         """
         config = config or TrainConfig()
         _Plugins(config)  # mistakes are told before any work
         folder = None if run is None else Path(run)
         processes = Processes.join(config.device)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise TrainingError(f"{folder} is a file; a run needs a directory")
         if folder is not None and checkpoints.best_checkpoint(folder):
             raise TrainingError(
                 f"{folder} holds a run already; go on with it (--resume {folder}) or name another"
@@ -170,8 +179,9 @@ class Trainer:
             and not (folder / "metrics.jsonl").exists()
         ):
             raise TrainingError(f"{folder} has a config.toml of its own; name another directory")
-        model, tokenizer = _model_and_tokenizer(config, processes)
-        return cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
+        with _room_for_model():
+            model, tokenizer = _model_and_tokenizer(config, processes)
+            return cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
 
     @classmethod
     def resume(
@@ -578,14 +588,14 @@ class Trainer:
             raise
         except OSError as error:
             raise TrainingError(f"{error}; {self._last_good()}") from None
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"{str(error).partition('.')[0]}: lower batch_size (and raise accumulate) or "
-                f"context_length; {self._last_good()}"
-            ) from None
         except PluginError as error:
             raise PluginError(f"{error}; {self._last_good()}") from error
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise TrainingError(
+                    f"out of memory on {self.model.device}: lower batch_size (and raise "
+                    f"accumulate) or context_length; {self._last_good()}"
+                ) from None
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             reason = str(error).strip().partition("\n")[0]
@@ -846,6 +856,19 @@ def _model_and_tokenizer(config: TrainConfig, processes: Processes) -> tuple[GPT
         torch.manual_seed(config.seed)
         model = GPT(config.new_model_config(tokenizer.encoding.n_vocab))
     return model.to(device), tokenizer
+
+
+@contextmanager
+def _room_for_model() -> Iterator[None]:
+    """Say so where memory does not hold a model and its optimizer's state."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory for the model; take a smaller one (width, n_layers) or another device"
+        ) from None
 
 
 def _key(seed: int, step: int, rank: int) -> int:
