@@ -1,5 +1,6 @@
 """Adapters: processors in transformers' generate and in gptk's are what each is at home."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -779,6 +780,32 @@ def test_llama_cpp_scores_are_not_changed():
     assert scores.tolist() == list(range(8))
     assert got.dtype == np.single
     assert got.tolist() == [-np.inf] * 6 + [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("spec", "want"),
+    [
+        ('regex:pattern="[0-9]{4}-[0-9]{2}"', r"\d{4}-\d{2}"),
+        ('choice:choices=["purple", "green"]', "purple|green"),
+        ("no-repeat-ngram:size=1", None),
+    ],
+)
+def test_a_processor_works_in_llama_cpp_itself(smollm2_path, spec, want):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    llm = llama_cpp.Llama(str(smollm2_path), n_ctx=128, n_threads=1, verbose=False)
+    tokenizer = gptk.load_tokenizer(str(smollm2_path))
+    adapter = to_llama_cpp(spec, tokenizer=tokenizer)
+    prompt = "One, two, three, four, one, two, three,"
+    out = llm(prompt, max_tokens=12, temperature=0.0, logits_processor=adapter)
+    text = out["choices"][0]["text"]
+    assert adapter.error is None
+    if want:
+        assert re.fullmatch(want, text)
+    else:
+        row = tokenizer.encode(prompt + text)
+        new = row[len(tokenizer.encode(prompt)) :]
+        assert len(new) == len(set(new)) > 6
+        assert not set(new) & set(tokenizer.encode(prompt))
 
 
 # --- Imports -----------------------------------------------------------------------------------
