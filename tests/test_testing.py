@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gptk import testing
 from gptk.testing import markov_lm
+from gptk.testing._promises import check, examples, promise
 
 
 def rows(size):
@@ -45,6 +46,19 @@ def test_tiny_models_are_always_the_same_and_leave_the_generator_alone():
     assert torch.equal(one(ids), same(ids))
     assert not torch.equal(one(ids), other(ids))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_of_two_faults_in_a_promise_one_is_told_with_its_example():
+    class Two(testing.PluginContract):
+        @promise
+        @examples(100)
+        @given(n=st.integers(0, 100))
+        def test_two_things_hold(self, n):
+            check(n < 90, f"{n} is too much")
+            assert not 40 < n < 60, f"{n} is in the middle"
+
+    with pytest.raises(testing.BrokenPromise, match=r"two things hold\. Two: (90|41) is "):
+        Two().test_two_things_hold()
 
 
 def test_pytest_finds_the_fixtures(tmp_path):

@@ -68,6 +68,7 @@ def examples(count: int) -> hypothesis.settings:
     """
     return hypothesis.settings(
         deadline=None,
+        report_multiple_bugs=False,  # one at a time, so that it is told with its example
         max_examples=max(1, count * hypothesis.settings().max_examples // 100),
         suppress_health_check=[
             HealthCheck.differing_executors,  # a contract's method runs in many classes
