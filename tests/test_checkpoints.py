@@ -1,5 +1,6 @@
 """Interrupted saves, damaged files, full disks: a run always goes on, bit for bit."""
 
+import contextlib
 import errno
 import json
 import os
@@ -56,7 +57,7 @@ def test_a_killed_run_goes_on_bit_for_bit(killed_at, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_of_saving_never_leaves_a_run_that_cannot_go_on(tmp_path):
-    """Every step saves; 60 kills, and the run still ends as one that was left in peace."""
+    """Every step saves; 50 kills that cut a save, and the run still ends as one left in peace."""
     settings = SMALL | {
         "steps": 100_000,  # more than any machine gets to
         "save_every": 1,
@@ -68,27 +69,28 @@ def test_sigkill_at_random_moments_of_saving_never_leaves_a_run_that_cannot_go_o
     }
     run = tmp_path / "run"
     chance = random.Random(0)
-    kills, steps = 0, 0
-    while kills < 60:
+    kills, cut, steps = 0, 0, 0
+    while cut < 50:
         child = in_child(training_runs.train, settings, run)
         if kills % 2 == 0:  # every other run gets a step further, however slow the machine
             wait_for_step_after(run, steps)
-        time.sleep(chance.uniform(0.05, 0.6))
-        if not child.is_alive():
-            break
+        wait_for_save(run, files=chance.randint(0, 6))
+        time.sleep(chance.uniform(0, 0.005))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         kills += 1
+        cut += bool(unfinished(run))
         lines = []
         newest = checkpoints.newest_intact(run, lines.append)
         assert not lines
         assert gptk.best_checkpoint(run) is not None
         steps = int(newest.name.removeprefix("step-"))
-    assert kills == 60, f"the run ended after {kills} kills"
-    assert steps >= 30
+        assert kills < 200, f"only {cut} of {kills} kills cut a save"
+    print(f"{cut} of {kills} kills cut a save, the last after step {steps}")
     trainer = Trainer.resume(run, [f"steps={steps + 2}"])
     assert trainer.step_count == steps
     assert trainer.train() == "finished"
+    assert not unfinished(run)
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [one["step"] for one in found if one["kind"] == "step"] == list(range(1, steps + 3))
 
@@ -99,6 +101,24 @@ def wait_for_step_after(run, step):
     while not any(int(one.name[5:]) > step for one in run.glob("checkpoints/step-????????")):
         assert time.monotonic() < end, f"no checkpoint after step {step}"
         time.sleep(0.01)
+
+
+def wait_for_save(run, files):
+    """Until a checkpoint is being written that has so many of its six files."""
+    end = time.monotonic() + 60
+    while unfinished(run):  # what a kill left, which goes first, or a save that is under way
+        assert time.monotonic() < end, "what a kill left is still there"
+    while not any(count >= files for count in unfinished(run)):
+        assert time.monotonic() < end, "nothing was saved"
+
+
+def unfinished(run):
+    """The number of files in each checkpoint that is being written or removed."""
+    counts = []
+    for one in run.glob("checkpoints/.step-*"):
+        with contextlib.suppress(FileNotFoundError):  # ended between two looks
+            counts.append(len(list(one.iterdir())))
+    return counts
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def config(**changes) -> TrainConfig:
 
 def in_child(function, *args):
     """A started process that runs a function of this module."""
-    child = _context.Process(target=function, args=args)
+    child = _context.Process(target=function, args=args, daemon=True)  # ends with the tests
     child.start()
     return child
 
