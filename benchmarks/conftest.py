@@ -135,6 +135,7 @@ def pytest_terminal_summary(terminalreporter, config):
     folder = config.option.write
     if folder is None:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "results.md"
     if session.table:
         text = f"{about}.\n\n{session.table.markdown()}"

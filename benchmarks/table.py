@@ -257,7 +257,6 @@ def write_section(page: Path, name: str, text: str) -> None:
     if not between.search(before):
         raise ValueError(f"{page} has no section {name}")
     after = between.sub(lambda found: f"{found[1]}\n{text}\n{found[2]}", before)
-    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(after, encoding="utf-8")
 
 

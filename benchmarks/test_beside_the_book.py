@@ -6,7 +6,7 @@ import torch
 import gptk
 from engines import book_gpt, generate
 from models import GPT2_VOCABULARY, precision, prompt
-from training_steps import BATCH, LENGTH, book_step, nanogpt_step, our_step
+from training_steps import BATCH, LENGTH, book_step, nanogpt_step, our_step, weights
 from turns import in_turns
 
 NEW = 64
@@ -36,44 +36,51 @@ def test_generate(table, tmp_path):
     table.row("gpt2-book", times, list(lms), ["the book"], tokens=NEW)
 
 
+def steps(ours, peers):
+    """Functions by name, of models that have as many weights. peers: pairs of step and model."""
+    sizes = {weights(trainer.model) for trainer in ours.values()}
+    assert sizes == {weights(model) for _, model in peers.values()}
+    return {name: trainer.step for name, trainer in ours.items()} | {
+        name: step for name, (step, _) in peers.items()
+    }
+
+
 @pytest.mark.peers("training")
 def test_training_step(table):
     """gptk in bfloat16, with and without `compile`, beside the book's code as it stands."""
-    times = in_turns(
-        {
-            "bfloat16": our_step(dtype="bfloat16").step,
-            "bfloat16, compiled": our_step(dtype="bfloat16", compile=True).step,
-            "the book": book_step(autocast=False),
-        }
-    )
-    settings = ["bfloat16", "bfloat16, compiled"]
-    table.row("training", times, settings, ["the book"], tokens=BATCH * LENGTH)
+    ours = {
+        "bfloat16": our_step(dtype="bfloat16"),
+        "bfloat16, compiled": our_step(dtype="bfloat16", compile=True),
+    }
+    times = in_turns(steps(ours, {"the book": book_step(autocast=False)}))
+    table.row("training", times, list(ours), ["the book"], tokens=BATCH * LENGTH)
 
 
 @pytest.mark.full
-@pytest.mark.peers(
-    "training-float32", "training-bf16", "training-nanogpt", "training-nanogpt-float32"
-)
+@pytest.mark.peers("training-float32", "training-bf16")
 def test_training_step_in_equal_precision(table):
-    nanogpt = {"tied_head": True, "qkv_bias": True}
-    times = in_turns(
-        {
-            "float32": our_step(dtype="float32").step,
-            "bfloat16": our_step(dtype="bfloat16").step,
-            "the book, float32": book_step(autocast=False),
-            "the book, bfloat16": book_step(autocast=True),
-        }
-    )
+    ours = {one: our_step(dtype=one) for one in ("float32", "bfloat16")}
+    peers = {
+        "the book, float32": book_step(autocast=False),
+        "the book, bfloat16": book_step(autocast=True),
+    }
+    times = in_turns(steps(ours, peers))
     tokens = BATCH * LENGTH
     table.row("training-float32", times, ["float32"], ["the book, float32"], tokens=tokens)
     table.row("training-bf16", times, ["bfloat16"], ["the book, bfloat16"], tokens=tokens)
-    times = in_turns(
-        {
-            "float32": our_step(dtype="float32", **nanogpt).step,
-            "bfloat16": our_step(dtype="bfloat16", **nanogpt).step,
-            "nanoGPT, float32": nanogpt_step(autocast=False),
-            "nanoGPT, bfloat16": nanogpt_step(autocast=True),
-        }
-    )
+
+
+@pytest.mark.full
+@pytest.mark.peers("training-nanogpt", "training-nanogpt-float32")
+def test_training_step_of_nanogpt(table):
+    """With its model: the head tied, biases everywhere."""
+    settings = {"tied_head": True, "qkv_bias": True}
+    ours = {one: our_step(dtype=one, **settings) for one in ("float32", "bfloat16")}
+    peers = {
+        "nanoGPT, float32": nanogpt_step(autocast=False),
+        "nanoGPT, bfloat16": nanogpt_step(autocast=True),
+    }
+    times = in_turns(steps(ours, peers))
+    tokens = BATCH * LENGTH
     table.row("training-nanogpt", times, ["bfloat16"], ["nanoGPT, bfloat16"], tokens=tokens)
     table.row("training-nanogpt-float32", times, ["float32"], ["nanoGPT, float32"], tokens=tokens)

@@ -6,8 +6,8 @@ import models
 from training_steps import our_step
 
 SIZES = {  # changes of the settings, vocabulary, windows a batch, tokens a window
-    "tiny": ({}, 257, 12, 64),
-    "gpt2-124M": ({"n_layers": 12, "n_heads": 12, "width": 768}, 50257, 2, 256),
+    "tiny": ({"n_layers": 4, "n_heads": 4, "width": 128}, 257, 12, 64),
+    "gpt2-124M": ({}, 50257, 2, 256),
     "gpt2-355M": ({"n_layers": 24, "n_heads": 16, "width": 1024}, 50257, 2, 256),
 }
 QUICK = [("tiny", "float32", False), ("tiny", "bfloat16", False), ("gpt2-124M", "bfloat16", False)]

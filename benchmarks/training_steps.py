@@ -14,9 +14,12 @@ BATCH, LENGTH = 2, 256
 
 
 def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings):
-    """A Trainer of a GPT-2 without a tied head, as the book has it; call its `step`."""
+    """A Trainer of the book's 124M model, whose head is not tied; call its `step`."""
     given = {
         "architecture": "gpt2",
+        "n_layers": 12,
+        "n_heads": 12,
+        "width": 768,
         "context_length": length,
         "qkv_bias": False,
         "tied_head": False,
@@ -32,8 +35,13 @@ def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings)
     return Trainer(gptk.GPT(config.new_model_config(vocabulary)), windows, windows, config)
 
 
+def weights(model):
+    """How many there are: on both sides of a comparison they are as many."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def book_step(*, autocast):
-    """A step of the book's train_model_simple on its model."""
+    """A step of the book's train_model_simple, and its model."""
     chapter = pytest.importorskip(
         "llms_from_scratch.ch05", reason="llms-from-scratch is not installed"
     )
@@ -48,11 +56,11 @@ def book_step(*, autocast):
         loss.backward()
         optimizer.step()
 
-    return step
+    return step, model
 
 
 def nanogpt_step(*, autocast):
-    """A step as nanoGPT's train.py makes it, on transformers' GPT-2.
+    """A step as nanoGPT's train.py makes it, on transformers' GPT-2, and that model.
 
     nanoGPT is no package; transformers' GPT2LMHeadModel, which it takes its weights from, stands
     for its model (the head tied, biases, scaled dot-product attention), with its optimizer: fused
@@ -60,7 +68,9 @@ def nanogpt_step(*, autocast):
     """
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = transformers.GPT2Config(
+        n_positions=LENGTH, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+    )
     model = transformers.GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -76,4 +86,4 @@ def nanogpt_step(*, autocast):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return step, model
