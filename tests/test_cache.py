@@ -58,17 +58,17 @@ def test_squeezing_and_parting_change_no_logits(name, room, apart, monkeypatch):
 
 
 def shared(session):
-    return session._cache.layers[0].shape[1]
+    return session._cache.kv.shape[2]
 
 
 def test_beams_share_the_keys_of_their_prompt_and_moving_them_moves_no_memory():
     session = DecodeSession(MODELS["llama-like"], [[1, 2, 3, 4], [5, 6]])
     session.select([0, 0, 0, 1, 1, 1])
     session.extend(torch.arange(6))
-    memory = [kv.data_ptr() for kv in session._cache.layers]
+    memory = session._cache.kv.data_ptr()
     session.select([2, 2, 0, 4, 3, 3])
     assert shared(session) == 2
-    assert [kv.data_ptr() for kv in session._cache.layers] == memory
+    assert session._cache.kv.data_ptr() == memory
 
 
 def test_slots_that_no_beam_sees_are_used_again(monkeypatch):

@@ -744,3 +744,26 @@ def test_extreme_options_work_or_are_refused(kind, name, option):
             continue
         for one in (out.score, *out.token_logprobs):
             assert math.isfinite(one), (given, out)
+
+
+class NoCheckpoint(gptk.WeightLoader):
+    """No checkpoint."""
+
+    name = "no-checkpoint"
+
+    @classmethod
+    def matches(cls, source):
+        return source == "no-checkpoint"
+
+    @classmethod
+    def from_source(cls, source):
+        return cls()
+
+    def load(self):
+        return 3
+
+
+def test_a_loader_of_something_else_is_named(request):
+    register(NoCheckpoint, "gptk_weight_loaders", request)
+    with pytest.raises(gptk.PluginError, match=r"no-checkpoint of .*load\(\) returned 3"):
+        gptk.load("no-checkpoint")

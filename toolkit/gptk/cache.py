@@ -41,13 +41,28 @@ class Slots:
     starts: list[int]
     """For each row the first slot written."""
     mask: Tensor | None
-    """(1 or trees, 1, queries, end), of the model's dtype, added to attention's scores: 0 where a
-    query may look, -inf elsewhere; queries: (group, places, time). None: it needs no mask."""
+    """(1 or trees · kv_heads, 1, queries, end), of the model's dtype, added to attention's scores: 0
+    where a query may look, -inf elsewhere; queries: (group, places, time). None: it needs none."""
     causal: bool
     """Queries and keys are the same tokens: plain causal attention."""
+    plain: bool
+    """One token a tree, row by row."""
+    slots: tuple[Tensor, ...]
+    """For each layer the slots written, (2, trees, kv_heads, places, time, head_dim), or where
+    `plain` without places."""
+    keys: tuple[Tensor, ...]
+    """For each layer all keys up to `end`, (trees · kv_heads, 1, end, head_dim)."""
+    values: tuple[Tensor, ...]
+
+    def write(self, layer: int, new: Tensor) -> None:
+        """Store a layer's new keys and values, (rows, time, 2, kv_heads, head_dim)."""
+        if self.plain:
+            self.slots[layer].copy_(new.permute(2, 0, 3, 1, 4))
+        else:
+            self.slots[layer].copy_(self.by_tree(new).permute(3, 0, 4, 1, 2, 5))
 
     def by_tree(self, x: Tensor) -> Tensor:
-        """(rows, time, heads, d) as (trees, places, time, heads, d), with zeros for no row."""
+        """(rows, …) as (trees, places, …), 0 where there is no row."""
         if self.order is not None:
             full = x.new_zeros((self.trees * self.places, *x.shape[1:]))
             x = full.index_copy_(0, self.order, x)
@@ -61,7 +76,7 @@ class Slots:
 class KVCache:
     """Keys and values of `n_layers` layers for a changing set of rows.
 
-    Each layer is one tensor (2, trees, kv_heads, capacity, head_dim): keys, then values. At first
+    One tensor, (n_layers, 2, trees, kv_heads, capacity, head_dim): keys, then values. At first
     each row has a tree. `select` lets copies of a row share one; `part` gives each its own.
     """
 
@@ -76,11 +91,10 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (2, rows, n_kv_heads, capacity, head_dim)
-        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        shape = (n_layers, 2, rows, n_kv_heads, capacity, head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * rows
         """Tokens held for each row."""
-        self._device, self._dtype = device, dtype
         self._trees = list(range(rows))
         """For each row its tree."""
         self._used = 0
@@ -95,23 +109,19 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Slots there is memory for, in each tree."""
-        return self.layers[0].shape[3]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory reserved, in all."""
-        return sum(kv.nbytes for kv in self.layers)
+        return self.kv.shape[4]
 
     def plan(self, time: int, group: int = 1) -> Slots:
         """The slots for `time` new tokens on every row; makes room for them.
 
-        group: query heads that share keys, and come in attention as so many queries.
+        group: query heads that share keys, and come in attention as so many queries. Lengths move
+        on in `advance`, once the pass is made.
         """
-        device, lengths = self._device, self.lengths
+        device, lengths = self.kv.device, self.lengths
         longest, shortest = max(lengths), min(lengths)
         if self._at is not None and self._used >= self._squeeze_at:
             self._squeeze()
-        trees = self.layers[0].shape[1]
+        trees, kv_heads = self.kv.shape[2:4]
         place, places = _places(self._trees, trees)
         start, end = self._used, self._used + places * time
         starts = [start + time * (one % places) for one in place]
@@ -125,57 +135,65 @@ class KVCache:
         causal = longest == 0 and time > 1
         mask = None
         if not causal and self._at is not None:
-            mask = self._seen(place, starts, time, trees * places, start, end)
+            mask = self._at.mask(place, trees * places, starts, start, end, time)
             mask = mask.view(trees, 1, places * time, end)
         elif not causal and time > 1:
-            mask = torch.arange(end, device=device) <= (steps + start)[:, None]
-            mask = mask[None, None]
+            seen = torch.arange(end, device=device) <= (steps + start)[:, None]
+            mask = self.kv.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None, None]
         if mask is not None:
-            zeros = torch.zeros(mask.shape, dtype=self._dtype, device=device)
-            mask = zeros.masked_fill_(~mask, -torch.inf).repeat(1, 1, group, 1)
+            mask = mask.repeat(1, 1, group, 1) if group > 1 else mask
+            mask = mask.repeat_interleave(kv_heads, dim=0) if len(mask) > 1 else mask
         in_order = place == list(range(trees * places))
         order = None if in_order else torch.tensor(place, device=device)
-        return Slots(positions, start, end, trees, places, order, starts, mask, causal)
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, at: Slots) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, both (rows, time, kv_heads, head_dim).
-
-        Returns all keys and values up to `at.end`, (trees, kv_heads, end, head_dim). Lengths move
-        on in `advance`, once a pass.
-        """
-        kv = self.layers[layer]
-        new = kv[:, :, :, at.start : at.end]
-        for part, x in zip(new.unbind(), (keys, values), strict=True):
-            part.copy_(at.by_tree(x).flatten(1, 2).transpose(1, 2))
-        both = kv[:, :, :, : at.end]
-        return both[0], both[1]
+        plain = in_order and places == time == 1
+        slots = self.kv.narrow(4, start, end - start)
+        if not plain:
+            slots = slots.view(*slots.shape[:4], places, time, -1)
+        keys, values = self.kv.flatten(2, 3)[:, :, :, None, :end].unbind(1)
+        return Slots(
+            positions=positions,
+            start=start,
+            end=end,
+            trees=trees,
+            places=places,
+            order=order,
+            starts=starts,
+            mask=mask,
+            causal=causal,
+            plain=plain,
+            slots=slots.unbind(),
+            keys=keys.unbind(),
+            values=values.unbind(),
+        )
 
     def advance(self, counts: Sequence[int], at: Slots) -> None:
         """Take `counts[i]` of the tokens just written to row i as real; the rest is padding."""
         time = (at.end - at.start) // at.places
         self._used = at.end
-        if self._at is None and min(counts) < time:
-            self._at = _Paths(self.lengths, self.capacity)
+        padded = min(counts) < time
+        if self._at is None and padded:
+            self._at = _Paths(self.lengths, self.kv)
         if self._at is not None:
             self._at.extend(self.lengths, at.starts, counts)
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
+        if self._at is not None and padded:
+            self._at.show(self.lengths)
 
     def select(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of row parents[i]; the number of rows may change."""
         if list(parents) == list(range(len(self.lengths))):
             return
         if self._at is None:
-            self._at = _Paths(self.lengths, self.capacity)
+            self._at = _Paths(self.lengths, self.kv)
             self._squeeze_at = 0
         self._forked |= len(set(parents)) < len(parents)
-        self._at.slots = self._at.slots[list(parents)]
+        self._at.select(parents)
         self.lengths = [self.lengths[p] for p in parents]
         self._trees = [self._trees[p] for p in parents]
         kept = sorted(set(self._trees))
-        if len(kept) < self.layers[0].shape[1]:
+        if len(kept) < self.kv.shape[2]:
             # Prompts that are done: their memory goes back.
-            index = torch.tensor(kept, device=self._device)
-            self.layers = [kv[:, index] for kv in self.layers]
+            self.kv = self.kv[:, :, torch.tensor(kept, device=self.kv.device)]
             self._trees = [kept.index(tree) for tree in self._trees]
         self._drop_unused()
 
@@ -184,20 +202,22 @@ class KVCache:
         if self._at is None:
             return
         longest = max(self.lengths)
-        slots = torch.from_numpy(self._at.slots[:, :longest]).to(self._device)
-        trees = torch.tensor(self._trees, device=self._device)[:, None]
-        for index, kv in enumerate(self.layers):
-            new = kv.new_zeros((2, len(slots), *kv.shape[2:]))
-            new[:, :, :, :longest] = kv[:, trees, :, slots].permute(2, 0, 3, 1, 4)
-            self.layers[index] = new
+        slots = torch.from_numpy(self._at.slots[:, :longest]).to(self.kv.device)
+        n_layers, _, _, *rest = self.kv.shape
+        new = self.kv.new_zeros((n_layers, 2, len(slots), *rest))
+        for row, tree in enumerate(self._trees):
+            new[:, :, row, :, :longest] = self.kv[:, :, tree].index_select(3, slots[row])
+        self.kv = new
         self._trees = list(range(len(slots)))
-        self._at = _Paths(self.lengths, self.capacity)
+        self._at = _Paths(self.lengths, self.kv)
         self._drop_unused()
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Drop the last counts[i] tokens of row i."""
         if self._at is None and len(set(counts)) > 1:
-            self._at = _Paths(self.lengths, self.capacity)
+            self._at = _Paths(self.lengths, self.kv)
+        if self._at is not None:
+            self._at.rewind(self.lengths, counts)
         self.lengths = [have - drop for have, drop in zip(self.lengths, counts, strict=True)]
         self._drop_unused()
 
@@ -214,35 +234,17 @@ class KVCache:
             self._used = self.lengths[0]
             return
         self._used = self._at.end(self.lengths)
-        alone = self._trees == list(range(self.layers[0].shape[1]))
+        alone = self._trees == list(range(self.kv.shape[2]))
         if alone and all(length == self._used for length in self.lengths):
             self._at = None
-
-    def _seen(
-        self, place: list[int], starts: list[int], time: int, places: int, start: int, end: int
-    ) -> Tensor:
-        """What each query may look at: its row's slots, and of the new ones its own so far.
-
-        (places, time, end) bool. A place without a row looks at one slot, since the softmax of
-        nothing is no number.
-        """
-        assert self._at is not None
-        seen = np.zeros((places, time, end), dtype=bool)
-        seen[:, :, start] = True
-        seen[place, :, start] = False
-        seen[place, :, :start] = self._at.seen(self.lengths, start)[:, None]
-        so_far = np.tri(time, dtype=bool)
-        for one, first in zip(place, starts, strict=True):
-            seen[one, :, first : first + time] = so_far
-        return torch.from_numpy(seen).to(self._device)
 
     def _squeeze(self) -> None:
         """Move the slots that rows see together, or part rows that have little in common."""
         assert self._at is not None
-        trees = self.layers[0].shape[1]
         used = self._used
-        live = np.zeros((trees, used), dtype=bool)
-        np.logical_or.at(live, self._trees, self._at.seen(self.lengths, used))
+        live = np.zeros((self.kv.shape[2], used), dtype=bool)
+        for tree, slots, length in zip(self._trees, self._at.slots, self.lengths, strict=True):
+            live[tree, slots[:length]] = True
         counts = live.sum(axis=1)
         if not self._forked and counts.max() > _APART * max(self.lengths):
             self.part()
@@ -250,21 +252,21 @@ class KVCache:
         elif counts.max() < used:
             first = int(live.argmin(axis=1).min())  # all slots before it stay where they are
             kept = np.argsort(~live[:, first:], axis=1, kind="stable")[:, : counts.max() - first]
-            index = torch.from_numpy(kept).to(self._device)[:, :, None]
-            for kv in self.layers:
-                old = kv[:, :, :, first:used]
-                moved = index[None, :, None].expand(2, -1, kv.shape[2], -1, kv.shape[4])
-                kv[:, :, :, first : first + kept.shape[1]] = old.gather(3, moved)
+            for tree, moved in enumerate(torch.from_numpy(kept).to(self.kv.device)):
+                slots = self.kv[:, :, tree, :, first:used]
+                slots[:, :, :, : len(moved)] = slots.index_select(3, moved)
             self._at.renumber(self.lengths, live.cumsum(axis=1) - 1, self._trees)
             self._drop_unused()
         self._forked = False
         self._squeeze_at = int(counts.max() * 5 // 4) + _ROOM
 
     def _reserve(self, capacity: int) -> None:
-        for index, kv in enumerate(self.layers):
-            new = kv.new_zeros((*kv.shape[:3], capacity, kv.shape[4]))
-            new[..., : self._used, :] = kv[..., : self._used, :]
-            self.layers[index] = new
+        *shape, _, head_dim = self.kv.shape
+        new = self.kv.new_zeros((*shape, capacity, head_dim))
+        new[..., : self._used, :] = self.kv[..., : self._used, :]
+        self.kv = new
+        if self._at is not None:
+            self._at.reserve(capacity)
 
 
 _ROOM = 64
@@ -274,34 +276,82 @@ _APART = 4
 
 
 class _Paths:
-    """The slot of each token of each row, on the host: (rows, capacity) int64, ascending."""
+    """Where the tokens of each row are, and what it may look at."""
 
-    def __init__(self, lengths: Sequence[int], capacity: int) -> None:
+    def __init__(self, lengths: Sequence[int], kv: Tensor) -> None:
+        capacity = kv.shape[4]
         self.slots = np.broadcast_to(np.arange(capacity), (len(lengths), capacity)).copy()
+        """(rows, capacity) int64, on the host: the slot of each token, in ascending order."""
+        self._bias: Tensor
+        """(rows, capacity): 0 for slots that a row may look at, -inf for others."""
+        self._bias = kv.new_empty(len(lengths), capacity)
+        self.show(lengths)
+
+    def mask(
+        self, place: Sequence[int], places: int, starts: list[int], start: int, end: int, time: int
+    ) -> Tensor:
+        """What each query may look at: its row's slots, and of the new ones its own so far.
+
+        place: for each row which of the `places` it has. Returns (places · time, end).
+        """
+        own = torch.tensor(starts, device=self._bias.device)[:, None]
+        new = torch.arange(start, end, device=own.device)
+        last = own + time  # what the last query sees; in the end what the row does
+        self._bias[:, start:end] = self._additive((new >= own) & (new < last))
+        rows = self._bias[:, None, :end]
+        if time > 1:
+            rows = rows.repeat(1, time, 1)
+            for query in range(time):
+                rows[:, query, start:end] = self._additive((new >= own) & (new <= own + query))
+        if list(place) != list(range(places)):
+            # A place without a row looks at all there is: the softmax of nothing is no number.
+            full = rows.new_zeros(places, time, end)
+            rows = full.index_copy_(0, torch.tensor(place, device=rows.device), rows)
+        return rows.reshape(-1, end)
 
     def extend(self, lengths: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Row i has got counts[i] tokens in the slots from starts[i] on."""
         longest = max(have + new for have, new in zip(lengths, counts, strict=True))
         if longest > self.slots.shape[1]:
             self.slots = np.pad(self.slots, ((0, 0), (0, longest)))
         for slots, have, start, new in zip(self.slots, lengths, starts, counts, strict=True):
             slots[have : have + new] = range(start, start + new)
 
+    def select(self, parents: Sequence[int]) -> None:
+        self.slots = self.slots[list(parents)]
+        self._bias = self._bias[torch.tensor(parents, device=self._bias.device)]
+
+    def rewind(self, lengths: Sequence[int], counts: Sequence[int]) -> None:
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            if count:
+                dropped = torch.from_numpy(self.slots[row, length - count : length])
+                self._bias[row, dropped.to(self._bias.device)] = -torch.inf
+
     def end(self, lengths: Sequence[int]) -> int:
         """One past the last slot that a row sees."""
         last = [row[length - 1] for row, length in zip(self.slots, lengths, strict=True) if length]
         return int(max(last, default=-1)) + 1
 
-    def seen(self, lengths: Sequence[int], end: int) -> np.ndarray:
-        """(rows, end) bool: the slots that each row sees."""
-        seen = np.zeros((len(lengths), end), dtype=bool)
-        for row, length in enumerate(lengths):
-            seen[row, self.slots[row, :length]] = True
-        return seen
-
     def renumber(self, lengths: Sequence[int], to: np.ndarray, trees: Sequence[int]) -> None:
         """Slot i of a tree is now to[tree, i]."""
         for row, (length, tree) in enumerate(zip(lengths, trees, strict=True)):
             self.slots[row, :length] = to[tree, self.slots[row, :length]]
+        self.show(lengths)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for so many slots."""
+        more = self._bias.new_full((len(self._bias), capacity - self._bias.shape[1]), -torch.inf)
+        self._bias = torch.cat((self._bias, more), dim=1)
+
+    def show(self, lengths: Sequence[int]) -> None:
+        """Have the mask of what rows may look at say what `slots` does."""
+        seen = np.zeros(self._bias.shape, dtype=bool)
+        for row, length in enumerate(lengths):
+            seen[row, self.slots[row, :length]] = True
+        self._bias = self._additive(torch.from_numpy(seen).to(self._bias.device))
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        return self._bias.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
 
 def _places(trees: Sequence[int], count: int) -> tuple[list[int], int]:

@@ -4,7 +4,8 @@ Read from top to bottom: configuration, normalization, attention, MLP, block, mo
 unusual:
 
 - queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
-- a rotary embedding turns queries and keys together, with the sign folded into the sine table;
+- a rotary embedding turns queries, keys and values in one go, the values by nothing, with the sign
+  folded into the sine table: in decoding small operations cost more than a few numbers;
 - in decoding, the query heads of a group and the rows of a prompt stand in the query axis of
   attention, so that they share one read of the keys; on CPUs that is many times faster than
   `enable_gqa`, and than a cache for each beam;
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from gptk.cache import KVCache, Slots
 from gptk.errors import SourceError
-from gptk.linear import Linear
+from gptk.linear import Direct, Linear
 from gptk.quantization import Precision
 
 
@@ -74,30 +75,33 @@ class GPTConfig:
                 )
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Direct, nn.RMSNorm):
     """nn.RMSNorm (Zhang and Sennrich 2019), with one kernel for bfloat16 on CPUs.
 
     There PyTorch takes eight small ones, with conversions to float32 and back; they are a tenth
     of a step. The mean of x and -x together is 0, so their layer norm is the RMS norm.
     """
 
-    doubled: Tensor | None = None
-    """The weights twice, between `pack` and `unpack`."""
+    packed: tuple[Tensor, Tensor] | None = None
+    """1 and -1, (2, 1), and the weights for both, (2, size), between `pack` and `unpack`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.doubled is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
-        size = len(self.doubled)
-        both = F.layer_norm(torch.cat((x, -x), dim=-1), (size,), self.doubled, None, self.eps or 0)
-        return both[..., : size // 2]
+        signs, weights = self.packed
+        both = torch.layer_norm(
+            x.unsqueeze(-2) * signs, weights.shape, weights, None, self.eps or 0.0
+        )
+        return both.select(-2, 0)
 
     def pack(self) -> None:
         """Get ready for that, if the weights are bfloat16 on a CPU."""
         if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
-            self.doubled = self.weight.detach().repeat(2)
+            signs = torch.tensor([[1], [-1]], dtype=torch.bfloat16)
+            self.packed = signs, self.weight.detach().repeat(2, 1)
 
     def unpack(self) -> None:
-        self.doubled = None
+        self.packed = None
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -108,10 +112,11 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines for the positions of a pass, (1 or rows, time, 1, head_dim) each."""
+"""Cosines and sines for the positions of a pass, (1 or rows, time, heads, head_dim) each: those of
+queries, keys and values. Values are not turned: 1 and 0."""
 
 
-class Attention(nn.Module):
+class Attention(Direct):
     """Causal self-attention with grouped heads and a KV cache."""
 
     dropout = 0.0
@@ -128,41 +133,40 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, cache: KVCache | None, at: Slots | None
-    ) -> Tensor:
-        rows, time, _ = x.shape
-        qkv = self.qkv(x).view(rows, time, -1, self.head_dim)
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
+        qkv = self.qkv(x)
+        qkv = qkv.view(rows, -1, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
+        heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         # Split, not sliced: the backward pass then joins the parts once, without zeros to add to.
-        qk, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            q, k, v = qkv.split(heads, dim=2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
         if rope is not None:
-            qk = rotate(qk, *rope)
-        q, k = qk.split((self.n_heads, self.n_kv_heads), dim=2)
-        if cache is None or at is None:
+            qkv = rotate(qkv, *rope)
+        if at is None:
+            q, k, v = qkv.split(heads, dim=2)
             y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
         else:
-            keys, values = cache.write(self.layer, k, v, at)
-            y = attend_causally(q, k, v) if at.causal else attend(q, keys, values, at)
+            kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
+            kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
+            at.write(self.layer, kv)
+            q = qkv.narrow(2, 0, self.n_heads)
+            y = attend_causally(q, *kv.unbind(2)) if at.causal else attend(q, self.layer, at)
         return self.out(y)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021), halves of a head as pairs.
 
-    x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, 1, head_dim).
+    x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, heads, head_dim).
     """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cosines, swapped, sines)
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ / √d) v where each token sees itself and those before it.
 
-    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows, time, heads * d).
+    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows · time, heads · d).
     """
     group = q.shape[2] // k.shape[2]
     if group > 1:
@@ -170,27 +174,33 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, dropout_p=dropout
     )
-    return y.transpose(1, 2).flatten(2)
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, at: Slots) -> Tensor:
+def attend(q: Tensor, layer: int, at: Slots) -> Tensor:
     """softmax(q kᵀ / √d) v for tokens that see what their rows' places in a cache let them see.
 
     The heads of a group and the rows of a tree stand in the query axis, so that keys are read once
-    for all. q: (rows, time, heads, d); keys, values: (trees, kv_heads, slots, d). Returns
-    (rows, time, heads * d).
+    for all. q: (rows, time, heads, d). Returns (rows · time, heads · d).
     """
     _, time, heads, d = q.shape
-    trees, kv_heads, _, _ = keys.shape
+    keys, values = at.keys[layer], at.values[layer]
+    # Trees and key heads are the batch, so that the result has its memory in the order of heads.
+    batch = keys.shape[0]
+    if at.plain:
+        q = q.reshape(batch, 1, -1, d)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
+        return y.view(at.trees, -1)
+    kv_heads = batch // at.trees
     # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
-    q = at.by_tree(q).view(trees, at.places, time, kv_heads, heads // kv_heads, d)
-    q = q.permute(0, 3, 4, 1, 2, 5)
-    y = F.scaled_dot_product_attention(q.flatten(2, 4), keys, values, attn_mask=at.mask)
-    y = y.view(trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
-    return at.by_row(y.reshape(trees * at.places, time, heads * d))
+    q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, heads // kv_heads, d)
+    q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
+    y = y.view(at.trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
+    return at.by_row(y.reshape(at.trees * at.places, time, heads * d)).flatten(0, 1)
 
 
-class MLP(nn.Module):
+class MLP(Direct):
     """Two layers with GELU, or a gated pair with SiLU (SwiGLU, Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -210,7 +220,7 @@ class MLP(nn.Module):
         return self.down(x)  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
+class Block(Direct):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     dropout = 0.0
@@ -223,14 +233,12 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, cache: KVCache | None, at: Slots | None
-    ) -> Tensor:
-        x = x + self._drop(self.attn(self.attn_norm(x), rope, cache, at))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
+        """x: (rows · time, width), and so the result."""
+        y = self.attn(self.attn_norm(x), rows, rope, at)
+        x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
 
 
 @contextlib.contextmanager
@@ -299,21 +307,20 @@ class GPT(nn.Module):
         x = self.embed(ids)
         rope = None
         if self.embed_positions is None:
-            cosines, sines = self._rope_table(longest, x)[:, positions, None].unbind()
-            rope = cosines, sines
+            rope = self._rope_at(positions, longest, x)
         else:
             x = x + self.embed_positions(positions)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
+        x = x.flatten(0, 1)
         kept = [x] if 0 in layers else []
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, rope, cache, at)
+            x = block(x, rows, rope, at)
             if layer in layers:
                 kept.append(x)
         if cache is not None and at is not None:
             cache.advance(counts or [time] * rows, at)
-        x = self.norm(x)
-        return torch.stack((x, *kept), dim=2) if kept else x[:, :, None]
+        return torch.stack((self.norm(x), *kept), dim=1).view(rows, time, 1 + len(kept), -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""
@@ -345,6 +352,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | RMSNorm):
                 module.pack()
+            # Found at once, and not after a search in Module.__getattr__: 3 % of a step.
+            module.__dict__.update(module._modules, **module._parameters)
         return self
 
     def quantize(self, precision: Precision) -> "GPT":
@@ -377,6 +386,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | RMSNorm):
                 module.unpack()
+            for name in (*module._modules, *module._parameters):
+                module.__dict__.pop(name, None)
         if packed and self.config.tied_head:
             self.head.weight = self.embed.weight
 
@@ -404,6 +415,16 @@ class GPT(nn.Module):
                 )
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def _rope_at(self, positions: Tensor, length: int, like: Tensor) -> Rope:
+        """positions: (1 or rows, time), all below `length`."""
+        config = self.config
+        turned = config.n_heads + config.n_kv_heads
+        shape = (*positions.shape, turned + config.n_kv_heads, config.head_dim)
+        cosines, sines = like.new_ones(shape), like.new_zeros(shape)
+        table = self._rope_table(length, like)[:, positions, None]
+        cosines[:, :, :turned], sines[:, :, :turned] = table
+        return cosines, sines
 
     def _rope_table(self, length: int, like: Tensor) -> Tensor:
         """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign."""

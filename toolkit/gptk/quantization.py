@@ -6,7 +6,7 @@ rows; for many, as in a prompt, the weights are expanded for the moment of one p
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -122,7 +122,7 @@ class Int8:
         self._codes = (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, bias, len(self._scale), self._few, self.dense)
+        return _product(x, bias, self, len(self._scale))
 
     def dense(self) -> Tensor:
         return self._codes.bfloat16().mul_(self._scale[:, None])
@@ -131,7 +131,7 @@ class Int8:
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scale.nbytes
 
-    def _few(self, x: Tensor) -> Tensor:
+    def few(self, x: Tensor) -> Tensor:
         y: Tensor = torch._weight_int8pack_mm(x, self._codes, self._scale)
         return y
 
@@ -166,15 +166,14 @@ class Int4:
         """(groups, outputs, 2), as the kernel has it."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        expand = self.dense if _packed_in() is not None else None
-        return _product(x, bias, self._outputs, self._few, expand)
+        return _product(x, bias, self, self._outputs)
 
     def dense(self) -> Tensor:
         block = _packed_in()
         groups, padded, _ = self._scales.shape
         if block is None:  # a layout that is not known: ask the kernel, an input at a time
             eye = torch.eye(groups * GROUP, dtype=torch.bfloat16)
-            return self._few(eye)[:, : self._outputs].T
+            return self.few(eye)[:, : self._outputs].T
         # (blocks, groups, inputs of a group, half a block): the halves are a byte's nibbles
         nibbles = self._packed.view(padded // block, groups, GROUP, block // 2)
         scales = self._scales.view(groups, padded // block, 1, block, 2).transpose(0, 1).float()
@@ -194,8 +193,8 @@ class Int4:
     def nbytes(self) -> int:
         return int(self._packed.nbytes + self._scales.nbytes)
 
-    def _few(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+    def few(self, x: Tensor) -> Tensor:
+        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
         return y
 
 
@@ -215,56 +214,46 @@ class Int8Groups:
     """w = (code - 128) · scale, with a code from 0 to 255 and a scale for each group.
 
     PyTorch has no kernel for that. But a code is 16 · high + low, so that two int4 matrices add up
-    to the very same: (high - 8) · 16 scale and low · scale. They stand in one.
+    to the very same: (high - 8) · 16 scale and low · scale. They stand side by side in one, which
+    takes x twice.
     """
 
     kind = "int8"
 
     def __init__(self, levels: Levels) -> None:
         scale = levels.scale.bfloat16().float()
-        self._outputs = len(scale)
         halves = Levels(
-            torch.cat((levels.codes >> 4, levels.codes & 15)),
-            torch.cat((16 * scale, scale)),
-            torch.cat((-128 * scale, torch.zeros_like(scale))),
+            torch.cat((levels.codes >> 4, levels.codes & 15), dim=1),
+            torch.cat((16 * scale, scale), dim=1),
+            torch.cat((-128 * scale, torch.zeros_like(scale)), dim=1),
             4,
         )
         self._halves = Int4.of(halves)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        both = self._halves.linear(x, None)
-        y = both[..., : self._outputs] + both[..., self._outputs :]
-        return y if bias is None else y + bias
+        return self._halves.linear(torch.cat((x, x), dim=-1), bias)
 
     def dense(self) -> Tensor:
-        both = self._halves.dense().float()
-        return (both[: self._outputs] + both[self._outputs :]).bfloat16()
+        high, low = self._halves.dense().float().chunk(2, dim=1)
+        return (high + low).bfloat16()
 
     @property
     def nbytes(self) -> int:
         return self._halves.nbytes
 
 
-def _product(
-    x: Tensor,
-    bias: Tensor | None,
-    outputs: int,
-    few: Callable[[Tensor], Tensor],
-    expand: Callable[[], Tensor] | None,
-) -> Tensor:
+def _product(x: Tensor, bias: Tensor | None, weights: "Int8 | Int4", outputs: int) -> Tensor:
     """x times weights by the kernel for few rows, or expanded ones for many."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if x.dim() != 2:
+        y = _product(x.flatten(0, -2), bias, weights, outputs)
+        return y.view(*x.shape[:-1], outputs)
     if x.dtype != torch.bfloat16:
-        flat = flat.bfloat16()
-    if len(flat) >= _MANY_ROWS and expand is not None:
-        y = F.linear(flat, expand())
-    else:
-        y = few(flat)
-        if y.shape[1] > outputs:
-            y = y[:, :outputs]
-    y = y.reshape(*x.shape[:-1], outputs)
-    if x.dtype != torch.bfloat16:
-        y = y.to(x.dtype)
+        return _product(x.bfloat16(), bias, weights, outputs).to(x.dtype)
+    if x.shape[0] >= _MANY_ROWS and (isinstance(weights, Int8) or _packed_in() is not None):
+        return F.linear(x, weights.dense(), bias)
+    y = weights.few(x.contiguous())
+    if y.shape[1] > outputs:
+        y = y[:, :outputs]
     return y if bias is None else y + bias
 
 

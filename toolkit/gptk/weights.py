@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
-from gptk.plugins import Plugin, ask, blaming, create, provided
+from gptk.plugins import Plugin, ask, blaming, create, expect, provided
 
 if TYPE_CHECKING:
     import torch
@@ -200,8 +200,10 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
     loader knows the source, or what the loader raises.
     """
     loader = find_loader(source)
+    method = "load_stored" if stored else "load"
     with blaming([loader]):
-        return loader.load_stored() if stored else loader.load()
+        checkpoint: Checkpoint = loader.load_stored() if stored else loader.load()
+        return expect(loader, method, checkpoint, Checkpoint, "a gptk.Checkpoint")
 
 
 def build_model(
