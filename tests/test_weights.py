@@ -298,12 +298,17 @@ def test_quantized_gguf_models_predict_what_rounded_weights_predict(case, kind, 
 
 
 @pytest.mark.parametrize(
-    "kind", ["Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S"]
+    "kind",
+    ["Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S"],
 )
 def test_every_block_type_is_dequantized_as_gguf_does(kind, tmp_path):
     stored = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
-    raw = np.random.default_rng(0).integers(0, 120, (5, 3 * block_bytes), dtype=np.uint8)
+    raw = np.random.default_rng(0).integers(0, 256, (5, 3, block_bytes), dtype=np.uint8)
+    scales = {"Q4_0": [1], "Q4_1": [1, 3], "Q8_0": [1]}.get(kind, ...)
+    raw[:, :, scales] %= 120  # the high byte of a float16 that is finite
+    raw[::2, :, scales] |= 128 * (kind in ("Q4_0", "Q4_1", "Q8_0"))  # some are negative
+    raw = raw.reshape(5, -1)
     path = tmp_path / "tensor.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("tensor", raw, raw_dtype=stored)
@@ -646,6 +651,7 @@ def test_gptk_checkpoints_that_are_damaged_are_refused(tmp_path):
 
 def test_a_built_model_shares_memory_with_what_needs_no_conversion(tmp_path):
     checkpoint = small_checkpoint("qwen3", tmp_path)
+    checkpoint = dataclasses.replace(checkpoint, state=dict(checkpoint.state))
     model = build(checkpoint)
     assert not model.training
     assert model.head.weight is model.embed.weight

@@ -26,6 +26,7 @@ from gptk.errors import (
 )
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
+from gptk.linear import Linear
 from gptk.model import GPT, evaluating
 from gptk.observing import DecodingObserver
 from gptk.plugins import blaming, create, provided
@@ -101,9 +102,13 @@ def load(
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
-    model = build_model(checkpoint, device=on, dtype=numbers)
-    if quantize == "int8" or quantize == "int4":
-        model.quantize(quantize)
+
+    def prepare(layer: Linear) -> None:
+        if quantize == "int8" or quantize == "int4":
+            layer.quantize(quantize)
+        layer.pack()
+
+    model = build_model(checkpoint, device=on, dtype=numbers, prepare=prepare)
     return LanguageModel(model.pack(), tokenizer)
 
 

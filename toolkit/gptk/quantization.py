@@ -6,7 +6,7 @@ rows; for many, as in a prompt, the weights are expanded for the moment of one p
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,8 +23,8 @@ _MANY_ROWS = 64
 """From here on a product with expanded weights is faster, the expansion included."""
 _BLOCK = 64
 """Outputs that int4 weights are packed in; fewer are filled up."""
-_CHUNK = 64 * _BLOCK
-"""Outputs that are worked on at a time, so that what is between takes little memory."""
+_CHUNK = 1 << 18
+"""Weights that are worked on at a time, so that what is between takes little memory."""
 
 
 class Packed(Protocol):
@@ -96,8 +96,9 @@ class Levels:
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers."""
         dense = torch.empty(*self.scale.shape, GROUP, dtype=dtype)
-        for at in range(0, len(dense), _CHUNK):
-            part = slice(at, at + _CHUNK)
+        step = max(1, _CHUNK // self.shape[1])
+        for at in range(0, len(dense), step):
+            part = slice(at, at + step)
             codes = self.codes[part].view(dense[part].shape).float()
             dense[part] = torch.addcmul(
                 self.offset[part, :, None], codes, self.scale[part, :, None]
@@ -115,11 +116,17 @@ class Int8:
     kind = "int8"
 
     def __init__(self, weight: Tensor) -> None:
-        weight = weight.detach().float()
-        # The scale that the kernel gets is rounded first, so that codes fit it.
-        self._scale = (weight.abs().amax(dim=1) / 127).bfloat16()
-        scale = self._scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-        self._codes = (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        weight = weight.detach()
+        self._codes = torch.empty(weight.shape, dtype=torch.int8)
+        self._scale = torch.empty(len(weight), dtype=torch.bfloat16)
+        step = max(1, _CHUNK // weight.shape[1])
+        for at in range(0, len(weight), step):
+            part = slice(at, at + step)
+            some = weight[part].float()
+            # The scale that the kernel gets is rounded first, so that codes fit it.
+            self._scale[part] = torch.linalg.vector_norm(some, float("inf"), dim=1) / 127
+            scale = self._scale[part].float().clamp(min=torch.finfo(torch.float32).tiny)
+            self._codes[part] = (some / scale[:, None]).round_().clamp_(-127, 127)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x, bias, self, len(self._scale))
@@ -142,28 +149,61 @@ class Int4:
     kind = "int4"
 
     def __init__(self, weight: Tensor) -> None:
-        parts = [_to_four_bits(part) for part in torch.split(weight.detach(), _CHUNK)]
-        codes, scale, zero = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
-        self._pack(codes, scale, zero)
+        weight = weight.detach()
+        self._pack(weight.shape, lambda part: _to_four_bits(weight[part]))
 
     @classmethod
     def of(cls, levels: Levels) -> "Int4":
         """The weights of a file with 4 bits."""
+
+        def part_of(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            scale = levels.scale[part]
+            return levels.codes[part], scale, levels.offset[part] + 8 * scale
+
         made = cls.__new__(cls)
-        made._pack(levels.codes, levels.scale, levels.offset + 8 * levels.scale)
+        made._pack(levels.shape, part_of)
         return made
 
-    def _pack(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """codes: (outputs, inputs); scale, zero: (outputs, groups)."""
-        self._outputs = len(codes)
-        room = -self._outputs % _BLOCK
-        parts = torch.split(F.pad(codes, (0, 0, 0, room)), _CHUNK)
-        self._packed = torch.cat(
-            [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts]
-        )
-        scales = torch.stack((scale, zero), dim=-1).transpose(0, 1)
-        self._scales = F.pad(scales, (0, 0, 0, room)).bfloat16().contiguous()
+    @classmethod
+    def of_eight_bits(cls, levels: Levels) -> "Int4":
+        """Those with 8 bits as twice as many inputs: a matrix for the high halves, one for the low.
+
+        The value of code 0 goes with the high ones.
+        """
+
+        def part_of(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            codes, scale = levels.codes[part], levels.scale[part]
+            zero = levels.offset[part] + 128 * scale  # of (high - 8) · 16 scale
+            scale = scale.bfloat16().float()
+            return (
+                torch.cat((codes >> 4, codes & 15), dim=1),
+                torch.cat((16 * scale, scale), dim=1),
+                torch.cat((zero, 8 * scale), dim=1),
+            )
+
+        made = cls.__new__(cls)
+        made._pack(torch.Size((levels.shape[0], 2 * levels.shape[1])), part_of)
+        return made
+
+    def _pack(
+        self, shape: torch.Size, part_of: Callable[[slice], tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        """part_of gives for some outputs the codes (…, inputs), scale and zero (…, groups)."""
+        self._outputs, inputs = shape
+        padded = self._outputs + -self._outputs % _BLOCK
+        self._packed = torch.empty(padded, inputs // 2, dtype=torch.uint8)
+        self._scales = torch.empty(inputs // GROUP, padded, 2, dtype=torch.bfloat16)
         """(groups, outputs, 2), as the kernel has it."""
+        step = max(_BLOCK, _CHUNK // inputs // _BLOCK * _BLOCK)
+        for at in range(0, padded, step):
+            codes, scale, zero = part_of(slice(at, at + step))
+            room = -len(codes) % _BLOCK
+            codes = F.pad(codes, (0, 0, 0, room)) if room else codes
+            part = slice(at, at + len(codes))
+            self._packed[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            for index, one in enumerate((scale, zero)):
+                one = F.pad(one, (0, 0, 0, room)) if room else one
+                self._scales[:, part, index] = one.T
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x, bias, self, self._outputs)
@@ -211,24 +251,17 @@ def _to_four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Int8Groups:
-    """w = (code - 128) · scale, with a code from 0 to 255 and a scale for each group.
+    """w = code · scale + offset, with a code from 0 to 255, and a group's scale and offset.
 
     PyTorch has no kernel for that. But a code is 16 · high + low, so that two int4 matrices add up
-    to the very same: (high - 8) · 16 scale and low · scale. They stand side by side in one, which
-    takes x twice.
+    to the very same: high · 16 scale + offset, and low · scale. They stand side by side in one,
+    which takes x twice.
     """
 
     kind = "int8"
 
     def __init__(self, levels: Levels) -> None:
-        scale = levels.scale.bfloat16().float()
-        halves = Levels(
-            torch.cat((levels.codes >> 4, levels.codes & 15), dim=1),
-            torch.cat((16 * scale, scale), dim=1),
-            torch.cat((-128 * scale, torch.zeros_like(scale)), dim=1),
-            4,
-        )
-        self._halves = Int4.of(halves)
+        self._halves = Int4.of_eight_bits(levels)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self._halves.linear(torch.cat((x, x), dim=-1), bias)

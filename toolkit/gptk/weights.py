@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from gptk.linear import Linear
     from gptk.model import GPT, GPTConfig
     from gptk.tokenizer import Tokenizer
 
@@ -27,8 +28,9 @@ class Checkpoint:
     state: Mapping[str, "Tensor"]
     """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
     `embed.weight`. They may be in any precision and mapped from a file; `build_model` takes them
-    over without a copy where device and dtype are right. Those of `load_stored` may be
-    `gptk.Levels`."""
+    over without a copy where device and dtype are right. What `Tensors.assemble` returns reads a
+    tensor each time it is asked for, so that a model need not be in memory twice. Those of
+    `load_stored` may be `gptk.Levels`."""
     tokenizer: "Callable[[], Tokenizer] | None" = None
     """Makes the tokenizer stored with the weights, if there is one; may raise TokenizerError."""
     source: str = ""
@@ -107,10 +109,13 @@ class Tensors:
 
     def take(self, name: str) -> Any:
         """Read a tensor and count it as used. Raises SourceError if it is not there."""
+        return self._reader(name)()
+
+    def _reader(self, name: str) -> "Callable[[], Any]":
         if name not in self._readers:
             again = " a second time" if name in self._names else ""
             raise SourceError(f"{self._source}: the tensor {name} is missing{again}")
-        return self._readers.pop(name)()
+        return self._readers.pop(name)
 
     def drop(self, names: Iterable[str]) -> None:
         """Count tensors as used that hold nothing to load, such as a stored causal mask."""
@@ -122,7 +127,7 @@ class Tensors:
         config: "GPTConfig",
         names: Mapping[str, str],
         change: "Callable[[str, Any], Any] | None" = None,
-    ) -> dict[str, Any]:
+    ) -> "LazyTensors":
         """The state of a GPT of that configuration, as Checkpoint has it, from all tensors.
 
         `names` leads from gptk's names to the file's: `{i}` is the layer, `blocks.{i}.mlp.down`
@@ -131,33 +136,23 @@ class Tensors:
         file. `change` gets the file's name and tensor and returns it in gptk's layout. What is
         said of tensors goes for gptk.Levels, too.
 
-        Raises SourceError that names a tensor that is missing, left over or of the wrong shape.
+        Tensors are read, changed and stacked when they are asked for. Raises SourceError that
+        names a tensor that is missing or left over; one of the wrong shape raises it when read.
         """
         if config.n_layers > len(self._names):
             raise SourceError(
                 f"{self._source}: the configuration has {config.n_layers} layers, the file only "
                 f"{len(self._names)} tensors"
             )
-        state = {}
+        readers: dict[str, Callable[[], Any]] = {}
         # A tied head is a parameter once: as the embedding.
         for name, parameter in empty_gpt(config).named_parameters():
-            theirs = _their_names(name, names)
-            parts = [self.take(one) for one in theirs]
-            found = " + ".join(str(tuple(part.shape)) for part in parts)
-            try:
-                if change is not None:
-                    parts = [change(one, part) for one, part in zip(theirs, parts, strict=True)]
-                state[name] = parts[0] if len(parts) == 1 else _stacked(parts)
-                fits = state[name].shape == parameter.shape
-            except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
-                fits = False
-            if not fits:
-                raise SourceError(
-                    f"{self._source}: {' + '.join(theirs)} of shape {found} does not make {name} "
-                    f"of shape {tuple(parameter.shape)}, which the configuration asks for"
-                )
+            parts = {theirs: self._reader(theirs) for theirs in _their_names(name, names)}
+            readers[name] = partial(
+                _assembled, name, tuple(parameter.shape), parts, change, self._source
+            )
         self.finish()
-        return state
+        return LazyTensors(readers)
 
     def finish(self) -> None:
         """Raises SourceError if a tensor was left over."""
@@ -167,6 +162,53 @@ class Tensors:
             raise SourceError(
                 f"{self._source}: nothing in the model uses the tensors {', '.join(left[:5])}{more}"
             )
+
+
+class LazyTensors(MutableMapping[str, Any]):
+    """Tensors by name, each read when it is asked for, every time anew."""
+
+    def __init__(self, readers: "Mapping[str, Callable[[], Any]]") -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._readers[name]()
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        self._readers[name] = lambda: tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._readers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _assembled(
+    name: str,
+    shape: tuple[int, ...],
+    parts: "Mapping[str, Callable[[], Any]]",
+    change: "Callable[[str, Any], Any] | None",
+    source: str,
+) -> Any:
+    """The tensor `name` of a GPT, of that shape, from those of a file. Raises SourceError."""
+    read = {theirs: reader() for theirs, reader in parts.items()}
+    found = " + ".join(str(tuple(part.shape)) for part in read.values())
+    try:
+        if change is not None:
+            read = {theirs: change(theirs, part) for theirs, part in read.items()}
+        made = next(iter(read.values())) if len(read) == 1 else _stacked(list(read.values()))
+        fits = tuple(made.shape) == shape
+    except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
+        fits = False
+    if not fits:
+        raise SourceError(
+            f"{source}: {' + '.join(parts)} of shape {found} does not make {name} "
+            f"of shape {shape}, which the configuration asks for"
+        )
+    return made
 
 
 def _stacked(parts: Sequence[Any]) -> Any:
@@ -207,56 +249,55 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
 
 
 def build_model(
-    checkpoint: Checkpoint, device: "torch.device | str", dtype: "torch.dtype"
+    checkpoint: Checkpoint,
+    device: "torch.device | str",
+    dtype: "torch.dtype",
+    prepare: "Callable[[Linear], None] | None" = None,
 ) -> "GPT":
     """The GPT with a checkpoint's weights, in evaluation mode.
 
-    No weight is ever there twice in the dtype asked for: the model is made without memory and
-    each tensor put in its place as it is, or converted by itself. Levels stay quantized, on a
-    CPU; an embedding is expanded, and a tied head beside it stays quantized.
+    The model is made without memory, and each tensor read, converted and put in its place before
+    the next, so that none is there twice but the one at work. Levels stay quantized, on a CPU; an
+    embedding is expanded, and a tied head beside it stays quantized. prepare: what to do with each
+    linear layer as soon as it has its weights, such as to quantize or pack them.
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
     """
     import torch
+    from torch import nn
 
     from gptk.linear import Linear
     from gptk.quantization import Levels
 
-    config = checkpoint.config
-    given: dict[str, Any] = dict(checkpoint.state)
-    # The state dict of a GPT has a tied head under both names.
-    if (
-        config.tied_head
-        and "head.weight" in given
-        and not torch.equal(given.pop("head.weight"), given["embed.weight"])
-    ):
-        raise SourceError(
-            f"{checkpoint.source}: head.weight is not embed.weight, though the head is tied"
-        )
-    tensors = Tensors(
-        {name: partial(lambda one: one, one) for name, one in given.items()}, checkpoint.source
-    )
-
-    def placed(name: str, one: Any) -> Any:
-        if isinstance(one, Levels):
-            if not name.startswith("embed"):
-                return one
-            if name == "embed.weight" and config.tied_head:
-                levels["head.weight"] = one
-            one = one.dense(dtype)
-        return one.to(device=device, dtype=dtype)
-
-    levels: dict[str, Levels] = {}
-    state = tensors.assemble(config, {}, placed)
-    levels |= {name: one for name, one in state.items() if isinstance(one, Levels)}
-    state = {name: one for name, one in state.items() if name not in levels}
+    config, source = checkpoint.config, checkpoint.source
+    given = checkpoint.state
     model = empty_gpt(config)
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tied_head:
-        model.head.weight = model.embed.weight
-    for name, one in levels.items():
-        layer = model.get_submodule(name.removesuffix(".weight"))
-        assert isinstance(layer, Linear)
-        layer.take(one.pack())
+    tied = config.tied_head and "head.weight" in given  # a GPT's state dict has it twice
+    tensors = Tensors({name: partial(given.__getitem__, name) for name in given}, source)
+    tensors.drop(["head.weight"] if tied else [])
+    state = tensors.assemble(config, {})
+    if tied and not torch.equal(given["head.weight"], given["embed.weight"]):
+        raise SourceError(f"{source}: head.weight is not embed.weight, though the head is tied")
+
+    def fill(layer: nn.Module, name: str) -> None:
+        one = state[name]
+        if isinstance(one, Levels) and isinstance(layer, Linear):
+            layer.take(one.pack())
+            return
+        if isinstance(one, Levels):
+            if name == "embed.weight" and config.tied_head:
+                model.head.take(one.pack())
+            one = one.dense(dtype)
+        one = one.to(device=device, dtype=dtype)
+        setattr(layer, name.rpartition(".")[2], nn.Parameter(one))
+
+    for path, layer in model.named_modules():
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if layer is not model.head or not config.tied_head:
+                fill(layer, f"{path}.{name}")
+        if layer is model.head and config.tied_head and model.head.packed is None:
+            model.head.weight = model.embed.weight
+        if isinstance(layer, Linear) and prepare is not None:
+            prepare(layer)
     return model.eval()
 
 

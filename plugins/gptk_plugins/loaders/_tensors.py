@@ -3,24 +3,25 @@
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
 from torch import Tensor
 
 import gptk
+from gptk_plugins.mapped_file import MappedFile
+
+State = TypeVar("State", bound=MutableMapping[str, Any])
 
 
-def tie_equal_head(
-    config: gptk.GPTConfig, state: dict[str, Tensor]
-) -> tuple[gptk.GPTConfig, dict[str, Tensor]]:
+def tie_equal_head(config: gptk.GPTConfig, state: State) -> tuple[gptk.GPTConfig, State]:
     """Tie a head that was stored beside the embedding, if it is the same matrix."""
-    if not config.tied_head and _equal(state["head.weight"], state["embed.weight"]):
+    if not config.tied_head and _equal(state["embed.weight"], state["head.weight"]):
         del state["head.weight"]
         config = replace(config, tied_head=True)
     return config, state
@@ -44,12 +45,20 @@ def _equal(one: Tensor | gptk.Levels, other: Tensor | gptk.Levels) -> bool:
 def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
     """A reader for each tensor of a safetensors file. Raises SourceError."""
     try:
-        file = safetensors.safe_open(path, framework="pt")
-        names: list[str] = file.keys()  # type: ignore[no-untyped-call]
-        return {name: partial(file.get_tensor, name) for name in names}
+        file = MappedFile(path)
+        with safetensors.safe_open(file.path, framework="pt") as opened:
+            names: list[str] = opened.keys()
     except (OSError, safetensors.SafetensorError) as error:
         problem = "there is no such file" if not path.exists() else f"cut short or damaged: {error}"
         raise gptk.SourceError(f"{path}: {problem}") from None
+
+    def read(name: str) -> Tensor:
+        # Opened again for each tensor, which then has a mapping of its own: see MappedFile.bytes.
+        with safetensors.safe_open(file.path, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    return {name: partial(read, name) for name in names}
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
@@ -100,6 +109,6 @@ def state_readers(weights: Mapping[Any, Any]) -> dict[str, Callable[[], Tensor]]
     }
 
 
-def stored_as(state: Mapping[str, Tensor]) -> str:
+def stored_as(tensors: Iterable[Tensor]) -> str:
     """The precisions of some tensors, for people: `bfloat16, float32`."""
-    return ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in state.values()}))
+    return ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in tensors}))

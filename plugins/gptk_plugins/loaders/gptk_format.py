@@ -40,14 +40,17 @@ class Gptk(gptk.WeightLoader):
             config = gptk.GPTConfig(**about["config"])
         except (KeyError, TypeError) as error:
             raise gptk.SourceError(f"{folder}/gptk.json: wrong configuration: {error}") from None
-        tensors = gptk.Tensors(safetensors_readers(folder / "model.safetensors"), str(folder))
-        state = tensors.assemble(config, {})
+        readers = safetensors_readers(folder / "model.safetensors")
+        state = gptk.Tensors(readers, str(folder)).assemble(config, {})
         stored: dict[str, Any] | None = about.get("tokenizer")
 
         def tokenizer() -> gptk.Tokenizer:
             return _read_tokenizer(folder / "tokenizer.tiktoken", stored or {})
 
-        notes = {"format": f"gptk {about['version']}", "stored as": stored_as(state)}
+        notes = {
+            "format": f"gptk {about['version']}",
+            "stored as": stored_as(read() for read in readers.values()),
+        }
         return gptk.Checkpoint(
             config, state, tokenizer if stored is not None else None, str(folder), notes
         )

@@ -67,7 +67,8 @@ class HuggingFace(gptk.WeightLoader):
         source = self.path
         raw = _read_json(folder / "config.json")
         config, notes = read_config(raw, source)
-        tensors = gptk.Tensors(_readers(folder), source)
+        readers = _readers(folder)
+        tensors = gptk.Tensors(readers, source)
         tensors.drop([name for name in tensors if _BUFFERS.fullmatch(name)])
         gpt2 = raw["model_type"] == "gpt2"
         table, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
@@ -76,12 +77,13 @@ class HuggingFace(gptk.WeightLoader):
         stored_head = config.tied_head and "lm_head.weight" in tensors
         if stored_head:
             config = replace(config, tied_head=False)
+        stored = stored_as(readers[name]() for name in tensors)
         state = tensors.assemble(config, names, _transposed if gpt2 else None)
         if stored_head:
             config, state = tie_equal_head(config, state)
             if not config.tied_head:
                 notes["head"] = "untied, as stored, though config.json has tie_word_embeddings"
-        notes = {"format": "Hugging Face", "stored as": stored_as(state), **notes}
+        notes = {"format": "Hugging Face", "stored as": stored, **notes}
         return gptk.Checkpoint(config, state, _tokenizer(folder), source, notes)
 
 

@@ -76,6 +76,7 @@ class LLMsFromScratch(gptk.WeightLoader):
         config = self._config(shapes)
         tensors.drop(f"trf_blocks.{layer}.att.mask" for layer in range(config.n_layers))
         fast = "final_norm.weight" in tensors
+        stored = stored_as(readers[name]() for name in tensors)
         state = tensors.assemble(config, _FAST_NAMES if fast else _BOOK_NAMES)
         return gptk.Checkpoint(
             config,
@@ -84,7 +85,7 @@ class LLMsFromScratch(gptk.WeightLoader):
             self.path,
             {
                 "format": "LLMs-from-scratch, " + ("GPTModelFast" if fast else "GPTModel"),
-                "stored as": stored_as(state),
+                "stored as": stored,
             },
         )
 

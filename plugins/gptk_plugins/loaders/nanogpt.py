@@ -59,19 +59,21 @@ class NanoGPT(gptk.WeightLoader):
             raise gptk.SourceError(
                 f"{self.path} is not nanoGPT's ckpt.pt: it has no model and model_args"
             )
-        tensors = gptk.Tensors(state_readers(weights), self.path)
+        readers = state_readers(weights)
+        tensors = gptk.Tensors(readers, self.path)
         # Causal masks, stored where PyTorch had no attention of its own.
         tensors.drop(
             [one for one in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", one)]
         )
         config = self._config(arguments, tied_head="lm_head.weight" not in tensors)
+        stored = stored_as(readers[name]() for name in tensors)
         config, state = tie_equal_head(config, tensors.assemble(config, _NAMES))
         return gptk.Checkpoint(
             config,
             state,
             GPT2().load if config.vocab_size in _GPT2_SIZES else None,
             self.path,
-            {"format": "nanoGPT", "stored as": stored_as(state)},
+            {"format": "nanoGPT", "stored as": stored},
         )
 
     def _config(self, raw: dict[Any, Any], *, tied_head: bool) -> gptk.GPTConfig:

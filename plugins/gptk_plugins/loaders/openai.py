@@ -55,14 +55,15 @@ class OpenAI(gptk.WeightLoader):
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)
         config = _config(folder / "hparams.json")
-        tensors = gptk.Tensors(read_bundle(_prefix(folder)), self.path)
-        state = tensors.assemble(config, _NAMES, _linear)
+        readers = read_bundle(_prefix(folder))
+        state = gptk.Tensors(readers, self.path).assemble(config, _NAMES, _linear)
+        stored = stored_as(read() for read in readers.values())  # and all checksums are verified
         return gptk.Checkpoint(
             config,
             state,
             _tokenizer(folder, config.vocab_size),
             self.path,
-            {"format": "OpenAI's GPT-2, TensorFlow", "stored as": stored_as(state)},
+            {"format": "OpenAI's GPT-2, TensorFlow", "stored as": stored},
         )
 
 
