@@ -11,16 +11,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gptk
 from gptk_plugins.mapped_file import MappedFile
-
-if TYPE_CHECKING:
-    import gguf
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -141,14 +138,7 @@ _SIZE = struct.Struct("<Q")
 def _stored(
     file: MappedFile, length: int, what: str, shape: tuple[int, ...], kind: int, start: int
 ) -> StoredTensor:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        ggml_type = GGMLQuantizationType(kind)
-    except ValueError:
-        raise gptk.SourceError(f"{what} is stored as type {kind}, which is unknown") from None
-    name = ggml_type.name
-    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    name, block, block_bytes = _type(kind, what)
     if not math.prod(shape) or not shape:
         raise gptk.SourceError(f"{what} is empty: its shape is {shape}")
     if shape[-1] % block:
@@ -170,12 +160,35 @@ def _stored(
         raw = file.bytes(start, size)
         if name in _PLAIN:
             return raw.view(_PLAIN[name]).view(shape)
-        return _dequantize(raw.view(-1, block_bytes), ggml_type, what).view(shape)
+        return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
     return StoredTensor(shape, name, read, read_levels if kept else None)
 
 
 _KEPT = {"Q4_0", "Q4_1", "Q8_0"}
+
+# By ggml's number: the name, how many numbers there are in a block, and its bytes. The package
+# gguf knows all types, but takes some time to import.
+_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
+
+
+def _type(kind: int, what: str) -> tuple[str, int, int]:
+    if kind in _TYPES:
+        return _TYPES[kind]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        ggml_type = GGMLQuantizationType(kind)
+    except ValueError:
+        raise gptk.SourceError(f"{what} is stored as type {kind}, which is unknown") from None
+    return ggml_type.name, *GGML_QUANT_SIZES[ggml_type]
 
 
 def _levels(blocks: Tensor, name: str) -> gptk.Levels:
@@ -206,10 +219,11 @@ _PLAIN = {
 _CHUNK = 1 << 16
 
 
-def _dequantize(blocks: Tensor, ggml_type: "gguf.GGMLQuantizationType", what: str) -> Tensor:
+def _dequantize(blocks: Tensor, kind: int, what: str) -> Tensor:
     """The numbers in some blocks (blocks, bytes a block), in float32."""
     import gguf
 
+    ggml_type = gguf.GGMLQuantizationType(kind)
     values = torch.empty(len(blocks), gguf.GGML_QUANT_SIZES[ggml_type][0])
     try:
         # As one long row, since gguf takes 16 rows at a time and real ones are short for NumPy:

@@ -6,11 +6,11 @@ import secrets
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 
-from gptk.chat import Message, encode_chat
+from gptk import collector
 from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
@@ -36,6 +36,9 @@ from gptk.saving import save_checkpoint
 from gptk.session import DecodeSession, Overflow, Rows
 from gptk.tokenizer import Tokenizer, load_tokenizer
 from gptk.weights import build_model, default_source, load_checkpoint
+
+if TYPE_CHECKING:
+    from gptk.chat import Message
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -72,6 +75,7 @@ class Settings(TypedDict, total=False):
     """What sees every step, such as trace:path=steps.jsonl [none]."""
 
 
+@collector.paused()
 def load(
     source: str | None = None,
     *,
@@ -155,7 +159,7 @@ class LanguageModel:
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: "Sequence[Message]",
         *,
         template: str | None = None,
         **settings: Unpack[Settings],
@@ -173,12 +177,14 @@ class LanguageModel:
 
     def stream_chat(
         self,
-        messages: Sequence[Message],
+        messages: "Sequence[Message]",
         *,
         template: str | None = None,
         **settings: Unpack[Settings],
     ) -> "Stream":
         """As chat, and give the reply as it comes, see Stream."""
+        from gptk.chat import encode_chat  # jinja2 is not needed before
+
         return self.stream(encode_chat(self.tokenizer, messages, template), **settings)
 
     def score(self, prompt: Prompt) -> Score:

@@ -214,10 +214,13 @@ def provided(kind: str) -> dict[str, Provided]:
     return _survey(kind).known
 
 
-def failures() -> list[str]:
-    """A line for each plug-in, hook or class that could not be taken: whose, which, and why."""
+def failures(kinds: Iterable[str] = KINDS) -> list[str]:
+    """A line for each plug-in, hook or class that could not be taken: whose, which, and why.
+
+    kinds: those whose hooks are called, if they have not been; by default all.
+    """
     manager()
-    return _load_failures + [line for kind in KINDS for line in _survey(kind).failures]
+    return _load_failures + [line for kind in kinds for line in _survey(kind).failures]
 
 
 def ask(one: Provided, method: str, *given: Any) -> Any:

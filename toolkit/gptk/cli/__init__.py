@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import click
@@ -141,9 +142,14 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def warn_of_failures() -> None:
-    """A line on stderr for each plug-in that could not be loaded."""
-    from gptk.plugins import failures
+def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
+    """A line on stderr for each plug-in that could not be loaded.
 
-    for line in failures():
-        click.echo(f"gptk: skipped {line}", err=True)
+    kinds: those that a command uses; others are then not looked at, which takes time.
+    """
+    from gptk import collector
+    from gptk.plugins import KINDS, failures
+
+    with collector.paused():  # this is where PyTorch is imported
+        for line in failures(KINDS if kinds is None else kinds):
+            click.echo(f"gptk: skipped {line}", err=True)

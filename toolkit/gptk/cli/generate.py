@@ -144,8 +144,9 @@ def command(
     prompts = read_prompts(prompt, prompts_file)
     if chat and not all(prompts):
         raise click.UsageError("--chat needs a message")
-    warn_of_failures()
-    from gptk.chat import conversation, encode_chat
+    used = {"processor": settings["processors"], "drafter": settings["draft"]}
+    used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
+    warn_of_failures(["sampler", "loader", *(kind for kind, given in used.items() if given)])
     from gptk.decoding import check_draft
     from gptk.drafting import make_drafter
     from gptk.language_model import load
@@ -168,6 +169,8 @@ def command(
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     given: Sequence[Prompt] = prompts
     if chat:
+        from gptk.chat import conversation, encode_chat
+
         given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
     stream = lm.stream_batch(
         given, stop=[unescape(text) for text in stop], observers=watching, **settings

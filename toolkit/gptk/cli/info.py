@@ -12,7 +12,7 @@ from gptk.cli import warn_of_failures
 @click.argument("model", required=False)
 def command(model: str | None) -> None:
     """Show configuration, size and tokenizer of MODEL (default: as for `gptk generate`)."""
-    warn_of_failures()
+    warn_of_failures(["loader"])
     from gptk.errors import TokenizerError
     from gptk.quantization import Levels
     from gptk.weights import default_source, load_checkpoint
