@@ -518,7 +518,7 @@ API = {
     "Models": "load_checkpoint build_model default_source GPT GPTConfig Levels",
     "Decoding": "Decoding Choice DecodeSession Rows Follower RandomStream KVCache",
     "Plug-ins": """hookimpl Plugin plugins PluginWarning Sampler LogitsProcessor Drafter Draft
-        Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer
+        Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer gradient_norm
         TrainingObserver TrainingListener WeightLoader Checkpoint Tensors WeightWriter
         TokenizerLoader""",
     "Testing plug-ins": """testing.PluginContract testing.ProcessorContract

@@ -169,6 +169,46 @@ def test_a_run_of_nothing_but_damaged_checkpoints_is_an_error(three, tmp_path):
         Trainer.resume(run, warn=lambda line: None)
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing is put in order on the way out."""
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_step_saved_twice_has_a_good_checkpoint_at_every_moment(moment, tmp_path, monkeypatch):
+    """Killed before any of the renames and removals, with one checkpoint and no other."""
+    run = tmp_path / "run"
+    trainer = Trainer.start(config(keep=1), run)
+    trainer.step()
+    trainer.save()
+    left = [moment]
+
+    def until_killed(function):
+        def call(*args, **keywords):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return function(*args, **keywords)
+
+        return call
+
+    monkeypatch.setattr(checkpoints.Path, "rename", until_killed(checkpoints.Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+    with contextlib.suppress(Killed):
+        trainer.save()
+    monkeypatch.undo()
+    assert gptk.load(str(run)).model.config == trainer.model.config
+    again = Trainer.resume(run, warn=pytest.fail)
+    assert again.step_count == 1
+    assert [one.name for one in (run / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_want_of_memory_in_resuming_is_told_in_one_line(three, tmp_path, monkeypatch):
+    run = shutil.copytree(three, tmp_path / "run")
+    monkeypatch.setattr("gptk.trainer.build_model", lambda *_: torch.empty(2**60))
+    with pytest.raises(gptk.TrainingError, match=r"^out of memory for the model"):
+        Trainer.resume(run)
+
+
 def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(gptk.TrainingError, match="is not a training run"):
         Trainer.resume(tmp_path)

@@ -404,10 +404,11 @@ def test_dropout_keeps_the_expected_value_at_each_of_its_places(p):
         """What comes out at each place, of one input in so many rows."""
         model(inputs.expand(rows, -1))
         embedded = seen["embedded"]
-        x = tiny_gpt(GPT2_LIKE).embed(inputs).expand(rows, -1, -1)
-        block(x, None, None, None)
-        added = block._drop(block.mlp(x))
-        return {"embedded": embedded, "attended": seen["attended"], "added": added}
+        x = tiny_gpt(GPT2_LIKE).embed(inputs).expand(rows, -1, -1).flatten(0, 1)
+        with block.mlp.register_forward_pre_hook(lambda *_: (x,)):  # whatever attention adds
+            added = block(x, rows, None, None) - seen["attended"]
+        places = {"embedded": embedded, "attended": seen["attended"], "added": added}
+        return {name: one.view(rows, 4, -1) for name, one in places.items()}
 
     want = {name: one[0] for name, one in draw(1).items()}
     with torch.random.fork_rng():
@@ -419,6 +420,16 @@ def test_dropout_keeps_the_expected_value_at_each_of_its_places(p):
     for name, values in got.items():
         error = (values.mean(dim=0) - want[name]) / (values.std(dim=0) / copies**0.5)
         assert error.abs().max() < 5, name  # standard errors, over 128 values
+
+
+def test_the_gradient_norm_is_torch_s():
+    model = tiny_gpt(GPT2_LIKE)
+    backward(model, [], *batch())
+    model.blocks[0].mlp.up.weight.grad = None
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    want = torch.nn.utils.get_total_norm(gradients)
+    torch.testing.assert_close(gptk.gradient_norm(model.parameters()), want)
+    assert gptk.gradient_norm([]) == 0
 
 
 # --- Averages

@@ -55,6 +55,7 @@ _HOMES = {
     "PromptError": "errors",
     "RandomStream": "random",
     "Regularizer": "training",
+    "gradient_norm": "training",
     "Rows": "session",
     "Sampler": "sampling",
     "Score": "generation",
@@ -157,6 +158,7 @@ if TYPE_CHECKING:
     from gptk.training import Regularizer as Regularizer
     from gptk.training import TrainingListener as TrainingListener
     from gptk.training import TrainingObserver as TrainingObserver
+    from gptk.training import gradient_norm as gradient_norm
     from gptk.weights import Checkpoint as Checkpoint
     from gptk.weights import Tensors as Tensors
     from gptk.weights import WeightLoader as WeightLoader

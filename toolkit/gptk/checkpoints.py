@@ -24,6 +24,8 @@ from gptk.errors import TrainingError
 from gptk.saving import sync, write_text
 
 _NAME = re.compile(r"step-(\d+)")
+_READY = re.compile(r"\.step-(\d+)\.ready")
+"""Whole, and about to take the place of another checkpoint of the same step."""
 _CHECKSUMS = "checksums.json"
 STATE = "training.json"
 
@@ -49,8 +51,12 @@ def publish(new: Path, *, keep: int) -> Path:
         sync(path)
     run = new.parent.parent
     target = new.with_name(new.name.removeprefix(".").removesuffix(".new"))
-    if target.exists():  # an interrupted run that came to the same step again
+    if target.exists():  # a step saved twice, or an interrupted run that came to it again
+        ready = new.with_suffix(".ready")
+        new.rename(ready)
+        sync(new.parent)
         _discard(target)
+        new = ready
     new.rename(target)
     sync(new.parent)
     for later in _all(run):  # damaged ones, which the run went back behind
@@ -86,9 +92,8 @@ def best_checkpoint(run: str | os.PathLike[str]) -> Path | None:
             best = json.loads((path / STATE).read_text(encoding="utf-8"))["best_step"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the one before knows
-        if best is not None and (named := path.with_name(_name(best))).is_dir():
-            return named
-        return path
+        there = {_step(one): one for one in _all(Path(run))}
+        return there.get(best, path)
     return None
 
 
@@ -99,7 +104,12 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def clean(run: Path) -> None:
-    """Remove what an interrupted save or removal left."""
+    """End a replacement that was interrupted, and remove what a save or removal left."""
+    for path in folder_of(run).glob(".step-*.ready"):
+        target = path.with_name(_name(_step(path)))
+        if target.exists():
+            _discard(target)
+        path.rename(target)
     for path in folder_of(run).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -112,7 +122,14 @@ def _all(run: Path) -> list[Path]:
     folder = folder_of(run)
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    there = list(folder.iterdir())
+    ready = {_step(path): path for path in there if _READY.fullmatch(path.name)}
+    named = {_step(path): path for path in there if _NAME.fullmatch(path.name)}
+    return [path for _, path in sorted((ready | named).items())]
+
+
+def _step(path: Path) -> int:
+    return int("".join(filter(str.isdigit, path.name)))
 
 
 def _discard(path: Path) -> None:

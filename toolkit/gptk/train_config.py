@@ -93,6 +93,11 @@ class TrainConfig(Options):
         description="of matrix products (autocast); auto: bfloat16 where the hardware has it",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only what goes into each block, and compute the rest again in the "
+        "backward pass: less memory, a third more work",
+    )
 
     # Evaluation
     eval_every: PositiveInt = Field(200, description="steps from one evaluation to the next")

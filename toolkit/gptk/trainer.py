@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -25,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputing
 
 from gptk import checkpoints, distributed, train_state
-from gptk.data import Windows, check_enough, epoch_order, prepare_tokens
+from gptk.data import Windows, check_enough, prepare_tokens
 from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
 from gptk.distributed import Processes
 from gptk.errors import (
@@ -40,8 +42,11 @@ from gptk.errors import (
 )
 from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
+from gptk.linear import Linear
+from gptk.loading import Batch, StepData, StepLoader
 from gptk.metrics import MetricsFile, truncate_metrics
 from gptk.model import GPT
+from gptk.objective import Objective, chunked_loss
 from gptk.plotting import plot_runs
 from gptk.plugins import blaming, create, expect, warn_of_failure
 from gptk.samples import SamplesFile
@@ -49,7 +54,13 @@ from gptk.sampling import Sampler
 from gptk.saving import lock, write_model, write_text
 from gptk.tokenizer import Tokenizer, load_tokenizer
 from gptk.train_config import TrainConfig, read_config
-from gptk.training import LRScheduler, Regularizer, TrainingListener, TrainingObserver
+from gptk.training import (
+    LRScheduler,
+    Regularizer,
+    TrainingListener,
+    TrainingObserver,
+    gradient_norm,
+)
 from gptk.weights import Checkpoint, build_model, load_checkpoint
 
 Ending = Literal["finished", "patience", "interrupted"]
@@ -119,7 +130,17 @@ class Trainer:
         """The lowest validation loss so far (of averaged weights, where there are any)."""
         self.best_step: int | None = None
         self._evaluations_since_best = 0
-        self._order = (-1, np.empty(0, np.int64))
+        self._loader = StepLoader(
+            train,
+            step_windows=self.step_windows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            drop_last=config.drop_last,
+            rank=self.processes.rank,
+            count=self.processes.count,
+            pin=model.device.type == "cuda",
+        )
         self._active: list[TrainingListener] = []
         self._observing: list[tuple[TrainingObserver, TrainingListener]] = []
         self._held: IO[bytes] | None = None
@@ -133,7 +154,16 @@ class Trainer:
         with blaming(self.regularizers):
             for regularizer in self.regularizers:
                 regularizer.setup(model)
-        objective = _NextToken(model)
+        if config.activation_checkpointing:
+            for block in model.blocks:
+                block.forward = partial(_recomputed, block.forward)
+        looking = [one for one in self.regularizers if _looks(one)]
+        self._apart = [one for one in looking if one.logits == "none"]
+        self._looking = [one for one in looking if one.logits != "none"]
+        self._whole_logits = any(
+            one.logits == "batch" for one in self._looking
+        ) or not _has_plain_head(model)
+        objective = _NextToken(model, None if self._whole_logits else self._regularized)
         if config.compile:
             for part in model.blocks if shard else [objective]:
                 part.compile()
@@ -215,12 +245,14 @@ class Trainer:
         assert newest is not None
         if fixed := {key for key in _FIXED if getattr(config, key) != getattr(before, key)}:
             raise OptionError(f"{', '.join(sorted(fixed))} cannot change in a run that goes on")
-        checkpoint = load_checkpoint(str(newest))
+        with _room_for_model():
+            checkpoint = load_checkpoint(str(newest))
         tokenizer = checkpoint.tokenizer() if checkpoint.tokenizer else None
         device = resolve_device(processes.device(config.device))
-        model = build_model(checkpoint, device, torch.float32)
-        trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
-        stored = trainer._load_state(newest)
+        with _room_for_model():
+            model = build_model(checkpoint, device, torch.float32)
+            trainer = cls._prepared(model, tokenizer, config, folder, processes, shard, listeners)
+            stored = trainer._load_state(newest)
         if stored not in (None, trainer._data_sums) and processes.main:
             (warn or _warn)(f"the data is not what {folder} was trained on up to here")
         trainer._held = held
@@ -380,15 +412,16 @@ class Trainer:
         weights are then those before the step.
         """
         self.model.train()
-        windows = self._next_windows()
-        mine = windows[self.processes.rank :: self.processes.count]
+        data = self._loader.take(self.epoch, self.position)
+        self.epoch, self.position = data.epoch, data.position
+        windows = data.windows
         lr = self.config.lr * self._factor()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         on_gpu = self.model.device.type == "cuda"
         with torch.random.fork_rng([self.model.device] if on_gpu else []):
             torch.manual_seed(_key(self.config.seed, self.step_count, self.processes.rank))
-            totals = self._backward(mine)
+            totals = self._backward(data)
         loss, objective = self.processes.sum(totals).div_(self.processes.count).tolist()
         figures: dict[str, float] = {}
         if math.isfinite(objective):
@@ -420,54 +453,49 @@ class Trainer:
         factor = self.scheduler(self.step_count, self.total_steps)
         return expect(self.scheduler, "factor", factor, Real, "a number")
 
-    def _next_windows(self) -> np.ndarray:
-        """The windows of this step, for all processes; begins the next epoch when one ends."""
-        n = len(self.train_windows)
-        rest = n - self.position
-        if rest < (self.step_windows if self.config.drop_last else 1):
-            self.epoch, self.position = self.epoch + 1, 0
-        if self._order[0] != self.epoch:
-            order = epoch_order(
-                n, seed=self.config.seed, epoch=self.epoch, shuffle=self.config.shuffle
-            )
-            self._order = (self.epoch, order)
-        return self._order[1][self.position : self.position + self.step_windows]
-
-    def _backward(self, windows: np.ndarray) -> Tensor:
-        """Gradients of the mean loss over some windows. Returns loss and objective."""
-        size = self.config.batch_size
-        batches = [windows[at : at + size] for at in range(0, len(windows), size)]
+    def _backward(self, data: StepData) -> Tensor:
+        """Gradients of the mean loss over this process's windows. Returns loss and objective."""
         totals = torch.zeros(2, device=self.model.device, dtype=torch.float64)
-        for number, batch in enumerate(batches, start=1):
-            share = len(batch) / len(windows)
-            last = number == len(batches)
+        for number, batch in enumerate(data.batches, start=1):
+            inputs, targets = self._to_device(batch)
+            share = len(inputs) / len(data.mine)
+            last = number == len(data.batches)
             with nullcontext() if last else self._without_sync():
-                inputs, targets = self._to_device(self.train_windows.batch(batch))
-                logits = self._logits(inputs)
-                loss = objective = _cross_entropy(logits, targets)
-                for regularizer in self.regularizers:
-                    changed = regularizer.loss(objective, logits, targets)
-                    objective = expect(regularizer, "loss", changed, Tensor, "a tensor, the loss")
-                for regularizer in self.regularizers:
-                    more = regularizer.penalty(self.model, logits, targets)
-                    objective = objective + expect(
-                        regularizer, "penalty", more, (Tensor, Real), "a tensor or a number"
-                    )
+                loss, objective = self._losses(inputs, targets)
                 torch.autograd.backward(objective * share)
             totals += torch.stack((loss.detach(), objective.detach())).double() * share
         return totals
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy, and in training what is minimized: that, regularized."""
+        training = self.model.training
+        with self._autocast():
+            result = self._objective(inputs, targets)
+        if self._whole_logits:
+            loss = objective = F.cross_entropy(result.flatten(0, 1), targets.flatten())
+            if training:
+                objective = self._regularized(loss, result, targets)
+        else:
+            loss, objective = result
+        if training and self._apart:
+            logits = torch.empty(1, 0, self.model.config.vocab_size, device=targets.device)
+            objective = _added(self._apart, self.model, objective, logits, targets[:1, :0])
+        return loss, objective
+
+    def _regularized(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss with what the regularizers that look at logits make of it."""
+        return _added(self._looking, self.model, loss, logits, targets)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         if self.processes.count == 1:
             return nullcontext()
         return distributed.without_sync(self._objective)
 
-    def _logits(self, inputs: Tensor) -> Tensor:
+    def _autocast(self) -> torch.autocast:
         kind = self.model.device.type
-        with torch.autocast(kind, self._dtype, enabled=self._dtype != torch.float32):
-            return self._objective(inputs)  # type: ignore[no-any-return]
+        return torch.autocast(kind, self._dtype, enabled=self._dtype != torch.float32)
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: Batch) -> Batch:
         device = self.model.device
         return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
@@ -484,8 +512,7 @@ class Trainer:
             )
             figures |= {name: float(value) for name, value in given.items()}
         if "grad_norm" not in figures:
-            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            figures["grad_norm"] = float(distributed.whole(nn.utils.get_total_norm(gradients)))
+            figures["grad_norm"] = float(gradient_norm(self._parameters.values()))
         return figures
 
     def _not_finite(
@@ -537,7 +564,7 @@ class Trainer:
             spare = at + ranks.rank >= len(batches)
             batch = batches[0 if spare else at + ranks.rank]
             inputs, targets = self._to_device(windows.batch(batch))
-            loss = _cross_entropy(self._logits(inputs), targets)
+            loss, _ = self._losses(inputs, targets)
             if not spare:
                 totals += torch.tensor([float(loss) * len(batch), len(batch)]).to(totals)
         self.model.train()
@@ -601,6 +628,7 @@ class Trainer:
             reason = str(error).strip().partition("\n")[0]
             raise TrainingError(f"compile=true does not work here: {reason}") from None
         finally:
+            self._loader.close()
             for listener in self._active:
                 listener.close()
             for observer, listener in self._observing:
@@ -828,18 +856,62 @@ class _Plugins:
 
 
 class _NextToken(nn.Module):
-    """From tokens to logits in one forward pass, for what wraps and compiles modules."""
+    """From tokens to what is minimized in one forward pass, for what wraps and compiles modules.
 
-    def __init__(self, model: GPT) -> None:
+    That is the cross entropy and, in training, what `regularized` makes of it, in chunks; without
+    `regularized` it is the logits.
+    """
+
+    def __init__(self, model: GPT, regularized: Objective | None) -> None:
         super().__init__()
         self.model = model
+        self._regularized = regularized
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model.logits(self.model(ids))
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden: Tensor = self.model(ids)
+        if self._regularized is None:
+            return self.model.logits(hidden)
+        return chunked_loss(
+            hidden.flatten(0, 1),
+            self.model.head.weight,
+            targets.flatten(),
+            self._regularized if self.model.training else None,
+        )
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def _looks(regularizer: Regularizer) -> bool:
+    """Whether it changes the loss, or adds a penalty."""
+    kind = type(regularizer)
+    return kind.loss is not Regularizer.loss or kind.penalty is not Regularizer.penalty
+
+
+def _has_plain_head(model: GPT) -> bool:
+    """Whether logits are a product with the head's weights and no more; a plug-in may change it."""
+    head = model.head
+    return type(head) is Linear and head.bias is None and type(model).logits is GPT.logits
+
+
+def _added(
+    regularizers: Iterable[Regularizer], model: GPT, loss: Tensor, logits: Tensor, targets: Tensor
+) -> Tensor:
+    """The loss with what some regularizers make of it and add to it."""
+    objective = loss
+    for regularizer in regularizers:
+        changed = regularizer.loss(objective, logits, targets)
+        objective = expect(regularizer, "loss", changed, Tensor, "a tensor, the loss")
+    for regularizer in regularizers:
+        more = regularizer.penalty(model, logits, targets)
+        objective = objective + expect(
+            regularizer, "penalty", more, (Tensor, Real), "a tensor or a number"
+        )
+    return objective
+
+
+def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A block's forward pass whose activations are computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return recomputing(forward, *args, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 def _model_and_tokenizer(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokenizer | None]:

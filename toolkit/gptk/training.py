@@ -3,9 +3,9 @@
 `gptk.trainer` has the loop that calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,6 +56,12 @@ class Regularizer(Plugin):
 
     kind: ClassVar[str] = "regularizer"
 
+    logits: ClassVar[Literal["batch", "chunks", "none"]] = "batch"
+    """Which logits `loss` and `penalty` look at, if the class has them: those of a whole
+    `batch`, which then all stand in memory; of some positions at a time (`chunks`), where what
+    they return is a mean over the positions given, and depends on weights by way of the logits
+    only; or `none`: they are called once, with logits of no position."""
+
     def setup(self, model: "GPT") -> None:
         """Change the model before training begins or goes on, for example its dropout."""
 
@@ -73,7 +79,8 @@ class Regularizer(Plugin):
     def loss(self, loss: "Tensor", logits: "Tensor", targets: "Tensor") -> "Tensor":
         """The training loss in place of `loss`, the mean cross entropy.
 
-        logits: (batch, time, vocab), float32; targets: (batch, time).
+        logits: (batch, time, vocab), float32; targets: (batch, time). In chunks the batch is 1
+        and the time some positions of any rows.
         """
         return loss
 
@@ -94,6 +101,21 @@ class Regularizer(Plugin):
     def averaged(self, state: "Mapping[str, Tensor]") -> "Mapping[str, Tensor] | None":
         """Weights by parameter name, to be evaluated and saved beside the trained ones."""
         return None
+
+
+def gradient_norm(parameters: "Iterable[Tensor]") -> "Tensor":
+    """The L2 norm of all gradients together, a scalar; of sharded ones, too, in every process."""
+    import torch
+    from torch import nn
+
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    if all(type(one) is torch.Tensor and one.device.type == "cpu" for one in gradients):
+        # By rows PyTorch reads a matrix twice as fast as in one go.
+        norms = [torch.linalg.vector_norm(one, dim=-1).flatten() for one in gradients]
+        return torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
 
 
 class TrainingObserver(Plugin):

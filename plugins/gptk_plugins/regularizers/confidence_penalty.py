@@ -16,6 +16,7 @@ class ConfidencePenalty(gptk.Regularizer):
     """Penalizes predictions of low entropy."""
 
     name = "confidence-penalty"
+    logits = "chunks"
     example = "strength=0.1"
 
     strength: float = Field(0.1, ge=0, description="weight of the penalty; the paper's is 0.1")

@@ -15,6 +15,7 @@ class L1(gptk.Regularizer):
     """
 
     name = "l1"
+    logits = "none"
     example = "strength=1e-6"
 
     strength: float = Field(1e-6, ge=0, description="what a weight of size 1 adds to the loss")

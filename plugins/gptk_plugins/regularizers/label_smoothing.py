@@ -10,6 +10,7 @@ class LabelSmoothing(gptk.Regularizer):
     """Cross entropy with targets that share a part ε of their mass among all tokens."""
 
     name = "label-smoothing"
+    logits = "chunks"
     example = "strength=0.1"
 
     strength: float = Field(0.1, ge=0, le=1, description="ε, the part of the mass that is shared")

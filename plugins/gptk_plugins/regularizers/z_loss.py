@@ -10,6 +10,7 @@ class ZLoss(gptk.Regularizer):
     """Keeps the softmax's normalizer near 1, so that logits do not drift away."""
 
     name = "z-loss"
+    logits = "chunks"
     example = "strength=1e-4"
 
     strength: float = Field(1e-4, ge=0, description="weight of the penalty; PaLM's is 1e-4")
