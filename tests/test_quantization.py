@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 import checkpoints
 import gptk
+from gptk.cli.info import bytes_in_memory
 from gptk.linear import Linear
-from gptk.quantization import GROUP, Int4, Int8, Levels, quantize
+from gptk.quantization import GROUP, Int4, Int8, Levels, check_device, quantize
 from gptk.testing import tiny_gpt
+from gptk.torchao import TorchAO
 from test_cli import failing
 from test_cli import gptk as run_gptk
 from toys import GPT2_LIKE
@@ -197,6 +199,65 @@ def test_levels_of_unlike_bits_do_not_stack():
         Levels.stack([one, dataclasses.replace(one, bits=8)])
 
 
+def test_on_other_devices_what_is_lacking_is_told(monkeypatch):
+    cuda = torch.device("cuda")
+    with pytest.raises(gptk.DeviceError, match="need the device cpu or cuda, not mps"):
+        check_device("int8", torch.device("mps"))
+    with pytest.raises(gptk.DeviceError, match="needs the device cpu; on cuda it can be int8 or"):
+        check_device("stored", cuda)
+    monkeypatch.setattr("gptk.torchao.is_installed", lambda: False)
+    with pytest.raises(gptk.DeviceError, match=r"needs torchao; install it: pip .*gptk\[torchao\]"):
+        check_device("int4", cuda)
+    monkeypatch.setattr("gptk.torchao.is_installed", lambda: True)
+    check_device("int4", cuda)
+
+
+def test_torchaos_int8_is_near_gptks_own():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64), torch.randn(96).bfloat16()
+    theirs, ours = TorchAO(weight, "int8"), Int8(weight)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((theirs.dense().float() - weight).abs() <= 0.6 * step + 2**-7 * weight.abs()).all()
+    assert theirs.kind == ours.kind
+    assert 96 * 64 <= theirs.nbytes <= 96 * 64 + 8 * 96
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(5, 1, 64).bfloat16().to(dtype)
+        got, want = theirs.linear(x, bias), ours.linear(x, bias)
+        assert got.dtype == dtype
+        assert got.shape == want.shape
+        assert (got - want).norm() < 0.02 * want.norm()
+    ids = torch.tensor([[1, 2, 3, 250]])
+    model, same = tiny_gpt(GPT2_LIKE).bfloat16(), tiny_gpt(GPT2_LIKE).bfloat16().quantize("int8")
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.take(TorchAO(layer.weight, "int8"))
+    with torch.inference_mode():
+        got, want = model.logits(model(ids)), same.logits(same(ids))
+    assert (got - want).norm() < 0.03 * want.norm()
+
+
+@PRECISIONS
+def test_a_model_on_cuda_is_quantized_by_torchao(precision):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    ids = torch.tensor([[1, 2, 3, 250]])
+    plain = tiny_gpt(GPT2_LIKE)
+    model = tiny_gpt(GPT2_LIKE).bfloat16().to("cuda").quantize(precision)
+    sizes = model.bytes_by_kind()
+    assert set(sizes) == {"bfloat16", precision}
+    rounded = plain.state_dict() | {name: one.cpu() for name, one in model.state_dict().items()}
+    head = rounded.pop("head.weight").float()
+    plain.load_state_dict(rounded, strict=False)
+    with torch.inference_mode():
+        got = model.logits(model(ids.cuda())).cpu()
+        want = plain(ids) @ head.T
+    assert (got - want).norm() < 0.03 * want.norm()
+    lm = gptk.LanguageModel(model.pack())
+    assert len(lm.generate([1, 2, 3], max_new_tokens=5).tokens) == 5
+
+
 @pytest.fixture(scope="module")
 def losses():
     """SmolLM2's loss on 2,000 tokens of English, by precision."""
@@ -230,6 +291,29 @@ def test_int8_loses_next_to_nothing(losses):
 @pytest.mark.slow
 def test_int4_loses_little(losses):
     assert losses["int4"] < 1.08 * losses["bfloat16"]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "qwen2-untied"])
+@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
+def test_info_tells_what_is_in_the_file_and_what_would_be_loaded(case, kind, tmp_path):
+    path = str(tmp_path / "model.gguf")
+    checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
+    out = run_gptk("info", path).stdout
+    assert f"MiB {kind}" in next(line for line in out.splitlines() if line.startswith("in the"))
+    assert ("--quantize stored" in out) is (kind != "F32")
+    checkpoint = gptk.load_checkpoint(path, stored=True)
+    kept = {name: m.bits for name, m in checkpoint.state.items() if isinstance(m, gptk.Levels)}
+    for options, bits in (
+        ({"dtype": "float32"}, {}),
+        ({"dtype": "bfloat16"}, {}),
+        ({"quantize": "int8"}, {}),
+        ({"quantize": "int4"}, {}),
+        ({"quantize": "stored"}, kept),
+    ):
+        model = gptk.load(path, device="cpu", tokenizer="bytes", **options).model
+        (precision,) = options.values()
+        precision = "bfloat16" if precision == "stored" else precision
+        assert bytes_in_memory(checkpoint, precision, bits) == model.bytes_by_kind(), options
 
 
 def test_the_command_takes_a_precision(tmp_path):

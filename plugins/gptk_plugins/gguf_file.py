@@ -31,6 +31,8 @@ class StoredTensor:
     """As in PyTorch: GGUF's own order, fastest axis first, reversed."""
     type: str
     """How it is stored, by ggml's name: F32, Q4_1, …"""
+    nbytes: int
+    """What it takes in the file."""
     read: Callable[[], Tensor]
     """The tensor, float32 unless it was stored in another floating type."""
     read_levels: Callable[[], gptk.Levels] | None
@@ -162,7 +164,7 @@ def _stored(
             return raw.view(_PLAIN[name]).view(shape)
         return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
-    return StoredTensor(shape, name, read, read_levels if kept else None)
+    return StoredTensor(shape, name, size, read, read_levels if kept else None)
 
 
 _KEPT = {"Q4_0", "Q4_1", "Q8_0"}

@@ -16,7 +16,6 @@ from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
 from gptk.errors import (
     DecodingError,
-    DeviceError,
     GptkError,
     OptionError,
     PluginError,
@@ -30,7 +29,7 @@ from gptk.linear import Linear
 from gptk.model import GPT, evaluating
 from gptk.observing import DecodingObserver
 from gptk.plugins import blaming, create, provided
-from gptk.quantization import Precision
+from gptk.quantization import Precision, check_device
 from gptk.sampling import LogitsProcessor, Sampler
 from gptk.saving import save_checkpoint
 from gptk.session import DecodeSession, Overflow, Rows
@@ -82,6 +81,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: Precision | Literal["stored"] | None = None,
+    compile: bool = False,
     tokenizer: "str | Tokenizer | None" = None,
 ) -> "LanguageModel":
     """Load a language model.
@@ -89,17 +89,18 @@ def load(
     source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
     where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
     GPUs and for quantized weights, float32 on CPUs), float32, bfloat16 or float16. quantize: the
-    precision of the linear layers' weights on a CPU: int8, int4 (see GPT.quantize), or stored, for
-    matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0, which else are expanded. tokenizer: instead
-    of the model's own.
+    precision of the linear layers' weights: int8, int4 (see GPT.quantize; on CUDA by torchao), or,
+    on a CPU, stored, for matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0, which else are
+    expanded. compile: the step that decodes one row, on a CPU; half a minute or more the first
+    time, see GPT.compile_step. tokenizer: instead of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
     on = resolve_device(device)
     if quantize not in (None, "stored", *get_args(Precision)):
         raise OptionError(f"quantize is {quantize!r}; it must be int8, int4 or stored")
-    if quantize is not None and on.type != "cpu":
-        raise DeviceError(f"quantized weights need the device cpu, not {on.type}")
+    if quantize is not None:
+        check_device(quantize, on)
     numbers = resolve_dtype(dtype, on, quantized=quantize is not None)
     checkpoint = load_checkpoint(source or default_source(), stored=quantize == "stored")
     if isinstance(tokenizer, str):
@@ -113,7 +114,8 @@ def load(
         layer.pack()
 
     model = build_model(checkpoint, device=on, dtype=numbers, prepare=prepare)
-    return LanguageModel(model.pack(), tokenizer)
+    model.pack()
+    return LanguageModel(model.compile_step() if compile else model, tokenizer)
 
 
 class LanguageModel:

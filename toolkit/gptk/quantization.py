@@ -1,8 +1,9 @@
-"""Quantized weights on a CPU: int8 by channel and int4 by groups, on PyTorch's packed kernels.
+"""Quantized weights: int8 by channel and int4 by groups, on CPUs by PyTorch's packed kernels.
 
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
 of the time. Both kernels take bfloat16 activations and accumulate in float32. They are made for few
-rows; for many, as in a prompt, the weights are expanded for the moment of one product.
+rows; for many, as in a prompt, the weights are expanded for the moment of one product. On CUDA
+torchao quantizes, see gptk.torchao.
 """
 
 import functools
@@ -13,6 +14,8 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gptk.errors import DeviceError
 
 Precision = Literal["int8", "int4"]
 """int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the least to
@@ -47,14 +50,51 @@ class Packed(Protocol):
         raise NotImplementedError
 
 
+def check_device(precision: Precision | Literal["stored"], device: torch.device) -> None:
+    """Raises DeviceError if weights of that precision cannot be on a device."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise DeviceError(f"quantized weights need the device cpu or cuda, not {device.type}")
+    if precision == "stored":
+        raise DeviceError("quantize stored needs the device cpu; on cuda it can be int8 or int4")
+    from gptk.torchao import is_installed
+
+    if not is_installed():
+        raise DeviceError(
+            f"quantize {precision} on cuda needs torchao; install it: pip install 'gptk[torchao]'"
+        )
+
+
 def quantize(weight: Tensor, precision: Precision) -> Packed | None:
     """Quantized weights, each rounded to the nearest level; None where they do not suit.
 
-    weight: (outputs, inputs) on a CPU. Inputs that no group of 32 divides stay as they are.
+    weight: (outputs, inputs) on a CPU, or on CUDA, where torchao does it. Inputs that no group of
+    32 divides stay as they are.
     """
-    if weight.device.type != "cpu" or weight.shape[1] % GROUP:
+    if weight.device.type not in ("cpu", "cuda") or weight.shape[1] % GROUP:
         return None
+    if weight.device.type == "cuda":
+        from gptk.torchao import TorchAO
+
+        return TorchAO(weight, precision)
     return Int8(weight) if precision == "int8" else Int4(weight)
+
+
+def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
+    """What a weight of that shape takes in memory, on a CPU.
+
+    kind: float32, bfloat16, int8 (by_groups as a file has it, else by channel) or int4.
+    """
+    count = shape.numel()
+    if not kind.startswith("int"):
+        return count * (4 if kind == "float32" else 2)
+    outputs, inputs = shape
+    if kind == "int8" and not by_groups:
+        return count + 2 * outputs
+    halves = 2 if kind == "int8" else 1
+    padded = outputs + -outputs % _BLOCK
+    return halves * padded * (inputs // 2 + 4 * (inputs // GROUP))
 
 
 @dataclass(frozen=True)

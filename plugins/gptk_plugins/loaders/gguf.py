@@ -1,6 +1,7 @@
 """GGUF files, the format of llama.cpp: GPT-2, Llama (SmolLM2 and Mistral too), Qwen2, Qwen3."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,15 @@ def _config(
     ):
         metadata.require(key, only)
     context = metadata.number("context_length")
+    sizes: Counter[str] = Counter()
+    for one in file.tensors.values():
+        sizes[one.type] += one.nbytes
     notes = {
         "format": "GGUF",
-        "stored as": ", ".join(sorted({one.type for one in file.tensors.values()})),
+        "stored as": ", ".join(sorted(sizes)),
+        "in the file": ", ".join(
+            f"{n / 2**20:,.1f} MiB {kind}" for kind, n in sorted(sizes.items())
+        ),
     }
     if window := metadata.number("attention.sliding_window", 0):
         # Up to the sliding window, attention is what it would be without.

@@ -2,10 +2,16 @@
 
 import dataclasses
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import click
 
 from gptk.cli import warn_of_failures
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gptk.weights import Checkpoint
 
 
 @click.command("info")
@@ -22,21 +28,23 @@ def command(model: str | None) -> None:
     for key, value in (checkpoint.notes or {}).items():
         click.echo(f"{key}: {value}")
     parameters = 0
-    expanded: Counter[str] = Counter()
-    kept: Counter[str] = Counter()
-    for tensor in checkpoint.state.values():
+    stored: Counter[str] = Counter()
+    bits: dict[str, int] = {}
+    for name, tensor in checkpoint.state.items():
         parameters += tensor.shape.numel()
         if isinstance(tensor, Levels):
-            expanded["float32"] += 4 * tensor.shape.numel()
-            kept[f"{tensor.bits} bits"] += tensor.nbytes
+            bits[name] = tensor.bits
+            stored[f"{tensor.bits} bits"] += tensor.nbytes
         else:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            expanded[kind] += tensor.nbytes
-            kept[kind] += tensor.nbytes
+            stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    if "in the file" not in (checkpoint.notes or {}):
+        click.echo(f"in the file: {_sizes(stored)}")
     click.echo(f"parameters: {parameters:,}")
-    click.echo(f"loaded as: {_sizes(expanded)}")
-    if kept != expanded:
-        click.echo(f"with --quantize stored: {_sizes(kept)}")
+    click.echo("in memory, on a CPU:")
+    for option in ("--dtype float32", "--dtype bfloat16", "--quantize int8", "--quantize int4"):
+        click.echo(f"  {option}: {_sizes(bytes_in_memory(checkpoint, option.split()[1], {}))}")
+    if bits:
+        click.echo(f"  --quantize stored: {_sizes(bytes_in_memory(checkpoint, 'bfloat16', bits))}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
@@ -55,6 +63,35 @@ def command(model: str | None) -> None:
         for token in tokens:
             if token is not None:
                 click.echo(f"{label}: {token} {encoding.decode([token])!r}")
+
+
+def bytes_in_memory(
+    checkpoint: "Checkpoint", precision: str, bits: "Mapping[str, int]"
+) -> "Counter[str]":
+    """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` has them once it is
+    loaded. bits: of the matrices that stay as they are stored, by name."""
+    from gptk.linear import Linear
+    from gptk.quantization import GROUP, bytes_of
+    from gptk.weights import empty_gpt
+
+    model = empty_gpt(checkpoint.config)
+    sizes: Counter[str] = Counter()
+    plain = "float32" if precision == "float32" else "bfloat16"
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind, shape = plain, parameter.shape
+            tied = module is model.head and checkpoint.config.tied_head
+            if isinstance(module, Linear) and name == "weight":
+                kept = bits.get("embed.weight" if tied else f"{path}.weight")
+                if kept is not None:
+                    kind = f"int{kept}"
+                elif precision.startswith("int") and shape[1] % GROUP == 0:
+                    kind = precision
+            if tied and kind == "float32":  # the embedding itself
+                continue
+            groups = kind == "int8" and bool(bits)
+            sizes[kind] += bytes_of(shape, kind, by_groups=groups)
+    return sizes
 
 
 def _sizes(sizes: "Counter[str]") -> str:
