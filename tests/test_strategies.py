@@ -145,14 +145,16 @@ def dola(model, tokens, layers, alpha):
         x = model.embed(ids)
         rope = None
         if model.embed_positions is None:
-            rope = model._rope_table(len(tokens), x)[:, torch.arange(len(tokens))[None], None]
+            rope = model._rope_at(
+                torch.arange(len(tokens))[None], model.position_table(len(tokens))
+            )
         else:
             x = x + model.embed_positions(torch.arange(len(tokens)))
-        at = [x]
+        at = [x[0]]
         for block in model.blocks:
-            at.append(block(at[-1], rope, None, None))
-        q_n = model.logits(model.norm(at[-1]))[0, -1].double().softmax(-1)
-        qs = {j: model.logits(at[j])[0, -1].double().softmax(-1) for j in layers}
+            at.append(block(at[-1], 1, rope, None))
+        q_n = model.logits(model.norm(at[-1]))[-1].double().softmax(-1)
+        qs = {j: model.logits(at[j])[-1].double().softmax(-1) for j in layers}
 
     def jsd(p, q):
         m = (p + q) / 2

@@ -41,8 +41,8 @@ class Slots:
     starts: list[int]
     """For each row the first slot written."""
     mask: Tensor | None
-    """(1 or trees · kv_heads, 1, queries, end), of the model's dtype, added to attention's scores: 0
-    where a query may look, -inf elsewhere; queries: (group, places, time). None: it needs none."""
+    """(1 or trees · kv_heads, 1, queries, end), of the model's dtype, added to the scores:
+    0 where a query may look, -inf elsewhere; queries: (group, places, time). None: all visible."""
     causal: bool
     """Queries and keys are the same tokens: plain causal attention."""
     plain: bool
@@ -62,7 +62,7 @@ class Slots:
             self.slots[layer].copy_(self.by_tree(new).permute(3, 0, 4, 1, 2, 5))
 
     def by_tree(self, x: Tensor) -> Tensor:
-        """(rows, …) as (trees, places, …), 0 where there is no row."""
+        """(rows, …) as (trees, places, …), with zeros for no row."""
         if self.order is not None:
             full = x.new_zeros((self.trees * self.places, *x.shape[1:]))
             x = full.index_copy_(0, self.order, x)
@@ -111,6 +111,11 @@ class KVCache:
         """Slots there is memory for, in each tree."""
         return self.kv.shape[4]
 
+    @property
+    def is_plain(self) -> bool:
+        """Each row has a tree of its own without gaps, and all are of a length."""
+        return self._at is None and len(set(self.lengths)) == 1
+
     def plan(self, time: int, group: int = 1) -> Slots:
         """The slots for `time` new tokens on every row; makes room for them.
 
@@ -126,7 +131,7 @@ class KVCache:
         start, end = self._used, self._used + places * time
         starts = [start + time * (one % places) for one in place]
         if end > self.capacity:
-            self._reserve(max(end + end // 4, 2 * self.capacity))
+            self.reserve(max(end + end // 4, 2 * self.capacity))
         steps = torch.arange(time, device=device)
         if longest == shortest:
             positions = (steps + longest)[None]
@@ -260,7 +265,8 @@ class KVCache:
         self._forked = False
         self._squeeze_at = int(counts.max() * 5 // 4) + _ROOM
 
-    def _reserve(self, capacity: int) -> None:
+    def reserve(self, capacity: int) -> None:
+        """Have memory for so many slots in each tree."""
         *shape, _, head_dim = self.kv.shape
         new = self.kv.new_zeros((*shape, capacity, head_dim))
         new[..., : self._used, :] = self.kv[..., : self._used, :]

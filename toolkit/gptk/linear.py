@@ -40,19 +40,18 @@ class Linear(Direct, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return self.packed.linear(x, self.bias)
-        if (
-            not torch.is_grad_enabled()
-            and _suits(self.weight, torch.float32)
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        ):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, self.weight, self.bias)
+        if torch.compiler.is_compiling():
+            return _row(x, self.weight, self.bias)
+        if _suits(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
         """Pack the weights if they are bfloat16 on a CPU; meanwhile they cannot be trained."""
         if self.packed is None and _suits(self.weight, torch.bfloat16):
-            self.take(_Blocked(self.weight))
+            self.take(Blocked(self.weight))
 
     def take(self, packed: Packed) -> None:
         """Compute with these weights from now on."""
@@ -76,7 +75,7 @@ class Linear(Direct, nn.Linear):
             destination[prefix + "weight"] = self.packed.dense()
 
 
-class _Blocked:
+class Blocked:
     """bfloat16 weights in oneDNN's blocked layout, bit for bit."""
 
     kind = "bfloat16"
@@ -100,3 +99,13 @@ def _suits(weight: Tensor, dtype: torch.dtype) -> bool:
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = _LINEAR(x, weight, bias, "none", [], "")
     return y
+
+
+def _row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product for a compiler: of one row, so that it reads the weights as they are, in order."""
+    if x.shape[0] != 1 or x.dim() != 2 or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    # Strided, so that what makes x is computed once, and not fused into every output.
+    row = x.contiguous().as_strided((x.shape[1],), (1,))
+    y = (weight.float() * row.float()).sum(dim=-1).to(x.dtype)[None]
+    return y if bias is None else y + bias

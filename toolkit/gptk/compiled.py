@@ -1,0 +1,202 @@
+"""A decoding step of one row as one compiled program, kept between runs.
+
+Between its matrix products a step has some twenty small operations a layer, which take a third of
+its time on a CPU. TorchInductor fuses them, and reads plain matrices at the speed of memory where
+PyTorch's own products of one row do not. The program (an AOTInductor package) is made once for a
+shape of model on a machine, in half a minute or more, and loaded in milliseconds from then on. It
+holds no weights: they are given to it at each call, in place and as they are, so that models of
+one shape share it. Any length of text and of cache will do.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gptk.cache import KVCache, Slots
+from gptk.errors import DeviceError
+from gptk.linear import Linear
+
+if TYPE_CHECKING:
+    from gptk.model import GPT
+
+
+class CompiledStep:
+    """What `GPT.hidden_states` and `logits` do for one new token of a single row with a cache."""
+
+    def __init__(self, model: "GPT", program: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._model, self._program = model, program
+        self._weights = [weight for _, _, weight in _weights(model)]
+
+    def fits(self, ids: Tensor, cache: KVCache | None, layers: Sequence[int]) -> bool:
+        """Whether a pass is of the kind that was compiled."""
+        return ids.shape == (1, 1) and cache is not None and cache.is_plain and not layers
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The hidden state (1, 1, 1, width) and the logits (1, 1, vocab), float32."""
+        at = cache.plan(1)
+        # The program takes cache and table to be longer than the text.
+        if at.end == cache.capacity:
+            cache.reserve(2 * cache.capacity)
+        table = self._model.position_table(at.end + 1)
+        end = _MARK.expand(at.end)
+        hidden, logits = self._program(ids, end, table, list(cache.kv.unbind()), self._weights)
+        cache.advance([1], at)
+        return hidden, logits
+
+
+def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> CompiledStep:
+    """Compile a model's decoding step, or load it where that was done before.
+
+    announce: called before a compilation, which takes half a minute or more. Raises DeviceError
+    where there is no compiler, or the model is not on a CPU.
+    """
+    if model.device.type != "cpu":
+        raise DeviceError(f"only steps on the device cpu can be compiled, not on {model.device}")
+    path = _folder() / f"step-{_key(model)}.pt2"
+    if not path.exists():
+        if announce is not None:
+            announce()
+        _compile(model, path)
+    return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
+
+
+class _Step(nn.Module):
+    """The step as a function of tensors alone, weights and cache among them."""
+
+    def __init__(self, model: "GPT") -> None:
+        super().__init__()
+        self.__dict__["_gpt"] = model  # no submodule: its weights are to come from outside
+
+    def forward(
+        self, ids: Tensor, end: Tensor, table: Tensor, kv: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """end: any tensor as long as the text with the new token; kv: each layer's cache."""
+        model: GPT = self.__dict__["_gpt"]
+        length = end.shape[0]
+        both = [layer.flatten(1, 2)[:, :, None, :length].unbind() for layer in kv]
+        at = Slots(
+            positions=torch.full((1, 1), length - 1),
+            start=length - 1,
+            end=length,
+            trees=1,
+            places=1,
+            order=None,
+            starts=[],
+            mask=None,
+            causal=False,
+            plain=True,
+            slots=tuple(layer[:, :, :, length - 1 : length] for layer in kv),
+            keys=tuple(keys for keys, _ in both),
+            values=tuple(values for _, values in both),
+        )
+        with _given(model, weights):
+            hidden = model.states_at(ids, at, table)
+            return hidden, model.logits(hidden[:, :, 0])
+
+
+def _compile(model: "GPT", path: Path) -> None:
+    layers = range(model.config.n_layers)
+    auto = torch.export.Dim.AUTO
+    weights = [weight for _, _, weight in _weights(model)]
+    cache = model.new_cache(1, 96)
+    given = (
+        torch.zeros(1, 1, dtype=torch.int64),
+        _MARK.expand(40),
+        model.position_table(40),
+        list(cache.kv.unbind()),
+        weights,
+    )
+    shapes = (None, {0: auto}, {1: auto}, [{3: auto} for _ in layers], [None for _ in weights])
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                _Step(model),
+                given,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = torch._inductor.aoti_compile_and_package(
+                    program, package_path=os.path.join(folder, path.name)
+                )
+                os.replace(made, path)
+    except OSError as error:
+        raise DeviceError(f"the compiled step cannot be kept in {path.parent}: {error}") from None
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DeviceError(f"the step cannot be compiled here: {reason}") from error
+
+
+_MARK = torch.zeros(1)
+
+Weight = tuple[list[dict[str, Any]], str, Tensor]
+"""A weight, with the attributes among which it stands and its name there."""
+
+
+def _weights(model: "GPT") -> list[Weight]:
+    """All weights of a model: parameters, and what packed layers hold instead."""
+    found: list[Weight] = []
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                # `pack` has them among the module's attributes, too.
+                places = [module._parameters, module.__dict__]
+                found.append(([one for one in places if name in one], name, value))
+        if isinstance(module, Linear) and module.packed is not None:
+            for attributes in _attributes(module.packed):
+                tensors = [
+                    (name, one) for name, one in attributes.items() if isinstance(one, Tensor)
+                ]
+                found += [([attributes], name, one) for name, one in tensors]
+    return found
+
+
+def _attributes(packed: object) -> Iterator[dict[str, Any]]:
+    yield vars(packed)
+    for value in vars(packed).values():
+        if type(value).__module__ == type(packed).__module__:
+            yield from _attributes(value)
+
+
+@contextlib.contextmanager
+def _given(model: "GPT", weights: Sequence[Tensor]) -> Iterator[None]:
+    """Have the model compute with other tensors in its weights' places."""
+    own = _weights(model)
+    try:
+        for (places, name, _), weight in zip(own, weights, strict=True):
+            for place in places:
+                place[name] = weight
+        yield
+    finally:
+        for places, name, weight in own:
+            for place in places:
+                place[name] = weight
+
+
+def _key(model: "GPT") -> str:
+    """What a program depends on: the code, the compiler, the machine, the shapes."""
+    from gptk import cache, linear, quantization
+    from gptk import model as code
+
+    parts = [torch.__version__, str(torch.cpu.get_capabilities()), str(torch.get_num_threads())]
+    parts += [Path(str(one.__file__)).read_text() for one in (code, cache, linear, quantization)]
+    parts += [Path(__file__).read_text(), repr(model.config), str(model.dtype)]
+    parts += [f"{name} {weight.dtype} {tuple(weight.shape)}" for _, name, weight in _weights(model)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _folder() -> Path:
+    import platformdirs
+
+    return Path(
+        os.environ.get("GPTK_CACHE") or platformdirs.user_cache_dir("gptk", appauthor=False)
+    )
