@@ -60,10 +60,13 @@ def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> Co
     if model.device.type != "cpu":
         raise DeviceError(f"only steps on the device cpu can be compiled, not on {model.device}")
     path = _folder() / f"step-{_key(model)}.pt2"
-    if not path.exists():
-        if announce is not None:
-            announce()
-        _compile(model, path)
+    if path.exists():
+        # A file that is damaged, or that something else is missing for, is made anew.
+        with contextlib.suppress(RuntimeError):
+            return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
+    if announce is not None:
+        announce()
+    _compile(model, path)
     return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
 
 
