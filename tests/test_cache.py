@@ -61,6 +61,19 @@ def shared(session):
     return session._cache.kv.shape[2]
 
 
+def test_rows_of_one_tree_may_be_read_again_from_their_first_token():
+    model = MODELS["llama-like"]
+    session = DecodeSession(model, [[1]])
+    session.select([0, 0])
+    session.extend(torch.tensor([[5, 6], [7, 8]]))
+    session.read(at_least=3)
+    got = session.extend(torch.tensor([2, 3]))
+    for row, tokens in enumerate([[1, 5, 6, 2], [1, 7, 8, 3]]):
+        with torch.inference_mode():
+            want = model.logits(model(torch.tensor([tokens])))[0, -1]
+        torch.testing.assert_close(got[row, 0], want, **CLOSE)
+
+
 def test_beams_share_the_keys_of_their_prompt_and_moving_them_moves_no_memory():
     session = DecodeSession(MODELS["llama-like"], [[1, 2, 3, 4], [5, 6]])
     session.select([0, 0, 0, 1, 1, 1])

@@ -181,7 +181,7 @@ class KVCache:
         if self._at is not None:
             self._at.extend(self.lengths, at.starts, counts)
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
-        if self._at is not None and padded:
+        if self._at is not None and (padded or at.mask is None):
             self._at.show(self.lengths)
 
     def select(self, parents: Sequence[int]) -> None:
