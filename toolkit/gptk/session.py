@@ -138,7 +138,8 @@ class Rows:
 
     def exponential_at(self, row: Tensor, token: Tensor) -> Tensor:
         """The noise of `exponential` for a few tokens: token[i] of row[i]."""
-        return exponential(self._keys(False)[row], token.int())
+        keys = self._keys(False)
+        return exponential(keys if len(keys) == 1 else keys[row], token.int())
 
     def _keys(self, apart: bool) -> Tensor:
         bits = []
