@@ -57,6 +57,7 @@ class Linear(Direct, nn.Linear):
         """Compute with these weights from now on."""
         self.packed = packed
         del self.weight
+        self.__dict__.pop("weight", None)  # where GPT.pack has put it, too
 
     def quantize(self, precision: Precision) -> None:
         """Round the weights to that precision, if they suit it; see gptk.quantization."""

@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     "--compile",
     "compiled",
     is_flag=True,
-    help="Compile the step that decodes one row, on a CPU: a minute the first time, then a third "
+    help="Compile the step that decodes one row, on a CPU: a minute the first time, then a quarter "
     "to a half faster. For a single text; beams and batches run as ever.",
 )
 @click.option(
