@@ -58,7 +58,7 @@ def test_a_program_is_made_once_and_takes_the_weights_of_any_model_of_its_shape(
 def test_a_damaged_program_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
     config, announced = CONFIGS["llama-like"], []
-    made = compiled._folder() / f"step-{compiled._key(tiny_gpt(config))}.pt2"
+    made = compiled.cache_folder() / f"step-{compiled._key(tiny_gpt(config))}.pt2"
     made.write_bytes(b"PK and no more")
     tiny_gpt(config).compile_step(lambda: announced.append(1))
     assert announced

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gptk.cache import KVCache, Slots
+from gptk.data import cache_folder
 from gptk.errors import DeviceError
 from gptk.linear import Linear
 
@@ -59,7 +60,7 @@ def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> Co
     """
     if model.device.type != "cpu":
         raise DeviceError(f"only steps on the device cpu can be compiled, not on {model.device}")
-    path = _folder() / f"step-{_key(model)}.pt2"
+    path = cache_folder() / f"step-{_key(model)}.pt2"
     if path.exists():
         # A file that is damaged, or that something else is missing for, is made anew.
         with contextlib.suppress(RuntimeError):
@@ -195,11 +196,3 @@ def _key(model: "GPT") -> str:
     parts += [Path(__file__).read_text(), repr(model.config), str(model.dtype)]
     parts += [f"{name} {weight.dtype} {tuple(weight.shape)}" for _, name, weight in _weights(model)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-
-
-def _folder() -> Path:
-    import platformdirs
-
-    return Path(
-        os.environ.get("GPTK_CACHE") or platformdirs.user_cache_dir("gptk", appauthor=False)
-    )

@@ -489,8 +489,13 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
 
 
 def _default_cache() -> Path:
+    return cache_folder() / "tokens"
+
+
+def cache_folder() -> Path:
+    """Where gptk keeps what it can make anew: $GPTK_CACHE, else the user's cache directory."""
     folder = os.environ.get("GPTK_CACHE") or platformdirs.user_cache_dir("gptk", appauthor=False)
-    return Path(folder) / "tokens"
+    return Path(folder)
 
 
 def _digest(text: str) -> str:
