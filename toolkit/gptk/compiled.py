@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gptk import kernels
 from gptk.cache import KVCache, Slots
 from gptk.data import cache_folder
 from gptk.errors import DeviceError
@@ -130,7 +131,9 @@ def _compile(model: "GPT", path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = torch._inductor.aoti_compile_and_package(
-                    program, package_path=os.path.join(folder, path.name)
+                    program,
+                    package_path=os.path.join(folder, path.name),
+                    inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels.shims()},
                 )
                 os.replace(made, path)
     except OSError as error:
@@ -192,7 +195,8 @@ def _key(model: "GPT") -> str:
     from gptk import model as code
 
     parts = [torch.__version__, str(torch.cpu.get_capabilities()), str(torch.get_num_threads())]
-    parts += [Path(str(one.__file__)).read_text() for one in (code, cache, linear, quantization)]
+    modules = (code, cache, linear, quantization, kernels)
+    parts += [Path(str(one.__file__)).read_text() for one in modules]
     parts += [Path(__file__).read_text(), repr(model.config), str(model.dtype)]
     parts += [f"{name} {weight.dtype} {tuple(weight.shape)}" for _, name, weight in _weights(model)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

@@ -1,8 +1,5 @@
 """Device and dtype, by name or chosen."""
 
-import ctypes
-import sys
-
 import torch
 
 from gptk.errors import DeviceError
@@ -62,20 +59,3 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     native = any(has.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees, for training on a CPU.
-
-    A training step frees and takes gradients and activations of gigabytes. By default glibc
-    gives large blocks back to the system, which then fills them with zeros, page by page: for
-    GPT-2 124M 270,000 page faults and a sixth of the time of each step. Elsewhere than on Linux
-    with glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h

@@ -1,7 +1,8 @@
-"""Quantized weights: int8 by channel and int4 by groups, on CPUs by PyTorch's packed kernels.
+"""Quantized weights: int8 by channel and int4 by groups, on CPUs.
 
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
-of the time. Both kernels take bfloat16 activations and accumulate in float32. They are made for few
+of the time. Weights in groups go to gptk's own kernel, see gptk.kernels, or where it cannot run to
+PyTorch's, which rounds activations, scales and offsets to bfloat16. The kernels are made for few
 rows; for many, as in a prompt, the weights are expanded for the moment of one product. On CUDA
 torchao quantizes, see gptk.torchao.
 """
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptk import kernels
 from gptk.errors import DeviceError
+from gptk.memory import new_bytes
 
 Precision = Literal["int8", "int4"]
 """int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the least to
@@ -25,7 +28,11 @@ GROUP = 32
 _MANY_ROWS = 64
 """From here on a product with expanded weights is faster, the expansion included."""
 _BLOCK = 64
-"""Outputs that int4 weights are packed in; fewer are filled up."""
+"""Outputs that PyTorch's kernel has its weights packed in; fewer are filled up."""
+_OWN_BLOCK = 16
+"""The same of gptk's own kernel."""
+_CODES_AT = 4 * _OWN_BLOCK
+"""In a group of a block, after the scales and offsets."""
 _CHUNK = 1 << 18
 """Weights that are worked on at a time, so that what is between takes little memory."""
 
@@ -78,7 +85,7 @@ def quantize(weight: Tensor, precision: Precision) -> Packed | None:
         from gptk.torchao import TorchAO
 
         return TorchAO(weight, precision)
-    return Int8(weight) if precision == "int8" else Int4(weight)
+    return Int8(weight) if precision == "int8" else to_four_bits(weight).pack()
 
 
 def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
@@ -92,6 +99,9 @@ def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
     outputs, inputs = shape
     if kind == "int8" and not by_groups:
         return count + 2 * outputs
+    if kernels.available():
+        padded = outputs + -outputs % _OWN_BLOCK
+        return padded * (inputs * int(kind[3:]) // 8 + 4 * (inputs // GROUP))
     halves = 2 if kind == "int8" else 1
     padded = outputs + -outputs % _BLOCK
     return halves * padded * (inputs // 2 + 4 * (inputs // GROUP))
@@ -146,8 +156,99 @@ class Levels:
         return dense.view(self.shape)
 
     def pack(self) -> Packed:
-        """The weights of a linear layer: the same codes, with scales and offsets in bfloat16."""
-        return Int4.of(self) if self.bits == 4 else Int8Groups(self)
+        """The weights of a linear layer, by the fastest kernel there is.
+
+        The codes are the same. gptk's own kernel has scales and offsets in float16, as files do;
+        PyTorch's in bfloat16.
+        """
+        if kernels.available():
+            return Groups(self)
+        return Int4(self) if self.bits == 4 else Int8Groups(self)
+
+
+def to_four_bits(weight: Tensor) -> Levels:
+    """16 levels from the least to the largest of each 32 weights. weight: (outputs, inputs)."""
+    weight = weight.detach()
+    dtype = torch.float16 if kernels.available() else torch.bfloat16
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scale = torch.empty(len(weight), weight.shape[1] // GROUP)
+    offset = torch.empty_like(scale)
+    step = max(1, _CHUNK // weight.shape[1])
+    for at in range(0, len(weight), step):
+        part = slice(at, at + step)
+        groups = weight[part].float().view(-1, scale.shape[1], GROUP)
+        least, most = groups.amin(dim=2), groups.amax(dim=2)
+        # Rounded first, as the kernel has them, so that codes fit them.
+        scale[part] = ((most - least) / 15).to(dtype)
+        offset[part] = least.to(dtype)
+        size = scale[part, :, None].clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = ((groups - offset[part, :, None]) / size).round_().clamp_(0, 15)
+        codes[part] = rounded.flatten(1).to(torch.uint8)
+    return Levels(codes, scale, offset, 4)
+
+
+class Groups:
+    """w = code · scale + offset as Levels have it, for gptk's own kernel.
+
+    In blocks of 16 outputs: for each group of inputs 16 scales, 16 offsets, and the codes, those
+    of four inputs for all 16 outputs next to each other. Of 4 bits, the low halves of bytes are
+    the first 16 inputs of the group, the high ones the others.
+    """
+
+    def __init__(self, levels: Levels) -> None:
+        self.kind = "int8" if levels.bits == 8 else "int4"
+        self._bits: int = levels.bits
+        self._outputs, self._inputs = levels.shape
+        groups = self._inputs // GROUP
+        blocks = -(-self._outputs // _OWN_BLOCK)
+        codes_bytes = GROUP * _OWN_BLOCK * self._bits // 8
+        self._weights = new_bytes(blocks, groups, _CODES_AT + codes_bytes)
+        step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
+        for block in range(0, blocks, step):
+            to = self._weights[block : block + step]
+            part = slice(block * _OWN_BLOCK, (block + step) * _OWN_BLOCK)
+            numbers = to[:, :, :_CODES_AT].view(torch.float16).view(-1, groups, 2, _OWN_BLOCK)
+            for index, one in enumerate((levels.scale[part], levels.offset[part])):
+                numbers[:, :, index] = _in_blocks(one.half()).transpose(1, 2)
+            # (blocks, outputs of a block, groups, fours of inputs, 4)
+            codes = _in_blocks(levels.codes[part]).view(-1, _OWN_BLOCK, groups, GROUP // 4, 4)
+            if self._bits == 4:
+                low, high = codes.chunk(2, dim=3)
+                codes = low | high << 4
+            to[:, :, _CODES_AT:] = codes.permute(0, 2, 3, 1, 4).flatten(2)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, bias, self, self._outputs)
+
+    def dense(self) -> Tensor:
+        dense = torch.empty(self._outputs, self._inputs, dtype=torch.bfloat16)
+        step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
+        for block in range(0, len(self._weights), step):
+            some = self._weights[block : block + step]
+            groups = some.shape[1]
+            numbers = some[:, :, :_CODES_AT].view(torch.float16).float()
+            scale, offset = numbers.view(-1, groups, 2, _OWN_BLOCK, 1).unbind(2)
+            codes = some[:, :, _CODES_AT:]
+            if self._bits == 4:
+                codes = torch.cat((codes & 15, codes >> 4), dim=2)
+            codes = codes.view(-1, groups, GROUP // 4, _OWN_BLOCK, 4).transpose(2, 3).flatten(3)
+            part = dense[block * _OWN_BLOCK : (block + step) * _OWN_BLOCK]
+            exact = torch.addcmul(offset, codes.float(), scale).transpose(1, 2)
+            part.copy_(exact.reshape(-1, self._inputs)[: len(part)])
+        return dense
+
+    @property
+    def nbytes(self) -> int:
+        return self._weights.nbytes
+
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.linear(x, self._weights, bias, self._bits, self._outputs)
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(outputs, …) as (blocks, outputs of a block, …), the last one filled up with zeros."""
+    room = -len(x) % _OWN_BLOCK
+    return (F.pad(x, (0, 0, 0, room)) if room else x).view(-1, _OWN_BLOCK, x.shape[1])
 
 
 class Int8:
@@ -178,31 +279,27 @@ class Int8:
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scale.nbytes
 
-    def few(self, x: Tensor) -> Tensor:
-        y: Tensor = torch._weight_int8pack_mm(x, self._codes, self._scale)
-        return y
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch._weight_int8pack_mm(x.bfloat16().contiguous(), self._codes, self._scale)
+        return _finished(y, x, bias)
 
 
 class Int4:
-    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero."""
+    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero.
+
+    For PyTorch's kernel, as all that follows.
+    """
 
     kind = "int4"
 
-    def __init__(self, weight: Tensor) -> None:
-        weight = weight.detach()
-        self._pack(weight.shape, lambda part: _to_four_bits(weight[part]))
-
-    @classmethod
-    def of(cls, levels: Levels) -> "Int4":
-        """The weights of a file with 4 bits."""
+    def __init__(self, levels: Levels) -> None:
+        """levels: of 4 bits."""
 
         def part_of(part: slice) -> tuple[Tensor, Tensor, Tensor]:
             scale = levels.scale[part]
             return levels.codes[part], scale, levels.offset[part] + 8 * scale
 
-        made = cls.__new__(cls)
-        made._pack(levels.shape, part_of)
-        return made
+        self._pack(levels.shape, part_of)
 
     @classmethod
     def of_eight_bits(cls, levels: Levels) -> "Int4":
@@ -253,7 +350,7 @@ class Int4:
         groups, padded, _ = self._scales.shape
         if block is None:  # a layout that is not known: ask the kernel, an input at a time
             eye = torch.eye(groups * GROUP, dtype=torch.bfloat16)
-            return self.few(eye)[:, : self._outputs].T
+            return self.few(eye, None).T
         # (blocks, groups, inputs of a group, half a block): the halves are a byte's nibbles
         nibbles = self._packed.view(padded // block, groups, GROUP, block // 2)
         scales = self._scales.view(groups, padded // block, 1, block, 2).transpose(0, 1).float()
@@ -273,21 +370,11 @@ class Int4:
     def nbytes(self) -> int:
         return int(self._packed.nbytes + self._scales.nbytes)
 
-    def few(self, x: Tensor) -> Tensor:
-        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
-        return y
-
-
-def _to_four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (outputs, inputs) uint8, and for each group the scale and the value of code 8."""
-    groups = weight.float().view(len(weight), -1, GROUP)
-    least, most = groups.amin(dim=2), groups.amax(dim=2)
-    # Rounded first, as the kernel has them, so that codes fit them.
-    scale = ((most - least) / 15).bfloat16().float()
-    zero = (least + 8 * scale).bfloat16().float()
-    step = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-    codes = ((groups - zero[:, :, None]) / step + 8).round_().clamp_(0, 15)
-    return codes.view(weight.shape).to(torch.uint8), scale, zero
+    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch._weight_int4pack_mm_for_cpu(
+            x.bfloat16().contiguous(), self._packed, GROUP, self._scales
+        )
+        return _finished(y[:, : self._outputs], x, bias)
 
 
 class Int8Groups:
@@ -315,18 +402,21 @@ class Int8Groups:
         return self._halves.nbytes
 
 
-def _product(x: Tensor, bias: Tensor | None, weights: "Int8 | Int4", outputs: int) -> Tensor:
+def _product(
+    x: Tensor, bias: Tensor | None, weights: "Groups | Int8 | Int4", outputs: int
+) -> Tensor:
     """x times weights by the kernel for few rows, or expanded ones for many."""
     if x.dim() != 2:
         y = _product(x.flatten(0, -2), bias, weights, outputs)
         return y.view(*x.shape[:-1], outputs)
-    if x.dtype != torch.bfloat16:
-        return _product(x.bfloat16(), bias, weights, outputs).to(x.dtype)
-    if x.shape[0] >= _MANY_ROWS and (isinstance(weights, Int8) or _packed_in() is not None):
-        return F.linear(x, weights.dense(), bias)
-    y = weights.few(x.contiguous())
-    if y.shape[1] > outputs:
-        y = y[:, :outputs]
+    if x.shape[0] < _MANY_ROWS or (isinstance(weights, Int4) and _packed_in() is None):
+        return weights.few(x, bias)
+    return _finished(F.linear(x.bfloat16(), weights.dense()), x, bias)
+
+
+def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """A product as it is to be: with the bias, in x's dtype."""
+    y = y.to(x.dtype)
     return y if bias is None else y + bias
 
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint as recomputing
 
 from gptk import checkpoints, distributed, train_state
 from gptk.data import Windows, check_enough, prepare_tokens
-from gptk.devices import autocast_dtype, keep_freed_memory, resolve_device
+from gptk.devices import autocast_dtype, resolve_device
 from gptk.distributed import Processes
 from gptk.errors import (
     GptkError,
@@ -44,6 +44,7 @@ from gptk.interrupts import Interrupts
 from gptk.language_model import LanguageModel
 from gptk.linear import Linear
 from gptk.loading import Batch, StepData, StepLoader
+from gptk.memory import keep_freed_memory
 from gptk.metrics import MetricsFile, truncate_metrics
 from gptk.model import GPT
 from gptk.objective import Objective, chunked_loss
