@@ -1,4 +1,5 @@
 // gptk's own kernels for x86 processors with AVX-512 and VNNI; gptk/kernels.py compiles them.
+// Numbers are float32 or bfloat16 (as uint16_t) in memory and float32 in registers.
 //
 // A product of few rows with weights that are quantized in groups of 32 takes as long as reading
 // the weights, if the arithmetic keeps up. Here it does: codes are multiplied as the integers they
@@ -9,6 +10,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -26,6 +28,13 @@ inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
 
 inline __m512 load(const uint16_t* x) {  // bfloat16
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m512 load_some(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+
+inline __m512 load_some(const uint16_t* x, __mmask16 lanes) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
@@ -139,17 +148,7 @@ void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t row
       const uint8_t* from = weights + block * rounded.groups * bytes_of(bits);
       const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
       const __mmask16 lanes = (1u << count) - 1;
-      float shift[BLOCK] = {};
-      if (bias)
-        for (int64_t i = 0; i < count; i++) {
-          if constexpr (sizeof(T) == 4)
-            shift[i] = bias[first + i];
-          else {
-            const uint32_t whole = (uint32_t)bias[first + i] << 16;
-            std::memcpy(shift + i, &whole, sizeof whole);
-          }
-        }
-      const __m512 added = _mm512_loadu_ps(shift);
+      const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
       __m512 sums[4];
       for (int64_t row = 0; row < rows;) {
         const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -167,22 +166,260 @@ void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t row
   }
 }
 
+constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
+
+inline __m512 exp(__m512 x) {  // to 1e-7; 0 below -104
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
+  __m512 y = _mm512_set1_ps(1.0f / 720);
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(factor));
+  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(seen, y, n);
+}
+
+constexpr __mmask16 ALL = 0xffff;
+
 template <typename T>
-void linear_of(int bits, const void* x, const void* weights, const void* bias, void* y,
-               int64_t rows, int64_t inputs, int64_t outputs) {
-  auto* run = bits == 4 ? linear<4, T> : linear<8, T>;
-  run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
+void rms_norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > FEW)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* from = x + row * size;
+    T* to = y + row * size;
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+      const __m512 one = load(from + i);
+      squares = _mm512_fmadd_ps(one, one, squares);
+    }
+    const float mean = _mm512_reduce_add_ps(squares) / size;
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(mean + eps));
+    for (int64_t i = 0; i < size; i += 16)
+      store(to + i, ALL, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
+  }
+}
+
+template <typename T>
+void swiglu(const T* x, T* y, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > FEW)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gate = x + 2 * row * size, *up = gate + size;
+    for (int64_t i = 0; i < size; i += 16) {
+      const __m512 one = load(gate + i), below = exp(_mm512_sub_ps(_mm512_setzero_ps(), one));
+      const __m512 silu = _mm512_div_ps(one, _mm512_add_ps(_mm512_set1_ps(1), below));
+      store(y + row * size + i, ALL, _mm512_mul_ps(silu, load(up + i)));
+    }
+  }
+}
+
+template <typename T>
+void rotate(const T* x, const T* cosines, const T* sines, T* y, int64_t heads, int64_t angles,
+            int64_t size) {
+#pragma omp parallel for schedule(static) if (heads * size > FEW)
+  for (int64_t head = 0; head < heads; head++) {
+    const T* from = x + head * size;
+    const int64_t at = head % angles * size;
+    for (int64_t i = 0; i < size; i += 16) {
+      const __m512 other = load(from + (i < size / 2 ? i + size / 2 : i - size / 2));
+      const __m512 turned = _mm512_mul_ps(other, load(sines + at + i));
+      store(y + head * size + i, ALL,
+            _mm512_fmadd_ps(load(from + i), load(cosines + at + i), turned));
+    }
+  }
+}
+
+constexpr int64_t CHUNK = 64;    // keys that are looked at together
+constexpr int64_t WIDEST = 128;  // of a head
+constexpr int64_t QUERIES = 16;  // the most there can be
+
+// What a query makes of a chunk of keys: the largest score, and with it as the unit the sum of
+// weights and the weighted sum of values.
+struct Partial {
+  float most, weight;
+  float sum[WIDEST];
+};
+
+// The sum of each of 16 vectors, in a lane each.
+inline __m512 sums_of(__m512* v) {
+  for (int i = 0; i < 8; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                         _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
+  for (int i = 0; i < 2; i++)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]), _mm512_unpackhi_ps(v[i], v[i + 2]));
+  v[0] = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  return _mm512_shuffle_f32x4(v[0], v[0], 0xd8);
+}
+
+// Rows of queries, `rows` of each tree; each key head serves `group` query heads.
+struct Attention {
+  int64_t trees, rows, group, kv_heads, length, row_stride, key_stride, mask_stride, query_stride;
+  float scale;
+
+  int64_t batch() const { return trees * kv_heads; }
+  int64_t queries() const { return group * rows; }
+
+  // Where a query of an element of the batch stands: its row, counted through all, and its head.
+  int64_t row(int64_t one, int64_t query) const { return one / kv_heads * rows + query % rows; }
+  int64_t head(int64_t one, int64_t query) const { return one % kv_heads * group + query / rows; }
+};
+
+template <typename T>
+void widen(const T* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) _mm512_store_ps(to + i, load(from + i));
+}
+
+template <typename T, int vectors>
+void attend_chunk(const T* q, const T* keys, const T* values, const T* mask, const Attention& at,
+                  int64_t one, int64_t count, Partial* out) {
+  constexpr int64_t size = 16 * vectors;
+  const int64_t queries = at.queries();
+  alignas(64) float wide[CHUNK * size], scores[QUERIES][CHUNK];
+  widen(keys, wide, count * size);
+  const int64_t padded = (count + 15) / 16 * 16;
+  std::fill(wide + count * size, wide + padded * size, 0.0f);
+  for (int64_t query = 0; query < queries; query++) {
+    __m512 own[vectors], most = _mm512_set1_ps(-INFINITY);
+    const T* from = q + at.row(one, query) * at.row_stride + at.head(one, query) * size;
+    for (int v = 0; v < vectors; v++)
+      own[v] = _mm512_mul_ps(load(from + 16 * v), _mm512_set1_ps(at.scale));
+    for (int64_t key = 0; key < padded; key += 16) {
+      __m512 dots[16];
+      for (int i = 0; i < 16; i++) {
+        dots[i] = _mm512_mul_ps(own[0], _mm512_load_ps(wide + (key + i) * size));
+        for (int v = 1; v < vectors; v++)
+          dots[i] =
+              _mm512_fmadd_ps(own[v], _mm512_load_ps(wide + (key + i) * size + 16 * v), dots[i]);
+      }
+      __m512 some = sums_of(dots);
+      const __mmask16 lanes = count - key >= 16 ? ALL : (1u << (count - key)) - 1;
+      if (mask) some = _mm512_add_ps(some, load_some(mask + query * at.query_stride + key, lanes));
+      some = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, some);
+      _mm512_store_ps(scores[query] + key, some);
+      most = _mm512_max_ps(most, some);
+    }
+    out[query].most = _mm512_reduce_max_ps(most);
+    const __m512 unit = _mm512_set1_ps(out[query].most == -INFINITY ? 0 : out[query].most);
+    __m512 weight = _mm512_setzero_ps();
+    for (int64_t key = 0; key < padded; key += 16) {
+      const __m512 some = exp(_mm512_sub_ps(_mm512_load_ps(scores[query] + key), unit));
+      _mm512_store_ps(scores[query] + key, some);
+      weight = _mm512_add_ps(weight, some);
+    }
+    out[query].weight = _mm512_reduce_add_ps(weight);
+  }
+  widen(values, wide, count * size);
+  for (int64_t query = 0; query < queries; query++) {
+    __m512 sum[vectors];
+    for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
+    for (int64_t key = 0; key < count; key++)
+      for (int v = 0; v < vectors; v++)
+        sum[v] = _mm512_fmadd_ps(_mm512_set1_ps(scores[query][key]),
+                                 _mm512_load_ps(wide + key * size + 16 * v), sum[v]);
+    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[query].sum + 16 * v, sum[v]);
+  }
+}
+
+// Chunks are the same however many threads there are, and so is the result.
+template <typename T, int vectors>
+void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, const Attention& at) {
+  constexpr int64_t size = 16 * vectors;
+  const int64_t chunks = (at.length + CHUNK - 1) / CHUNK, queries = at.queries();
+  std::vector<Partial> partial(at.batch() * chunks * queries);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < at.batch() * chunks; task++) {
+      const int64_t one = task / chunks, start = task % chunks * CHUNK;
+      const int64_t from = one * at.key_stride + start * size;
+      attend_chunk<T, vectors>(q, keys + from, values + from,
+                               mask ? mask + one * at.mask_stride + start : nullptr, at, one,
+                               std::min(CHUNK, at.length - start), &partial[task * queries]);
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < at.batch() * queries; task++) {
+      const int64_t one = task / queries, query = task % queries;
+      const Partial* of = &partial[one * chunks * queries + query];
+      T* to = y + (at.row(one, query) * at.kv_heads * at.group + at.head(one, query)) * size;
+      float most = -INFINITY;
+      for (int64_t chunk = 0; chunk < chunks; chunk++)
+        most = std::max(most, of[chunk * queries].most);
+      __m512 sum[vectors], weight = _mm512_setzero_ps();
+      for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const Partial& some = of[chunk * queries];
+        const __m512 factor = exp(_mm512_set1_ps(some.most - most));
+        weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(some.weight), weight);
+        for (int v = 0; v < vectors; v++)
+          sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(some.sum + 16 * v), sum[v]);
+      }
+      for (int v = 0; v < vectors; v++)
+        store(to + 16 * v, ALL, _mm512_div_ps(sum[v], weight));
+    }
+  }
+}
+
+template <typename T>
+void attend_of(const void* q, const void* keys, const void* values, const void* mask, void* y,
+               int64_t size, const Attention& at) {
+  auto* run = size == 32 ? attend<T, 2> : size == 64 ? attend<T, 4> : size == 96 ? attend<T, 6>
+              : attend<T, 8>;
+  run((const T*)q, (const T*)keys, (const T*)values, (const T*)mask, (T*)y, at);
 }
 
 }  // namespace
 
-// y (rows, outputs) = x (rows, inputs) times the weights, plus the bias if there is one. x, bias
-// and y are bfloat16, or all float32.
-extern "C" void gptk_linear(int bits, int is_bfloat16, const void* x, const void* weights,
-                            const void* bias, void* y, int64_t rows, int64_t inputs,
-                            int64_t outputs) {
-  auto* run = is_bfloat16 ? linear_of<uint16_t> : linear_of<float>;
-  run(bits, x, weights, bias, y, rows, inputs, outputs);
+// All take x, and what is of its dtype, as bfloat16, or as float32.
+#define OF(is_bfloat16, call)       \
+  if (is_bfloat16) {                \
+    using T = uint16_t;             \
+    call;                           \
+  } else {                          \
+    using T = float;                \
+    call;                           \
+  }
+
+extern "C" {
+
+// y (rows, outputs) = x (rows, inputs) times the weights, plus the bias if there is one.
+void gptk_linear(int is_bfloat16, int bits, const void* x, const void* weights, const void* bias,
+                 void* y, int64_t rows, int64_t inputs, int64_t outputs) {
+  OF(is_bfloat16, (bits == 4 ? linear<4, T> : linear<8, T>)(
+                      (const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs,
+                      outputs));
+}
+
+// x, y: (rows, size), size a multiple of 16.
+void gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
+                   int64_t rows, int64_t size) {
+  OF(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
+}
+
+// y (rows, size) = silu(x[:, :size]) · x[:, size:], size a multiple of 16.
+void gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
+  OF(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size));
+}
+
+// x, y: (heads, size), size a multiple of 32; cosines, sines: (angles, size), taken in turns.
+void gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
+                 int64_t heads, int64_t angles, int64_t size) {
+  OF(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y, heads, angles,
+                         size));
+}
+
+// y = softmax(q kᵀ · scale + mask) v. q: (trees · rows, heads, size) at row_stride, y alike without
+// gaps; keys, values: (trees · kv_heads, length, size) at key_stride; mask, or none:
+// (trees · kv_heads, heads of a key head · rows, length) at its strides. size: 32, 64, 96 or 128.
+void gptk_attend(int is_bfloat16, const void* q, const void* keys, const void* values,
+                 const void* mask, void* y, float scale, int64_t trees, int64_t rows,
+                 int64_t heads, int64_t kv_heads, int64_t length, int64_t size, int64_t row_stride,
+                 int64_t key_stride, int64_t mask_stride, int64_t query_stride) {
+  const Attention at{trees,      rows,        heads / kv_heads, kv_heads, length, row_stride,
+                     key_stride, mask_stride, query_stride,     scale};
+  OF(is_bfloat16, attend_of<T>(q, keys, values, mask, y, size, at));
+}
 }
 
 // The same for a program by AOTInductor: functions of PyTorch's stable C interface.
@@ -209,7 +446,7 @@ int32_t aoti_torch_cpu_few_rows_linear(Tensor x, Tensor weights, int64_t bits, i
   if (aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, y) ||
       aoti_torch_get_data_ptr(*y, &to))
     return 1;
-  gptk_linear(bits, dtype == aoti_torch_dtype_bfloat16(), from, codes, nullptr, to, rows, inputs,
+  gptk_linear(dtype == aoti_torch_dtype_bfloat16(), bits, from, codes, nullptr, to, rows, inputs,
               outputs);
   return 0;
 }

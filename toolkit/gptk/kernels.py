@@ -35,11 +35,89 @@ def available() -> bool:
     return _library() is not None
 
 
+def suit(x: Tensor, other: Tensor) -> bool:
+    """Whether they can be run on x, for a result that needs no gradient.
+
+    other: what has to be of x's dtype.
+    """
+    dtype = x.dtype
+    return (
+        (dtype == torch.bfloat16 or dtype == torch.float32)
+        and dtype == other.dtype
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight over the last axis, of a size that 16 divides."""
+    x = x.contiguous()
+    y, size = torch.empty_like(x), x.shape[-1]
+    _run().gptk_rms_norm(
+        *(x.dtype == torch.bfloat16, x.data_ptr(), weight.data_ptr(), eps, y.data_ptr()),
+        *(x.numel() // size, size),
+    )
+    return y
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) · up. x: (…, gate and up), each of a size that 16 divides."""
+    x = x.contiguous()
+    size = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], size, dtype=x.dtype)
+    _run().gptk_swiglu(
+        x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), x.numel() // (2 * size), size
+    )
+    return y
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """gptk.model.rotate, for heads of a size that 32 divides."""
+    x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
+    y, size = torch.empty_like(x), x.shape[-1]
+    _run().gptk_rotate(
+        *(x.dtype == torch.bfloat16, x.data_ptr(), cosines.data_ptr(), sines.data_ptr()),
+        *(y.data_ptr(), x.numel() // size, cosines.numel() // size, size),
+    )
+    return y
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: int) -> Tensor:
+    """softmax(q kᵀ / √d + mask) v for few queries: (rows, heads, d), as q is.
+
+    q: (rows, heads, d), the rows of a tree next to each other, and heads without gaps; keys and
+    values: (trees · kv_heads, 1, length, d), of one layout, the keys of a head without gaps; mask:
+    (1 or trees · kv_heads, 1, queries, length), queries being (group, rows of a tree). d: one of
+    HEAD_DIMS.
+    """
+    rows, heads, d = q.shape
+    y = torch.empty(rows, heads, d, dtype=q.dtype)
+    mask_stride = query_stride = 0
+    if mask is not None:
+        mask_stride, query_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
+    batch, _, length, _ = keys.shape
+    _run().gptk_attend(
+        *(q.dtype == torch.bfloat16, q.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(None if mask is None else mask.data_ptr(), y.data_ptr(), d**-0.5),
+        *(trees, rows // trees, heads, batch // trees, length, d),
+        *(q.stride(0), keys.stride(0), mask_stride, query_stride),
+    )
+    return y
+
+
+HEAD_DIMS = (32, 64, 96, 128)
+FEW_QUERIES = 16
+"""From there on PyTorch's attention is faster, which takes queries together."""
+
+
 def linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: int) -> Tensor:
     """x (rows, inputs) times weights in groups of 32, plus the bias: (rows, outputs), as x is.
 
-    x: bfloat16 or float32. weights: uint8, as gptk.quantization.Groups packs them; bits: 4 or 8.
+    weights: uint8, as gptk.quantization.Groups packs them; bits: 4 or 8.
     """
+    x = x.contiguous()
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.gptk.few_rows_linear(x, weights, bits, outputs)
         return y if bias is None else y + bias
@@ -47,23 +125,13 @@ def linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: 
 
 
 def _linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: int) -> Tensor:
-    library = _library()
-    assert library is not None
-    x = x.contiguous()
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = bias.to(x.dtype)
     rows, inputs = x.shape
     y = torch.empty(rows, outputs, dtype=x.dtype)
-    library.gptk_linear(
-        bits,
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        weights.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows,
-        inputs,
-        outputs,
+    _run().gptk_linear(
+        *(x.dtype == torch.bfloat16, bits, x.data_ptr(), weights.data_ptr()),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr(), rows, inputs, outputs),
     )
     return y
 
@@ -77,6 +145,12 @@ def shims() -> dict[Any, list[str]]:
         "AtenTensorHandle weights, int64_t bits, int64_t outputs, AtenTensorHandle* y)"
     )
     return {torch.ops.gptk.few_rows_linear.default: [function]}
+
+
+def _run() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
 
 
 @functools.cache
@@ -110,15 +184,25 @@ def _compile(compiler: str, path: Path) -> None:
 def _load(path: Path) -> ctypes.CDLL:
     # Global, so that a program by AOTInductor finds them.
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.gptk_linear.argtypes = [ctypes.c_int] * 2 + [pointer] * 4 + [number] * 3
-    library.gptk_linear.restype = None
+    flag, real, to, size = ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64
+    takes: dict[str, list[Any]] = {
+        "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
+        "gptk_rms_norm": [flag, to, to, real, to, size, size],
+        "gptk_swiglu": [flag, to, to, size, size],
+        "gptk_rotate": [flag, to, to, to, to, size, size, size],
+        "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
+    }
+    for name, types in takes.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
     _define()
     return library
 
 
 def _define() -> None:
-    """Tell PyTorch's compilers of them."""
+    """Tell PyTorch's compilers of them, once a process."""
+    if _defined:
+        return
     schema = "few_rows_linear(Tensor x, Tensor weights, int bits, int outputs) -> Tensor"
     ops: Any = torch.library.Library("gptk", "DEF")  # type: ignore[no-untyped-call]
     ops.define(schema)

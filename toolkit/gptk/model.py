@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptk import kernels
 from gptk.cache import KVCache, Slots
 from gptk.errors import SourceError
 from gptk.linear import Blocked, Direct, Linear
@@ -79,32 +80,12 @@ class GPTConfig:
 
 
 class RMSNorm(Direct, nn.RMSNorm):
-    """nn.RMSNorm (Zhang and Sennrich 2019), with one kernel for bfloat16 on CPUs.
-
-    There PyTorch takes eight small ones, with conversions to float32 and back; they are a tenth
-    of a step. The mean of x and -x together is 0, so their layer norm is the RMS norm.
-    """
-
-    packed: tuple[Tensor, Tensor] | None = None
-    """1 and -1, (2, 1), and the weights for both, (2, size), between `pack` and `unpack`."""
+    """nn.RMSNorm (Zhang and Sennrich 2019); PyTorch takes eight small kernels in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        signs, weights = self.packed
-        both = torch.layer_norm(
-            x.unsqueeze(-2) * signs, weights.shape, weights, None, self.eps or 0.0
-        )
-        return both.select(-2, 0)
-
-    def pack(self) -> None:
-        """Get ready for that, if the weights are bfloat16 on a CPU."""
-        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
-            signs = torch.tensor([[1], [-1]], dtype=torch.bfloat16)
-            self.packed = signs, self.weight.detach().repeat(2, 1)
-
-    def unpack(self) -> None:
-        self.packed = None
+        if x.shape[-1] % 16 == 0 and kernels.suit(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
+        return super().forward(x)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -163,6 +144,8 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, heads, head_dim).
     """
+    if x.shape[-1] % 32 == 0 and kernels.suit(x, cosines):
+        return kernels.rotate(x, cosines, sines)
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
 
 
@@ -186,21 +169,34 @@ def attend(q: Tensor, layer: int, at: Slots) -> Tensor:
     The heads of a group and the rows of a tree stand in the query axis, so that keys are read once
     for all. q: (rows, time, heads, d). Returns (rows · time, heads · d).
     """
-    _, time, heads, d = q.shape
+    rows, time, heads, d = q.shape
     keys, values = at.keys[layer], at.values[layer]
     # Trees and key heads are the batch, so that the result has its memory in the order of heads.
     batch = keys.shape[0]
+    kv_heads, group = batch // at.trees, heads * at.trees // batch
+    few = at.places * time * group <= kernels.FEW_QUERIES and d in kernels.HEAD_DIMS
+    if few and kernels.suit(q, keys):
+        q = q if at.order is None else at.by_tree(q)
+        y = kernels.attend(q.reshape(-1, heads, d), keys, values, at.mask, at.trees)
+        return at.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
     if at.plain:
         q = q.reshape(batch, 1, -1, d)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
         return y.view(at.trees, -1)
-    kv_heads = batch // at.trees
     # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
-    q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, heads // kv_heads, d)
+    q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, group, d)
     q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
     y = y.view(at.trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
     return at.by_row(y.reshape(at.trees * at.places, time, heads * d)).flatten(0, 1)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) · up. x: (…, gate and up)."""
+    if x.shape[-1] % 32 == 0 and kernels.suit(x, x):
+        return kernels.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class MLP(Direct):
@@ -216,8 +212,7 @@ class MLP(Direct):
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
         if self.kind == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
+            x = swiglu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
         return self.down(x)  # type: ignore[no-any-return]
@@ -366,7 +361,7 @@ class GPT(nn.Module):
         They are ordinary parameters again after `unpack` or `train`. Returns the model.
         """
         for module in self.modules():
-            if isinstance(module, Linear | RMSNorm):
+            if isinstance(module, Linear):
                 module.pack()
             # Found at once, and not after a search in Module.__getattr__: 3 % of a step.
             module.__dict__.update(module._modules, **module._parameters)
@@ -415,7 +410,7 @@ class GPT(nn.Module):
         """Undo `pack` and `compile_step`, and what `quantize` did to the layout."""
         self.step = None
         for module in self.modules():
-            if isinstance(module, Linear | RMSNorm):
+            if isinstance(module, Linear):
                 module.unpack()
             for name in (*module._modules, *module._parameters):
                 module.__dict__.pop(name, None)

@@ -1,0 +1,243 @@
+"""gptk's own kernels beside PyTorch's operations in float64, and what runs where they cannot."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptk
+from gptk import kernels
+from gptk.cache import KVCache
+from gptk.model import attend, rotate, swiglu
+from gptk.quantization import GROUP, Groups, Int4, Int8Groups, Levels
+from gptk.testing import tiny_gpt
+from toys import CONFIGS
+
+NEEDS_KERNELS = pytest.mark.skipif(
+    not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+SEEDS = st.integers(0, 2**16)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def numbers(seed, *shape, dtype=torch.float32, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (size * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def close(got, want, error=1e-6):
+    """Of the result as a whole, and what bfloat16 rounds off each number: half of 2⁻⁷."""
+    assert got.shape == want.shape
+    difference = (got.double() - want).abs()
+    rounded = 2**-8 * want.abs() if got.dtype == torch.bfloat16 else 0
+    scale = want.abs().max() if want.numel() else 0
+    assert (difference <= rounded + error * scale + 1e-30).all()
+
+
+@st.composite
+def levels(draw):
+    bits = draw(st.sampled_from([4, 8]))
+    outputs, groups = draw(st.integers(1, 70)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    codes = torch.randint(
+        2**bits, (outputs, groups * GROUP), generator=generator, dtype=torch.uint8
+    )
+    scale = torch.rand(outputs, groups, generator=generator).half().float() / 16
+    offset = torch.randn(outputs, groups, generator=generator).half().float()
+    return Levels(codes, scale, offset, bits)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=80)
+@given(levels(), st.integers(1, 11), DTYPES, st.booleans(), SEEDS)
+def test_products_are_those_with_the_levels(weights, rows, dtype, with_bias, seed):
+    x = numbers(seed, rows, weights.shape[1], dtype=dtype)
+    bias = numbers(seed + 1, weights.shape[0], dtype=dtype) if with_bias else None
+    exact = weights.dense(torch.float64)
+    want = x.double() @ exact.T + (0 if bias is None else bias.double())
+    got = Groups(weights).linear(x, bias)
+    assert got.dtype == dtype
+    # Half a step of x, which has 15 bits and a sign in each group; sums in float32; the result.
+    step = (x.double().view(rows, -1, GROUP).abs().amax(2) / 16256).repeat_interleave(GROUP, 1)
+    bound = 0.51 * step @ exact.abs().T + 2e-6 * (x.double().abs() @ exact.abs().T + 1)
+    bound += 2**-8 * want.abs() if dtype == torch.bfloat16 else 0
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@NEEDS_KERNELS
+@settings(max_examples=30)
+@given(levels(), st.integers(2, 11), DTYPES, SEEDS)
+def test_a_row_has_the_same_product_in_any_company(weights, rows, dtype, seed):
+    packed = Groups(weights)
+    x = numbers(seed, rows, weights.shape[1], dtype=dtype)
+    together = packed.linear(x, None)
+    for row in range(rows):
+        assert torch.equal(packed.linear(x[row : row + 1], None)[0], together[row])
+
+
+@NEEDS_KERNELS
+@settings(max_examples=30)
+@given(levels())
+def test_packed_weights_are_the_levels(weights):
+    assert torch.equal(Groups(weights).dense(), weights.dense().bfloat16())
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e37, 1e-37, 0.0])
+def test_numbers_at_the_ends(value):
+    weights = Levels(torch.full((20, 64), 3, dtype=torch.uint8), *2 * [torch.ones(20, 2)], 4)
+    x = torch.zeros(2, 64)
+    x[0, 40] = value
+    got = Groups(weights).linear(x, None)
+    assert torch.equal(got[1], torch.zeros(20))
+    if value != value or value == float("inf"):
+        assert not got[0].isfinite().any()
+    else:
+        assert torch.allclose(got[0], torch.full((20,), 4 * value), rtol=1e-4, atol=1e-36)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 50), DTYPES, st.sampled_from([1e-3, 1.0, 40.0]), SEEDS)
+def test_small_operations(rows, sixteens, dtype, size, seed):
+    x = numbers(seed, rows, 2 * 16 * sixteens, dtype=dtype, size=size)
+    weight = numbers(seed + 1, x.shape[1], dtype=dtype)
+    want = F.rms_norm(x.double(), (x.shape[1],), weight.double(), 1e-5)
+    close(kernels.rms_norm(x, weight, 1e-5), want)
+    gate, up = x.double().chunk(2, dim=-1)
+    close(swiglu(x), F.silu(gate) * up)
+    for rotary in ((1, 3, 5, 64), (rows, 3, 5, 64)):
+        x = numbers(seed, rows, 3, 5, 64, dtype=dtype, size=size)
+        angles = [numbers(seed + i, *rotary, dtype=dtype) for i in (1, 2)]
+        got, want = rotate(x, *angles), rotate(x.double(), *[one.double() for one in angles])
+        close(got, want)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
+)  # fmt: skip
+def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
+    """Over one, two and four chunks of keys, of trees alone and of rows forked from them."""
+    for forked in (False, True):
+        cache = KVCache(
+            1, heads[1], head_dim, rows=rows, capacity=length, device=torch.device("cpu"),
+            dtype=dtype,
+        )  # fmt: skip
+        new = numbers(seed, rows, length, 2, heads[1], head_dim, dtype=dtype)
+        at = cache.plan(length)
+        at.write(0, new)
+        cache.advance([length] * rows, at)
+        if forked:
+            cache.select([0, *range(rows)])
+        at = cache.plan(1, heads[0] // heads[1])
+        count = len(cache.lengths)
+        at.write(0, numbers(seed + 1, count, 1, 2, heads[1], head_dim, dtype=dtype))
+        q = numbers(seed + 2, count, 1, heads[0], head_dim, dtype=dtype, size=3)
+        got = attend(q, 0, at)
+        assert kernels.suit(q, at.keys[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "available", lambda: False)
+            exact = [[one.double() for one in part] for part in (at.keys, at.values)]
+            mask = None if at.mask is None else at.mask.double()
+            wide = gptk.cache.Slots(
+                **{**vars(at), "keys": exact[0], "values": exact[1], "mask": mask}
+            )
+            close(got, attend(q.double(), 0, wide), error=2e-6)
+
+
+@NEEDS_KERNELS
+def test_attention_does_not_depend_on_threads():
+    q, kv = numbers(0, 1, 9, 64), numbers(1, 2, 3, 1, 700, 64)
+    given, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernels.attend(q, *kv.unbind(0), None, 1))
+    finally:
+        torch.set_num_threads(given)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_without_them_pytorchs_do(name, monkeypatch):
+    settings = {"sampler": "beam:width=3", "max_new_tokens": 8}
+    with_them = gptk.LanguageModel(tiny_gpt(CONFIGS[name])).generate([1, 2, 3], **settings)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    without = gptk.LanguageModel(tiny_gpt(CONFIGS[name])).generate([1, 2, 3], **settings)
+    assert with_them.tokens == without.tokens
+    assert with_them.score == pytest.approx(without.score, rel=1e-5)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_without_them_quantized_weights_are_pytorchs(name, monkeypatch):
+    ids = torch.tensor([[1, 2, 3, 250]])
+    model = tiny_gpt(CONFIGS[name]).quantize("int4")
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    other = tiny_gpt(CONFIGS[name]).quantize("int4")
+    assert isinstance(model.head.packed, Groups)
+    assert isinstance(other.head.packed, Int4)
+    monkeypatch.undo()
+    got, want = model.logits(model(ids)), other.logits(other(ids))
+    assert (got - want).norm() < 0.15 * want.norm()  # levels are rounded otherwise, too
+
+
+def test_eight_bits_too(monkeypatch):
+    one = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 8)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert isinstance(one.pack(), Int8Groups)
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """A cache folder of its own, and nothing loaded from it."""
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
+    kernels._library.cache_clear()
+    yield tmp_path
+    kernels._library.cache_clear()
+
+
+@NEEDS_KERNELS
+def test_they_are_compiled_once(fresh):
+    assert kernels.available()
+    (made,) = fresh.iterdir()
+    before = made.stat().st_mtime_ns
+    kernels._library.cache_clear()
+    assert kernels.available()
+    assert [one.stat().st_mtime_ns for one in fresh.iterdir()] == [before]
+
+
+@NEEDS_KERNELS
+def test_a_damaged_file_is_made_anew(fresh, monkeypatch):
+    assert kernels.available()
+    (made,) = fresh.iterdir()
+    damaged = fresh / "another" / made.name  # a path that this process has not loaded
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"\x7fELF and no more")
+    monkeypatch.setenv("GPTK_CACHE", str(damaged.parent))
+    kernels._library.cache_clear()
+    assert kernels.available()
+    assert damaged.stat().st_size == made.stat().st_size
+
+
+@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
+def test_without_a_compiler_they_are_not_there(compiler, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    assert not kernels.available()
+    assert not list(fresh.iterdir())
+
+
+def test_without_the_instructions_they_are_not_there(fresh, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert not kernels.available()
