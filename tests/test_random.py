@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptk import Rows
+from gptk import Rows, kernels
 from gptk.random import RandomStream, as_keys, columns, exponential
 
 
@@ -43,6 +43,15 @@ def is_even(numbers, bins=16):
     counts = (numbers.flatten() * bins).long().clamp(max=bins - 1).bincount(minlength=bins)
     expected = numbers.numel() / bins
     return ((counts - expected) ** 2 / expected).sum() < 60  # 15 degrees of freedom: 1 in 4 million
+
+
+def test_noise_is_the_same_from_either_kernel(monkeypatch):
+    places = [[i] for i in range(30)]
+    noises = [noise(places, 5000)]
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    noises.append(noise(places, 5000))
+    assert noises[0].min() > 0
+    assert torch.allclose(*noises, rtol=1e-6, atol=0)
 
 
 def test_noise_is_exponential_for_every_key_and_every_token():

@@ -228,6 +228,52 @@ void rotate(const T* x, const T* cosines, const T* sines, T* y, int64_t heads, i
   }
 }
 
+// -log(1 - u) for 0 < u < 1, to 2e-7 of it.
+inline __m512 exponential_of(__m512 u) {
+  const __m512 one = _mm512_set1_ps(1), rest = _mm512_sub_ps(one, u);
+  const __m512 exponent = _mm512_getexp_ps(_mm512_mul_ps(rest, _mm512_set1_ps(4.0f / 3)));
+  const __m512 m = _mm512_scalef_ps(rest, _mm512_sub_ps(_mm512_setzero_ps(), exponent));
+  // log m = 2 artanh s, for m from 3/4 to 3/2.
+  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one));
+  const __m512 square = _mm512_mul_ps(s, s);
+  __m512 y = _mm512_set1_ps(2.0f / 11);
+  for (float factor : {2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
+    y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(factor));
+  y = _mm512_fmadd_ps(exponent, _mm512_set1_ps(0.693147181f), _mm512_mul_ps(y, s));
+  // What was lost when u was taken from 1.
+  const __m512 lost = _mm512_sub_ps(_mm512_sub_ps(one, rest), u);
+  return _mm512_sub_ps(_mm512_sub_ps(_mm512_setzero_ps(), y), _mm512_div_ps(lost, rest));
+}
+
+inline __m512i fold(__m512i x, int bits) { return _mm512_xor_si512(x, _mm512_srli_epi32(x, bits)); }
+
+// gptk.random.exponential: the same bits, and the logarithm to the last digit or two.
+void exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, float* y,
+                 int64_t count) {
+#pragma omp parallel for schedule(static) if (count > FEW)
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = count - i >= 16 ? ALL : (1u << (count - i)) - 1;
+    __m512i first = _mm512_set1_epi32(keys[0]), second = _mm512_set1_epi32(keys[1]);
+    if (stride) {
+      const __m512i at = _mm512_mullo_epi32(
+          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+          _mm512_set1_epi32(stride));
+      first = _mm512_mask_i32gather_epi32(first, lanes, at, keys + i * stride, 4);
+      second = _mm512_mask_i32gather_epi32(second, lanes, at, keys + i * stride + 1, 4);
+    }
+    __m512i x = _mm512_maskz_loadu_epi32(lanes, tokens + i);
+    x = _mm512_add_epi32(_mm512_mullo_epi32(x, _mm512_set1_epi32(0x9e3779b1)), first);
+    x = _mm512_mullo_epi32(fold(x, 16), _mm512_set1_epi32(0x7feb352d));
+    x = _mm512_mullo_epi32(fold(_mm512_xor_si512(x, second), 15), _mm512_set1_epi32(0x846ca68b));
+    x = _mm512_xor_si512(x, _mm512_srai_epi32(x, 16));
+    x = _mm512_and_si512(x, _mm512_set1_epi32(0x7fffffff));
+    const __m512 scale = _mm512_set1_ps(0x1p-31f * (1 - 0x1p-23f));
+    const __m512 u = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(x), scale),
+                                   _mm512_set1_ps(0x1p-32f));
+    _mm512_mask_storeu_ps(y + i, lanes, exponential_of(u));
+  }
+}
+
 constexpr int64_t CHUNK = 64;    // keys that are looked at together
 constexpr int64_t WIDEST = 128;  // of a head
 constexpr int64_t QUERIES = 16;  // the most there can be
@@ -407,6 +453,12 @@ void gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void
                  int64_t heads, int64_t angles, int64_t size) {
   OF(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y, heads, angles,
                          size));
+}
+
+// y (count): noise for tokens with keys of two numbers each, `stride` numbers apart, or one key, 0.
+void gptk_exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, float* y,
+                      int64_t count) {
+  exponential(keys, stride, tokens, y, count);
 }
 
 // y = softmax(q kᵀ · scale + mask) v. q: (trees · rows, heads, size) at row_stride, y alike without

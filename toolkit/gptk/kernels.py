@@ -107,6 +107,17 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
     return y
 
 
+def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
+    """gptk.random.exponential: (count,) for one key (2,), or (count, 2). All int32."""
+    keys, tokens = keys.contiguous(), tokens.contiguous()
+    y = torch.empty(tokens.shape)
+    _run().gptk_exponential(
+        *(keys.data_ptr(), keys.stride(0) if keys.dim() == 2 else 0, tokens.data_ptr()),
+        *(y.data_ptr(), len(tokens)),
+    )
+    return y
+
+
 HEAD_DIMS = (32, 64, 96, 128)
 FEW_QUERIES = 16
 """From there on PyTorch's attention is faster, which takes queries together."""
@@ -190,6 +201,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],
         "gptk_rotate": [flag, to, to, to, to, size, size, size],
+        "gptk_exponential": [to, size, to, to, size],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
     }
     for name, types in takes.items():

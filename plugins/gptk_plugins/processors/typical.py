@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._cut import keep_places
 from gptk_plugins.processors._prefix import last_key
 
 DEPTHS = (4, 7, 12)
@@ -30,8 +31,16 @@ class Typical(gptk.LogitsProcessor):
             return logits
         logprobs = logits.log_softmax(dim=-1)
         probabilities = logprobs.exp()
-        # 0·log 0, of tokens that were taken out, counts as 0.
-        entropy = -(probabilities * logprobs).nansum(dim=-1, keepdim=True)
+        entropy = _entropy(logprobs, probabilities)
         nearness = logprobs.add_(entropy).abs_().neg_()
         least = last_key(nearness, probabilities, self.p, DEPTHS)
-        return torch.where(nearness < least, -torch.inf, logits)
+        return keep_places(logits, nearness, least)
+
+
+def _entropy(logprobs: Tensor, probabilities: Tensor) -> Tensor:
+    """(rows, 1). 0·log 0, of tokens that were taken out, counts as 0."""
+    if len(logprobs) == 1:  # a third of the time, where there are none
+        entropy = -torch.dot(probabilities[0], logprobs[0])
+        if not entropy.isnan():
+            return entropy.view(1, 1)
+    return -(probabilities * logprobs).nansum(dim=-1, keepdim=True)

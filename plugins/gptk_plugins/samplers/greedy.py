@@ -1,5 +1,6 @@
 """Greedy decoding: argmaxᵥ p(v | tokens so far)."""
 
+import torch
 from torch import Tensor
 
 import gptk
@@ -11,4 +12,10 @@ class Greedy(gptk.Sampler):
     name = "greedy"
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        return gptk.Choice.one_each(logits.argmax(dim=-1), logits, rows)
+        return gptk.Choice.one_each(_argmax(logits), logits, rows)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":  # numpy takes an eighth of the time
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
