@@ -13,7 +13,7 @@ from toys import CONFIGS
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def counted(model, monkeypatch):
+def counted(monkeypatch):
     """How often the compiled step runs, as a list that grows."""
     calls = []
     run = compiled.CompiledStep.__call__
@@ -27,7 +27,7 @@ def is_equal_to_the_plain_model(config, monkeypatch, prepare=lambda model: None,
     plain, model = tiny_gpt(config), tiny_gpt(config)
     prepare(plain), prepare(model)
     model.compile_step()
-    calls = counted(model, monkeypatch)
+    calls = counted(monkeypatch)
     sessions = [gptk.DecodeSession(one, [[1, 2, 3]], capacity=5) for one in (plain, model)]
     for token in range(config.context_length - 3):  # past all memory reserved, to a full window
         logits = [session.extend(torch.tensor([token])) for session in sessions]
@@ -70,7 +70,7 @@ def test_several_rows_and_guesses_run_without_it(monkeypatch):
     config = CONFIGS["llama-like"]
     lm = gptk.LanguageModel(tiny_gpt(config).compile_step())
     plain = gptk.LanguageModel(tiny_gpt(config))
-    calls = counted(lm.model, monkeypatch)
+    calls = counted(monkeypatch)
     for settings in ({"sampler": "beam:width=3"}, {"sampler": "multinomial", "n": 3, "seed": 1}):
         got, want = (one.generate([1, 2, 3], max_new_tokens=8, **settings) for one in (lm, plain))
         assert got.tokens == want.tokens

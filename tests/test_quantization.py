@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import checkpoints
 import gptk
+from gptk import kernels
 from gptk.cli.info import bytes_in_memory
 from gptk.linear import Linear
 from gptk.quantization import GROUP, Int8, Levels, check_device, quantize
@@ -63,7 +64,7 @@ def test_int4_rounds_to_the_nearest_of_its_groups_levels(weight):
 @settings(max_examples=40)
 @given(
     weight=weights(), rows=st.sampled_from([1, 2, 5, 63, 64, 100]), bias=st.booleans(),
-    dtype=st.sampled_from([torch.bfloat16, torch.float32]), seed=st.integers(0, 100),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]), seed=st.integers(0, 100),
 )  # fmt: skip
 def test_products_are_those_with_the_rounded_weights(precision, weight, rows, bias, dtype, seed):
     packed = quantize(weight, precision)
@@ -88,6 +89,18 @@ def test_a_row_has_the_same_product_alone(precision):
     together = packed.linear(x, None)
     for row in range(7):
         assert torch.equal(packed.linear(x[row : row + 1], None)[0], together[row])
+
+
+@PRECISIONS
+def test_packed_weights_are_let_go_of_when_quantized(precision):
+    model = tiny_gpt().bfloat16().pack()
+    model.quantize(precision)
+    layer = model.blocks[0].attn.out
+    layer.unpack()
+    layer.__dict__["weight"] = layer.weight  # as `pack` leaves it where the layer is not packed
+    layer.quantize(precision)
+    assert "weight" not in layer.__dict__
+    assert not hasattr(layer, "weight")
 
 
 @PRECISIONS
@@ -170,6 +183,23 @@ def test_a_model_keeps_what_its_file_has(case, kind, tmp_path):
     with torch.inference_mode():
         got, want = lm.model.logits(lm.model(ids)), expanded.logits(expanded(ids))
     assert (got - want).norm() < 0.03 * want.norm()
+
+
+@KEPT
+@pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2-untied"])
+@pytest.mark.skipif(not kernels.available(), reason="needs gptk's own kernels")
+def test_in_float32_it_computes_as_the_expanded_model(case, kind, tmp_path):
+    """Token by token and in a pass over more tokens than few."""
+    path = str(tmp_path / "model.gguf")
+    checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
+    settings = {"device": "cpu", "dtype": "float32", "tokenizer": "bytes"}
+    kept = gptk.load(path, quantize="stored", **settings).model
+    expanded = gptk.load(path, **settings).model
+    ids = checkpoints.random_ids()
+    with torch.inference_mode():
+        for some in (ids, ids.repeat(1 + 64 // ids.numel(), 1)):
+            got, want = (model.logits(model(some)) for model in (kept, expanded))
+            assert (got - want).norm() < 2e-4 * want.norm()
 
 
 @settings(max_examples=40)

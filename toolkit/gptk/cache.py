@@ -288,9 +288,8 @@ class _Paths:
         capacity = kv.shape[4]
         self.slots = np.broadcast_to(np.arange(capacity), (len(lengths), capacity)).copy()
         """(rows, capacity) int64, on the host: the slot of each token, in ascending order."""
-        self._bias: Tensor
-        """(rows, capacity): 0 for slots that a row may look at, -inf for others."""
         self._bias = kv.new_empty(len(lengths), capacity)
+        """0 for slots that a row may look at, -inf for others."""
         self.show(lengths)
 
     def mask(

@@ -37,8 +37,9 @@ def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -
     """`auto` is bfloat16 on a GPU that has it and for quantized weights, else float32.
 
     On a CPU bfloat16 is faster where the processor has it, but rounds so coarsely that a
-    prompt's greedy text can depend on the batch round it; there it has to be asked for. The
-    kernels for quantized weights take bfloat16 only. Raises DeviceError for an unknown name.
+    prompt's greedy text can depend on the batch round it; there it has to be asked for. With
+    quantized weights it is the default all the same: PyTorch's kernels for them take nothing
+    else, and prompts are read sooner. Raises DeviceError for an unknown name.
     """
     if name == "auto" and quantized:
         return torch.bfloat16

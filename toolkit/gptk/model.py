@@ -368,12 +368,12 @@ class GPT(nn.Module):
         return self
 
     def quantize(self, precision: Precision) -> "GPT":
-        """Round the weights of the linear layers, the head's too, to int8 or int4, on a CPU.
+        """Round the weights of the linear layers, the head's too, to int8 or int4.
 
         Embeddings, norms and biases stay as they are, and so do layers whose inputs are no
-        multiple of 32. A layer is quantized by itself: no weight is there twice at a time but
-        one layer's. `unpack` and `train` make ordinary parameters of the rounded weights. Returns
-        the model. See gptk.quantization.
+        multiple of 32. On a CPU or, by torchao, on CUDA. A layer is quantized by itself: no weight
+        is there twice at a time but one layer's. `unpack` and `train` make ordinary parameters of
+        the rounded weights. Returns the model. See gptk.quantization.
         """
         for module in self.modules():
             if isinstance(module, Linear):

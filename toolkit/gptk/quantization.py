@@ -3,8 +3,8 @@
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
 of the time. Weights in groups go to gptk's own kernel, see gptk.kernels, or where it cannot run to
 PyTorch's, which rounds activations, scales and offsets to bfloat16. The kernels are made for few
-rows; for many, as in a prompt, the weights are expanded for the moment of one product. On CUDA
-torchao quantizes, see gptk.torchao.
+rows; for many, as in a prompt, the weights are expanded, in the activations' dtype, for the moment
+of one product. On CUDA torchao quantizes, see gptk.torchao.
 """
 
 import functools
@@ -220,8 +220,8 @@ class Groups:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x, bias, self, self._outputs)
 
-    def dense(self) -> Tensor:
-        dense = torch.empty(self._outputs, self._inputs, dtype=torch.bfloat16)
+    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        dense = torch.empty(self._outputs, self._inputs, dtype=dtype)
         step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
         for block in range(0, len(self._weights), step):
             some = self._weights[block : block + step]
@@ -242,6 +242,8 @@ class Groups:
         return self._weights.nbytes
 
     def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype == torch.float16:
+            return self.few(x.float(), bias).half()
         return kernels.linear(x, self._weights, bias, self._bits, self._outputs)
 
 
@@ -411,6 +413,8 @@ def _product(
         return y.view(*x.shape[:-1], outputs)
     if x.shape[0] < _MANY_ROWS or (isinstance(weights, Int4) and _packed_in() is None):
         return weights.few(x, bias)
+    if isinstance(weights, Groups):
+        return _finished(F.linear(x, weights.dense(x.dtype)), x, bias)
     return _finished(F.linear(x.bfloat16(), weights.dense()), x, bias)
 
 
