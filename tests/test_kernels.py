@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptk
 from gptk import kernels
 from gptk.cache import KVCache
+from gptk.cli import cli
 from gptk.model import attend, rotate, swiglu
 from gptk.quantization import GROUP, Groups, Int4, Int8Groups, Levels
 from gptk.testing import tiny_gpt
@@ -235,9 +237,20 @@ def test_a_damaged_file_is_made_anew(fresh, monkeypatch):
 def test_without_a_compiler_they_are_not_there(compiler, fresh, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     assert not kernels.available()
+    assert compiler in kernels.reason_against()
     assert not list(fresh.iterdir())
 
 
 def test_without_the_instructions_they_are_not_there(fresh, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    has = dict.fromkeys(kernels._NEEDED, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
+    assert kernels.reason_against() == "the processor has no avx512_vnni"
     assert not kernels.available()
+
+
+def test_info_says_which_kernels_run(tmp_path, monkeypatch):
+    gptk.LanguageModel(tiny_gpt()).save(tmp_path / "model")
+    for against, shown in ((None, "gptk and PyTorch"), ("they need Linux", "PyTorch (they need")):
+        monkeypatch.setattr(kernels, "reason_against", lambda against=against: against)
+        out = CliRunner().invoke(cli, ["info", str(tmp_path / "model")]).stdout
+        assert f"\nkernels: {shown}" in out

@@ -15,7 +15,16 @@ import gptk
 from gptk import kernels
 from gptk.cli.info import bytes_in_memory
 from gptk.linear import Linear
-from gptk.quantization import GROUP, Int8, Levels, check_device, quantize
+from gptk.quantization import (
+    GROUP,
+    Int4,
+    Int8,
+    Int8Groups,
+    Levels,
+    check_device,
+    quantize,
+    to_four_bits,
+)
 from gptk.testing import tiny_gpt
 from gptk.torchao import TorchAO
 from test_cli import failing
@@ -23,6 +32,12 @@ from test_cli import gptk as run_gptk
 from toys import GPT2_LIKE
 
 PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int4"])
+PACKED = {
+    "int8": Int8,
+    "int4": lambda weight: to_four_bits(weight).pack(),
+    "PyTorch's int4": lambda weight: Int4(to_four_bits(weight)),
+}
+ALL_KERNELS = pytest.mark.parametrize("kernel", list(PACKED))
 
 
 @st.composite
@@ -47,10 +62,11 @@ def test_int8_rounds_to_the_nearest_of_its_steps(weight):
     assert ((got - weight).abs() <= 0.5 * step * 1.01 + 2**-7 * weight.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize("kernel", ["int4", "PyTorch's int4"])
 @settings(max_examples=60)
-@given(weights())
-def test_int4_rounds_to_the_nearest_of_its_groups_levels(weight):
-    got = quantize(weight, "int4").dense().float()
+@given(weight=weights())
+def test_int4_rounds_to_the_nearest_of_its_groups_levels(kernel, weight):
+    got = PACKED[kernel](weight).dense().float()
     groups = weight.view(len(weight), -1, GROUP)
     most, least = groups.amax(2, keepdim=True), groups.amin(2, keepdim=True)
     step = (most - least) / 15
@@ -60,14 +76,14 @@ def test_int4_rounds_to_the_nearest_of_its_groups_levels(weight):
     assert (error <= 0.5 * step + 2**-7 * (size + 8 * step) + 1e-12).all()
 
 
-@PRECISIONS
+@ALL_KERNELS
 @settings(max_examples=40)
 @given(
     weight=weights(), rows=st.sampled_from([1, 2, 5, 63, 64, 100]), bias=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]), seed=st.integers(0, 100),
 )  # fmt: skip
-def test_products_are_those_with_the_rounded_weights(precision, weight, rows, bias, dtype, seed):
-    packed = quantize(weight, precision)
+def test_products_are_those_with_the_rounded_weights(kernel, weight, rows, bias, dtype, seed):
+    packed = PACKED[kernel](weight)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 1, weight.shape[1], generator=generator).bfloat16().to(dtype)
     b = torch.randn(len(weight), generator=generator).to(dtype) if bias else None
@@ -81,10 +97,10 @@ def test_products_are_those_with_the_rounded_weights(precision, weight, rows, bi
     assert ((got.double() - want).abs() <= 2**-7 * size).all()
 
 
-@PRECISIONS
-def test_a_row_has_the_same_product_alone(precision):
+@ALL_KERNELS
+def test_a_row_has_the_same_product_alone(kernel):
     torch.manual_seed(0)
-    packed = quantize(torch.randn(96, 64), precision)
+    packed = PACKED[kernel](torch.randn(96, 64))
     x = torch.randn(7, 64).bfloat16()
     together = packed.linear(x, None)
     for row in range(7):
@@ -211,7 +227,7 @@ def test_eight_bits_by_groups_are_two_times_four(outputs, groups, rows, seed, bi
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(256, (outputs, groups * GROUP), generator=generator, dtype=torch.uint8)
     scale = torch.rand(outputs, groups, generator=generator).bfloat16().float()
-    packed = Levels(codes, scale, -128 * scale, 8).pack()
+    packed = Int8Groups(Levels(codes, scale, -128 * scale, 8))
     want = (codes.float() - 128).view(outputs, groups, GROUP) * scale[:, :, None]
     # Both halves and their sum are rounded to bfloat16.
     bound = 2**-8 * (2 * want.abs() + 15 * scale[:, :, None])

@@ -32,7 +32,13 @@ _FLAGS = (
 
 def available() -> bool:
     """Whether this machine can run them; the first call compiles them, in a second or two."""
-    return _library() is not None
+    return reason_against() is None
+
+
+def reason_against() -> str | None:
+    """Why this machine cannot run them, or None."""
+    library = _library()
+    return library if isinstance(library, str) else None
 
 
 def suit(x: Tensor, other: Tensor) -> bool:
@@ -160,17 +166,21 @@ def shims() -> dict[Any, list[str]]:
 
 def _run() -> ctypes.CDLL:
     library = _library()
-    assert library is not None
+    assert not isinstance(library, str), library
     return library
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The kernels, loaded; None where they cannot be."""
+def _library() -> ctypes.CDLL | str:
+    """The kernels, loaded; or why they cannot be."""
+    if sys.platform != "linux":
+        return "they need Linux"
     has = torch.cpu.get_capabilities()
+    if missing := [one for one in _NEEDED if not has.get(one)]:
+        return f"the processor has no {', '.join(missing)}"
     compiler = os.environ.get("CXX") or shutil.which("g++")
-    if sys.platform != "linux" or not all(has.get(one) for one in _NEEDED) or not compiler:
-        return None
+    if not compiler:
+        return "there is no C++ compiler: neither g++ nor $CXX"
     key = (_SOURCE.read_text(), torch.__version__, compiler, *_FLAGS)
     path = cache_folder() / f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
     with contextlib.suppress(OSError):
@@ -178,8 +188,11 @@ def _library() -> ctypes.CDLL | None:
     try:
         _compile(compiler, path)
         return _load(path)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"{compiler} fails: {said or error}"
+    except OSError as error:
+        return str(error)
 
 
 def _compile(compiler: str, path: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def command(model: str | None) -> None:
     """Show configuration, size and tokenizer of MODEL (default: as for `gptk generate`)."""
     warn_of_failures(["loader"])
+    from gptk import kernels
     from gptk.errors import TokenizerError
     from gptk.quantization import Levels
     from gptk.weights import default_source, load_checkpoint
@@ -45,6 +46,8 @@ def command(model: str | None) -> None:
         click.echo(f"  {option}: {_sizes(bytes_in_memory(checkpoint, option.split()[1], {}))}")
     if bits:
         click.echo(f"  --quantize stored: {_sizes(bytes_in_memory(checkpoint, 'bfloat16', bits))}")
+    against = kernels.reason_against()
+    click.echo(f"kernels: {'gptk and PyTorch' if against is None else f'PyTorch ({against})'}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
