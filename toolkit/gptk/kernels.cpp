@@ -166,6 +166,41 @@ void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t row
   }
 }
 
+// The weights themselves, y (outputs, inputs).
+template <int bits, typename T>
+void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
+  const int64_t groups = inputs / GROUP;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++)
+    for (int64_t group = 0; group < groups; group++) {
+      const uint8_t* from = weights + (block * groups + group) * bytes_of(bits);
+      alignas(64) float scale[BLOCK], offset[BLOCK];
+      _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
+      _mm512_store_ps(offset, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from + 1)));
+      alignas(64) uint8_t codes[GROUP / 4][BLOCK][4];
+      for (int i = 0; i < bits; i++) {
+        const __m512i loaded = _mm512_loadu_si512(from + 64 + 64 * i);
+        const __m512i nibble = _mm512_set1_epi8(15);
+        _mm512_store_si512(codes[i], bits == 4 ? _mm512_and_si512(loaded, nibble) : loaded);
+        if (bits == 4)
+          _mm512_store_si512(codes[4 + i], _mm512_and_si512(_mm512_srli_epi16(loaded, 4), nibble));
+      }
+      const int64_t count = std::min(BLOCK, outputs - block * BLOCK);
+      for (int64_t i = 0; i < count; i++) {
+        uint8_t row[GROUP];
+        for (int four = 0; four < GROUP / 4; four++)
+          std::memcpy(row + 4 * four, codes[four][i], 4);
+        T* to = y + (block * BLOCK + i) * inputs + group * GROUP;
+        for (int half = 0; half < 2; half++) {
+          const __m128i some = _mm_loadu_si128((const __m128i*)row + half);
+          const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(some));
+          store(to + 16 * half, 0xffff,
+                _mm512_fmadd_ps(numbers, _mm512_set1_ps(scale[i]), _mm512_set1_ps(offset[i])));
+        }
+      }
+    }
+}
+
 constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
 
 inline __m512 exp(__m512 x) {  // to 1e-7; 0 below -104
@@ -435,6 +470,13 @@ void gptk_linear(int is_bfloat16, int bits, const void* x, const void* weights, 
   OF(is_bfloat16, (bits == 4 ? linear<4, T> : linear<8, T>)(
                       (const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs,
                       outputs));
+}
+
+// The weights themselves, y (outputs, inputs).
+void gptk_expand(int is_bfloat16, int bits, const void* weights, void* y, int64_t inputs,
+                 int64_t outputs) {
+  OF(is_bfloat16, (bits == 4 ? expand<4, T> : expand<8, T>)((const uint8_t*)weights, (T*)y, inputs,
+                                                            outputs));
 }
 
 // x, y: (rows, size), size a multiple of 16.

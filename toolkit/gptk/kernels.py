@@ -153,6 +153,15 @@ def _linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs:
     return y
 
 
+def expand(weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    """The weights of `linear` as numbers: (outputs, inputs), bfloat16 or float32."""
+    y = torch.empty(outputs, inputs, dtype=dtype)
+    _run().gptk_expand(
+        dtype == torch.bfloat16, bits, weights.data_ptr(), y.data_ptr(), inputs, outputs
+    )
+    return y
+
+
 def shims() -> dict[Any, list[str]]:
     """For AOTInductor: how its programs call them without PyTorch's dispatcher between."""
     if not available():
@@ -211,6 +220,7 @@ def _load(path: Path) -> ctypes.CDLL:
     flag, real, to, size = ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64
     takes: dict[str, list[Any]] = {
         "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
+        "gptk_expand": [flag, flag, to, to, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],
         "gptk_rotate": [flag, to, to, to, to, size, size, size],

@@ -221,21 +221,7 @@ class Groups:
         return _product(x, bias, self, self._outputs)
 
     def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        dense = torch.empty(self._outputs, self._inputs, dtype=dtype)
-        step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
-        for block in range(0, len(self._weights), step):
-            some = self._weights[block : block + step]
-            groups = some.shape[1]
-            numbers = some[:, :, :_CODES_AT].view(torch.float16).float()
-            scale, offset = numbers.view(-1, groups, 2, _OWN_BLOCK, 1).unbind(2)
-            codes = some[:, :, _CODES_AT:]
-            if self._bits == 4:
-                codes = torch.cat((codes & 15, codes >> 4), dim=2)
-            codes = codes.view(-1, groups, GROUP // 4, _OWN_BLOCK, 4).transpose(2, 3).flatten(3)
-            part = dense[block * _OWN_BLOCK : (block + step) * _OWN_BLOCK]
-            exact = torch.addcmul(offset, codes.float(), scale).transpose(1, 2)
-            part.copy_(exact.reshape(-1, self._inputs)[: len(part)])
-        return dense
+        return kernels.expand(self._weights, self._bits, self._outputs, self._inputs, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -414,7 +400,8 @@ def _product(
     if x.shape[0] < _MANY_ROWS or (isinstance(weights, Int4) and _packed_in() is None):
         return weights.few(x, bias)
     if isinstance(weights, Groups):
-        return _finished(F.linear(x, weights.dense(x.dtype)), x, bias)
+        dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+        return _finished(F.linear(x.to(dtype), weights.dense(dtype)), x, bias)
     return _finished(F.linear(x.bfloat16(), weights.dense()), x, bias)
 
 
