@@ -86,8 +86,44 @@ def test_training_drops_it():
     assert model.train().step is None
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_recorded_step_gives_the_logits_of_the_plain_one(name):
+    """What is recorded on CUDA, run anew each time instead."""
+    config, recorded = CONFIGS[name], []
+    model, plain = tiny_gpt(config), tiny_gpt(config)
+    model.step = compiled.RecordedStep(model, lambda run: recorded.append(run) or run)
+    sessions = [gptk.DecodeSession(one, [[1, 2, 3]], capacity=5) for one in (plain, model)]
+    for token in range(config.context_length - 3):  # past all memory reserved
+        logits = [session.extend(torch.tensor([token])) for session in sessions]
+        torch.testing.assert_close(*logits, **CLOSE)
+        torch.testing.assert_close(sessions[0].hidden, sessions[1].hidden, **CLOSE)
+    assert 1 < len(recorded) < 8  # once for each size of the cache
+    for session in sessions:
+        session.rewind(4)
+    torch.testing.assert_close(*[s.extend(torch.tensor([7])) for s in sessions], **CLOSE)
+    # Another text has another cache.
+    got, want = (
+        gptk.LanguageModel(one).generate([4, 5], max_new_tokens=8) for one in (model, plain)
+    )
+    assert got.tokens == want.tokens
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_cuda_graph_gives_the_logits_of_the_plain_step(name):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    plain = gptk.LanguageModel(tiny_gpt(CONFIGS[name]).to("cuda"))
+    graph = gptk.LanguageModel(tiny_gpt(CONFIGS[name]).to("cuda").compile_step())
+    assert isinstance(graph.model.step, compiled.RecordedStep)
+    for prompt in ([1, 2, 3], [4, 5]):
+        settings = {"max_new_tokens": 16, "ignore_eos": True}
+        got, want = (lm.generate(prompt, **settings) for lm in (graph, plain))
+        assert got.tokens == want.tokens
+        assert got.token_logprobs == pytest.approx(want.token_logprobs, abs=1e-3)
+
+
 def test_other_devices_are_refused():
-    with pytest.raises(gptk.DeviceError, match="only steps on the device cpu"):
+    with pytest.raises(gptk.DeviceError, match="on cpu and on cuda, not on meta"):
         tiny_gpt(CONFIGS["llama-like"]).to("meta").compile_step()
 
 

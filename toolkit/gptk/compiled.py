@@ -6,6 +6,9 @@ PyTorch's own products of one row do not. The program (an AOTInductor package) i
 shape of model on a machine, in half a minute or more, and loaded in milliseconds from then on. It
 holds no weights: they are given to it at each call, in place and as they are, so that models of
 one shape share it. Any length of text and of cache will do.
+
+On CUDA a step's kernels take less time than launching them one by one. There they are recorded as
+a CUDA graph for each cache, and launched together from then on.
 """
 
 import contextlib
@@ -30,19 +33,26 @@ if TYPE_CHECKING:
     from gptk.model import GPT
 
 
-class CompiledStep:
+class Step:
     """What `GPT.hidden_states` and `logits` do for one new token of a single row with a cache."""
+
+    def fits(self, ids: Tensor, cache: KVCache | None, layers: Sequence[int]) -> bool:
+        """Whether a pass is of that kind."""
+        return ids.shape == (1, 1) and cache is not None and cache.is_plain and not layers
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The hidden state (1, 1, 1, width) and the logits (1, 1, vocab), float32."""
+        raise NotImplementedError
+
+
+class CompiledStep(Step):
+    """As a program, on a CPU."""
 
     def __init__(self, model: "GPT", program: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._model, self._program = model, program
         self._weights = [weight for _, _, weight in _weights(model)]
 
-    def fits(self, ids: Tensor, cache: KVCache | None, layers: Sequence[int]) -> bool:
-        """Whether a pass is of the kind that was compiled."""
-        return ids.shape == (1, 1) and cache is not None and cache.is_plain and not layers
-
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """The hidden state (1, 1, 1, width) and the logits (1, 1, vocab), float32."""
         at = cache.plan(1)
         # The program takes cache and table to be longer than the text.
         if at.end == cache.capacity:
@@ -54,14 +64,103 @@ class CompiledStep:
         return hidden, logits
 
 
-def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> CompiledStep:
+Recorder = Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], tuple[Tensor, Tensor]]]
+"""Given a function of no arguments, gives one that does the same to the same tensors."""
+
+
+class RecordedStep(Step):
+    """As a CUDA graph: what a step does to its tensors, recorded and done again."""
+
+    def __init__(self, model: "GPT", record: "Recorder | None" = None) -> None:
+        self._model = model
+        self._record = _cuda_graph if record is None else record
+        self._kv: Tensor | None = None
+        self._ids: Tensor
+        self._place: Tensor
+        self._run: Callable[[], tuple[Tensor, Tensor]]
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        at = cache.plan(1)
+        if self._kv is not cache.kv:
+            self._ids, self._place = ids.clone(), torch.full_like(ids[0], at.start)
+            self._run = self._record(self._step_over(cache))
+            self._kv = cache.kv
+        self._ids.copy_(ids)
+        self._place.fill_(at.start)
+        hidden, logits = self._run()
+        cache.advance([1], at)
+        return hidden.clone(), logits.clone()  # the next step writes over them
+
+    def _step_over(self, cache: KVCache) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A step over all the memory of a cache, of which a mask says what is in use."""
+        kv, ids, place = cache.kv, self._ids, self._place
+        capacity = cache.capacity
+        table = self._model.position_table(capacity + 1)
+        keys, values = kv.flatten(2, 3)[:, :, :, None].unbind(1)
+        every = torch.arange(capacity, device=kv.device)
+        # Of a length that attention kernels like.
+        mask = kv.new_zeros(1, 1, 1, capacity + -capacity % 8)[..., :capacity]
+        at = _SlotsAt(
+            positions=place[None],
+            start=0,
+            end=capacity,
+            trees=1,
+            places=1,
+            order=None,
+            starts=[],
+            mask=mask,
+            causal=False,
+            plain=True,
+            slots=kv.unbind(),
+            keys=keys.unbind(),
+            values=values.unbind(),
+        )
+
+        def run() -> tuple[Tensor, Tensor]:
+            mask.zero_().masked_fill_(every > place, -torch.inf)
+            hidden = self._model.states_at(ids, at, table)
+            return hidden, self._model.logits(hidden[:, :, 0])
+
+        return run
+
+
+class _SlotsAt(Slots):
+    """One new token for one row, at the slot that is its position, a number in the device."""
+
+    def write(self, layer: int, new: Tensor) -> None:
+        self.slots[layer].index_copy_(3, self.positions[0], new.permute(2, 0, 3, 1, 4))
+
+
+def _cuda_graph(run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
+    # Runs before the recording settle what kernels choose and allocate at first. They write what
+    # the first step will write again.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def again() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return results
+
+    return again
+
+
+def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> Step:
     """Compile a model's decoding step, or load it where that was done before.
 
     announce: called before a compilation, which takes half a minute or more. Raises DeviceError
-    where there is no compiler, or the model is not on a CPU.
+    where there is no compiler, or the model is neither on a CPU nor on CUDA.
     """
+    if model.device.type == "cuda":
+        return RecordedStep(model)
     if model.device.type != "cpu":
-        raise DeviceError(f"only steps on the device cpu can be compiled, not on {model.device}")
+        raise DeviceError(f"a step can be compiled on cpu and on cuda, not on {model.device}")
     path = cache_folder() / f"step-{_key(model)}.pt2"
     if path.exists():
         # A file that is damaged, or that something else is missing for, is made anew.
@@ -73,7 +172,7 @@ def compile_step(model: "GPT", announce: Callable[[], None] | None = None) -> Co
     return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
 
 
-class _Step(nn.Module):
+class _Traced(nn.Module):
     """The step as a function of tensors alone, weights and cache among them."""
 
     def __init__(self, model: "GPT") -> None:
@@ -124,7 +223,7 @@ def _compile(model: "GPT", path: Path) -> None:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PyTorch about its own insides
             program = torch.export.export(
-                _Step(model),
+                _Traced(model),
                 given,
                 dynamic_shapes=shapes,
                 strict=False,

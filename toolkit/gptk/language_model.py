@@ -91,8 +91,8 @@ def load(
     GPUs and for quantized weights, float32 on CPUs), float32, bfloat16 or float16. quantize: the
     precision of the linear layers' weights: int8, int4 (see GPT.quantize; on CUDA by torchao), or,
     on a CPU, stored, for matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0, which else are
-    expanded. compile: the step that decodes one row, on a CPU; half a minute or more the first
-    time, see GPT.compile_step. tokenizer: instead of the model's own.
+    expanded. compile: the step that decodes one row, on a CPU (half a minute or more the first
+    time) or CUDA, see GPT.compile_step. tokenizer: instead of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """

@@ -28,7 +28,7 @@ from gptk.linear import Blocked, Direct, Linear
 from gptk.quantization import Precision
 
 if TYPE_CHECKING:
-    from gptk.compiled import CompiledStep
+    from gptk.compiled import Step
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embed.weight
         self._rope = torch.empty(2, 0, config.head_dim)
-        self.step: CompiledStep | None = None
+        self.step: Step | None = None
         """The compiled step for one row, after `compile_step`."""
         self._initialize()
 
@@ -381,10 +381,11 @@ class GPT(nn.Module):
         return self
 
     def compile_step(self, announce: Callable[[], None] | None = None) -> "GPT":
-        """Compile the step that decodes one row on a CPU, see gptk.compiled.
+        """Compile the step that decodes one row, on a CPU or CUDA; see gptk.compiled.
 
-        Weights in bfloat16 are unpacked for that, which is slower for several rows. `unpack` and
-        `train` drop the step. Returns the model. Raises DeviceError where that is not possible.
+        Weights in bfloat16 on a CPU are unpacked for that, which is slower for several rows.
+        `unpack` and `train` drop the step. Returns the model. Raises DeviceError where that is not
+        possible.
         """
         from gptk.compiled import compile_step
 
