@@ -1,6 +1,7 @@
 """Taking out all logits below a bound, for each row; and where those from a bound on are."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,17 +17,11 @@ def keep_from(logits: Tensor, least: Tensor) -> Tensor:
     return torch.where(logits < least, -torch.inf, logits)
 
 
-def keep_places(logits: Tensor, values: Tensor, least: Tensor) -> Tensor:
-    """Logits where the values are at least `least`, -inf elsewhere. least: (rows, 1)."""
-    if len(logits) == 1 and logits.device.type == "cpu":
-        # The few that stay are written: two thirds of the time. Logits that are no numbers make
-        # all values none, and stay: by the other way.
-        kept = np.flatnonzero(values.numpy() >= least.numpy())
-        if len(kept):
-            some = torch.full_like(logits, -torch.inf)
-            some.numpy()[0, kept] = logits.numpy()[0, kept]
-            return some
-    return torch.where(values < least, -torch.inf, logits)
+def keep_only(logits: Tensor, kept: npt.NDArray[np.intp]) -> Tensor:
+    """One row's logits, (1, vocab) on a CPU, at the places kept, and -inf elsewhere."""
+    some = torch.full_like(logits, -torch.inf)
+    some.numpy()[0, kept] = logits.numpy()[0, kept]
+    return some
 
 
 def places(values: Tensor, least: float) -> tuple[Tensor, Tensor]:
