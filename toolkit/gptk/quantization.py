@@ -1,14 +1,14 @@
 """Quantized weights: int8 by channel and int4 by groups, on CPUs.
 
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
-of the time. Weights in groups go to gptk's own kernel, see gptk.kernels, or where it cannot run to
-PyTorch's, which rounds activations, scales and offsets to bfloat16. The kernels are made for few
-rows; for many, as in a prompt, the weights are expanded, in the activations' dtype, for the moment
-of one product. On CUDA torchao quantizes, see gptk.torchao.
+of the time. Weights go to gptk's own kernel, see gptk.kernels, or where it cannot run to PyTorch's,
+which rounds activations, scales and offsets to bfloat16. The kernels are made for few rows; for
+many, as in a prompt, the weights are expanded, in the activations' dtype, for the moment of one
+product. On CUDA torchao quantizes, see gptk.torchao.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -85,7 +85,9 @@ def quantize(weight: Tensor, precision: Precision) -> Packed | None:
         from gptk.torchao import TorchAO
 
         return TorchAO(weight, precision)
-    return Int8(weight) if precision == "int8" else to_four_bits(weight).pack()
+    if precision == "int4":
+        return to_four_bits(weight).pack()
+    return to_eight_bits(weight).pack() if kernels.available() else Int8(weight)
 
 
 def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
@@ -97,11 +99,11 @@ def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
     if not kind.startswith("int"):
         return count * (4 if kind == "float32" else 2)
     outputs, inputs = shape
-    if kind == "int8" and not by_groups:
-        return count + 2 * outputs
     if kernels.available():
         padded = outputs + -outputs % _OWN_BLOCK
         return padded * (inputs * int(kind[3:]) // 8 + 4 * (inputs // GROUP))
+    if kind == "int8" and not by_groups:
+        return count + 2 * outputs
     halves = 2 if kind == "int8" else 1
     padded = outputs + -outputs % _BLOCK
     return halves * padded * (inputs // 2 + 4 * (inputs // GROUP))
@@ -173,10 +175,8 @@ def to_four_bits(weight: Tensor) -> Levels:
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     scale = torch.empty(len(weight), weight.shape[1] // GROUP)
     offset = torch.empty_like(scale)
-    step = max(1, _CHUNK // weight.shape[1])
-    for at in range(0, len(weight), step):
-        part = slice(at, at + step)
-        groups = weight[part].float().view(-1, scale.shape[1], GROUP)
+    for part, some in _chunks(weight):
+        groups = some.view(-1, scale.shape[1], GROUP)
         least, most = groups.amin(dim=2), groups.amax(dim=2)
         # Rounded first, as the kernel has them, so that codes fit them.
         scale[part] = ((most - least) / 15).to(dtype)
@@ -185,6 +185,30 @@ def to_four_bits(weight: Tensor) -> Levels:
         rounded = ((groups - offset[part, :, None]) / size).round_().clamp_(0, 15)
         codes[part] = rounded.flatten(1).to(torch.uint8)
     return Levels(codes, scale, offset, 4)
+
+
+def to_eight_bits(weight: Tensor) -> Levels:
+    """Steps of -127 to 127 times a scale for each output. weight: (outputs, inputs)."""
+    weight = weight.detach()
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scale = torch.empty(len(weight), 1)
+    for part, some in _chunks(weight):
+        # Rounded to float16 as the kernel has it, and never below what the largest weight takes:
+        # its rounding is at most 2⁻¹¹, and of the smallest numbers 2⁻²⁵.
+        least = some.abs().amax(dim=1, keepdim=True) / 127
+        scale[part] = (least * (1 + 2**-11) + 2**-25 * (least > 0)).half()
+        size = scale[part].clamp(min=torch.finfo(torch.float32).tiny)
+        codes[part] = ((some / size).round_().clamp_(-127, 127) + 128).to(torch.uint8)
+    scale = scale.expand(-1, weight.shape[1] // GROUP)
+    return Levels(codes, scale, -128 * scale, 8)
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some outputs at a time, and their weights in float32."""
+    step = max(1, _CHUNK // weight.shape[1])
+    for at in range(0, len(weight), step):
+        part = slice(at, at + step)
+        yield part, weight[part].float()
 
 
 class Groups:
@@ -240,7 +264,10 @@ def _in_blocks(x: Tensor) -> Tensor:
 
 
 class Int8:
-    """w = code · scale, with a code from -127 to 127 and a scale for each output."""
+    """w = code · scale, with a code from -127 to 127 and a scale for each output.
+
+    For PyTorch's kernel, as all that follows.
+    """
 
     kind = "int8"
 
@@ -248,10 +275,7 @@ class Int8:
         weight = weight.detach()
         self._codes = torch.empty(weight.shape, dtype=torch.int8)
         self._scale = torch.empty(len(weight), dtype=torch.bfloat16)
-        step = max(1, _CHUNK // weight.shape[1])
-        for at in range(0, len(weight), step):
-            part = slice(at, at + step)
-            some = weight[part].float()
+        for part, some in _chunks(weight):
             # The scale that the kernel gets is rounded first, so that codes fit it.
             self._scale[part] = torch.linalg.vector_norm(some, float("inf"), dim=1) / 127
             scale = self._scale[part].float().clamp(min=torch.finfo(torch.float32).tiny)
@@ -273,10 +297,7 @@ class Int8:
 
 
 class Int4:
-    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero.
-
-    For PyTorch's kernel, as all that follows.
-    """
+    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero."""
 
     kind = "int4"
 
