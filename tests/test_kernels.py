@@ -85,6 +85,33 @@ def test_a_row_has_the_same_product_in_any_company(weights, rows, dtype, seed):
 
 
 @NEEDS_KERNELS
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 30), outputs=st.integers(1, 70), groups=st.integers(1, 6), dtype=DTYPES,
+    with_bias=st.booleans(), seed=SEEDS,
+)  # fmt: skip
+def test_products_with_weights_as_they_are(rows, outputs, groups, dtype, with_bias, seed):
+    layer = gptk.linear.Linear(32 * groups, outputs, bias=with_bias).to(dtype)
+    layer.load_state_dict(
+        {
+            name: numbers(seed + i, *one.shape, dtype=dtype)
+            for i, (name, one) in enumerate(layer.state_dict().items())
+        }
+    )
+    x = numbers(seed - 1, rows, 1, 32 * groups, dtype=dtype)
+    got = layer(x)
+    exact = layer.double()
+    want = F.linear(x.double(), exact.weight, exact.bias)
+    size = F.linear(x.double().abs(), exact.weight.abs()) + 1
+    bound = 2e-6 * size + (2**-8 * want.abs() if dtype == torch.bfloat16 else 0)
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= bound).all()
+    layer.to(dtype)
+    for row in range(rows if rows < kernels.FEW_ROWS[dtype] else 0):
+        assert torch.equal(layer(x[row : row + 1])[0], got[row])
+
+
+@NEEDS_KERNELS
 @settings(max_examples=30)
 @given(levels())
 def test_packed_weights_are_the_levels(weights):

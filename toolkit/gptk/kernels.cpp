@@ -201,6 +201,81 @@ void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
     }
 }
 
+// The sum of each of 16 vectors, in a lane each.
+inline __m512 sums_of(__m512* v) {
+  for (int i = 0; i < 8; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                         _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
+  for (int i = 0; i < 2; i++)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]), _mm512_unpackhi_ps(v[i], v[i + 2]));
+  v[0] = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  return _mm512_shuffle_f32x4(v[0], v[0], 0xd8);
+}
+
+// sum + the products of 64 bytes of each.
+inline __m512 multiply(__m512 sum, const float*, __m512i a, __m512i b) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+inline __m512 multiply(__m512 sum, const uint16_t*, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, upper)),
+                         _mm512_castsi512_ps(_mm512_and_si512(b, upper)), sum);
+#endif
+}
+
+// R rows of x with one output, each a vector of sums yet to be summed up.
+template <int R, typename T>
+inline void dots(const T* x, const T* weights, int64_t inputs, int64_t output,
+                 __m512 (*sums)[BLOCK]) {
+  __m512 sum[R];
+  for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < inputs; i += 64 / sizeof(T)) {
+    _mm_prefetch((const char*)(weights + i) + AHEAD, _MM_HINT_T0);
+    const __m512i own = _mm512_loadu_si512(weights + i);
+    for (int r = 0; r < R; r++)
+      sum[r] = multiply(sum[r], x, own, _mm512_loadu_si512(x + r * inputs + i));
+  }
+  for (int r = 0; r < R; r++) sums[r][output] = sum[r];
+}
+
+// Weights as they are, (outputs, inputs), read from the first to the last by each thread.
+template <typename T>
+void dense(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int64_t inputs,
+           int64_t outputs) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < outputs; first += BLOCK) {
+    const int64_t count = std::min(BLOCK, outputs - first);
+    const __mmask16 lanes = (1u << count) - 1;
+    const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const T* from = x + row * inputs;
+      __m512 sums[4][BLOCK] = {};
+      for (int64_t o = 0; o < count; o++) {
+        const T* own = weights + (first + o) * inputs;
+        if (taken == 4)
+          dots<4>(from, own, inputs, o, sums);
+        else if (taken == 2)
+          dots<2>(from, own, inputs, o, sums);
+        else
+          dots<1>(from, own, inputs, o, sums);
+      }
+      for (int64_t r = 0; r < taken; r++)
+        store(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums_of(sums[r]), added));
+      row += taken;
+    }
+  }
+}
+
 constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
 
 inline __m512 exp(__m512 x) {  // to 1e-7; 0 below -104
@@ -319,20 +394,6 @@ struct Partial {
   float most, weight;
   float sum[WIDEST];
 };
-
-// The sum of each of 16 vectors, in a lane each.
-inline __m512 sums_of(__m512* v) {
-  for (int i = 0; i < 8; i++)
-    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
-                         _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
-  for (int i = 0; i < 4; i++)
-    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
-                         _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
-  for (int i = 0; i < 2; i++)
-    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]), _mm512_unpackhi_ps(v[i], v[i + 2]));
-  v[0] = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  return _mm512_shuffle_f32x4(v[0], v[0], 0xd8);
-}
 
 // Rows of queries, `rows` of each tree; each key head serves `group` query heads.
 struct Attention {
@@ -472,7 +533,14 @@ void gptk_linear(int is_bfloat16, int bits, const void* x, const void* weights, 
                       outputs));
 }
 
-// The weights themselves, y (outputs, inputs).
+// The same with weights as they are, (outputs, inputs), inputs a multiple of 32.
+void gptk_dense(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
+                int64_t rows, int64_t inputs, int64_t outputs) {
+  OF(is_bfloat16, dense((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows, inputs,
+                        outputs));
+}
+
+// The weights of gptk_linear themselves, y (outputs, inputs).
 void gptk_expand(int is_bfloat16, int bits, const void* weights, void* y, int64_t inputs,
                  int64_t outputs) {
   OF(is_bfloat16, (bits == 4 ? expand<4, T> : expand<8, T>)((const uint8_t*)weights, (T*)y, inputs,

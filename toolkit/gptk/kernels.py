@@ -153,6 +153,26 @@ def _linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs:
     return y
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, inputs) times weights as they are, (outputs, inputs), plus the bias, for few rows.
+
+    All of one dtype; inputs a multiple of 32. See FEW_ROWS.
+    """
+    outputs, inputs = weight.shape
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    _run().gptk_dense(
+        *(x.dtype == torch.bfloat16, x.data_ptr(), weight.data_ptr()),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(x.numel() // inputs, inputs, outputs),
+    )
+    return y
+
+
+FEW_ROWS = {torch.float32: 24, torch.bfloat16: 32}
+"""From there on PyTorch's products are as fast."""
+
+
 def expand(weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights of `linear` as numbers: (outputs, inputs), bfloat16 or float32."""
     y = torch.empty(outputs, inputs, dtype=dtype)
@@ -190,12 +210,13 @@ def _library() -> ctypes.CDLL | str:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         return "there is no C++ compiler: neither g++ nor $CXX"
-    key = (_SOURCE.read_text(), torch.__version__, compiler, *_FLAGS)
+    flags = (*_FLAGS, "-mavx512bf16") if has.get("avx512_bf16") else _FLAGS
+    key = (_SOURCE.read_text(), torch.__version__, compiler, *flags)
     path = cache_folder() / f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
     with contextlib.suppress(OSError):
         return _load(path)  # raises OSError where the file is missing or damaged
     try:
-        _compile(compiler, path)
+        _compile([compiler, *flags], path)
         return _load(path)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
@@ -204,12 +225,12 @@ def _library() -> ctypes.CDLL | str:
         return str(error)
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, str(_SOURCE), f"-L{libraries}", "-ltorch_cpu"]
+        command = [*compiler, str(_SOURCE), f"-L{libraries}", "-ltorch_cpu"]
         subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
         made.replace(path)
 
@@ -220,6 +241,7 @@ def _load(path: Path) -> ctypes.CDLL:
     flag, real, to, size = ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64
     takes: dict[str, list[Any]] = {
         "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
+        "gptk_dense": [flag, to, to, to, to, size, size, size],
         "gptk_expand": [flag, flag, to, to, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],

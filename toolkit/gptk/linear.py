@@ -1,11 +1,11 @@
-"""A linear layer that takes the fastest kernel PyTorch has for few rows on a CPU.
+"""A linear layer that takes the fastest kernel there is for few rows on a CPU.
 
 Decoding multiplies every weight with a row or a few, so its speed is that of reading the
-weights. On the machine of docs/benchmarks.md, whose memory gives 33 GB/s, `F.linear` reads
-SmolLM2's matrices at 10 GB/s in float32 and 11 in bfloat16 (MKL's matrix-vector product, and
-oneDNN on weights in a layout that it does not like). oneDNN itself reads float32 weights as they
-are at 18 GB/s, and bfloat16 weights that were packed into its blocked layout once at 17 to 48
-(the largest being those that stay in its cache). With up to 512 rows it is never slower.
+weights. On the machine of docs/benchmarks.md, whose memory gives 31 GB/s, `F.linear` reads
+SmolLM2's matrices at 10 GB/s in float32 and 13 in bfloat16 (MKL's matrix-vector product, and
+oneDNN on weights in a layout that it does not like). gptk's own kernel reads either at the speed of
+memory. Where it cannot run, oneDNN itself reads float32 weights as they are at 20 GB/s, and
+bfloat16 weights that were packed into its blocked layout once at 17 to 20.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptk import kernels
 from gptk.quantization import Packed, Precision, quantize
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
@@ -44,13 +45,24 @@ class Linear(Direct, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return _row(x, self.weight, self.bias)
+        inputs = self.in_features
+        if (
+            x.numel() < inputs * kernels.FEW_ROWS.get(x.dtype, 0)
+            and inputs % 32 == 0
+            and self.weight.is_contiguous()
+            and kernels.suit(x, self.weight)
+        ):
+            return kernels.dense(x, self.weight, self.bias)
         if _suits(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Pack the weights if they are bfloat16 on a CPU; meanwhile they cannot be trained."""
-        if self.packed is None and _suits(self.weight, torch.bfloat16):
+        """Pack the weights if they are bfloat16 on a CPU that gptk's kernels don't suit.
+
+        Meanwhile they cannot be trained.
+        """
+        if self.packed is None and _suits(self.weight, torch.bfloat16) and not kernels.available():
             self.take(Blocked(self.weight))
 
     def take(self, packed: Packed) -> None:

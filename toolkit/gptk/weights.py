@@ -265,7 +265,9 @@ def build_model(
     import torch
     from torch import nn
 
+    from gptk import kernels
     from gptk.linear import Linear
+    from gptk.memory import new_bytes
     from gptk.quantization import Levels
 
     config, source = checkpoint.config, checkpoint.source
@@ -287,6 +289,9 @@ def build_model(
             if name == "embed.weight" and config.tied_head:
                 model.head.take(one.pack())
             one = one.dense(dtype)
+        if torch.device(device).type == "cpu" and one.dim() == 2 and kernels.available():
+            # They are read in their order then: in huge pages that is a quarter faster.
+            one = new_bytes(one.numel() * dtype.itemsize).view(dtype).view(one.shape).copy_(one)
         one = one.to(device=device, dtype=dtype)
         setattr(layer, name.rpartition(".")[2], nn.Parameter(one))
 
