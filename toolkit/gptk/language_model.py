@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 
-from gptk import collector
+from gptk import collector, kernels
 from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
@@ -113,7 +113,10 @@ def load(
             layer.quantize(quantize)
         layer.pack()
 
-    model = build_model(checkpoint, device=on, dtype=numbers, prepare=prepare)
+    huge_pages = quantize is None and kernels.available()
+    model = build_model(
+        checkpoint, device=on, dtype=numbers, prepare=prepare, huge_pages=huge_pages
+    )
     model.pack()
     return LanguageModel(model.compile_step() if compile else model, tokenizer)
 

@@ -3,9 +3,9 @@
 Decoding multiplies every weight with a row or a few, so its speed is that of reading the
 weights. On the machine of docs/benchmarks.md, whose memory gives 31 GB/s, `F.linear` reads
 SmolLM2's matrices at 10 GB/s in float32 and 13 in bfloat16 (MKL's matrix-vector product, and
-oneDNN on weights in a layout that it does not like). gptk's own kernel reads either at the speed of
-memory. Where it cannot run, oneDNN itself reads float32 weights as they are at 20 GB/s, and
-bfloat16 weights that were packed into its blocked layout once at 17 to 20.
+oneDNN on weights in a layout that it does not like). gptk's own kernel reads either at 31, or 24
+where they are not in huge pages. Where it cannot run, oneDNN itself reads float32 weights as they
+are at 20 GB/s, and bfloat16 weights that were packed into its blocked layout once at 17 to 20.
 """
 
 from typing import Any

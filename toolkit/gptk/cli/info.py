@@ -73,6 +73,7 @@ def bytes_in_memory(
 ) -> "Counter[str]":
     """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` has them once it is
     loaded. bits: of the matrices that stay as they are stored, by name."""
+    from gptk import kernels
     from gptk.linear import Linear
     from gptk.quantization import GROUP, bytes_of
     from gptk.weights import empty_gpt
@@ -90,7 +91,8 @@ def bytes_in_memory(
                     kind = f"int{kept}"
                 elif precision.startswith("int") and shape[1] % GROUP == 0:
                     kind = precision
-            if tied and kind == "float32":  # the embedding itself
+            # The embedding itself, unless PyTorch's kernel has it packed once more.
+            if tied and (kind == "float32" or (kind == plain and kernels.available())):
                 continue
             groups = kind == "int8" and bool(bits)
             sizes[kind] += bytes_of(shape, kind, by_groups=groups)
