@@ -113,7 +113,8 @@ def load(
             layer.quantize(quantize)
         layer.pack()
 
-    huge_pages = quantize is None and kernels.available()
+    # In float32 it would take longer than a text of a hundred tokens gains.
+    huge_pages = quantize is None and numbers == torch.bfloat16 and kernels.available()
     model = build_model(
         checkpoint, device=on, dtype=numbers, prepare=prepare, huge_pages=huge_pages
     )

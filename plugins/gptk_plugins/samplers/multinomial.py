@@ -38,19 +38,20 @@ class Multinomial(gptk.Sampler):
         # Both ways draw the same tokens; a look at some logits says which is the quicker.
         some = logits[:, ::64]
         if 8 * _count(some) < some.numel():
-            tokens, highest, total = _draw_among_few(logits, rows)
+            tokens, chosen, highest, total = _draw_among_few(logits, rows)
         else:
             highest = logits.amax(dim=-1)
             weights = (logits - highest[:, None]).exp()
             tokens = _argmin(rows.exponential(logits.shape[-1]) / weights)
             total = weights.sum(dim=-1)
+            chosen = logits.gather(1, tokens[:, None])[:, 0]
         # As Choice.one_each, with the sum of exponentials that is at hand.
-        logprobs = logits.gather(1, tokens[:, None])[:, 0] - highest - total.log()
+        logprobs = chosen - highest - total.log()
         return gptk.Choice(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)
 
 
-def _draw_among_few(logits: Tensor, rows: gptk.Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """The draw, the highest logit, and the sum of weights where truncation has left few tokens.
+def _draw_among_few(logits: Tensor, rows: gptk.Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The draw, its logits, the highest ones, and the sums of weights where few tokens are left.
 
     It takes a third of the time that the whole vocabulary takes.
     """
@@ -60,7 +61,8 @@ def _draw_among_few(logits: Tensor, rows: gptk.Rows) -> tuple[Tensor, Tensor, Te
         highest = few.amax()[None]
         weights = (few - highest).exp()
         race = rows.exponential_at(row, token) / weights
-        return token[race.argmin()][None], highest, weights.sum()[None]
+        best = race.argmin()
+        return token[best][None], few[best][None], highest, weights.sum()[None]
     highest = logits.amax(dim=-1)
     weights = (logits[row, token] - highest[row]).exp()
     race = rows.exponential_at(row, token) / weights
@@ -68,7 +70,8 @@ def _draw_among_few(logits: Tensor, rows: gptk.Rows) -> tuple[Tensor, Tensor, Te
     won = race == first[row]
     # A row without any token is left with token 0, whose score says so.
     tokens = torch.zeros_like(highest, dtype=torch.int64).scatter(0, row[won], token[won])
-    return tokens, highest, torch.zeros_like(highest).index_add(0, row, weights)
+    total = torch.zeros_like(highest).index_add(0, row, weights)
+    return tokens, logits.gather(1, tokens[:, None])[:, 0], highest, total
 
 
 def _count(logits: Tensor) -> int:
