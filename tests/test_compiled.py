@@ -5,7 +5,7 @@ import torch
 from click.testing import CliRunner
 
 import gptk
-from gptk import compiled
+from gptk import compiled, kernels
 from gptk.cli import cli
 from gptk.testing import tiny_gpt, tiny_lm
 from toys import CONFIGS
@@ -147,11 +147,13 @@ def test_compiled_layer_norms_biases_and_learned_positions(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_compiled_quantized_weights(precision, monkeypatch):
+    """With activations in float32: PyTorch's kernels round them to bfloat16, gptk's to 15 bits."""
+    error = 1e-3 if kernels.available() else 0.05
     is_equal_to_the_plain_model(
         CONFIGS["llama-like"],
         monkeypatch,
-        lambda model: model.bfloat16().quantize(precision).pack(),
-        {"rtol": 0.05, "atol": 0.05},
+        lambda model: model.quantize(precision).pack(),
+        {"rtol": error, "atol": error},
     )
 
 
