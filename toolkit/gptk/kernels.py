@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def _library() -> ctypes.CDLL | str:
     with contextlib.suppress(OSError):
         return _load(path)  # raises OSError where the file is missing or damaged
     try:
-        _compile([compiler, *flags], path)
+        _compile([*shlex.split(compiler), *flags], path)
         return _load(path)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]

@@ -84,7 +84,8 @@ class RMSNorm(Direct, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] % 16 == 0 and kernels.suit(x, self.weight):
-            return kernels.rms_norm(x, self.weight, self.eps or torch.finfo(x.dtype).eps)
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            return kernels.rms_norm(x, self.weight, eps)
         return super().forward(x)
 
 
