@@ -21,7 +21,7 @@ LARGE = gptk.GPTConfig(
 LARGEST = LARGE.vocab_size * LARGE.width
 SMALL = dataclasses.replace(LARGE, vocab_size=64, n_layers=1)
 
-ROOM = 40e6
+ROOM = 20e6
 """For what is between, in chunks, and holes in the heap."""
 
 pytestmark = pytest.mark.skipif(

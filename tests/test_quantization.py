@@ -22,9 +22,10 @@ from gptk.quantization import (
     Int8Groups,
     Levels,
     check_device,
-    quantize,
+    quantized,
     to_four_bits,
 )
+from gptk.saving import save_checkpoint
 from gptk.testing import tiny_gpt
 from gptk.torchao import TorchAO
 from test_cli import failing
@@ -33,7 +34,7 @@ from toys import GPT2_LIKE
 
 PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int4"])
 PACKED = {
-    "int8": lambda weight: quantize(weight, "int8"),
+    "int8": lambda weight: quantized(weight, "int8"),
     "PyTorch's int8": Int8,
     "int4": lambda weight: to_four_bits(weight).pack(),
     "PyTorch's int4": lambda weight: Int4(to_four_bits(weight)),
@@ -125,11 +126,21 @@ def test_packed_weights_are_let_go_of_when_quantized(precision):
 
 @PRECISIONS
 def test_inputs_that_no_group_divides_stay_as_they_are(precision):
-    assert quantize(torch.randn(8, 40), precision) is None
+    assert quantized(torch.randn(8, 40), precision) is None
     layer = Linear(40, 8)
     layer.quantize(precision)
     assert layer.packed is None
     assert layer.weight.shape == (8, 40)
+
+
+@PRECISIONS
+def test_weights_are_rounded_once_from_what_is_stored(precision, tmp_path):
+    save_checkpoint(tmp_path / "model", tiny_gpt(GPT2_LIKE), None)  # in float32
+    lm = gptk.load(tmp_path / "model", device="cpu", dtype="bfloat16", quantize=precision)
+    wants = tiny_gpt(GPT2_LIKE).quantize(precision)
+    for got, want in zip(lm.model.modules(), wants.modules(), strict=True):
+        if isinstance(want, Linear):
+            assert torch.equal(got.packed.dense(), want.packed.dense())
 
 
 @PRECISIONS

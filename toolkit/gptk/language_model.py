@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 
-from gptk import collector, kernels
+from gptk import collector
 from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
 from gptk.devices import resolve_device, resolve_dtype
 from gptk.drafting import Drafter, make_drafter
@@ -25,7 +25,6 @@ from gptk.errors import (
 )
 from gptk.evaluation import token_logprobs
 from gptk.generation import Generation, Score, TextStream, make_generation
-from gptk.linear import Linear
 from gptk.model import GPT, evaluating
 from gptk.observing import DecodingObserver
 from gptk.plugins import blaming, create, provided
@@ -76,7 +75,7 @@ class Settings(TypedDict, total=False):
 
 @collector.paused()
 def load(
-    source: str | None = None,
+    source: str | Path | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -102,23 +101,15 @@ def load(
     if quantize is not None:
         check_device(quantize, on)
     numbers = resolve_dtype(dtype, on, quantized=quantize is not None)
-    checkpoint = load_checkpoint(source or default_source(), stored=quantize == "stored")
+    checkpoint = load_checkpoint(str(source or default_source()), stored=quantize == "stored")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
 
-    def prepare(layer: Linear) -> None:
-        if quantize == "int8" or quantize == "int4":
-            layer.quantize(quantize)
-        layer.pack()
-
-    # In float32 it would take longer than a text of a hundred tokens gains.
-    huge_pages = quantize is None and numbers == torch.bfloat16 and kernels.available()
     model = build_model(
-        checkpoint, device=on, dtype=numbers, prepare=prepare, huge_pages=huge_pages
+        checkpoint, on, numbers, quantize=None if quantize == "stored" else quantize, pack=True
     )
-    model.pack()
     return LanguageModel(model.compile_step() if compile else model, tokenizer)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.quantization import Packed, Precision, quantize
+from gptk.quantization import Packed, Precision, quantized
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
@@ -73,7 +73,7 @@ class Linear(Direct, nn.Linear):
 
     def quantize(self, precision: Precision) -> None:
         """Round the weights to that precision, if they suit it; see gptk.quantization."""
-        if self.packed is None and (packed := quantize(self.weight, precision)) is not None:
+        if self.packed is None and (packed := quantized(self.weight, precision)) is not None:
             self.take(packed)
 
     def unpack(self) -> None:

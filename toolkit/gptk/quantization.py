@@ -73,7 +73,7 @@ def check_device(precision: Precision | Literal["stored"], device: torch.device)
         )
 
 
-def quantize(weight: Tensor, precision: Precision) -> Packed | None:
+def quantized(weight: Tensor, precision: Precision) -> Packed | None:
     """Quantized weights, each rounded to the nearest level; None where they do not suit.
 
     weight: (outputs, inputs) on a CPU, or on CUDA, where torchao does it. Inputs that no group of
@@ -84,10 +84,10 @@ def quantize(weight: Tensor, precision: Precision) -> Packed | None:
     if weight.device.type == "cuda":
         from gptk.torchao import TorchAO
 
-        return TorchAO(weight, precision)
-    if precision == "int4":
-        return to_four_bits(weight).pack()
-    return to_eight_bits(weight).pack() if kernels.available() else Int8(weight)
+        return TorchAO(weight.bfloat16(), precision)
+    if precision == "int8" and not kernels.available():
+        return Int8(weight)
+    return _pack(_Nearest(weight.detach(), to_four_bits if precision == "int4" else to_eight_bits))
 
 
 def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
@@ -130,7 +130,7 @@ class Levels:
         """With the codes packed, and scales and offsets of two bytes."""
         return self.codes.numel() * self.bits // 8 + 2 * (self.scale.numel() + self.offset.numel())
 
-    def __getitem__(self, rows: Tensor) -> "Levels":
+    def __getitem__(self, rows: Tensor | slice) -> "Levels":
         return Levels(self.codes[rows], self.scale[rows], self.offset[rows], self.bits)
 
     @staticmethod
@@ -163,42 +163,58 @@ class Levels:
         The codes are the same. gptk's own kernel has scales and offsets in float16, as files do;
         PyTorch's in bfloat16.
         """
-        if kernels.available():
-            return Groups(self)
-        return Int4(self) if self.bits == 4 else Int8Groups(self)
+        return _pack(self)
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    """The levels of some outputs when they are asked for, so that those of all are never there."""
+
+    weight: Tensor
+    to_levels: Callable[[Tensor], Levels]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def bits(self) -> Literal[4, 8]:
+        return 4 if self.to_levels is to_four_bits else 8
+
+    def __getitem__(self, rows: slice) -> Levels:
+        return self.to_levels(self.weight[rows].float())
+
+
+def _pack(levels: Levels | _Nearest) -> Packed:
+    if kernels.available():
+        return Groups(levels)
+    return Int4(levels) if levels.bits == 4 else Int8Groups(levels)
 
 
 def to_four_bits(weight: Tensor) -> Levels:
-    """16 levels from the least to the largest of each 32 weights. weight: (outputs, inputs)."""
-    weight = weight.detach()
+    """16 levels from the least to the largest of each 32 weights.
+
+    weight: (outputs, inputs) float32.
+    """
     dtype = torch.float16 if kernels.available() else torch.bfloat16
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scale = torch.empty(len(weight), weight.shape[1] // GROUP)
-    offset = torch.empty_like(scale)
-    for part, some in _chunks(weight):
-        groups = some.view(-1, scale.shape[1], GROUP)
-        least, most = groups.amin(dim=2), groups.amax(dim=2)
-        # Rounded first, as the kernel has them, so that codes fit them.
-        scale[part] = ((most - least) / 15).to(dtype)
-        offset[part] = least.to(dtype)
-        size = scale[part, :, None].clamp(min=torch.finfo(torch.float32).tiny)
-        rounded = ((groups - offset[part, :, None]) / size).round_().clamp_(0, 15)
-        codes[part] = rounded.flatten(1).to(torch.uint8)
-    return Levels(codes, scale, offset, 4)
+    groups = weight.view(len(weight), -1, GROUP)
+    least, most = groups.amin(dim=2), groups.amax(dim=2)
+    # Rounded first, as the kernel has them, so that codes fit them.
+    scale = ((most - least) / 15).to(dtype).float()
+    offset = least.to(dtype).float()
+    size = scale[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((groups - offset[:, :, None]) / size).round_().clamp_(0, 15)
+    return Levels(codes.flatten(1).to(torch.uint8), scale, offset, 4)
 
 
 def to_eight_bits(weight: Tensor) -> Levels:
-    """Steps of -127 to 127 times a scale for each output. weight: (outputs, inputs)."""
-    weight = weight.detach()
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scale = torch.empty(len(weight), 1)
-    for part, some in _chunks(weight):
-        # Rounded to float16 as the kernel has it, and never below what the largest weight takes:
-        # its rounding is at most 2⁻¹¹, and of the smallest numbers 2⁻²⁵.
-        least = some.abs().amax(dim=1, keepdim=True) / 127
-        scale[part] = (least * (1 + 2**-11) + 2**-25 * (least > 0)).half()
-        size = scale[part].clamp(min=torch.finfo(torch.float32).tiny)
-        codes[part] = ((some / size).round_().clamp_(-127, 127) + 128).to(torch.uint8)
+    """Steps of -127 to 127 times a scale for each output. weight: (outputs, inputs) float32."""
+    # Rounded to float16 as the kernel has it, and never below what the largest weight takes:
+    # its rounding is at most 2⁻¹¹, and of the smallest numbers 2⁻²⁵.
+    least = weight.abs().amax(dim=1, keepdim=True) / 127
+    scale = (least * (1 + 2**-11) + 2**-25 * (least > 0)).half().float()
+    size = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((weight / size).round_().clamp_(-127, 127) + 128).to(torch.uint8)
     scale = scale.expand(-1, weight.shape[1] // GROUP)
     return Levels(codes, scale, -128 * scale, 8)
 
@@ -219,7 +235,7 @@ class Groups:
     the first 16 inputs of the group, the high ones the others.
     """
 
-    def __init__(self, levels: Levels) -> None:
+    def __init__(self, levels: Levels | _Nearest) -> None:
         self.kind = "int8" if levels.bits == 8 else "int4"
         self._bits: int = levels.bits
         self._outputs, self._inputs = levels.shape
@@ -230,12 +246,12 @@ class Groups:
         step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
         for block in range(0, blocks, step):
             to = self._weights[block : block + step]
-            part = slice(block * _OWN_BLOCK, (block + step) * _OWN_BLOCK)
+            part = levels[block * _OWN_BLOCK : (block + step) * _OWN_BLOCK]
             numbers = to[:, :, :_CODES_AT].view(torch.float16).view(-1, groups, 2, _OWN_BLOCK)
-            for index, one in enumerate((levels.scale[part], levels.offset[part])):
+            for index, one in enumerate((part.scale, part.offset)):
                 numbers[:, :, index] = _in_blocks(one.half()).transpose(1, 2)
             # (blocks, outputs of a block, groups, fours of inputs, 4)
-            codes = _in_blocks(levels.codes[part]).view(-1, _OWN_BLOCK, groups, GROUP // 4, 4)
+            codes = _in_blocks(part.codes).view(-1, _OWN_BLOCK, groups, GROUP // 4, 4)
             if self._bits == 4:
                 low, high = codes.chunk(2, dim=3)
                 codes = low | high << 4
@@ -301,25 +317,26 @@ class Int4:
 
     kind = "int4"
 
-    def __init__(self, levels: Levels) -> None:
+    def __init__(self, levels: Levels | _Nearest) -> None:
         """levels: of 4 bits."""
 
-        def part_of(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            scale = levels.scale[part]
-            return levels.codes[part], scale, levels.offset[part] + 8 * scale
+        def part_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part = levels[rows]
+            return part.codes, part.scale, part.offset + 8 * part.scale
 
         self._pack(levels.shape, part_of)
 
     @classmethod
-    def of_eight_bits(cls, levels: Levels) -> "Int4":
+    def of_eight_bits(cls, levels: Levels | _Nearest) -> "Int4":
         """Those with 8 bits as twice as many inputs: a matrix for the high halves, one for the low.
 
         The value of code 0 goes with the high ones.
         """
 
-        def part_of(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-            codes, scale = levels.codes[part], levels.scale[part]
-            zero = levels.offset[part] + 128 * scale  # of (high - 8) · 16 scale
+        def part_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part = levels[rows]
+            codes, scale = part.codes, part.scale
+            zero = part.offset + 128 * scale  # of (high - 8) · 16 scale
             scale = scale.bfloat16().float()
             return (
                 torch.cat((codes >> 4, codes & 15), dim=1),
@@ -396,7 +413,7 @@ class Int8Groups:
 
     kind = "int8"
 
-    def __init__(self, levels: Levels) -> None:
+    def __init__(self, levels: Levels | _Nearest) -> None:
         self._halves = Int4.of_eight_bits(levels)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from gptk.linear import Linear
     from gptk.model import GPT, GPTConfig
+    from gptk.quantization import Packed, Precision
     from gptk.tokenizer import Tokenizer
 
 
@@ -252,25 +252,26 @@ def build_model(
     checkpoint: Checkpoint,
     device: "torch.device | str",
     dtype: "torch.dtype",
-    prepare: "Callable[[Linear], None] | None" = None,
     *,
-    huge_pages: bool = False,
+    quantize: "Precision | None" = None,
+    pack: bool = False,
 ) -> "GPT":
     """The GPT with a checkpoint's weights, in evaluation mode.
 
     The model is made without memory, and each tensor read, converted and put in its place before
     the next, so that none is there twice but the one at work. Levels stay quantized, on a CPU; an
-    embedding is expanded, and a tied head beside it stays quantized. prepare: what to do with each
-    linear layer as soon as it has its weights, such as to quantize or pack them. huge_pages: copy
-    matrices into such, on a CPU, where gptk's kernels read them a quarter faster.
+    embedding is expanded, and a tied head beside it stays quantized. quantize: the linear layers'
+    precision, see gptk.quantization; rounded from the weights as they are stored, not as `dtype`
+    has them. pack: lay the weights out for inference, see GPT.pack.
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
     """
     import torch
     from torch import nn
 
+    from gptk import kernels
     from gptk.linear import Linear
     from gptk.memory import new_bytes
-    from gptk.quantization import Levels
+    from gptk.quantization import Levels, quantized
 
     config, source = checkpoint.config, checkpoint.source
     given = checkpoint.state
@@ -282,18 +283,32 @@ def build_model(
     if tied and not torch.equal(given["head.weight"], given["embed.weight"]):
         raise SourceError(f"{source}: head.weight is not embed.weight, though the head is tied")
 
+    # gptk's kernels read them a quarter faster there. In float32 to copy them would take longer
+    # than a text of a hundred tokens gains.
+    in_huge_pages = (
+        pack
+        and dtype == torch.bfloat16
+        and torch.device(device).type == "cpu"
+        and kernels.available()
+    )
+
+    def packed(weight: "Tensor | Levels") -> "Packed | None":
+        if isinstance(weight, Levels):
+            return weight.pack()
+        return quantized(weight.to(device), quantize) if quantize else None
+
     def fill(layer: nn.Module, name: str) -> None:
         one = state[name]
-        if isinstance(one, Levels) and isinstance(layer, Linear):
-            layer.take(one.pack())
+        if isinstance(layer, Linear) and name.endswith(".weight") and (found := packed(one)):
+            layer.take(found)
             return
+        if name == "embed.weight" and config.tied_head and (found := packed(one)):
+            model.head.take(found)
         if isinstance(one, Levels):
-            if name == "embed.weight" and config.tied_head:
-                model.head.take(one.pack())
             one = one.dense(dtype)
-        if huge_pages and one.dim() == 2 and torch.device(device).type == "cpu":
+        if in_huge_pages and one.dim() == 2:
             one = new_bytes(one.numel() * dtype.itemsize).view(dtype).view(one.shape).copy_(one)
-        one = one.to(device=device, dtype=dtype)
+        one = one.to(device, dtype)
         setattr(layer, name.rpartition(".")[2], nn.Parameter(one))
 
     for path, layer in model.named_modules():
@@ -302,8 +317,10 @@ def build_model(
                 fill(layer, f"{path}.{name}")
         if layer is model.head and config.tied_head and model.head.packed is None:
             model.head.weight = model.embed.weight
-        if isinstance(layer, Linear) and prepare is not None:
-            prepare(layer)
+        if isinstance(layer, Linear) and pack:
+            layer.pack()
+    if pack:
+        model.pack()
     return model.eval()
 
 
