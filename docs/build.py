@@ -516,7 +516,8 @@ API = {
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
     "Models": "load_checkpoint build_model default_source GPT GPTConfig Levels",
-    "Decoding": "Decoding Choice DecodeSession Rows Follower RandomStream KVCache",
+    "Decoding": """Decoding Choice DecodeSession Rows Follower RandomStream KVCache
+        vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins PluginWarning Sampler LogitsProcessor Drafter Draft
         Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer gradient_norm
         TrainingObserver TrainingListener WeightLoader Checkpoint Tensors WeightWriter
@@ -536,7 +537,8 @@ API = {
         UnknownNameError""",
 }
 MEMBERS = {
-    "plugins": "register, unregister, provided, Provided, failures, create, find, option_help"
+    "vocabulary": "top, keep_from, last_key, logprobs_of, entropy, mean",
+    "plugins": "register, unregister, provided, Provided, failures, create, find, option_help",
 }
 """What is shown of a module; the rest is for gptk itself."""
 

@@ -1,6 +1,7 @@
 """Fixtures and the fixed Hypothesis profile."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,18 @@ def hf_smollm2(smollm2_path: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
     ).eval()
+
+
+@pytest.fixture(scope="module", params=["gptk's", "PyTorch's"])
+def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once with gptk's own kernels, where they can run, and once without."""
+    from gptk import kernels
+
+    if request.param == "PyTorch's":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "available", lambda: False)
+            yield
+    elif reason := kernels.reason_against():
+        pytest.skip(f"gptk's kernels cannot run: {reason}")
+    else:
+        yield

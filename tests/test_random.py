@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptk import Rows, kernels
-from gptk.random import RandomStream, as_keys, columns, exponential
+from gptk.random import RandomStream, as_keys, columns, draw, exponential
 
 
 @given(st.integers(), st.lists(st.integers(0, 2**31), max_size=5), st.integers(0, 1000))
@@ -90,10 +90,29 @@ def test_noise_is_finite_and_depends_on_key_and_token_alone():
     assert len({row.sum().item() for row in drawn}) == 50
 
 
-def test_noise_at_some_tokens_is_that_of_the_whole_vocabulary():
-    rows = Rows([[1], [2, 3], [4]])
-    row, token = torch.tensor([0, 2, 2, 1]), torch.tensor([7, 0, 49_151, 30])
-    assert torch.equal(rows.exponential_at(row, token), rows.exponential(49_152)[row, token])
+@given(data=st.data())
+def test_a_draw_is_the_token_of_least_noise_over_probability(either_kernels, data):
+    rows, size = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 15, 16, 17, 3000]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    logits = torch.randn(rows, size, generator=generator) * data.draw(st.sampled_from([1, 30]))
+    out = torch.rand(rows, size, generator=generator) < data.draw(st.sampled_from([0, 0.5, 0.99]))
+    logits = logits.masked_fill(out, -torch.inf)
+    logits[:, data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([-80.0, 0.0, 80.0]))
+    keys = as_keys([RandomStream.of(1, [row]).bits([0]) for row in range(rows)], CPU)
+    tokens, logprobs = draw(logits, keys)
+    race = exponential(keys[:, None], columns(size, CPU)).double() / logits.double().softmax(-1)
+    least = race.amin(dim=-1)
+    assert torch.allclose(race.gather(1, tokens[:, None])[:, 0], least, rtol=1e-5)
+    want = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert torch.allclose(logprobs.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def test_a_row_without_tokens_draws_nothing(either_kernels):
+    keys = as_keys([bytes(8), bytes(8)], CPU)
+    logits = torch.tensor([[-torch.inf] * 40, [torch.nan] + [0.0] * 39])
+    tokens, logprobs = draw(logits, keys)
+    assert tokens[0] == 0
+    assert logprobs.isnan().all()
 
 
 def test_noise_of_rows_that_part_is_independent_only_if_asked():

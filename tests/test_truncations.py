@@ -124,6 +124,12 @@ def check_against_transformers(name, x, scores):
             ORACLES[name](value)(torch.zeros(1, 1), row.clone()) > -torch.inf
             for value in ((low, high) if TRUNCATIONS[name][2] else (high, low))
         )
+        if name == "typical":  # which of two tokens is nearer, one on each side, has its own
+            logits = row.double()
+            mean = (logits.softmax(-1) * logits).nansum(-1, keepdim=True)
+            distance = (logits - mean).abs()
+            fewest = distance < distance[fewest].max() - MARGIN
+            most = distance <= distance[most].max() + MARGIN
         assert (fewest <= stays).all(), name
         assert (stays <= most).all(), name
 

@@ -93,12 +93,14 @@ _HOMES = {
 __all__ = [
     *_HOMES,
     "plugins",
+    "vocabulary",
     "__version__",
     "hookimpl",
 ]
 
 if TYPE_CHECKING:
     from gptk import plugins as plugins
+    from gptk import vocabulary as vocabulary
     from gptk.cache import KVCache as KVCache
     from gptk.checkpoints import best_checkpoint as best_checkpoint
     from gptk.comparison import Comparison as Comparison
@@ -171,8 +173,8 @@ if TYPE_CHECKING:
 if not TYPE_CHECKING:  # to a type checker a misspelt name is an error
 
     def __getattr__(name: str) -> object:
-        if name == "plugins":
-            return importlib.import_module("gptk.plugins")
+        if name in ("plugins", "vocabulary"):
+            return importlib.import_module(f"gptk.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module 'gptk' has no attribute {name!r}")
         value = getattr(importlib.import_module(f"gptk.{_HOMES[name]}"), name)

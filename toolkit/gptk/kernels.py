@@ -125,6 +125,59 @@ def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
     return y
 
 
+def sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of x (rows, size) float32, the highest number and Σ w and Σ w · (x - highest).
+
+    w = exp(x - highest). Returns (rows, 1) each.
+    """
+    x = x.contiguous()
+    highest, weight, weighted = x.new_empty(3, len(x), 1).unbind()
+    _run().gptk_sums(
+        *(x.data_ptr(), highest.data_ptr(), weight.data_ptr(), weighted.data_ptr(), *x.shape)
+    )
+    return highest, weight, weighted
+
+
+def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
+    """gptk.vocabulary.last_key."""
+    same = keys is logits
+    logits = logits.contiguous()
+    keys = logits if same else keys.contiguous()
+    y = keys.new_empty(len(keys), 1)
+    _run().gptk_last_key(keys.data_ptr(), logits.data_ptr(), p, y.data_ptr(), *keys.shape)
+    return y
+
+
+def keep_from(x: Tensor, least: Tensor) -> Tensor:
+    """gptk.vocabulary.keep_from."""
+    x, least = x.contiguous(), least.contiguous()
+    y = torch.empty_like(x)
+    _run().gptk_keep_from(x.data_ptr(), least.data_ptr(), y.data_ptr(), *x.shape)
+    return y
+
+
+def top(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """gptk.vocabulary.top, the first of equal numbers first; None if some are NaN."""
+    x = x.contiguous()
+    values, tokens = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    found = x.new_empty(len(x), dtype=torch.int32)
+    _run().gptk_top(
+        *(x.data_ptr(), values.data_ptr(), tokens.data_ptr(), found.data_ptr(), *x.shape, k)
+    )
+    return (values, tokens) if all(found.tolist()) else None
+
+
+def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """gptk.random.draw."""
+    logits, keys = logits.contiguous(), keys.contiguous()
+    tokens, logprobs = keys.new_empty(len(keys), dtype=torch.int64), logits.new_empty(len(keys))
+    _run().gptk_draw(
+        *(logits.data_ptr(), keys.data_ptr(), tokens.data_ptr(), logprobs.data_ptr()),
+        *logits.shape,
+    )
+    return tokens, logprobs
+
+
 HEAD_DIMS = (32, 64, 96, 128)
 FEW_QUERIES = 16
 """From there on PyTorch's attention is faster, which takes queries together."""
@@ -248,6 +301,11 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_swiglu": [flag, to, to, size, size],
         "gptk_rotate": [flag, to, to, to, to, size, size, size],
         "gptk_exponential": [to, size, to, to, size],
+        "gptk_sums": [to, to, to, to, size, size],
+        "gptk_last_key": [to, to, ctypes.c_double, to, size, size],
+        "gptk_keep_from": [to, to, to, size, size],
+        "gptk_top": [to, to, to, to, size, size, size],
+        "gptk_draw": [to, to, to, to, size, size],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
     }
     for name, types in takes.items():

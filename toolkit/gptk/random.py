@@ -60,6 +60,22 @@ def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
     )
 
 
+def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row in proportion to exp(logits), and its log-probability: (rows,) each.
+
+    The token of least noise / weight, see `exponential`. logits: (rows, vocab) float32; keys:
+    (rows, 2) int32. A row without a finite logit gets token 0, with a NaN.
+    """
+    if logits.is_cpu and logits.dtype == torch.float32 and kernels.available():
+        return kernels.draw(logits.detach(), keys)
+    highest = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - highest).exp()
+    noise = exponential(keys[:, None], columns(logits.shape[-1], logits.device))
+    tokens = (noise / weights).argmin(dim=-1, keepdim=True)
+    logprobs = logits.gather(1, tokens) - highest - weights.sum(dim=-1, keepdim=True).log()
+    return tokens[:, 0], logprobs[:, 0]
+
+
 def _exponential(keys: Tensor, tokens: Tensor) -> Tensor:
     """The hash is made of integer operations, which every device does alike."""
     x = tokens * _signed(0x9E3779B1) + keys[..., 0]

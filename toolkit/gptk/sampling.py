@@ -75,8 +75,9 @@ class Choice:
     @classmethod
     def one_each(cls, tokens: "Tensor", logits: "Tensor", rows: "Rows") -> "Choice":
         """One token for each row, scored by its log-probability. tokens: (rows,)."""
-        # One kernel; logsumexp is several, and takes three times as long.
-        logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        from gptk.vocabulary import logprobs_of
+
+        logprobs = logprobs_of(logits.gather(1, tokens[:, None]), logits)[:, 0]
         return cls(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)
 
 

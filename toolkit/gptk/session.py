@@ -14,7 +14,7 @@ from torch import Tensor
 from gptk.cache import KVCache
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model import GPT, evaluating
-from gptk.random import RandomStream, as_keys, columns, exponential
+from gptk.random import RandomStream, as_keys, columns, draw, exponential
 from gptk.tokenizer import Tokenizer
 
 Overflow = Literal["stop", "slide"]
@@ -136,10 +136,15 @@ class Rows:
         """
         return exponential(self._keys(apart)[:, None], columns(size, self._tokens.device))
 
-    def exponential_at(self, row: Tensor, token: Tensor) -> Tensor:
-        """The noise of `exponential` for a few tokens: token[i] of row[i]."""
-        keys = self._keys(False)
-        return exponential(keys if len(keys) == 1 else keys[row], token.int())
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's next token, drawn from softmax(logits), and its log-probability.
+
+        logits: (rows, vocab) float32. Returns (rows,) int64 and float32. It is the token of
+        least noise / probability, with the noise of `exponential`, so that another call draws
+        the same, and a truncation changes a token only where it takes it out. A row without a
+        finite logit gets token 0 and NaN.
+        """
+        return draw(logits, self._keys(False))
 
     def _keys(self, apart: bool) -> Tensor:
         bits = []

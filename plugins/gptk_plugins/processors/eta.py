@@ -28,9 +28,9 @@ class Eta(gptk.LogitsProcessor):
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         probabilities = logits.softmax(dim=-1)
-        # 0·log 0, of tokens that were taken out, counts as 0.
-        entropy = -(probabilities * logits.log_softmax(dim=-1)).nansum(dim=-1, keepdim=True)
-        eta = (math.sqrt(self.epsilon) * (-entropy).exp()).clamp(max=self.epsilon)
+        eta = (math.sqrt(self.epsilon) * (-gptk.vocabulary.entropy(logits)).exp()).clamp(
+            max=self.epsilon
+        )
         # η is below the highest probability, which is at least exp(-H), but for rounding.
         least = torch.minimum(eta, probabilities.amax(dim=-1, keepdim=True))
         return logits.masked_fill(probabilities < least, -torch.inf)

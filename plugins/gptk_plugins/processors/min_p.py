@@ -6,7 +6,6 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._cut import keep_from
 
 
 class MinP(gptk.LogitsProcessor):
@@ -20,4 +19,4 @@ class MinP(gptk.LogitsProcessor):
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         # p(v) / max p = exp(logit - max logit): no softmax is needed.
         least = logits.amax(dim=-1, keepdim=True) + math.log(self.p)
-        return keep_from(logits, least)
+        return gptk.vocabulary.keep_from(logits, least)

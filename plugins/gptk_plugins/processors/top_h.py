@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._cut import keep_from
 
 CANDIDATES = 100
 
@@ -24,10 +23,10 @@ class TopH(gptk.LogitsProcessor):
     h: float = Field(0.4, gt=0, le=1, description="the share of the entropy; 1 keeps 100 tokens")
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
-        top = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1).values
+        top = gptk.vocabulary.top(logits, min(CANDIDATES, logits.shape[-1])).values
         probabilities = top.softmax(dim=-1)
         entropy = torch.special.entr(probabilities).cumsum(dim=-1)
         # A token of probability 0 adds nothing and would always fit.
         kept = (entropy <= self.h * entropy[:, -1:]) & (probabilities > 0)
         last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
-        return keep_from(logits, top.gather(-1, last))
+        return gptk.vocabulary.keep_from(logits, top.gather(-1, last))

@@ -7,7 +7,6 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._cut import keep_from
 
 
 class TopK(gptk.LogitsProcessor):
@@ -21,5 +20,5 @@ class TopK(gptk.LogitsProcessor):
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         if self.k >= logits.shape[-1]:
             return logits
-        least = logits.topk(self.k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        return keep_from(logits, least)
+        least = gptk.vocabulary.top(logits, self.k).values[:, -1:]
+        return gptk.vocabulary.keep_from(logits, least)

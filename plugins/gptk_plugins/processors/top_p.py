@@ -7,8 +7,6 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._cut import keep_from
-from gptk_plugins.processors._prefix import last_key
 
 
 class TopP(gptk.LogitsProcessor):
@@ -22,5 +20,5 @@ class TopP(gptk.LogitsProcessor):
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         if self.p == 1:
             return logits
-        least = last_key(logits, logits.softmax(dim=-1), self.p)
-        return keep_from(logits, least)
+        least = gptk.vocabulary.last_key(logits, logits, self.p)
+        return gptk.vocabulary.keep_from(logits, least)

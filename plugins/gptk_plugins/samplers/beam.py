@@ -44,10 +44,11 @@ class Beam(gptk.Sampler):
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
         count = self.width * candidates_per_place(rows)
         # The best of a prompt are among the best of its rows.
-        top = logits.log_softmax(dim=-1).topk(min(count, logits.shape[-1]), dim=-1)
-        scores = top.values + rows.scores[:, None]
+        top = gptk.vocabulary.top(logits, min(count, logits.shape[-1]))
+        logprobs = gptk.vocabulary.logprobs_of(top.values, logits)
+        scores = logprobs + rows.scores[:, None]
         at = best_of_each_prompt(scores, rows, count)
-        return choice_at(at, top.indices, top.values, scores)
+        return choice_at(at, top.tokens, logprobs, scores)
 
     def rank(self, score: float, length: int) -> float:
         return float(score / max(length, 1) ** self.length_penalty)

@@ -30,11 +30,12 @@ class BeamSample(Beam):
         logprobs = logits.log_softmax(dim=-1)
         scores = logprobs + rows.scores[:, None]
         noise = -rows.exponential(logits.shape[-1], apart=True).log()
-        drawn = (scores / self.temperature + noise).topk(min(count, logits.shape[-1]), dim=-1)
-        logprobs, scores = logprobs.gather(1, drawn.indices), scores.gather(1, drawn.indices)
+        keys = scores / self.temperature + noise
+        drawn = gptk.vocabulary.top(keys, min(count, logits.shape[-1]))
+        logprobs, scores = logprobs.gather(1, drawn.tokens), scores.gather(1, drawn.tokens)
         at = best_of_each_prompt(drawn.values, rows, count)
         # Best score first, prompt by prompt: a stable sort by the score, then by the prompt.
         at = at[scores.flatten()[at].argsort(descending=True, stable=True)]
         prompts = at.new_tensor(rows.prompts)[at // scores.shape[1]]
         at = at[prompts.argsort(stable=True)]
-        return choice_at(at, drawn.indices, logprobs, scores)
+        return choice_at(at, drawn.tokens, logprobs, scores)

@@ -34,15 +34,15 @@ class Contrastive(gptk.Sampler):
         logits = decoding.processed_logits()
         count = len(session.rows)
         k = min(self.k, logits.shape[-1])
-        top = logits.topk(k, dim=-1)
+        top = gptk.vocabulary.top(logits, k)
         if not bool(top.values[:, 0].isfinite().all()):  # nothing to look ahead to
-            decoding.commit(gptk.Choice.one_each(top.indices[:, 0], logits, session.rows))
+            decoding.commit(gptk.Choice.one_each(top.tokens[:, 0], logits, session.rows))
             return
-        logprobs = top.values - logits.logsumexp(dim=-1, keepdim=True)
+        logprobs = gptk.vocabulary.logprobs_of(top.values, logits)
         scores = session.rows.scores[:, None] + logprobs
 
         session.select([row for row in range(count) for _ in range(k)])
-        session.extend(top.indices.flatten())
+        session.extend(top.tokens.flatten())
         states = F.normalize(session.hidden.float(), dim=-1)
         penalty = context.likest(states).view(count, k)
         # A token that was taken out has probability 0, but must not win by being different.
@@ -54,7 +54,7 @@ class Contrastive(gptk.Sampler):
         context.add(states[at])
         decoding.commit(
             gptk.Choice(
-                tokens=top.indices.flatten()[at],
+                tokens=top.tokens.flatten()[at],
                 logprobs=logprobs.flatten()[at],
                 scores=scores.flatten()[at],
             ),
