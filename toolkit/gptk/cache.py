@@ -15,6 +15,7 @@ needed: one prompt, or several of a length. Slots out of sight must be finite, a
 of zero times infinity is not zero. Memory is reserved ahead and grows when it runs out.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Slots:
     """The first slot written in each tree; the places of a tree follow, `time` slots each."""
     end: int
     """One past the last slot used after this pass."""
+    group: int
+    """Query heads that share keys."""
     trees: int
     places: int
     """How many rows a tree has room for in this pass."""
@@ -41,8 +44,8 @@ class Slots:
     starts: list[int]
     """For each row the first slot written."""
     mask: Tensor | None
-    """(1 or trees · kv_heads, 1, queries, end), of the model's dtype, added to the scores:
-    0 where a query may look, -inf elsewhere; queries: (group, places, time). None: all visible."""
+    """(1 or trees, places · time, end), of the model's dtype, added to the scores of all heads:
+    0 where a query may look, -inf elsewhere. None: all is visible."""
     causal: bool
     """Queries and keys are the same tokens: plain causal attention."""
     plain: bool
@@ -53,6 +56,16 @@ class Slots:
     keys: tuple[Tensor, ...]
     """For each layer all keys up to `end`, (trees · kv_heads, 1, end, head_dim)."""
     values: tuple[Tensor, ...]
+
+    @functools.cached_property
+    def mask_of_heads(self) -> Tensor | None:
+        """The mask as (1 or trees · kv_heads, 1, group · places · time, end)."""
+        if self.mask is None:
+            return None
+        mask = self.mask.repeat(1, self.group, 1) if self.group > 1 else self.mask
+        kv_heads = len(self.keys[0]) // self.trees
+        mask = mask.repeat_interleave(kv_heads, dim=0) if len(mask) > 1 else mask
+        return mask[:, None]
 
     def write(self, layer: int, new: Tensor) -> None:
         """Store a layer's new keys and values, (rows, time, 2, kv_heads, head_dim)."""
@@ -119,14 +132,13 @@ class KVCache:
     def plan(self, time: int, group: int = 1) -> Slots:
         """The slots for `time` new tokens on every row; makes room for them.
 
-        group: query heads that share keys, and come in attention as so many queries. Lengths move
-        on in `advance`, once the pass is made.
+        group: query heads that share keys. Lengths move on in `advance`, once the pass is made.
         """
         device, lengths = self.kv.device, self.lengths
         longest, shortest = max(lengths), min(lengths)
         if self._at is not None and self._used >= self._squeeze_at:
             self._squeeze()
-        trees, kv_heads = self.kv.shape[2:4]
+        trees = self.kv.shape[2]
         place, places = _places(self._trees, trees)
         start, end = self._used, self._used + places * time
         starts = [start + time * (one % places) for one in place]
@@ -141,13 +153,10 @@ class KVCache:
         mask = None
         if not causal and self._at is not None:
             mask = self._at.mask(place, trees * places, starts, start, end, time)
-            mask = mask.view(trees, 1, places * time, end)
+            mask = mask.view(trees, places * time, end)
         elif not causal and time > 1:
             seen = torch.arange(end, device=device) <= (steps + start)[:, None]
-            mask = self.kv.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None, None]
-        if mask is not None:
-            mask = mask.repeat(1, 1, group, 1) if group > 1 else mask
-            mask = mask.repeat_interleave(kv_heads, dim=0) if len(mask) > 1 else mask
+            mask = self.kv.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None]
         in_order = place == list(range(trees * places))
         order = None if in_order else torch.tensor(place, device=device)
         plain = in_order and places == time == 1
@@ -159,6 +168,7 @@ class KVCache:
             positions=positions,
             start=start,
             end=end,
+            group=group,
             trees=trees,
             places=places,
             order=order,

@@ -99,11 +99,12 @@ class RecordedStep(Step):
         keys, values = kv.flatten(2, 3)[:, :, :, None].unbind(1)
         every = torch.arange(capacity, device=kv.device)
         # Of a length that attention kernels like.
-        mask = kv.new_zeros(1, 1, 1, capacity + -capacity % 8)[..., :capacity]
+        mask = kv.new_zeros(1, 1, capacity + -capacity % 8)[..., :capacity]
         at = _SlotsAt(
             positions=place[None],
             start=0,
             end=capacity,
+            group=1,  # of the mask: one row serves all queries
             trees=1,
             places=1,
             order=None,
@@ -190,6 +191,7 @@ class _Traced(nn.Module):
             positions=torch.full((1, 1), length - 1),
             start=length - 1,
             end=length,
+            group=model.config.n_heads // model.config.n_kv_heads,
             trees=1,
             places=1,
             order=None,

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -36,6 +37,15 @@ inline __m512 load_some(const float* x, __mmask16 lanes) { return _mm512_maskz_l
 inline __m512 load_some(const uint16_t* x, __mmask16 lanes) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline float number(float x) { return x; }
+
+inline float number(uint16_t x) {  // bfloat16
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
 }
 
 inline void store(float* y, __mmask16 lanes, __m512 value) {
@@ -164,6 +174,38 @@ void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t row
       }
     }
   }
+}
+
+// The layout for `products`: codes (outputs, inputs), one in a byte, scale and offset (outputs,
+// groups). The last block is filled up with zeros.
+template <int bits>
+void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
+          int64_t outputs, int64_t inputs) {
+  const int64_t groups = inputs / GROUP;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++)
+    for (int64_t group = 0; group < groups; group++) {
+      uint8_t* to = y + (block * groups + group) * bytes_of(bits);
+      alignas(64) float scales[BLOCK] = {}, offsets[BLOCK] = {};
+      alignas(64) uint32_t fours[GROUP / 4][BLOCK] = {};
+      const int64_t first = block * BLOCK;
+      for (int64_t i = 0; i < std::min(BLOCK, outputs - first); i++) {
+        const int64_t at = (first + i) * groups + group;
+        scales[i] = scale[at];
+        offsets[i] = offset[at];
+        uint32_t row[GROUP / 4];
+        std::memcpy(row, codes + at * GROUP, GROUP);
+        for (int four = 0; four < GROUP / 4; four++) fours[four][i] = row[four];
+      }
+      _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(_mm512_load_ps(scales), 0));
+      _mm256_storeu_si256((__m256i*)to + 1, _mm512_cvtps_ph(_mm512_load_ps(offsets), 0));
+      for (int i = 0; i < bits; i++) {
+        __m512i line = _mm512_load_si512(fours[i]);
+        if (bits == 4)
+          line = _mm512_or_si512(line, _mm512_slli_epi32(_mm512_load_si512(fours[4 + i]), 4));
+        _mm512_storeu_si512(to + 64 + 64 * i, line);
+      }
+    }
 }
 
 // The weights themselves, y (outputs, inputs).
@@ -566,7 +608,7 @@ struct Partial {
 
 // Rows of queries, `rows` of each tree; each key head serves `group` query heads.
 struct Attention {
-  int64_t trees, rows, group, kv_heads, length, row_stride, key_stride, mask_stride, query_stride;
+  int64_t trees, rows, group, kv_heads, length, row_stride, key_stride, tree_stride, mask_stride;
   float scale;
 
   int64_t batch() const { return trees * kv_heads; }
@@ -577,59 +619,93 @@ struct Attention {
   int64_t head(int64_t one, int64_t query) const { return one % kv_heads * group + query / rows; }
 };
 
-template <typename T>
-void widen(const T* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) _mm512_store_ps(to + i, load(from + i));
+// The scores of a query, for keys that are `seen`, into scores; returns the largest. Beyond count,
+// up to a multiple of 16, they are -inf.
+template <typename T, int vectors>
+float score(const T* q, const T* keys, const T* mask, const int32_t* seen, int64_t count,
+            float scale, float* scores) {
+  constexpr int64_t size = 16 * vectors, step = 64 / sizeof(T);
+  __m512i own[size / step];
+  for (int v = 0; v < size / step; v++) own[v] = _mm512_loadu_si512(q + v * step);
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  for (int64_t key = 0; key < count; key += 16) {
+    __m512 dots[16];
+    alignas(64) float added[16];
+    for (int i = 0; i < 16; i++) {
+      const int32_t at = seen[std::min(key + i, count - 1)];
+      dots[i] = _mm512_setzero_ps();
+      for (int v = 0; v < size / step; v++)
+        dots[i] = multiply(dots[i], q, own[v], _mm512_loadu_si512(keys + at * size + v * step));
+      added[i] = key + i < count ? (mask ? number(mask[at]) : 0) : -INFINITY;
+    }
+    const __m512 some =
+        _mm512_fmadd_ps(sums_of(dots), _mm512_set1_ps(scale), _mm512_load_ps(added));
+    _mm512_store_ps(scores + key, some);
+    most = _mm512_max_ps(most, some);
+  }
+  return _mm512_reduce_max_ps(most);
+}
+
+// The values that are `seen`, times the weights of H queries that are `apart`, for each.
+template <typename T, int vectors, int H>
+void weigh(const T* values, const float (*weights)[CHUNK], int64_t apart, const int32_t* seen,
+           int64_t count, Partial* out) {
+  __m512 sum[H][vectors];
+  for (auto& one : sum)
+    for (auto& some : one) some = _mm512_setzero_ps();
+  for (int64_t key = 0; key < count; key++)
+    for (int v = 0; v < vectors; v++) {
+      const __m512 value = load(values + seen[key] * 16 * vectors + 16 * v);
+      for (int h = 0; h < H; h++)
+        sum[h][v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * apart][key]), value, sum[h][v]);
+    }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[h * apart].sum + 16 * v, sum[h][v]);
 }
 
 template <typename T, int vectors>
 void attend_chunk(const T* q, const T* keys, const T* values, const T* mask, const Attention& at,
                   int64_t one, int64_t count, Partial* out) {
   constexpr int64_t size = 16 * vectors;
-  const int64_t queries = at.queries();
-  alignas(64) float wide[CHUNK * size], scores[QUERIES][CHUNK];
-  widen(keys, wide, count * size);
-  const int64_t padded = (count + 15) / 16 * 16;
-  std::fill(wide + count * size, wide + padded * size, 0.0f);
-  for (int64_t query = 0; query < queries; query++) {
-    __m512 own[vectors], most = _mm512_set1_ps(-INFINITY);
-    const T* from = q + at.row(one, query) * at.row_stride + at.head(one, query) * size;
-    for (int v = 0; v < vectors; v++)
-      own[v] = _mm512_mul_ps(load(from + 16 * v), _mm512_set1_ps(at.scale));
-    for (int64_t key = 0; key < padded; key += 16) {
-      __m512 dots[16];
-      for (int i = 0; i < 16; i++) {
-        dots[i] = _mm512_mul_ps(own[0], _mm512_load_ps(wide + (key + i) * size));
-        for (int v = 1; v < vectors; v++)
-          dots[i] =
-              _mm512_fmadd_ps(own[v], _mm512_load_ps(wide + (key + i) * size + 16 * v), dots[i]);
-      }
-      __m512 some = sums_of(dots);
-      const __mmask16 lanes = count - key >= 16 ? ALL : (1u << (count - key)) - 1;
-      if (mask) some = _mm512_add_ps(some, load_some(mask + query * at.query_stride + key, lanes));
-      some = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, some);
-      _mm512_store_ps(scores[query] + key, some);
-      most = _mm512_max_ps(most, some);
-    }
-    out[query].most = _mm512_reduce_max_ps(most);
-    const __m512 unit = _mm512_set1_ps(out[query].most == -INFINITY ? 0 : out[query].most);
-    __m512 weight = _mm512_setzero_ps();
-    for (int64_t key = 0; key < padded; key += 16) {
-      const __m512 some = exp(_mm512_sub_ps(_mm512_load_ps(scores[query] + key), unit));
-      _mm512_store_ps(scores[query] + key, some);
-      weight = _mm512_add_ps(weight, some);
-    }
-    out[query].weight = _mm512_reduce_add_ps(weight);
-  }
-  widen(values, wide, count * size);
-  for (int64_t query = 0; query < queries; query++) {
-    __m512 sum[vectors];
-    for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
+  alignas(64) float weights[QUERIES][CHUNK];
+  // A row's heads see the same keys, of a tree often few.
+  for (int64_t row = 0; row < at.rows; row++) {
+    const T* added = mask ? mask + row * at.mask_stride : nullptr;
+    int32_t seen[CHUNK];
+    int64_t some = 0;
     for (int64_t key = 0; key < count; key++)
-      for (int v = 0; v < vectors; v++)
-        sum[v] = _mm512_fmadd_ps(_mm512_set1_ps(scores[query][key]),
-                                 _mm512_load_ps(wide + key * size + 16 * v), sum[v]);
-    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[query].sum + 16 * v, sum[v]);
+      if (!added || number(added[key]) > -INFINITY) seen[some++] = key;
+    for (int64_t query = row; query < at.queries(); query += at.rows) {
+      const T* from = q + at.row(one, query) * at.row_stride + at.head(one, query) * size;
+      float* own = weights[query];
+      out[query].most =
+          score<T, vectors>(from, keys, added, seen, some, at.scale, own);
+      const __m512 unit = unit_of(out[query].most);
+      __m512 weight = _mm512_setzero_ps();
+      for (int64_t key = 0; key < some; key += 16) {
+        const __m512 part = exp(_mm512_sub_ps(_mm512_load_ps(own + key), unit));
+        _mm512_store_ps(own + key, part);
+        weight = _mm512_add_ps(weight, part);
+      }
+      out[query].weight = _mm512_reduce_add_ps(weight);
+    }
+    constexpr int together = vectors > 4 ? 2 : 4;  // as many sums as there are registers
+    for (int64_t head = 0; head < at.group;) {
+      const int64_t query = head * at.rows + row, left = at.group - head;
+      if (left >= together) {
+        weigh<T, vectors, together>(values, weights + query, at.rows, seen, some, out + query);
+        head += together;
+      } else if (left == 3) {
+        weigh<T, vectors, 3>(values, weights + query, at.rows, seen, some, out + query);
+        head += 3;
+      } else if (left == 2) {
+        weigh<T, vectors, 2>(values, weights + query, at.rows, seen, some, out + query);
+        head += 2;
+      } else {
+        weigh<T, vectors, 1>(values, weights + query, at.rows, seen, some, out + query);
+        head += 1;
+      }
+    }
   }
 }
 
@@ -638,7 +714,7 @@ template <typename T, int vectors>
 void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, const Attention& at) {
   constexpr int64_t size = 16 * vectors;
   const int64_t chunks = (at.length + CHUNK - 1) / CHUNK, queries = at.queries();
-  std::vector<Partial> partial(at.batch() * chunks * queries);
+  const std::unique_ptr<Partial[]> partial(new Partial[at.batch() * chunks * queries]);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -646,7 +722,7 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, con
       const int64_t one = task / chunks, start = task % chunks * CHUNK;
       const int64_t from = one * at.key_stride + start * size;
       attend_chunk<T, vectors>(q, keys + from, values + from,
-                               mask ? mask + one * at.mask_stride + start : nullptr, at, one,
+                               mask ? mask + one / at.kv_heads * at.tree_stride + start : nullptr, at, one,
                                std::min(CHUNK, at.length - start), &partial[task * queries]);
     }
 #pragma omp for schedule(static)
@@ -707,6 +783,13 @@ void gptk_dense(int is_bfloat16, const void* x, const void* weights, const void*
                 int64_t rows, int64_t inputs, int64_t outputs) {
   OF(is_bfloat16, dense((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows, inputs,
                         outputs));
+}
+
+// The weights of gptk_linear, y, from codes in a byte each, and of each group scale and offset.
+void gptk_pack(int bits, const void* codes, const float* scale, const float* offset, void* y,
+               int64_t outputs, int64_t inputs) {
+  (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)y, outputs,
+                                  inputs);
 }
 
 // The weights of gptk_linear themselves, y (outputs, inputs).
@@ -793,13 +876,13 @@ void gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float*
 
 // y = softmax(q kᵀ · scale + mask) v. q: (trees · rows, heads, size) at row_stride, y alike without
 // gaps; keys, values: (trees · kv_heads, length, size) at key_stride; mask, or none:
-// (trees · kv_heads, heads of a key head · rows, length) at its strides. size: 32, 64, 96 or 128.
+// (trees, rows, length) at its strides. size: 32, 64, 96 or 128.
 void gptk_attend(int is_bfloat16, const void* q, const void* keys, const void* values,
                  const void* mask, void* y, float scale, int64_t trees, int64_t rows,
                  int64_t heads, int64_t kv_heads, int64_t length, int64_t size, int64_t row_stride,
-                 int64_t key_stride, int64_t mask_stride, int64_t query_stride) {
+                 int64_t key_stride, int64_t tree_stride, int64_t mask_stride) {
   const Attention at{trees,      rows,        heads / kv_heads, kv_heads, length, row_stride,
-                     key_stride, mask_stride, query_stride,     scale};
+                     key_stride, tree_stride, mask_stride,      scale};
   OF(is_bfloat16, attend_of<T>(q, keys, values, mask, y, size, at));
 }
 }

@@ -96,20 +96,19 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
 
     q: (rows, heads, d), the rows of a tree next to each other, and heads without gaps; keys and
     values: (trees · kv_heads, 1, length, d), of one layout, the keys of a head without gaps; mask:
-    (1 or trees · kv_heads, 1, queries, length), queries being (group, rows of a tree). d: one of
-    HEAD_DIMS.
+    (1 or trees, rows of a tree, length), for all heads. d: one of HEAD_DIMS.
     """
     rows, heads, d = q.shape
     y = torch.empty(rows, heads, d, dtype=q.dtype)
-    mask_stride = query_stride = 0
+    tree_stride = mask_stride = 0
     if mask is not None:
-        mask_stride, query_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)
+        tree_stride, mask_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
     batch, _, length, _ = keys.shape
     _run().gptk_attend(
         *(q.dtype == torch.bfloat16, q.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(None if mask is None else mask.data_ptr(), y.data_ptr(), d**-0.5),
         *(trees, rows // trees, heads, batch // trees, length, d),
-        *(q.stride(0), keys.stride(0), mask_stride, query_stride),
+        *(q.stride(0), keys.stride(0), tree_stride, mask_stride),
     )
     return y
 
@@ -227,6 +226,14 @@ FEW_ROWS = {torch.float32: 24, torch.bfloat16: 32}
 """From there on PyTorch's products are as fast."""
 
 
+def pack(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, y: Tensor) -> None:
+    """The weights of `linear` from those of some gptk.Levels, into y: uint8, 16 outputs a block."""
+    codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
+    _run().gptk_pack(
+        *(bits, codes.data_ptr(), scale.data_ptr(), offset.data_ptr(), y.data_ptr(), *codes.shape)
+    )
+
+
 def expand(weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights of `linear` as numbers: (outputs, inputs), bfloat16 or float32."""
     y = torch.empty(outputs, inputs, dtype=dtype)
@@ -296,6 +303,7 @@ def _load(path: Path) -> ctypes.CDLL:
     takes: dict[str, list[Any]] = {
         "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
         "gptk_dense": [flag, to, to, to, to, size, size, size],
+        "gptk_pack": [flag, to, to, to, to, size, size],
         "gptk_expand": [flag, flag, to, to, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],

@@ -182,12 +182,12 @@ def attend(q: Tensor, layer: int, at: Slots) -> Tensor:
         return at.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
     if at.plain:
         q = q.reshape(batch, 1, -1, d)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
         return y.view(at.trees, -1)
     # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
     q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, group, d)
     q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
     y = y.view(at.trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
     return at.by_row(y.reshape(at.trees * at.places, time, heads * d)).flatten(0, 1)
 

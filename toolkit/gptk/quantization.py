@@ -31,8 +31,6 @@ _BLOCK = 64
 """Outputs that PyTorch's kernel has its weights packed in; fewer are filled up."""
 _OWN_BLOCK = 16
 """The same of gptk's own kernel."""
-_CODES_AT = 4 * _OWN_BLOCK
-"""In a group of a block, after the scales and offsets."""
 _CHUNK = 1 << 18
 """Weights that are worked on at a time, so that what is between takes little memory."""
 
@@ -241,21 +239,11 @@ class Groups:
         self._outputs, self._inputs = levels.shape
         groups = self._inputs // GROUP
         blocks = -(-self._outputs // _OWN_BLOCK)
-        codes_bytes = GROUP * _OWN_BLOCK * self._bits // 8
-        self._weights = new_bytes(blocks, groups, _CODES_AT + codes_bytes)
+        self._weights = new_bytes(blocks, groups, (4 + GROUP * self._bits // 8) * _OWN_BLOCK)
         step = max(1, _CHUNK // (_OWN_BLOCK * self._inputs))
         for block in range(0, blocks, step):
-            to = self._weights[block : block + step]
             part = levels[block * _OWN_BLOCK : (block + step) * _OWN_BLOCK]
-            numbers = to[:, :, :_CODES_AT].view(torch.float16).view(-1, groups, 2, _OWN_BLOCK)
-            for index, one in enumerate((part.scale, part.offset)):
-                numbers[:, :, index] = _in_blocks(one.half()).transpose(1, 2)
-            # (blocks, outputs of a block, groups, fours of inputs, 4)
-            codes = _in_blocks(part.codes).view(-1, _OWN_BLOCK, groups, GROUP // 4, 4)
-            if self._bits == 4:
-                low, high = codes.chunk(2, dim=3)
-                codes = low | high << 4
-            to[:, :, _CODES_AT:] = codes.permute(0, 2, 3, 1, 4).flatten(2)
+            kernels.pack(part.codes, part.scale, part.offset, self._bits, self._weights[block:])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _product(x, bias, self, self._outputs)
@@ -271,12 +259,6 @@ class Groups:
         if x.dtype == torch.float16:
             return self.few(x.float(), bias).half()
         return kernels.linear(x, self._weights, bias, self._bits, self._outputs)
-
-
-def _in_blocks(x: Tensor) -> Tensor:
-    """(outputs, …) as (blocks, outputs of a block, …), the last one filled up with zeros."""
-    room = -len(x) % _OWN_BLOCK
-    return (F.pad(x, (0, 0, 0, room)) if room else x).view(-1, _OWN_BLOCK, x.shape[1])
 
 
 class Int8:

@@ -225,6 +225,8 @@ class DecodeSession:
 
     _logits: Tensor
     _hidden: Tensor
+    _places: list[int]
+    """Where each row stands in these two: it is copied only if it is asked for."""
 
     def __init__(
         self,
@@ -367,8 +369,7 @@ class DecodeSession:
             step = self.model.step
             if step is not None and step.fits(ids, cache, self._layers):
                 self._ahead, self._at = [[]], [0]
-                self._hidden, self._logits = step(ids, cache)
-                return self._logits
+                return self._take(*step(ids, cache))
             hidden = self._states(ids, cache)
         else:
             hidden = self._recompute(n + d)
@@ -391,8 +392,7 @@ class DecodeSession:
             self._cache.select(parents)
         self._ahead = [list(self._ahead[p]) for p in parents]
         self._at = [self._at[p] for p in parents]
-        index = torch.tensor(parents, device=self._logits.device)
-        self._logits, self._hidden = self._logits[index], self._hidden[index]
+        self._places = [self._places[p] for p in parents]
 
     @torch.inference_mode()
     def rewind(self, counts: int | Sequence[int]) -> None:
@@ -426,20 +426,24 @@ class DecodeSession:
     def _now(self, states: Tensor) -> Tensor:
         """What belongs to each row's last token. states: (rows, read, …)."""
         first = self._at[0]
-        if first is not None and all(at == first for at in self._at):
+        in_order = self._places == list(range(len(states)))
+        if first is not None and in_order and all(at == first for at in self._at):
             return states[:, first]
         if not any(self.known):
             raise DecodingError(
                 "after rewind there are no logits until the rows are extended or read"
             )
         at = torch.tensor([at or 0 for at in self._at], device=states.device)
-        return states[torch.arange(len(at), device=states.device), at]
+        return states[torch.tensor(self._places, device=states.device), at]
 
     def _keep(self, hidden: Tensor) -> Tensor:
         """Take over the states of a pass, (rows, read, 1 + layers, width); returns its logits."""
-        self._hidden = hidden
-        self._logits = self.model.logits(hidden[:, :, 0])
-        return self._logits
+        return self._take(hidden, self.model.logits(hidden[:, :, 0]))
+
+    def _take(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        self._hidden, self._logits = hidden, logits
+        self._places = list(range(len(logits)))
+        return logits
 
     def _forget(self, row: int, count: int) -> None:
         """Take the last tokens of a row out of the cache."""
