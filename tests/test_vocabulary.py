@@ -79,6 +79,7 @@ def test_what_is_below_is_taken_out(x, bound):
     least = torch.full((len(x), 1), bound)
     least[0] = x[0].max()
     assert torch.equal(keep_from(x, least), torch.where(x < least, -INF, x))
+    assert torch.equal(keep_from(x, least, -x), torch.where(-x < least, -INF, x))
 
 
 def test_what_is_no_number_stays():

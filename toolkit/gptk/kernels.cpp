@@ -848,14 +848,13 @@ void gptk_last_key(const float* keys, const float* logits, double p, float* y, i
   }
 }
 
-// y = x where x is at least its row's `least`, else -inf. NaN stays.
-void gptk_keep_from(const float* x, const float* least, float* y, int64_t rows, int64_t size) {
+// y = x where the key is at least its row's `least`, or NaN; else -inf.
+void gptk_keep_from(const float* x, const float* least, const float* keys, float* y, int64_t rows,
+                    int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > FEW)
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i < size; i++) {
-      const float one = x[row * size + i];
-      y[row * size + i] = one < least[row] ? -INFINITY : one;
-    }
+    for (int64_t i = row * size; i < (row + 1) * size; i++)
+      y[i] = keys[i] < least[row] ? -INFINITY : x[i];
 }
 
 // The k largest numbers of each row and where they are. `found` is 0 for a row with a NaN.

@@ -147,11 +147,13 @@ def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
     return y
 
 
-def keep_from(x: Tensor, least: Tensor) -> Tensor:
+def keep_from(x: Tensor, least: Tensor, keys: Tensor) -> Tensor:
     """gptk.vocabulary.keep_from."""
-    x, least = x.contiguous(), least.contiguous()
+    x, least, keys = x.contiguous(), least.contiguous(), keys.contiguous()
     y = torch.empty_like(x)
-    _run().gptk_keep_from(x.data_ptr(), least.data_ptr(), y.data_ptr(), *x.shape)
+    _run().gptk_keep_from(
+        *(x.data_ptr(), least.data_ptr(), keys.data_ptr(), y.data_ptr(), *x.shape)
+    )
     return y
 
 
@@ -311,7 +313,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_exponential": [to, size, to, to, size],
         "gptk_sums": [to, to, to, to, size, size],
         "gptk_last_key": [to, to, ctypes.c_double, to, size, size],
-        "gptk_keep_from": [to, to, to, size, size],
+        "gptk_keep_from": [to, to, to, to, size, size],
         "gptk_top": [to, to, to, to, size, size, size],
         "gptk_draw": [to, to, to, to, size, size],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],

@@ -65,11 +65,15 @@ def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return highest, weights.sum(dim=-1, keepdim=True), weighted
 
 
-def keep_from(logits: Tensor, least: Tensor) -> Tensor:
-    """Logits of at least `least` as they are, -inf for the others. least: (rows, 1)."""
-    if _suits(logits) and _suits(least):
-        return kernels.keep_from(logits, least)
-    return torch.where(logits < least, -torch.inf, logits)
+def keep_from(logits: Tensor, least: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Logits whose keys are at least `least` as they are, -inf for the others.
+
+    least: (rows, 1); keys: (rows, vocab), by default the logits themselves.
+    """
+    keys = logits if keys is None else keys
+    if _suits(logits) and _suits(least) and _suits(keys):
+        return kernels.keep_from(logits, least, keys)
+    return torch.where(keys < least, -torch.inf, logits)
 
 
 def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:

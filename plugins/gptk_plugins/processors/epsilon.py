@@ -1,6 +1,5 @@
 """Epsilon sampling (Hewitt et al. 2022): only tokens with p(v) ≥ ε stay, and the likeliest."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -20,4 +19,4 @@ class Epsilon(gptk.LogitsProcessor):
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         probabilities = logits.softmax(dim=-1)
         least = probabilities.amax(dim=-1, keepdim=True).clamp(max=self.epsilon)
-        return logits.masked_fill(probabilities < least, -torch.inf)
+        return gptk.vocabulary.keep_from(logits, least, probabilities)

@@ -33,4 +33,4 @@ class Eta(gptk.LogitsProcessor):
         )
         # η is below the highest probability, which is at least exp(-H), but for rounding.
         least = torch.minimum(eta, probabilities.amax(dim=-1, keepdim=True))
-        return logits.masked_fill(probabilities < least, -torch.inf)
+        return gptk.vocabulary.keep_from(logits, least, probabilities)

@@ -4,7 +4,6 @@ With the entropy H = -Σ p(v)·log p(v), tokens in the order of |-log p(v) - H| 
 mass p. So the likeliest token is the first to go where it is much likelier than the rest.
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,4 +24,4 @@ class Typical(gptk.LogitsProcessor):
         # |-log p(v) - H| is the distance of v's logit from Σ p·logit.
         nearness = (logits - gptk.vocabulary.mean(logits)).abs_().neg_()
         least = gptk.vocabulary.last_key(nearness, logits, self.p)
-        return logits.masked_fill(nearness < least, -torch.inf)
+        return gptk.vocabulary.keep_from(logits, least, nearness)

@@ -90,7 +90,7 @@ class Estimate(gptk.Follower):
             if self._options.version == 1
             else torch.minimum(-logprobs.new_tensor(most)[:, None], logprobs.amax(-1, keepdim=True))
         )
-        return logits.masked_fill(logprobs < least, -torch.inf)
+        return gptk.vocabulary.keep_from(logits, least, logprobs)
 
     def extend(self, tokens: Tensor) -> None:
         surprises = [math.inf] * len(self.mu)
@@ -121,7 +121,7 @@ class Estimate(gptk.Follower):
     def _zipf_cut(self, logprobs: Tensor, most: Sequence[float]) -> Tensor:
         """The log-probability of each row's k-th token, (rows, 1). most: μ in nats."""
         vocabulary = logprobs.shape[-1]
-        top = logprobs.topk(min(self._options.m, vocabulary), dim=-1).values
+        top = gptk.vocabulary.top(logprobs, min(self._options.m, vocabulary)).values
         counts = [
             _zipf_count(row, mu, vocabulary) for row, mu in zip(top.tolist(), most, strict=True)
         ]
