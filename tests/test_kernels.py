@@ -11,7 +11,7 @@ import gptk
 from gptk import kernels
 from gptk.cache import KVCache
 from gptk.cli import cli
-from gptk.model import attend, rotate, swiglu
+from gptk.model import attend, attend_causally, rotate, swiglu
 from gptk.quantization import GROUP, Groups, Int4, Int8Groups, Levels
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
@@ -185,17 +185,51 @@ def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
 
 
 @NEEDS_KERNELS
+@settings(max_examples=60)
+@given(
+    time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
+    fused=st.booleans(),
+)  # fmt: skip
+def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
+    """Over one to four chunks; queries, keys and values apart, or parts of one tensor."""
+    count = heads[0] + 2 * heads[1]
+    both = numbers(seed, rows, time, count, head_dim, dtype=dtype, size=2)
+    parts = both.split((heads[0], heads[1], heads[1]), dim=2)
+    q, k, v = parts if fused else (part.contiguous() for part in parts)
+    got = attend_causally(q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "available", lambda: False)
+        want = attend_causally(q.double(), k.double(), v.double())
+    # In bfloat16 weights are rounded to it, too: as PyTorch does.
+    close(got, want, error=3e-3 if dtype == torch.bfloat16 else 2e-6)
+    alone = attend_causally(q[-1:], k[-1:], v[-1:])
+    assert torch.equal(alone, got.view(rows, time, -1)[-1])
+
+
+@NEEDS_KERNELS
+def test_causal_attention_of_less_is_the_same():
+    q, k, v = (numbers(seed, 1, 150, heads, 64) for seed, heads in ((0, 6), (1, 2), (2, 2)))
+    whole = attend_causally(q, k, v)
+    for time in (1, 2, 63, 64, 65, 130):
+        some = attend_causally(*(x[:, :time] for x in (q, k, v)))
+        assert torch.equal(some, whole[:time])
+
+
+@NEEDS_KERNELS
 def test_attention_does_not_depend_on_threads():
     q, kv = numbers(0, 1, 9, 64), numbers(1, 2, 3, 1, 700, 64)
     given, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(kernels.attend(q, *kv.unbind(0), None, 1))
+            causal = attend_causally(*numbers(2, 3, 2, 150, 4, 64))
+            results.append((kernels.attend(q, *kv.unbind(0), None, 1), causal))
     finally:
         torch.set_num_threads(given)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for one, other, third in zip(*results, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

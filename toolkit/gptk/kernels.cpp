@@ -208,6 +208,20 @@ void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t
     }
 }
 
+// y = code · scale + offset, in groups.
+template <typename T>
+void dequantize(const uint8_t* codes, const float* scale, const float* offset, T* y,
+                int64_t groups) {
+#pragma omp parallel for schedule(static)
+  for (int64_t group = 0; group < groups; group++)
+    for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i += 16) {
+      const __m512i some = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+      store(y + i, 0xffff,
+            _mm512_fmadd_ps(_mm512_cvtepi32_ps(some), _mm512_set1_ps(scale[group]),
+                            _mm512_set1_ps(offset[group])));
+    }
+}
+
 // The weights themselves, y (outputs, inputs).
 template <int bits, typename T>
 void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
@@ -748,6 +762,144 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, con
   }
 }
 
+// Queries and keys are the same tokens, and each sees itself and those before it.
+struct Causal {
+  int64_t rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time;  // strides; heads have none
+  float scale;
+};
+
+// Chunks of keys are laid out so that sums stand side by side: lanes of 32 bits, as many numbers as
+// fit into one, (numbers of a head, CHUNK keys); values likewise, (CHUNK keys, numbers of a head).
+template <typename T, int vectors>
+struct Chunk {
+  static constexpr int64_t size = 16 * vectors, per = 4 / sizeof(T);
+  alignas(64) uint32_t keys[size / per][CHUNK];
+  alignas(64) T values[CHUNK / per][size][per];
+
+  void fill(const T* k, const T* v, int64_t count, int64_t stride) {
+    for (int64_t key = 0; key < CHUNK; key++)
+      for (int64_t i = 0; i < size; i += per) {
+        uint32_t some = 0;
+        if (key < count) std::memcpy(&some, k + key * stride + i, 4);
+        keys[i / per][key] = some;
+        for (int64_t j = i; j < i + per; j++)
+          values[key / per][j][key % per] = key < count ? v[key * stride + j] : T(0);
+      }
+  }
+};
+
+constexpr int QUERIES_AT_ONCE = 4;
+
+template <typename T>
+inline __m512i lane_of(const T* x) {
+  int32_t some;
+  std::memcpy(&some, x, 4);
+  return _mm512_set1_epi32(some);
+}
+
+// Four queries, a token apart, with a chunk; the first sees `seen` of its keys. sum, most and
+// weight go on from the chunks before.
+template <typename T, int vectors>
+void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float scale, int64_t seen,
+                           const Chunk<T, vectors>& chunk, float (*sum)[16 * vectors], float* most,
+                           float* weight) {
+  constexpr int64_t size = 16 * vectors, per = 4 / sizeof(T);
+  constexpr int Q = QUERIES_AT_ONCE, some = vectors % 4 ? 2 : 4;
+  __m512 scores[Q][CHUNK / 16] = {};
+  for (int64_t i = 0; i < size; i += per)
+    for (int r = 0; r < Q; r++) {
+      const __m512i own = lane_of(q + std::min<int64_t>(r, queries - 1) * apart + i);
+      for (int k = 0; k < CHUNK / 16; k++)
+        scores[r][k] =
+            multiply(scores[r][k], q, own, _mm512_load_si512(&chunk.keys[i / per][16 * k]));
+    }
+  alignas(64) T weights[Q][CHUNK];
+  __m512 factors[Q];
+  for (int r = 0; r < Q; r++) {
+    const int64_t own = std::min(seen + r, CHUNK);
+    __m512 highest = _mm512_set1_ps(most[r]), added = _mm512_setzero_ps();
+    for (int k = 0; k < CHUNK / 16; k++) {
+      const int64_t left = std::min<int64_t>(std::max<int64_t>(own - 16 * k, 0), 16);
+      const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
+      scores[r][k] =
+          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (1u << left) - 1, scaled);
+      highest = _mm512_max_ps(scores[r][k], highest);
+    }
+    const float now = _mm512_reduce_max_ps(highest);
+    factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(most[r]), unit_of(now)));
+    for (int k = 0; k < CHUNK / 16; k++) {
+      const __m512 one = exp(_mm512_sub_ps(scores[r][k], unit_of(now)));
+      store(&weights[r][16 * k], ALL, one);
+      added = _mm512_add_ps(added, one);
+    }
+    weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(added);
+    most[r] = now;
+  }
+  const int64_t last = std::min(CHUNK, seen + Q - 1);  // no query sees more
+  for (int first = 0; first < vectors; first += some) {
+    __m512 sums[Q][some];
+    for (int r = 0; r < Q; r++)
+      for (int v = 0; v < some; v++)
+        sums[r][v] = _mm512_mul_ps(_mm512_load_ps(&sum[r][16 * (first + v)]), factors[r]);
+    for (int64_t key = 0; key < last; key += per)
+      for (int r = 0; r < Q; r++) {
+        const __m512i own = lane_of(&weights[r][key]);
+        for (int v = 0; v < some; v++)
+          sums[r][v] = multiply(
+              sums[r][v], q, own, _mm512_load_si512(&chunk.values[key / per][16 * (first + v)]));
+      }
+    for (int r = 0; r < Q; r++)
+      for (int v = 0; v < some; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
+  }
+}
+
+template <typename T, int vectors>
+void attend_causally(const T* q, const T* k, const T* v, T* y, const Causal& at) {
+  constexpr int64_t size = 16 * vectors, Q = QUERIES_AT_ONCE;
+  const int64_t chunks = (at.time + CHUNK - 1) / CHUNK, group = at.heads / at.kv_heads;
+  const std::unique_ptr<Chunk<T, vectors>[]> packed(
+      new Chunk<T, vectors>[at.rows * at.kv_heads * chunks]);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < at.rows * at.kv_heads * chunks; task++) {
+      const int64_t start = task % chunks * CHUNK, one = task / chunks;
+      const int64_t from = one / at.kv_heads * at.kv_row + start * at.kv_time +
+                           one % at.kv_heads * size;
+      packed[task].fill(k + from, v + from, std::min(CHUNK, at.time - start), at.kv_time);
+    }
+    // A chunk's length of queries a task, the longest first: they see the most.
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < at.rows * at.heads * chunks; task++) {
+      const int64_t block = chunks - 1 - task / (at.rows * at.heads), of = task % (at.rows * at.heads);
+      const int64_t row = of / at.heads, head = of % at.heads;
+      const Chunk<T, vectors>* seen = &packed[(row * at.kv_heads + head / group) * chunks];
+      alignas(64) float sum[CHUNK][size] = {};
+      float most[CHUNK], weight[CHUNK] = {};
+      std::fill(most, most + CHUNK, -INFINITY);
+      const int64_t start = block * CHUNK, count = std::min(CHUNK, at.time - start);
+      const T* from = q + row * at.q_row + start * at.q_time + head * size;
+      for (int64_t chunk = 0; chunk <= block; chunk++)
+        for (int64_t i = 0; i < count; i += Q)
+          attend_chunk_causally<T, vectors>(
+              from + i * at.q_time, at.q_time, std::min(Q, count - i), at.scale,
+              chunk < block ? CHUNK : i + 1, seen[chunk], sum + i, most + i, weight + i);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t j = 0; j < size; j += 16)
+          store(y + ((row * at.time + start + i) * at.heads + head) * size + j, ALL,
+                _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
+    }
+  }
+}
+
+template <typename T>
+void attend_causally_of(const void* q, const void* k, const void* v, void* y, int64_t size,
+                        const Causal& at) {
+  auto* run = size == 32 ? attend_causally<T, 2> : size == 64 ? attend_causally<T, 4>
+              : size == 96 ? attend_causally<T, 6> : attend_causally<T, 8>;
+  run((const T*)q, (const T*)k, (const T*)v, (T*)y, at);
+}
+
 template <typename T>
 void attend_of(const void* q, const void* keys, const void* values, const void* mask, void* y,
                int64_t size, const Attention& at) {
@@ -790,6 +942,12 @@ void gptk_pack(int bits, const void* codes, const float* scale, const float* off
                int64_t outputs, int64_t inputs) {
   (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)y, outputs,
                                   inputs);
+}
+
+// y = codes · scale + offset, for groups of 32 codes in a byte each.
+void gptk_dequantize(int is_bfloat16, const void* codes, const float* scale, const float* offset,
+                     void* y, int64_t groups) {
+  OF(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
 }
 
 // The weights of gptk_linear themselves, y (outputs, inputs).
@@ -883,6 +1041,16 @@ void gptk_attend(int is_bfloat16, const void* q, const void* keys, const void* v
   const Attention at{trees,      rows,        heads / kv_heads, kv_heads, length, row_stride,
                      key_stride, tree_stride, mask_stride,      scale};
   OF(is_bfloat16, attend_of<T>(q, keys, values, mask, y, size, at));
+}
+
+// y = softmax(q kᵀ · scale) v, where each token sees itself and those before it. q, y: (rows, time,
+// heads, size), k, v: (rows, time, kv_heads, size), at their strides; y without gaps.
+void gptk_attend_causally(int is_bfloat16, const void* q, const void* k, const void* v, void* y,
+                          float scale, int64_t rows, int64_t time, int64_t heads,
+                          int64_t kv_heads, int64_t size, int64_t q_row, int64_t q_time,
+                          int64_t kv_row, int64_t kv_time) {
+  const Causal at{rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time, scale};
+  OF(is_bfloat16, attend_causally_of<T>(q, k, v, y, size, at));
 }
 }
 

@@ -113,6 +113,20 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
     return y
 
 
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """gptk.model.attend_causally, as (rows, time, heads, d). d: one of HEAD_DIMS."""
+    q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    rows, time, heads, d = q.shape
+    y = torch.empty(rows, time, heads, d, dtype=q.dtype)
+    _run().gptk_attend_causally(
+        *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
+        *(d**-0.5, rows, time, heads, k.shape[2], d, *q.stride()[:2], *k.stride()[:2]),
+    )
+    return y
+
+
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
     """gptk.random.exponential: (count,) for one key (2,), or (count, 2). All int32."""
     keys, tokens = keys.contiguous(), tokens.contiguous()
@@ -236,6 +250,15 @@ def pack(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, y: Tensor) -> 
     )
 
 
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
+    """y = codes · scale + offset for some gptk.Levels, into y: float32 or bfloat16, contiguous."""
+    codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
+    _run().gptk_dequantize(
+        *(y.dtype == torch.bfloat16, codes.data_ptr(), scale.data_ptr(), offset.data_ptr()),
+        *(y.data_ptr(), scale.numel()),
+    )
+
+
 def expand(weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights of `linear` as numbers: (outputs, inputs), bfloat16 or float32."""
     y = torch.empty(outputs, inputs, dtype=dtype)
@@ -306,6 +329,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
         "gptk_dense": [flag, to, to, to, to, size, size, size],
         "gptk_pack": [flag, to, to, to, to, size, size],
+        "gptk_dequantize": [flag, to, to, to, to, size],
         "gptk_expand": [flag, flag, to, to, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],
@@ -316,6 +340,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_keep_from": [to, to, to, to, size, size],
         "gptk_top": [to, to, to, to, size, size, size],
         "gptk_draw": [to, to, to, to, size, size],
+        "gptk_attend_causally": [flag, to, to, to, to, real, *[size] * 9],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
     }
     for name, types in takes.items():

@@ -101,15 +101,14 @@ def load(
     if quantize is not None:
         check_device(quantize, on)
     numbers = resolve_dtype(dtype, on, quantized=quantize is not None)
-    checkpoint = load_checkpoint(str(source or default_source()), stored=quantize == "stored")
+    # Levels are small: what is to be expanded is so at once where it stays.
+    checkpoint = load_checkpoint(str(source or default_source()), stored=True)
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
 
-    model = build_model(
-        checkpoint, on, numbers, quantize=None if quantize == "stored" else quantize, pack=True
-    )
+    model = build_model(checkpoint, on, numbers, quantize=quantize, pack=True)
     return LanguageModel(model.compile_step() if compile else model, tokenizer)
 
 

@@ -143,9 +143,13 @@ class Levels:
             parts[0].bits,
         )
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers."""
-        dense = torch.empty(*self.scale.shape, GROUP, dtype=dtype)
+    def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The numbers. out: where to put them, (outputs, inputs), in its dtype."""
+        out = torch.empty(self.shape, dtype=dtype) if out is None else out
+        if out.dtype in (torch.float32, torch.bfloat16) and kernels.available():
+            kernels.dequantize(self.codes, self.scale, self.offset, out)
+            return out
+        dense = out.view(*self.scale.shape, GROUP)
         step = max(1, _CHUNK // self.shape[1])
         for at in range(0, len(dense), step):
             part = slice(at, at + step)
@@ -153,7 +157,7 @@ class Levels:
             dense[part] = torch.addcmul(
                 self.offset[part, :, None], codes, self.scale[part, :, None]
             )
-        return dense.view(self.shape)
+        return out
 
     def pack(self) -> Packed:
         """The weights of a linear layer, by the fastest kernel there is.

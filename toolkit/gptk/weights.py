@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
 from gptk.plugins import Plugin, ask, blaming, create, expect, provided
@@ -242,9 +242,10 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
     loader knows the source, or what the loader raises.
     """
     loader = find_loader(source)
-    method = "load_stored" if stored else "load"
+    own = type(loader).load_stored is not WeightLoader.load_stored
+    method = "load_stored" if stored and own else "load"
     with blaming([loader]):
-        checkpoint: Checkpoint = loader.load_stored() if stored else loader.load()
+        checkpoint: Checkpoint = getattr(loader, method)()
         return expect(loader, method, checkpoint, Checkpoint, "a gptk.Checkpoint")
 
 
@@ -253,16 +254,17 @@ def build_model(
     device: "torch.device | str",
     dtype: "torch.dtype",
     *,
-    quantize: "Precision | None" = None,
+    quantize: "Precision | Literal['stored'] | None" = None,
     pack: bool = False,
 ) -> "GPT":
     """The GPT with a checkpoint's weights, in evaluation mode.
 
     The model is made without memory, and each tensor read, converted and put in its place before
-    the next, so that none is there twice but the one at work. Levels stay quantized, on a CPU; an
-    embedding is expanded, and a tied head beside it stays quantized. quantize: the linear layers'
+    the next, so that none is there twice but the one at work. quantize: the linear layers'
     precision, see gptk.quantization; rounded from the weights as they are stored, not as `dtype`
-    has them. pack: lay the weights out for inference, see GPT.pack.
+    has them. With `stored` those that came as Levels stay so; else Levels are expanded. An
+    embedding always is, and a tied head beside it may stay quantized. pack: lay the weights out
+    for inference, see GPT.pack.
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
     """
     import torch
@@ -283,7 +285,7 @@ def build_model(
     if tied and not torch.equal(given["head.weight"], given["embed.weight"]):
         raise SourceError(f"{source}: head.weight is not embed.weight, though the head is tied")
 
-    # gptk's kernels read them a quarter faster there. In float32 to copy them would take longer
+    # gptk's kernels read them a quarter faster there. In float32 to get so many may take longer
     # than a text of a hundred tokens gains.
     in_huge_pages = (
         pack
@@ -293,9 +295,17 @@ def build_model(
     )
 
     def packed(weight: "Tensor | Levels") -> "Packed | None":
-        if isinstance(weight, Levels):
-            return weight.pack()
+        if quantize == "stored":
+            return weight.pack() if isinstance(weight, Levels) else None
+        weight = weight.dense() if isinstance(weight, Levels) else weight
         return quantized(weight.to(device), quantize) if quantize else None
+
+    def plain(weight: "Tensor | Levels") -> "Tensor":
+        if in_huge_pages and len(weight.shape) == 2:
+            out = new_bytes(weight.shape.numel() * dtype.itemsize).view(dtype).view(weight.shape)
+            return weight.dense(out=out) if isinstance(weight, Levels) else out.copy_(weight)
+        weight = weight.dense(dtype) if isinstance(weight, Levels) else weight
+        return weight.to(device, dtype)
 
     def fill(layer: nn.Module, name: str) -> None:
         one = state[name]
@@ -304,11 +314,7 @@ def build_model(
             return
         if name == "embed.weight" and config.tied_head and (found := packed(one)):
             model.head.take(found)
-        if isinstance(one, Levels):
-            one = one.dense(dtype)
-        if in_huge_pages and one.dim() == 2:
-            one = new_bytes(one.numel() * dtype.itemsize).view(dtype).view(one.shape).copy_(one)
-        one = one.to(device, dtype)
+        one = plain(one)
         setattr(layer, name.rpartition(".")[2], nn.Parameter(one))
 
     for path, layer in model.named_modules():

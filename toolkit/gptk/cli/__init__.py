@@ -4,6 +4,7 @@
 a name is not one of gptk's own.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -122,6 +123,9 @@ def main() -> NoReturn:
         if "--debug" in sys.argv:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
+    finally:
+        # Python looks for garbage as it ends: 0.3 s among all that PyTorch has made.
+        gc.freeze()
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **to: Any) -> None:
