@@ -64,15 +64,15 @@ inline void store(uint16_t* y, __mmask16 lanes, __m512 value) {  // to the neare
 // Rows in groups: x = scale · (128 · high + low), and the group's sum.
 struct Rows {
   int64_t groups;
-  std::vector<int8_t> high, low;
-  std::vector<float> scale, sum;
+  std::unique_ptr<int8_t[]> high, low;
+  std::unique_ptr<float[]> scale, sum;
 
   Rows(int64_t rows, int64_t inputs)
       : groups(inputs / GROUP),
-        high(rows * inputs),
-        low(rows * inputs),
-        scale(rows * groups),
-        sum(rows * groups) {}
+        high(new int8_t[rows * inputs]),
+        low(new int8_t[rows * inputs]),
+        scale(new float[rows * groups]),
+        sum(new float[rows * groups]) {}
 
   template <typename T>
   void round(const T* x, int64_t at) {  // the group `at`, counted through all rows
@@ -84,7 +84,7 @@ struct Rows {
                          _mm512_and_si512(_mm512_castps_si512(b), sign)));
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
-    const float step = most < 0x7f800000 ? largest / 16256 : __builtin_nanf("");
+    const float step = most < 0x7f800000 ? largest * (1.0f / 16256) : __builtin_nanf("");
     const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 16256 / largest : 0);
     const __m512i wide[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
                              _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse))};
@@ -145,34 +145,53 @@ inline void products(const uint8_t* weights, const Rows& x, int64_t row, __m512*
   }
 }
 
+// Within a parallel region: this thread's outputs for all rows.
+template <int bits, typename T>
+void outputs_of(const Rows& x, const uint8_t* weights, const T* bias, T* y, int64_t rows,
+                int64_t outputs) {
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
+    const uint8_t* from = weights + block * x.groups * bytes_of(bits);
+    const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
+    const __mmask16 lanes = (1u << count) - 1;
+    const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
+    __m512 sums[4];
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (taken == 4)
+        products<bits, 4>(from, x, row, sums);
+      else if (taken == 2)
+        products<bits, 2>(from, x, row, sums);
+      else
+        products<bits, 1>(from, x, row, sums);
+      for (int64_t r = 0; r < taken; r++)
+        store(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], added));
+      row += taken;
+    }
+  }
+}
+
+constexpr int64_t ROUNDED_BY_EACH = 8;  // rows; more are worth waiting for each other
+
 template <int bits, typename T>
 void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t rows, int64_t inputs,
             int64_t outputs) {
+  const int64_t groups = rows * (inputs / GROUP);
+  if (rows <= ROUNDED_BY_EACH) {
+#pragma omp parallel
+    {
+      Rows own(rows, inputs);
+      for (int64_t at = 0; at < groups; at++) own.round(x, at);
+      outputs_of<bits>(own, weights, bias, y, rows, outputs);
+    }
+    return;
+  }
   Rows rounded(rows, inputs);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t at = 0; at < rows * rounded.groups; at++) rounded.round(x, at);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
-      const uint8_t* from = weights + block * rounded.groups * bytes_of(bits);
-      const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
-      const __mmask16 lanes = (1u << count) - 1;
-      const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
-      __m512 sums[4];
-      for (int64_t row = 0; row < rows;) {
-        const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (taken == 4)
-          products<bits, 4>(from, rounded, row, sums);
-        else if (taken == 2)
-          products<bits, 2>(from, rounded, row, sums);
-        else
-          products<bits, 1>(from, rounded, row, sums);
-        for (int64_t r = 0; r < taken; r++)
-          store(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], added));
-        row += taken;
-      }
-    }
+    for (int64_t at = 0; at < groups; at++) rounded.round(x, at);
+    outputs_of<bits>(rounded, weights, bias, y, rows, outputs);
   }
 }
 
