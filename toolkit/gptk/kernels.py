@@ -1,4 +1,4 @@
-"""gptk's own kernels, in kernels.cpp: compiled once by the machine's compiler, and kept.
+"""gptk's own kernels, in the folder cpp: compiled once by the machine's compiler, and kept.
 
 PyTorch's kernels for quantized weights are bound by arithmetic on CPUs with AVX-512: they read
 SmolLM2's int4 layers at 16 GB/s where memory gives 31. Ours read them at 31. They need Linux, a
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptk.data import cache_folder
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = Path(__file__).with_name("cpp")
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "f16c", "fma3")
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c"),
@@ -297,7 +297,8 @@ def _library() -> ctypes.CDLL | str:
     if not compiler:
         return "there is no C++ compiler: neither g++ nor $CXX"
     flags = (*_FLAGS, "-mavx512bf16") if has.get("avx512_bf16") else _FLAGS
-    key = (_SOURCE.read_text(), torch.__version__, compiler, *flags)
+    sources = [path.read_text() for path in sorted(_SOURCES.iterdir())]
+    key = (*sources, torch.__version__, compiler, *flags)
     path = cache_folder() / f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
     with contextlib.suppress(OSError):
         return _load(path)  # raises OSError where the file is missing or damaged
@@ -316,7 +317,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [*compiler, str(_SOURCE), f"-L{libraries}", "-ltorch_cpu"]
+        command = [*compiler, str(_SOURCES / "kernels.cpp"), f"-L{libraries}", "-ltorch_cpu"]
         subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
         made.replace(path)
 

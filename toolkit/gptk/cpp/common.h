@@ -1,0 +1,100 @@
+// What gptk's kernels share. Numbers are float32 or bfloat16 (as uint16_t) in memory and float32 in
+// registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace {
+
+constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
+constexpr __mmask16 ALL = 0xffff;
+
+inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+
+inline __m512 load(const uint16_t* x) {  // bfloat16
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline __m512 load_some(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+
+inline __m512 load_some(const uint16_t* x, __mmask16 lanes) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline float number(float x) { return x; }
+
+inline float number(uint16_t x) {  // bfloat16
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void store(float* y, __mmask16 lanes, __m512 value) {
+  _mm512_mask_storeu_ps(y, lanes, value);
+}
+
+inline void store(uint16_t* y, __mmask16 lanes, __m512 value) {  // to the nearest bfloat16, or even
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  near = _mm512_mask_mov_epi32(near, nan, _mm512_set1_epi32(0x7fc00000));
+  _mm512_mask_cvtepi32_storeu_epi16(y, lanes, _mm512_srli_epi32(near, 16));
+}
+
+// The sum of each of 16 vectors, in a lane each.
+inline __m512 sums_of(__m512* v) {
+  for (int i = 0; i < 8; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                         _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+  for (int i = 0; i < 4; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd));
+  for (int i = 0; i < 2; i++)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 2]), _mm512_unpackhi_ps(v[i], v[i + 2]));
+  v[0] = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  return _mm512_shuffle_f32x4(v[0], v[0], 0xd8);
+}
+
+// sum + the products of 64 bytes of each.
+inline __m512 multiply(__m512 sum, const float*, __m512i a, __m512i b) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+inline __m512 multiply(__m512 sum, const uint16_t*, __m512i a, __m512i b) {
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i upper = _mm512_set1_epi32(0xffff0000);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, upper)),
+                         _mm512_castsi512_ps(_mm512_and_si512(b, upper)), sum);
+#endif
+}
+
+inline __m512 exp(__m512 x) {  // to 1e-7; 0 below -104
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
+  __m512 y = _mm512_set1_ps(1.0f / 720);
+  for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(factor));
+  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(seen, y, n);
+}
+
+// A softmax's unit: with nothing in sight there is none.
+inline __m512 unit_of(float highest) { return _mm512_set1_ps(highest == -INFINITY ? 0 : highest); }
+
+}  // namespace
