@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 GPTK = str(Path(sys.executable).with_name("gptk"))
@@ -13,3 +15,32 @@ def run(*command):
     return subprocess.run(
         words, check=True, capture_output=True, stdin=subprocess.DEVNULL, text=True
     ).stdout
+
+
+@contextmanager
+def served(script: str) -> Iterator[Callable[[], None]]:
+    """A function that has a program of its own do its work once; see `serve`."""
+    path = Path(__file__).with_name(script)
+    with subprocess.Popen(
+        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+
+        def work() -> None:
+            program.stdin.write("\n")
+            program.stdin.flush()
+            if program.stdout.readline() != "done\n":
+                raise RuntimeError(f"{script} has ended")
+
+        try:
+            yield work
+        finally:
+            program.stdin.close()
+
+
+def serve(work: Callable[[], object]) -> None:
+    """Do the work for each line of standard input, and say so."""
+    for _ in sys.stdin:
+        work()
+        print("done", flush=True)

@@ -57,6 +57,9 @@ ROWS = {
     "prompt-float32": Asked("prompt of 512 tokens to first token, float32", "transformers float32"),
     "lookup": Asked("copying a text, with lookup, float32", "transformers float32, with lookup"),
     "lookup-gain": Asked("copying a text, with lookup, float32", "gptk without lookup"),
+    "training-shared": Asked(
+        "training step, 124M, 2 by 256", "the book's code, float32, in gptk's process"
+    ),
     "training-float32": Asked("training step, float32", "the book's code, float32"),
     "training-bf16": Asked("training step, bfloat16", "the book's code, bfloat16 autocast"),
     "training-nanogpt": Asked(

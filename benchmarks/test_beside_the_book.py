@@ -6,6 +6,7 @@ import torch
 import gptk
 from engines import book_gpt, generate
 from models import GPT2_VOCABULARY, precision, prompt
+from programs import served
 from training_steps import BATCH, LENGTH, book_step, nanogpt_step, our_step, weights
 from turns import in_turns
 
@@ -45,15 +46,22 @@ def steps(ours, peers):
     }
 
 
-@pytest.mark.peers("training")
+@pytest.mark.peers("training", "training-shared")
 def test_training_step(table):
-    """gptk in bfloat16, with and without `compile`, beside the book's code as it stands."""
+    """gptk in bfloat16, with and without `compile`, beside the book's code as it stands.
+
+    In a program of its own, and in gptk's, where glibc keeps freed memory for both.
+    """
     ours = {
         "bfloat16": our_step(dtype="bfloat16"),
         "bfloat16, compiled": our_step(dtype="bfloat16", compile=True),
     }
-    times = in_turns(steps(ours, {"the book": book_step(autocast=False)}))
-    table.row("training", times, list(ours), ["the book"], tokens=BATCH * LENGTH)
+    shared = {"the book": book_step(autocast=False)}
+    with served("training_steps.py") as alone:
+        times = in_turns({**steps(ours, shared), "the book alone": alone})
+    tokens = BATCH * LENGTH
+    table.row("training", times, list(ours), ["the book alone"], tokens=tokens)
+    table.row("training-shared", times, list(ours), ["the book"], tokens=tokens)
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from engines import book_gpt
 from gptk.data import Windows
 from gptk.trainer import Trainer
 from models import GPT2_VOCABULARY
+from programs import serve
 
 BATCH, LENGTH = 2, 256
 
@@ -87,3 +88,7 @@ def nanogpt_step(*, autocast):
         optimizer.zero_grad(set_to_none=True)
 
     return step, model
+
+
+if __name__ == "__main__":  # a program of its own, as the book's code is run
+    serve(book_step(autocast=False)[0])

@@ -185,7 +185,7 @@ def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
 
 
 @NEEDS_KERNELS
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
     head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
@@ -205,6 +205,39 @@ def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
     close(got, want, error=3e-3 if dtype == torch.bfloat16 else 2e-6)
     alone = attend_causally(q[-1:], k[-1:], v[-1:])
     assert torch.equal(alone, got.view(rows, time, -1)[-1])
+
+
+@NEEDS_KERNELS
+@settings(max_examples=25)
+@given(
+    time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
+    fused=st.booleans(),
+)  # fmt: skip
+def test_gradients_of_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
+    counts = heads[0], heads[1], heads[1]
+    both = numbers(seed, rows, time, sum(counts), head_dim, dtype=dtype)
+    dy = numbers(seed + 1, rows * time, heads[0] * head_dim, dtype=dtype)
+
+    def gradient(x, dy):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            parts = x.split(counts, dim=2)
+            y = attend_causally(*(parts if fused else [part.contiguous() for part in parts]))
+            return torch.autograd.grad(y, x, dy.clone())[0]
+
+    got = gradient(both, dy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "available", lambda: False)
+        want = gradient(both.double(), dy.double())
+    assert (got.double() - want).norm() <= (5e-3 if dtype == torch.bfloat16 else 2e-6) * want.norm()
+
+
+@NEEDS_KERNELS
+def test_causal_attention_is_what_pytorch_expects_of_an_operator():
+    with torch.inference_mode(False), torch.enable_grad():
+        given = [numbers(seed, 2, 70, 4, 32).requires_grad_() for seed in range(3)]
+        torch.library.opcheck(torch.ops.gptk.causal_attention.default, given)
 
 
 @NEEDS_KERNELS

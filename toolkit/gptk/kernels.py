@@ -32,7 +32,7 @@ _FLAGS = (
 
 
 def available() -> bool:
-    """Whether this machine can run them; the first call compiles them, in a second or two."""
+    """Whether this machine can run them; the first call compiles them, in a few seconds."""
     return reason_against() is None
 
 
@@ -55,6 +55,21 @@ def suit(x: Tensor, other: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and available()
+    )
+
+
+def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_causally` can be run. Under a compiler only once `available` was asked."""
+    dtype = q.dtype
+    return (
+        (
+            dtype == torch.bfloat16
+            or (dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
+        )
+        and dtype == k.dtype == v.dtype
+        and q.is_cpu
+        and q.shape[3] in HEAD_DIMS
+        and (bool(_defined) if torch.compiler.is_compiling() else available())
     )
 
 
@@ -114,17 +129,55 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gptk.model.attend_causally, as (rows, time, heads, d). d: one of HEAD_DIMS."""
-    q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
-    if k.stride() != v.stride():
-        k, v = k.contiguous(), v.contiguous()
+    """gptk.model.attend_causally, as (rows, time, heads, d). d: one of HEAD_DIMS.
+
+    With gradients, where they are on.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y: Tensor = torch.ops.gptk.causal_attention(q, k, v)[0]
+        return y
+    return _attend_causally(q, k, v, None)
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, logsums: Tensor | None) -> Tensor:
+    q, k, v = _strided(q, k, v)
     rows, time, heads, d = q.shape
     y = torch.empty(rows, time, heads, d, dtype=q.dtype)
     _run().gptk_attend_causally(
         *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
-        *(d**-0.5, rows, time, heads, k.shape[2], d, *q.stride()[:2], *k.stride()[:2]),
+        *(None if logsums is None else logsums.data_ptr(), *_causal(q, k)),
     )
     return y
+
+
+def _strided(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Without gaps between heads, and keys and values with the same strides."""
+    q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
+    return (q, k, v) if k.stride() == v.stride() else (q, k.contiguous(), v.contiguous())
+
+
+def _causal(q: Tensor, k: Tensor) -> tuple[float, *tuple[int, ...]]:
+    rows, time, heads, d = q.shape
+    return (d**-0.5, rows, time, heads, k.shape[2], d, *q.stride()[:2], *k.stride()[:2])
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and log Σ exp of each query's scores: (rows, heads, time)."""
+    logsums = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    return _attend_causally(q, k, v, logsums), logsums
+
+
+def _causal_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsums: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _strided(q, k, v)
+    y, logsums, dy = y.contiguous(), logsums.contiguous(), dy.contiguous()
+    made = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    _run().gptk_attend_causally_backward(
+        *(q.dtype == torch.bfloat16, *(x.data_ptr() for x in (q, k, v, y, dy, logsums, *made))),
+        *_causal(q, k),
+    )
+    return made[0], made[1], made[2]
 
 
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
@@ -341,7 +394,8 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_keep_from": [to, to, to, to, size, size],
         "gptk_top": [to, to, to, to, size, size, size],
         "gptk_draw": [to, to, to, to, size, size],
-        "gptk_attend_causally": [flag, to, to, to, to, real, *[size] * 9],
+        "gptk_attend_causally": [flag, *[to] * 5, real, *[size] * 9],
+        "gptk_attend_causally_backward": [flag, *[to] * 9, real, *[size] * 9],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
     }
     for name, types in takes.items():
@@ -352,18 +406,39 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _define() -> None:
-    """Tell PyTorch's compilers of them, once a process."""
+    """Tell PyTorch's compilers and its autograd of them, once a process."""
     if _defined:
         return
-    schema = "few_rows_linear(Tensor x, Tensor weights, int bits, int outputs) -> Tensor"
     ops: Any = torch.library.Library("gptk", "DEF")  # type: ignore[no-untyped-call]
-    ops.define(schema)
+    ops.define("few_rows_linear(Tensor x, Tensor weights, int bits, int outputs) -> Tensor")
     ops.impl("few_rows_linear", lambda x, *rest: _linear(x, rest[0], None, *rest[1:]), "CPU")
-    torch.library.register_fake(
-        "gptk::few_rows_linear",
-        lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
-        lib=ops,
-    )
+    ops.define("causal_attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+    ops.impl("causal_attention", _causal_attention, "CPU")
+    given = "Tensor q, Tensor k, Tensor v, Tensor y, Tensor logsums, Tensor dy"
+    ops.define(f"causal_attention_backward({given}) -> (Tensor, Tensor, Tensor)")
+    ops.impl("causal_attention_backward", _causal_attention_backward, "CPU")
+
+    def empty(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    shapes: dict[str, Any] = {
+        "few_rows_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
+        "causal_attention": lambda q, k, v: (
+            empty(q),
+            q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32),
+        ),
+        "causal_attention_backward": lambda q, k, v, *rest: (empty(q), empty(k), empty(v)),
+    }
+    for name, fake in shapes.items():
+        torch.library.register_fake(f"gptk::{name}", fake, lib=ops)
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
+        return torch.ops.gptk.causal_attention_backward(*ctx.saved_tensors, dy)
+
+    torch.library.register_autograd("gptk::causal_attention", backward, setup_context=keep, lib=ops)
     _defined.append(ops)
 
 

@@ -155,7 +155,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
 
     q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows · time, heads · d).
     """
-    if not dropout and q.shape[3] in kernels.HEAD_DIMS and kernels.suit(q, k):
+    if not dropout and kernels.suit_causal_attention(q, k, v):
         return kernels.attend_causally(q, k, v).flatten(2).flatten(0, 1)
     group = q.shape[2] // k.shape[2]
     if group > 1:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputing
 
-from gptk import checkpoints, distributed, train_state
+from gptk import checkpoints, distributed, kernels, train_state
 from gptk.data import Windows, check_enough, prepare_tokens
 from gptk.devices import autocast_dtype, resolve_device
 from gptk.distributed import Processes
@@ -166,6 +166,7 @@ class Trainer:
         ) or not _has_plain_head(model)
         objective = _NextToken(model, None if self._whole_logits else self._regularized)
         if config.compile:
+            kernels.available()  # a compiler takes the operators that there are
             for part in model.blocks if shard else [objective]:
                 part.compile()
         self._objective = self.processes.spread(objective, model.blocks, shard=shard)

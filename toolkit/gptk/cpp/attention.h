@@ -162,29 +162,38 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, con
 struct Causal {
   int64_t rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time;  // strides; heads have none
   float scale;
+
+  int64_t chunks() const { return (time + CHUNK - 1) / CHUNK; }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t count(int64_t chunk) const { return std::min(CHUNK, time - chunk * CHUNK); }
 };
 
-// Chunks of keys are laid out so that sums stand side by side: lanes of 32 bits, as many numbers as
-// fit into one, (numbers of a head, CHUNK keys); values likewise, (CHUNK keys, numbers of a head).
+// A chunk of tokens, laid out so that sums stand side by side. For products with each token: lanes
+// of 32 bits, as many numbers as fit into one, (numbers of a head, tokens). For sums over tokens:
+// (tokens, numbers of a head), with as many tokens in a lane. What is missing is 0.
 template <typename T, int vectors>
 struct Chunk {
   static constexpr int64_t size = 16 * vectors, per = 4 / sizeof(T);
-  alignas(64) uint32_t keys[size / per][CHUNK];
-  alignas(64) T values[CHUNK / per][size][per];
+  alignas(64) uint32_t across[size / per][CHUNK];
+  alignas(64) T along[CHUNK / per][size][per];
 
-  void fill(const T* k, const T* v, int64_t count, int64_t stride) {
-    for (int64_t key = 0; key < CHUNK; key++)
+  void fill_across(const T* x, int64_t count, int64_t stride) {
+    for (int64_t token = 0; token < CHUNK; token++)
       for (int64_t i = 0; i < size; i += per) {
         uint32_t some = 0;
-        if (key < count) std::memcpy(&some, k + key * stride + i, 4);
-        keys[i / per][key] = some;
-        for (int64_t j = i; j < i + per; j++)
-          values[key / per][j][key % per] = key < count ? v[key * stride + j] : T(0);
+        if (token < count) std::memcpy(&some, x + token * stride + i, 4);
+        across[i / per][token] = some;
       }
+  }
+
+  void fill_along(const T* x, int64_t count, int64_t stride) {
+    for (int64_t token = 0; token < CHUNK; token++)
+      for (int64_t i = 0; i < size; i++)
+        along[token / per][i][token % per] = token < count ? x[token * stride + i] : T(0);
   }
 };
 
-constexpr int QUERIES_AT_ONCE = 4;
+constexpr int64_t AT_ONCE = 4;  // rows whose sums are made together
 
 template <typename T>
 inline __m512i lane_of(const T* x) {
@@ -193,32 +202,64 @@ inline __m512i lane_of(const T* x) {
   return _mm512_set1_epi32(some);
 }
 
+using Scores = __m512[AT_ONCE][CHUNK / 16];
+
+// Products of four rows, `apart`, with each token of a chunk. Rows from `count` on are the last one.
+template <typename T, int vectors>
+inline void multiply_across(const T* x, int64_t apart, int64_t count,
+                            const Chunk<T, vectors>& chunk, Scores& y) {
+  for (auto& row : y)
+    for (auto& one : row) one = _mm512_setzero_ps();
+  for (int64_t i = 0; i < chunk.size; i += chunk.per)
+    for (int64_t r = 0; r < AT_ONCE; r++) {
+      const __m512i own = lane_of(x + std::min(r, count - 1) * apart + i);
+      for (int k = 0; k < CHUNK / 16; k++)
+        y[r][k] = multiply(y[r][k], x, own, _mm512_load_si512(&chunk.across[i / chunk.per][16 * k]));
+    }
+}
+
+// sum = sum · factor + the chunk's first tokens, weighed; for four rows.
+template <typename T, int vectors>
+inline void add_along(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk, int64_t tokens,
+                      const __m512* factors, float (*sum)[16 * vectors]) {
+  constexpr int some = vectors % 4 ? 2 : 4;
+  for (int first = 0; first < vectors; first += some) {
+    __m512 sums[AT_ONCE][some];
+    for (int64_t r = 0; r < AT_ONCE; r++)
+      for (int v = 0; v < some; v++)
+        sums[r][v] = _mm512_mul_ps(_mm512_load_ps(&sum[r][16 * (first + v)]), factors[r]);
+    for (int64_t token = 0; token < tokens; token += chunk.per)
+      for (int64_t r = 0; r < AT_ONCE; r++) {
+        const __m512i own = lane_of(&weights[r][token]);
+        for (int v = 0; v < some; v++)
+          sums[r][v] = multiply(sums[r][v], weights[r], own,
+                                _mm512_load_si512(&chunk.along[token / chunk.per][16 * (first + v)]));
+      }
+    for (int64_t r = 0; r < AT_ONCE; r++)
+      for (int v = 0; v < some; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
+  }
+}
+
+inline __mmask16 lanes_below(int64_t count, int k) {  // of the k-th vector of a chunk
+  return (1u << std::min<int64_t>(std::max<int64_t>(count - 16 * k, 0), 16)) - 1;
+}
+
 // Four queries, a token apart, with a chunk; the first sees `seen` of its keys. sum, most and
 // weight go on from the chunks before.
 template <typename T, int vectors>
 void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float scale, int64_t seen,
                            const Chunk<T, vectors>& chunk, float (*sum)[16 * vectors], float* most,
                            float* weight) {
-  constexpr int64_t size = 16 * vectors, per = 4 / sizeof(T);
-  constexpr int Q = QUERIES_AT_ONCE, some = vectors % 4 ? 2 : 4;
-  __m512 scores[Q][CHUNK / 16] = {};
-  for (int64_t i = 0; i < size; i += per)
-    for (int r = 0; r < Q; r++) {
-      const __m512i own = lane_of(q + std::min<int64_t>(r, queries - 1) * apart + i);
-      for (int k = 0; k < CHUNK / 16; k++)
-        scores[r][k] =
-            multiply(scores[r][k], q, own, _mm512_load_si512(&chunk.keys[i / per][16 * k]));
-    }
-  alignas(64) T weights[Q][CHUNK];
-  __m512 factors[Q];
-  for (int r = 0; r < Q; r++) {
-    const int64_t own = std::min(seen + r, CHUNK);
+  Scores scores;
+  multiply_across(q, apart, queries, chunk, scores);
+  alignas(64) T weights[AT_ONCE][CHUNK];
+  __m512 factors[AT_ONCE];
+  for (int64_t r = 0; r < AT_ONCE; r++) {
     __m512 highest = _mm512_set1_ps(most[r]), added = _mm512_setzero_ps();
     for (int k = 0; k < CHUNK / 16; k++) {
-      const int64_t left = std::min<int64_t>(std::max<int64_t>(own - 16 * k, 0), 16);
       const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
       scores[r][k] =
-          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (1u << left) - 1, scaled);
+          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_below(seen + r, k), scaled);
       highest = _mm512_max_ps(scores[r][k], highest);
     }
     const float now = _mm512_reduce_max_ps(highest);
@@ -231,69 +272,235 @@ void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float sca
     weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(added);
     most[r] = now;
   }
-  const int64_t last = std::min(CHUNK, seen + Q - 1);  // no query sees more
-  for (int first = 0; first < vectors; first += some) {
-    __m512 sums[Q][some];
-    for (int r = 0; r < Q; r++)
-      for (int v = 0; v < some; v++)
-        sums[r][v] = _mm512_mul_ps(_mm512_load_ps(&sum[r][16 * (first + v)]), factors[r]);
-    for (int64_t key = 0; key < last; key += per)
-      for (int r = 0; r < Q; r++) {
-        const __m512i own = lane_of(&weights[r][key]);
-        for (int v = 0; v < some; v++)
-          sums[r][v] = multiply(
-              sums[r][v], q, own, _mm512_load_si512(&chunk.values[key / per][16 * (first + v)]));
-      }
-    for (int r = 0; r < Q; r++)
-      for (int v = 0; v < some; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
-  }
+  add_along(weights, chunk, std::min(CHUNK, seen + AT_ONCE - 1), factors, sum);
 }
 
+// logsums, if asked for: (rows, heads, time), log Σ exp of a query's scores.
 template <typename T, int vectors>
-void attend_causally(const T* q, const T* k, const T* v, T* y, const Causal& at) {
-  constexpr int64_t size = 16 * vectors, Q = QUERIES_AT_ONCE;
-  const int64_t chunks = (at.time + CHUNK - 1) / CHUNK, group = at.heads / at.kv_heads;
+void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums, const Causal& at) {
+  constexpr int64_t size = 16 * vectors;
+  const int64_t chunks = at.chunks();
   const std::unique_ptr<Chunk<T, vectors>[]> packed(
       new Chunk<T, vectors>[at.rows * at.kv_heads * chunks]);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < at.rows * at.kv_heads * chunks; task++) {
-      const int64_t start = task % chunks * CHUNK, one = task / chunks;
-      const int64_t from = one / at.kv_heads * at.kv_row + start * at.kv_time +
+      const int64_t chunk = task % chunks, one = task / chunks;
+      const int64_t from = one / at.kv_heads * at.kv_row + chunk * CHUNK * at.kv_time +
                            one % at.kv_heads * size;
-      packed[task].fill(k + from, v + from, std::min(CHUNK, at.time - start), at.kv_time);
+      packed[task].fill_across(k + from, at.count(chunk), at.kv_time);
+      packed[task].fill_along(v + from, at.count(chunk), at.kv_time);
     }
-    // A chunk's length of queries a task, the longest first: they see the most.
+    // A chunk of queries a task, the last first: they see the most.
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < at.rows * at.heads * chunks; task++) {
-      const int64_t block = chunks - 1 - task / (at.rows * at.heads), of = task % (at.rows * at.heads);
-      const int64_t row = of / at.heads, head = of % at.heads;
-      const Chunk<T, vectors>* seen = &packed[(row * at.kv_heads + head / group) * chunks];
+      const int64_t block = chunks - 1 - task / (at.rows * at.heads);
+      const int64_t of = task % (at.rows * at.heads), row = of / at.heads, head = of % at.heads;
+      const Chunk<T, vectors>* seen =
+          &packed[(row * at.kv_heads + head / at.group()) * chunks];
       alignas(64) float sum[CHUNK][size] = {};
       float most[CHUNK], weight[CHUNK] = {};
       std::fill(most, most + CHUNK, -INFINITY);
-      const int64_t start = block * CHUNK, count = std::min(CHUNK, at.time - start);
+      const int64_t start = block * CHUNK, count = at.count(block);
       const T* from = q + row * at.q_row + start * at.q_time + head * size;
       for (int64_t chunk = 0; chunk <= block; chunk++)
-        for (int64_t i = 0; i < count; i += Q)
+        for (int64_t i = 0; i < count; i += AT_ONCE)
           attend_chunk_causally<T, vectors>(
-              from + i * at.q_time, at.q_time, std::min(Q, count - i), at.scale,
+              from + i * at.q_time, at.q_time, std::min(AT_ONCE, count - i), at.scale,
               chunk < block ? CHUNK : i + 1, seen[chunk], sum + i, most + i, weight + i);
-      for (int64_t i = 0; i < count; i++)
+      for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j += 16)
           store(y + ((row * at.time + start + i) * at.heads + head) * size + j, ALL,
                 _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
+        if (logsums) logsums[of * at.time + start + i] = most[i] + std::log(weight[i]);
+      }
+    }
+  }
+}
+
+// The transpose of 16 vectors.
+inline void transpose(__m512* v) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  const auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = low(t[i], t[i + 2]);
+    v[i + 1] = high(t[i], t[i + 2]);
+    v[i + 2] = low(t[i + 1], t[i + 3]);
+    v[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512 a = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+template <typename T>
+void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
+  for (int64_t i = 0; i < CHUNK; i += 16)
+    for (int64_t j = 0; j < CHUNK; j += 16) {
+      __m512 v[16];
+      for (int r = 0; r < 16; r++) v[r] = _mm512_load_ps(&x[i + r][j]);
+      transpose(v);
+      for (int r = 0; r < 16; r++) store(&y[j + r][i], ALL, v[r]);
+    }
+}
+
+// The gradients of one head for its queries, and what they add to those of its keys and values
+// (Dao et al. 2022): with P = exp(scores - logsum) and D = dy · y,
+//
+//     dv = Pᵀ dy,  dS = P (dy vᵀ - D) scale,  dq = dS k,  dk = dSᵀ q
+template <typename T, int vectors>
+struct Backward {
+  static constexpr int64_t size = 16 * vectors;
+  using Sum = float[size];
+
+  // Of each chunk: keys (both ways), values across; queries and gradients along.
+  std::vector<Chunk<T, vectors>> keys, values, queries, gradients;
+  std::unique_ptr<float[]> memory;
+  Sum *dq, *dk, *dv;
+  std::vector<float> d;
+
+  explicit Backward(int64_t chunks)
+      : keys(chunks),
+        values(chunks),
+        queries(chunks),
+        gradients(chunks),
+        memory(new float[3 * chunks * CHUNK * size + 16]),
+        d(chunks * CHUNK) {
+    auto* start = (Sum*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
+    dq = start;
+    dk = start + chunks * CHUNK;
+    dv = start + 2 * chunks * CHUNK;
+  }
+
+  void tile(const T* q, int64_t q_time, const T* dy, int64_t dy_time, const float* logsums,
+            int64_t block, int64_t chunk, const Causal& at) {
+    alignas(64) float p[CHUNK][CHUNK], ds[CHUNK][CHUNK];
+    alignas(64) T turned[CHUNK][CHUNK];
+    const int64_t count = at.count(block), start = block * CHUNK;
+    const __m512 one = _mm512_set1_ps(1), ones[AT_ONCE] = {one, one, one, one};
+    const int64_t used = (count + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    for (auto* some : {p, ds}) std::fill(some[used], some[CHUNK], 0.0f);
+    for (int64_t i = 0; i < count; i += AT_ONCE) {
+      Scores scores, outer;
+      const int64_t some = std::min(AT_ONCE, count - i);
+      multiply_across(q + (start + i) * q_time, q_time, some, keys[chunk], scores);
+      multiply_across(dy + (start + i) * dy_time, dy_time, some, values[chunk], outer);
+      alignas(64) T weights[AT_ONCE][CHUNK];
+      for (int64_t r = 0; r < AT_ONCE; r++) {
+        const int64_t seen = r >= some ? 0 : chunk < block ? CHUNK : i + r + 1;
+        const int64_t query = start + std::min(i + r, count - 1);
+        for (int k = 0; k < CHUNK / 16; k++) {
+          const __m512 scale = _mm512_set1_ps(at.scale);
+          const __m512 weight = _mm512_maskz_mov_ps(
+              lanes_below(seen, k),
+              exp(_mm512_fmsub_ps(scores[r][k], scale, _mm512_set1_ps(logsums[query]))));
+          const __m512 change = _mm512_mul_ps(
+              _mm512_mul_ps(weight, scale), _mm512_sub_ps(outer[r][k], _mm512_set1_ps(d[query])));
+          _mm512_store_ps(&p[i + r][16 * k], weight);
+          _mm512_store_ps(&ds[i + r][16 * k], change);
+          store(&weights[r][16 * k], ALL, change);
+        }
+      }
+      add_along(weights, keys[chunk], CHUNK, ones, dq + start + i);
+    }
+    const int64_t first = chunk * CHUNK;
+    transpose(p, turned);
+    for (int64_t i = 0; i < CHUNK; i += AT_ONCE)
+      add_along(turned + i, gradients[block], CHUNK, ones, dv + first + i);
+    transpose(ds, turned);
+    for (int64_t i = 0; i < CHUNK; i += AT_ONCE)
+      add_along(turned + i, queries[block], CHUNK, ones, dk + first + i);
+  }
+};
+
+// y, dy, dq: (rows, time, heads, size), dk, dv: (rows, time, kv_heads, size), without gaps.
+template <typename T, int vectors>
+void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, const T* dy,
+                              const float* logsums, T* dq, T* dk, T* dv, const Causal& at) {
+  constexpr int64_t size = 16 * vectors;
+  const int64_t chunks = at.chunks();
+#pragma omp parallel
+  {
+    Backward<T, vectors> own(chunks);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < at.rows * at.kv_heads; task++) {
+      const int64_t row = task / at.kv_heads, kv_head = task % at.kv_heads;
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t from = row * at.kv_row + chunk * CHUNK * at.kv_time + kv_head * size;
+        own.keys[chunk].fill_across(k + from, at.count(chunk), at.kv_time);
+        own.keys[chunk].fill_along(k + from, at.count(chunk), at.kv_time);
+        own.values[chunk].fill_across(v + from, at.count(chunk), at.kv_time);
+      }
+      std::fill(own.dk[0], own.dk[chunks * CHUNK], 0.0f);
+      std::fill(own.dv[0], own.dv[chunks * CHUNK], 0.0f);
+      const auto write = [&](const float(*from)[size], T* to, int64_t apart) {
+        for (int64_t i = 0; i < at.time; i++)
+          for (int64_t j = 0; j < size; j += 16)
+            store(to + i * apart + j, ALL, _mm512_load_ps(&from[i][j]));
+      };
+      for (int64_t head = kv_head * at.group(); head < (kv_head + 1) * at.group(); head++) {
+        const int64_t apart = at.heads * size, first = row * at.time * apart + head * size;
+        const T *own_q = q + row * at.q_row + head * size, *own_dy = dy + first;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+          const int64_t start = chunk * CHUNK, count = at.count(chunk);
+          own.queries[chunk].fill_along(own_q + start * at.q_time, count, at.q_time);
+          own.gradients[chunk].fill_along(own_dy + start * apart, count, apart);
+        }
+        for (int64_t i = 0; i < at.time; i++) {
+          __m512 sum = _mm512_setzero_ps();
+          for (int64_t j = 0; j < size; j += 16)
+            sum = _mm512_fmadd_ps(load(own_dy + i * apart + j), load(y + first + i * apart + j),
+                                  sum);
+          own.d[i] = _mm512_reduce_add_ps(sum);
+        }
+        std::fill(own.dq[0], own.dq[chunks * CHUNK], 0.0f);
+        for (int64_t block = 0; block < chunks; block++)
+          for (int64_t chunk = 0; chunk <= block; chunk++)
+            own.tile(own_q, at.q_time, own_dy, apart, logsums + (row * at.heads + head) * at.time,
+                     block, chunk, at);
+        write(own.dq, dq + first, apart);
+      }
+      const int64_t apart = at.kv_heads * size, to = row * at.time * apart + kv_head * size;
+      write(own.dk, dk + to, apart);
+      write(own.dv, dv + to, apart);
     }
   }
 }
 
 template <typename T>
-void attend_causally_of(const void* q, const void* k, const void* v, void* y, int64_t size,
-                        const Causal& at) {
+void attend_causally_of(const void* q, const void* k, const void* v, void* y, float* logsums,
+                        int64_t size, const Causal& at) {
   auto* run = size == 32 ? attend_causally<T, 2> : size == 64 ? attend_causally<T, 4>
               : size == 96 ? attend_causally<T, 6> : attend_causally<T, 8>;
-  run((const T*)q, (const T*)k, (const T*)v, (T*)y, at);
+  run((const T*)q, (const T*)k, (const T*)v, (T*)y, logsums, at);
+}
+
+template <typename T>
+void attend_causally_backward_of(const void* q, const void* k, const void* v, const void* y,
+                                 const void* dy, const float* logsums, void* dq, void* dk,
+                                 void* dv, int64_t size, const Causal& at) {
+  auto* run = size == 32 ? attend_causally_backward<T, 2>
+              : size == 64 ? attend_causally_backward<T, 4>
+              : size == 96 ? attend_causally_backward<T, 6> : attend_causally_backward<T, 8>;
+  run((const T*)q, (const T*)k, (const T*)v, (const T*)y, (const T*)dy, logsums, (T*)dq, (T*)dk,
+      (T*)dv, at);
 }
 
 template <typename T>

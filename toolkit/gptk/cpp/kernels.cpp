@@ -140,13 +140,24 @@ void gptk_attend(int is_bfloat16, const void* q, const void* keys, const void* v
 }
 
 // y = softmax(q kᵀ · scale) v, where each token sees itself and those before it. q, y: (rows, time,
-// heads, size), k, v: (rows, time, kv_heads, size), at their strides; y without gaps.
+// heads, size), k, v: (rows, time, kv_heads, size), at their strides; y without gaps. logsums, or
+// none: (rows, heads, time), of the scores.
 void gptk_attend_causally(int is_bfloat16, const void* q, const void* k, const void* v, void* y,
-                          float scale, int64_t rows, int64_t time, int64_t heads,
+                          float* logsums, float scale, int64_t rows, int64_t time, int64_t heads,
                           int64_t kv_heads, int64_t size, int64_t q_row, int64_t q_time,
                           int64_t kv_row, int64_t kv_time) {
   const Causal at{rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time, scale};
-  OF(is_bfloat16, attend_causally_of<T>(q, k, v, y, size, at));
+  OF(is_bfloat16, attend_causally_of<T>(q, k, v, y, logsums, size, at));
+}
+
+// Its gradients, from that of y. All but q, k and v are without gaps.
+void gptk_attend_causally_backward(int is_bfloat16, const void* q, const void* k, const void* v,
+                                   const void* y, const void* dy, const float* logsums, void* dq,
+                                   void* dk, void* dv, float scale, int64_t rows, int64_t time,
+                                   int64_t heads, int64_t kv_heads, int64_t size, int64_t q_row,
+                                   int64_t q_time, int64_t kv_row, int64_t kv_time) {
+  const Causal at{rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time, scale};
+  OF(is_bfloat16, attend_causally_backward_of<T>(q, k, v, y, dy, logsums, dq, dk, dv, size, at));
 }
 }
 
