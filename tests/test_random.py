@@ -107,6 +107,15 @@ def test_a_draw_is_the_token_of_least_noise_over_probability(either_kernels, dat
     assert torch.allclose(logprobs.double(), want, rtol=1e-6, atol=1e-5)
 
 
+def test_noise_is_float32_whatever_the_default(either_kernels):
+    given, want = torch.get_default_dtype(), noise([[1]], 100)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(noise([[1]], 100), want)
+    finally:
+        torch.set_default_dtype(given)
+
+
 def test_a_row_without_tokens_draws_nothing(either_kernels):
     keys = as_keys([bytes(8), bytes(8)], CPU)
     logits = torch.tensor([[-torch.inf] * 40, [torch.nan] + [0.0] * 39])

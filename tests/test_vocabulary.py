@@ -82,6 +82,28 @@ def test_what_is_below_is_taken_out(x, bound):
     assert torch.equal(keep_from(x, least, -x), torch.where(-x < least, -INF, x))
 
 
+def test_one_bound_and_one_row_of_keys_do_for_all_rows():
+    x, keys = torch.zeros(4, 20), torch.arange(20.0)[None] - 10
+    for least in (torch.zeros(1, 1), torch.zeros(4, 1)):
+        assert (keep_from(x, least, keys) == torch.where(keys < least, -INF, x)).all()
+
+
+def test_what_there_is_not_is_not_found():
+    assert top(torch.zeros(2, 20), 0).tokens.shape == (2, 0)
+    with pytest.raises(RuntimeError, match="out of range"):
+        top(torch.zeros(1, 3), 5)
+
+
+def test_what_needs_a_gradient_is_pytorchs():
+    x = torch.randn(1, 50, requires_grad=True)
+    assert torch.equal(last_key(x.detach(), x, 0.5), last_key(x.detach(), x.detach(), 0.5))
+
+
+def test_a_long_row_without_tokens_has_no_key():
+    x = torch.full((1, 4096), -INF)
+    assert last_key(x, x, 0.9).isneginf().all()
+
+
 def test_what_is_no_number_stays():
     x = torch.tensor([[torch.nan, 1.0, 3.0]])
     assert keep_from(x, torch.tensor([[2.0]])).isnan().tolist() == [[True, False, False]]

@@ -88,7 +88,7 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up. x: (…, gate and up), each of a size that 16 divides."""
     x = x.contiguous()
     size = x.shape[-1] // 2
-    y = torch.empty(*x.shape[:-1], size, dtype=x.dtype)
+    y = x.new_empty(*x.shape[:-1], size)
     _run().gptk_swiglu(
         x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), x.numel() // (2 * size), size
     )
@@ -114,7 +114,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
     (1 or trees, rows of a tree, length), for all heads. d: one of HEAD_DIMS.
     """
     rows, heads, d = q.shape
-    y = torch.empty(rows, heads, d, dtype=q.dtype)
+    y = q.new_empty(rows, heads, d)
     tree_stride = mask_stride = 0
     if mask is not None:
         tree_stride, mask_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
@@ -142,7 +142,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, logsums: Tensor | None) -> Tensor:
     q, k, v = _strided(q, k, v)
     rows, time, heads, d = q.shape
-    y = torch.empty(rows, time, heads, d, dtype=q.dtype)
+    y = q.new_empty(rows, time, heads, d)
     _run().gptk_attend_causally(
         *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
         *(None if logsums is None else logsums.data_ptr(), *_causal(q, k)),
@@ -163,7 +163,7 @@ def _causal(q: Tensor, k: Tensor) -> tuple[float, *tuple[int, ...]]:
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and log Σ exp of each query's scores: (rows, heads, time)."""
-    logsums = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    logsums = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     return _attend_causally(q, k, v, logsums), logsums
 
 
@@ -172,7 +172,7 @@ def _causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _strided(q, k, v)
     y, logsums, dy = y.contiguous(), logsums.contiguous(), dy.contiguous()
-    made = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+    made = [x.new_empty(x.shape) for x in (q, k, v)]
     _run().gptk_attend_causally_backward(
         *(q.dtype == torch.bfloat16, *(x.data_ptr() for x in (q, k, v, y, dy, logsums, *made))),
         *_causal(q, k),
@@ -183,7 +183,7 @@ def _causal_attention_backward(
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
     """gptk.random.exponential: (count,) for one key (2,), or (count, 2). All int32."""
     keys, tokens = keys.contiguous(), tokens.contiguous()
-    y = torch.empty(tokens.shape)
+    y = tokens.new_empty(tokens.shape, dtype=torch.float32)
     _run().gptk_exponential(
         *(keys.data_ptr(), keys.stride(0) if keys.dim() == 2 else 0, tokens.data_ptr()),
         *(y.data_ptr(), len(tokens)),
@@ -216,7 +216,8 @@ def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
 
 def keep_from(x: Tensor, least: Tensor, keys: Tensor) -> Tensor:
     """gptk.vocabulary.keep_from."""
-    x, least, keys = x.contiguous(), least.contiguous(), keys.contiguous()
+    x, keys = x.contiguous(), keys.expand_as(x).contiguous()
+    least = least.expand(len(x), 1).contiguous()
     y = torch.empty_like(x)
     _run().gptk_keep_from(
         *(x.data_ptr(), least.data_ptr(), keys.data_ptr(), y.data_ptr(), *x.shape)
@@ -237,7 +238,7 @@ def top(x: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
 
 def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """gptk.random.draw."""
-    logits, keys = logits.contiguous(), keys.contiguous()
+    logits, keys = logits.contiguous(), keys.expand(len(logits), 2).contiguous()
     tokens, logprobs = keys.new_empty(len(keys), dtype=torch.int64), logits.new_empty(len(keys))
     _run().gptk_draw(
         *(logits.data_ptr(), keys.data_ptr(), tokens.data_ptr(), logprobs.data_ptr()),
@@ -267,7 +268,7 @@ def _linear(x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs:
     if bias is not None:
         bias = bias.to(x.dtype)
     rows, inputs = x.shape
-    y = torch.empty(rows, outputs, dtype=x.dtype)
+    y = x.new_empty(rows, outputs)
     _run().gptk_linear(
         *(x.dtype == torch.bfloat16, bits, x.data_ptr(), weights.data_ptr()),
         *(None if bias is None else bias.data_ptr(), y.data_ptr(), rows, inputs, outputs),
@@ -282,7 +283,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     outputs, inputs = weight.shape
     x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype)
+    y = x.new_empty(*x.shape[:-1], outputs)
     _run().gptk_dense(
         *(x.dtype == torch.bfloat16, x.data_ptr(), weight.data_ptr()),
         *(None if bias is None else bias.data_ptr(), y.data_ptr()),
@@ -314,7 +315,7 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
 
 def expand(weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """The weights of `linear` as numbers: (outputs, inputs), bfloat16 or float32."""
-    y = torch.empty(outputs, inputs, dtype=dtype)
+    y = weights.new_empty(outputs, inputs, dtype=dtype)
     _run().gptk_expand(
         dtype == torch.bfloat16, bits, weights.data_ptr(), y.data_ptr(), inputs, outputs
     )
@@ -439,6 +440,11 @@ def _define() -> None:
         return torch.ops.gptk.causal_attention_backward(*ctx.saved_tensors, dy)
 
     torch.library.register_autograd("gptk::causal_attention", backward, setup_context=keep, lib=ops)
+
+    def not_again(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("gptk's attention has no second derivatives")
+
+    torch.library.register_autograd("gptk::causal_attention_backward", not_again, lib=ops)
     _defined.append(ops)
 
 

@@ -145,7 +145,7 @@ class Levels:
 
     def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The numbers. out: where to put them, (outputs, inputs), in its dtype."""
-        out = torch.empty(self.shape, dtype=dtype) if out is None else out
+        out = self.codes.new_empty(self.shape, dtype=dtype) if out is None else out
         if out.dtype in (torch.float32, torch.bfloat16) and kernels.available():
             kernels.dequantize(self.codes, self.scale, self.offset, out)
             return out

@@ -28,7 +28,11 @@ def top(x: Tensor, k: int) -> Top:
 
     Returns (rows, k) each.
     """
-    if k <= _FEW_OF_TOP and _suits(x) and (found := kernels.top(x, k)) is not None:
+    if (
+        0 < k <= min(_FEW_OF_TOP, x.shape[-1])
+        and _suits(x)
+        and (found := kernels.top(x, k)) is not None
+    ):
         return Top(*found)
     return Top(*x.topk(k, dim=-1))
 
@@ -84,10 +88,10 @@ def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
     Which of tied tokens comes first is an accident of the sort, so it must not decide. Where
     rounding keeps a row short of p it is the lowest key.
     """
-    if _suits(keys) and _suits(logits):
+    if _suits(keys) and _suits(logits) and keys.shape == logits.shape:
         return kernels.last_key(keys, logits, p)
     probabilities = logits.softmax(dim=-1)
-    if keys.is_cpu and not keys.requires_grad:
+    if keys.is_cpu and not (keys.requires_grad or logits.requires_grad):
         pairs = zip(keys.numpy(), probabilities.numpy(), strict=True)
         return keys.new_tensor([[_last_key(key, q, p)] for key, q in pairs])
     ordered = keys.sort(dim=-1, descending=True, stable=True)

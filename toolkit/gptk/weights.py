@@ -297,8 +297,10 @@ def build_model(
     def packed(weight: "Tensor | Levels") -> "Packed | None":
         if quantize == "stored":
             return weight.pack() if isinstance(weight, Levels) else None
+        if quantize is None:
+            return None
         weight = weight.dense() if isinstance(weight, Levels) else weight
-        return quantized(weight.to(device), quantize) if quantize else None
+        return quantized(weight.to(device), quantize)
 
     def plain(weight: "Tensor | Levels") -> "Tensor":
         if in_huge_pages and len(weight.shape) == 2:

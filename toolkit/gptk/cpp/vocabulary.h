@@ -136,7 +136,7 @@ float key_at(std::vector<Weighed>& tokens, double mass) {
     const auto above = std::partition(from, to, [=](auto& one) { return one.key > pivot; });
     const auto upto = std::partition(above, to, [=](auto& one) { return one.key == pivot; });
     const double higher = before + mass_of(from, above), all = higher + mass_of(above, upto);
-    if (higher >= mass) {
+    if (higher >= mass && above != from) {
       to = above;
     } else if (all >= mass || upto == tokens.end()) {
       return pivot;
