@@ -190,15 +190,18 @@ def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
             close(got, attend(q.double(), 0, wide), error=2e-6)
 
 
-@NEEDS_KERNELS
-@settings(max_examples=40)
-@given(
+CAUSAL = given(
     time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
     head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
     fused=st.booleans(),
 )  # fmt: skip
+"""One to four chunks; queries, keys and values apart, or `fused`: parts of one tensor."""
+
+
+@NEEDS_KERNELS
+@settings(max_examples=40)
+@CAUSAL
 def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
-    """Over one to four chunks; queries, keys and values apart, or parts of one tensor."""
     count = heads[0] + 2 * heads[1]
     both = numbers(seed, rows, time, count, head_dim, dtype=dtype, size=2)
     parts = both.split((heads[0], heads[1], heads[1]), dim=2)
@@ -215,11 +218,7 @@ def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
 
 @NEEDS_KERNELS
 @settings(max_examples=25)
-@given(
-    time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
-    head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
-    fused=st.booleans(),
-)  # fmt: skip
+@CAUSAL
 def test_gradients_of_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
     counts = heads[0], heads[1], heads[1]
     both = numbers(seed, rows, time, sum(counts), head_dim, dtype=dtype)
@@ -245,6 +244,26 @@ def test_causal_attention_is_what_pytorch_expects_of_an_operator():
     with torch.inference_mode(False), torch.enable_grad():
         given = [numbers(seed, 2, 70, 4, 32).requires_grad_() for seed in range(3)]
         torch.library.opcheck(torch.ops.gptk.causal_attention.default, given)
+
+
+@NEEDS_KERNELS
+def test_second_derivatives_are_refused_as_by_pytorchs_attention(monkeypatch):
+    for own in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda own=own: own)
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = (numbers(seed, 1, 5, 2, 32).requires_grad_() for seed in range(3))
+            (once,) = torch.autograd.grad(
+                attend_causally(q, k, v).square().sum(), q, create_graph=True
+            )
+            with pytest.raises(RuntimeError, match=r"not implemented|no second derivatives"):
+                once.sum().backward()
+
+
+@NEEDS_KERNELS
+def test_of_equal_numbers_the_first_are_taken():
+    x = torch.tensor([[1.0, 2, 2, 0, 2, 1] + [1.0] * 30])
+    assert kernels.top(x, 5)[1].tolist() == [[1, 2, 4, 0, 5]]
+    assert kernels.top(torch.full((1, 40), -torch.inf), 3)[1].tolist() == [[0, 1, 2]]
 
 
 @NEEDS_KERNELS

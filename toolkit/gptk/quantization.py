@@ -85,7 +85,7 @@ def quantized(weight: Tensor, precision: Precision) -> Packed | None:
         return TorchAO(weight.bfloat16(), precision)
     if precision == "int8" and not kernels.available():
         return Int8(weight)
-    return _pack(_Nearest(weight.detach(), to_four_bits if precision == "int4" else to_eight_bits))
+    return _pack(_Nearest(weight.detach(), 4 if precision == "int4" else 8))
 
 
 def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
@@ -173,18 +173,15 @@ class _Nearest:
     """The levels of some outputs when they are asked for, so that those of all are never there."""
 
     weight: Tensor
-    to_levels: Callable[[Tensor], Levels]
+    bits: Literal[4, 8]
 
     @property
     def shape(self) -> torch.Size:
         return self.weight.shape
 
-    @property
-    def bits(self) -> Literal[4, 8]:
-        return 4 if self.to_levels is to_four_bits else 8
-
     def __getitem__(self, rows: slice) -> Levels:
-        return self.to_levels(self.weight[rows].float())
+        some = self.weight[rows].float()
+        return to_four_bits(some) if self.bits == 4 else to_eight_bits(some)
 
 
 def _pack(levels: Levels | _Nearest) -> Packed:

@@ -24,9 +24,9 @@ class Top(NamedTuple):
 
 
 def top(x: Tensor, k: int) -> Top:
-    """The k largest numbers of each row, NaN first. x: (rows, vocab), k at most vocab.
+    """The k largest numbers of each row, NaN first; equal ones in any order.
 
-    Returns (rows, k) each.
+    x: (rows, vocab). Returns (rows, k) each. Raises RuntimeError for k beyond vocab.
     """
     if (
         0 < k <= min(_FEW_OF_TOP, x.shape[-1])
@@ -72,7 +72,7 @@ def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def keep_from(logits: Tensor, least: Tensor, keys: Tensor | None = None) -> Tensor:
     """Logits whose keys are at least `least` as they are, -inf for the others.
 
-    least: (rows, 1); keys: (rows, vocab), by default the logits themselves.
+    least: (rows, 1), or (1, 1) for all rows; keys: (rows, vocab), by default the logits themselves.
     """
     keys = logits if keys is None else keys
     if _suits(logits) and _suits(least) and _suits(keys):
