@@ -1,5 +1,7 @@
 """gptk's own kernels beside PyTorch's operations in float64, and what runs where they cannot."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import gptk
 from gptk import kernels
 from gptk.cache import KVCache
 from gptk.cli import cli
+from gptk.linear import Linear
 from gptk.model import attend, attend_causally, rotate, swiglu
 from gptk.quantization import GROUP, Groups, Int4, Int8Groups, Levels
 from gptk.testing import tiny_gpt
@@ -18,6 +21,9 @@ from toys import CONFIGS
 
 NEEDS_KERNELS = pytest.mark.skipif(
     not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
+)
+NEEDS_PRODUCTS = pytest.mark.skipif(
+    not kernels.suit_products(torch.ones(1)), reason="needs AVX512-BF16, and no AMX"
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**16)
@@ -156,6 +162,93 @@ def test_small_operations(rows, sixteens, dtype, size, seed):
 
 
 @NEEDS_KERNELS
+@settings(max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 50), DTYPES, st.sampled_from([1e-3, 1.0, 40.0]), SEEDS)
+def test_gelu_and_its_gradient(rows, size, dtype, scale, seed):
+    x, dy = (numbers(seed + i, rows, size, dtype=dtype, size=scale) for i in range(2))
+    close(kernels.gelu(x), F.gelu(x.double(), approximate="tanh"), 2e-7)
+
+    def gradient(gelu, x, dy):
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(gelu(x), x, dy.clone())[0]
+
+    theirs = partial(F.gelu, approximate="tanh")
+    want = gradient(theirs, x.double(), dy.double())
+    as_exact(gradient(kernels.gelu, x, dy), gradient(theirs, x, dy), want)
+
+
+@NEEDS_KERNELS
+def test_gelu_at_the_ends():
+    ends = torch.tensor([-torch.inf, -3e38, -17.0, -0.0, 0.0, 17.0, 3e38, torch.inf, torch.nan])
+    assert kernels.gelu(ends)[1:-1].tolist() == [0, 0, 0, 0, 17, ends[6], torch.inf]
+    assert kernels.gelu(ends)[-1].isnan()
+
+
+@NEEDS_PRODUCTS
+@settings(max_examples=120)
+@given(data=st.data(), rows=st.integers(1, 100), columns=st.integers(1, 120), seed=SEEDS)
+def test_products_of_matrices(data, rows, columns, seed):
+    depth = data.draw(st.one_of(st.integers(1, 70), st.integers(1530, 1700)), "depth")
+    draw = data.draw
+    a = laid_out(draw, numbers(seed, rows, depth, dtype=torch.bfloat16))
+    b = laid_out(draw, numbers(seed + 1, depth, columns, dtype=draw(DTYPES)))
+    y = numbers(seed + 2, rows, columns + 3, dtype=draw(DTYPES))[:, :columns]
+    bias = numbers(seed + 3, columns) if draw(st.booleans()) else None
+    add = y.dtype == torch.float32 and draw(st.booleans())
+    want = a.double() @ b.bfloat16().double() + (0 if bias is None else bias.double())
+    want += y.double() if add else 0
+    alone = y[-1:].clone()
+    kernels.product(a, b, y, bias, add=add)
+    close(y, want, 2e-6)
+    kernels.product(a[-1:], b, alone, bias, add=add)
+    assert torch.equal(alone, y[-1:])
+
+
+def laid_out(draw, x):
+    """The same matrix, part of a larger one, by rows or by columns."""
+    larger = x.new_zeros(*(size + 5 for size in x.shape))
+    if draw(st.booleans()):
+        larger = larger.t().contiguous().t()
+    larger[: len(x), : x.shape[1]] = x
+    return larger[: len(x), : x.shape[1]]
+
+
+@NEEDS_PRODUCTS
+def test_a_linear_layer_under_autocast_is_pytorchs(monkeypatch):
+    results = []
+    for own in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda own=own: own)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu"):
+            torch.manual_seed(0)
+            layer, x = Linear(70, 90), numbers(1, 3, 50, 70).requires_grad_()
+            y = layer(x)
+            assert y.dtype == torch.bfloat16
+            (y * numbers(2, *y.shape, dtype=y.dtype)).sum().backward()
+        results.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-2)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 300), DTYPES, st.sampled_from([1e-3, 1.0, 40.0]), SEEDS)
+def test_cross_entropy_and_its_gradient(rows, vocab, dtype, size, seed):
+    logits = numbers(seed, rows, vocab + 2, dtype=dtype, size=size)[:, :vocab]
+    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(seed))
+    exact = logits.double()
+    want = F.cross_entropy(exact, targets, reduction="none")
+    gradient = (exact.softmax(1) - F.one_hot(targets, vocab)) * 0.3
+    given = logits.clone()
+    close(kernels.cross_entropy(logits, targets, 0.0), want, 2e-6)
+    assert torch.equal(logits, given)
+    close(kernels.cross_entropy(logits, targets, 0.3), want, 2e-6)
+    close(logits, gradient, 2e-6)
+
+
+@NEEDS_KERNELS
 @settings(max_examples=60, deadline=None)
 @given(
     length=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
@@ -224,26 +317,33 @@ def test_gradients_of_causal_attention(time, heads, head_dim, rows, dtype, seed,
     both = numbers(seed, rows, time, sum(counts), head_dim, dtype=dtype)
     dy = numbers(seed + 1, rows * time, heads[0] * head_dim, dtype=dtype)
 
-    def gradient(x, dy):
+    def gradient(attend, x, dy):
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
             parts = x.split(counts, dim=2)
-            y = attend_causally(*(parts if fused else [part.contiguous() for part in parts]))
-            return torch.autograd.grad(y, x, dy.clone())[0]
+            y = attend(*(parts if fused else [part.contiguous() for part in parts]))
+            return torch.autograd.grad(y.reshape(dy.shape), x, dy.clone())[0]
 
-    got = gradient(both, dy)
+    got = gradient(kernels.attend_causally, both, dy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "available", lambda: False)
-        theirs = gradient(both, dy)
-        want = gradient(both.double(), dy.double())
+        theirs = gradient(attend_causally, both, dy)
+        want = gradient(attend_causally, both.double(), dy.double())
     as_exact(got, theirs, want)
 
 
 @NEEDS_KERNELS
-def test_causal_attention_is_what_pytorch_expects_of_an_operator():
+def test_they_are_what_pytorch_expects_of_operators():
     with torch.inference_mode(False), torch.enable_grad():
         given = [numbers(seed, 2, 70, 4, 32).requires_grad_() for seed in range(3)]
         torch.library.opcheck(torch.ops.gptk.causal_attention.default, given)
+        torch.library.opcheck(torch.ops.gptk.gelu.default, [numbers(1, 5, 7).requires_grad_()])
+        x = numbers(1, 5, 40, dtype=torch.bfloat16).requires_grad_()
+        weight, bias = (numbers(2, *shape).requires_grad_() for shape in ((30, 40), (30,)))
+        for single in (True, False):
+            torch.library.opcheck(
+                torch.ops.gptk.product.default, [x, weight.t(), bias, single], atol=1, rtol=0.1
+            )
 
 
 @NEEDS_KERNELS
@@ -251,7 +351,10 @@ def test_second_derivatives_are_refused_as_by_pytorchs_attention(monkeypatch):
     for own in (True, False):
         monkeypatch.setattr(kernels, "available", lambda own=own: own)
         with torch.inference_mode(False), torch.enable_grad():
-            q, k, v = (numbers(seed, 1, 5, 2, 32).requires_grad_() for seed in range(3))
+            q, k, v = (
+                numbers(seed, 1, 5, 2, 32, dtype=torch.bfloat16).requires_grad_()
+                for seed in range(3)
+            )
             (once,) = torch.autograd.grad(
                 attend_causally(q, k, v).square().sum(), q, create_graph=True
             )

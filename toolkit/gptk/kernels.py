@@ -59,18 +59,87 @@ def suit(x: Tensor, other: Tensor) -> bool:
 
 
 def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_causally` can be run. Under a compiler only once `available` was asked."""
+    """Whether `attend_causally` should be run. Under a compiler only once `available` was asked.
+
+    Not for gradients in float32: there a step is the book's to the last digits that AdamW leaves,
+    with PyTorch's operations a little closer than with ours.
+    """
     dtype = q.dtype
+    alone = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return (
-        (
-            dtype == torch.bfloat16
-            or (dtype == torch.float32 and not torch.is_autocast_enabled("cpu"))
-        )
+        (dtype == torch.bfloat16 or (dtype == torch.float32 and alone))
         and dtype == k.dtype == v.dtype
         and q.is_cpu
         and q.shape[3] in HEAD_DIMS
         and (bool(_defined) if torch.compiler.is_compiling() else available())
     )
+
+
+def suit_products(*sides: Tensor) -> bool:
+    """Whether `product` can be run on these, and is the fastest there is: on processors with
+    AVX512-BF16 that have no AMX. Under a compiler only once `available` was asked.
+    """
+    return (
+        all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in sides)
+        and _multiplies_bfloat16()
+        and (bool(_defined) if torch.compiler.is_compiling() else available())
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16")) and not has.get("amx_bf16") and not has.get("amx_tile")
+
+
+def product(
+    a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None = None, *, add: bool = False
+) -> None:
+    """y = a b, plus the bias, plus y itself with `add`; in bfloat16, summed in float32.
+
+    a: (rows, depth), bfloat16; b: (depth, columns) and y: (rows, columns), bfloat16 or float32,
+    which is rounded on the way; bias: (columns,), float32. y's rows are without gaps.
+    """
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    a_along, b_along = a.stride(1) == 1, b.stride(0) == 1
+    _run().gptk_product(
+        *(a.data_ptr(), a.stride(0 if a_along else 1), a_along),
+        *(b.dtype == torch.bfloat16, b.data_ptr(), b.stride(1 if b_along else 0), b_along),
+        *(y.dtype == torch.bfloat16, y.data_ptr(), y.stride(0)),
+        *(None if bias is None else bias.data_ptr(), add, *y.shape, a.shape[1]),
+    )
+
+
+def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, inputs) times weights (outputs, inputs), plus the bias, as under autocast: bfloat16.
+
+    weight and bias: float32, as their gradients are.
+    """
+    rows = x.flatten(0, -2).to(torch.bfloat16)
+    y: Tensor = torch.ops.gptk.product(rows, weight.t(), bias, False)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, single: bool) -> Tensor:
+    y = a.new_empty(len(a), b.shape[1], dtype=torch.float32 if single else torch.bfloat16)
+    product(a, b, y, bias)
+    return y
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """-log softmax(logits)[target] of each row: (rows,), float32.
+
+    logits: (rows, vocab), bfloat16 or float32, rows without gaps; targets: (rows,). In the logits'
+    place stands then scale · their gradient, unless scale is 0.
+    """
+    targets = targets.contiguous()
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    _run().gptk_cross_entropy(
+        *(logits.dtype == torch.bfloat16, logits.data_ptr(), targets.data_ptr()),
+        *(losses.data_ptr(), scale, *logits.shape, logits.stride(0)),
+    )
+    return losses
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,6 +160,40 @@ def swiglu(x: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], size)
     _run().gptk_swiglu(
         x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), x.numel() // (2 * size), size
+    )
+    return y
+
+
+def suit_gelu(x: Tensor) -> bool:
+    """Whether `gelu` should be run; a compiler makes as good a one of PyTorch's.
+
+    For float32 see `suit_causal_attention`.
+    """
+    alone = not torch.is_grad_enabled()
+    return (
+        x.is_cpu
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and alone))
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh, as GPT-2 has it, with gradients where they are on."""
+    if torch.is_grad_enabled():
+        y: Tensor = torch.ops.gptk.gelu(x)
+        return y
+    return _gelu(x, None)
+
+
+def _gelu(x: Tensor, dy: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    if dy is not None:
+        dy = dy.contiguous()
+    y = torch.empty_like(x)
+    _run().gptk_gelu(
+        *(x.dtype == torch.bfloat16, x.data_ptr(), None if dy is None else dy.data_ptr()),
+        *(y.data_ptr(), x.numel()),
     )
     return y
 
@@ -386,8 +489,25 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_pack": [flag, to, to, to, to, size, size],
         "gptk_dequantize": [flag, to, to, to, to, size],
         "gptk_expand": [flag, flag, to, to, size, size],
+        "gptk_product": [
+            to,
+            size,
+            flag,
+            flag,
+            to,
+            size,
+            flag,
+            flag,
+            to,
+            size,
+            to,
+            flag,
+            *[size] * 3,
+        ],
+        "gptk_cross_entropy": [flag, to, to, to, real, size, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],
+        "gptk_gelu": [flag, to, to, to, size],
         "gptk_rotate": [flag, to, to, to, to, size, size, size],
         "gptk_exponential": [to, size, to, to, size],
         "gptk_sums": [to, to, to, to, size, size],
@@ -413,6 +533,12 @@ def _define() -> None:
     ops: Any = torch.library.Library("gptk", "DEF")  # type: ignore[no-untyped-call]
     ops.define("few_rows_linear(Tensor x, Tensor weights, int bits, int outputs) -> Tensor")
     ops.impl("few_rows_linear", lambda x, *rest: _linear(x, rest[0], None, *rest[1:]), "CPU")
+    ops.define("product(Tensor a, Tensor b, Tensor? bias, bool single) -> Tensor")
+    ops.impl("product", _product, "CPU")
+    ops.define("gelu(Tensor x) -> Tensor")
+    ops.impl("gelu", lambda x: _gelu(x, None), "CPU")
+    ops.define("gelu_backward(Tensor x, Tensor dy) -> Tensor")
+    ops.impl("gelu_backward", _gelu, "CPU")
     ops.define("causal_attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
     ops.impl("causal_attention", _causal_attention, "CPU")
     given = "Tensor q, Tensor k, Tensor v, Tensor y, Tensor logsums, Tensor dy"
@@ -424,14 +550,36 @@ def _define() -> None:
 
     shapes: dict[str, Any] = {
         "few_rows_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
+        "product": lambda a, b, bias, single: a.new_empty(
+            a.shape[0], b.shape[1], dtype=torch.float32 if single else torch.bfloat16
+        ),
         "causal_attention": lambda q, k, v: (
             empty(q),
             q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32),
         ),
         "causal_attention_backward": lambda q, k, v, *rest: (empty(q), empty(k), empty(v)),
+        "gelu": empty,
+        "gelu_backward": lambda x, dy: empty(x),
     }
     for name, fake in shapes.items():
         torch.library.register_fake(f"gptk::{name}", fake, lib=ops)
+
+    def keep_sides(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    def backward_of_product(ctx: Any, dy: Tensor) -> Any:
+        (a, b), needed = ctx.saved_tensors, ctx.needs_input_grad
+        dy, of = dy.to(torch.bfloat16), torch.ops.gptk.product
+        return (
+            of(dy, b.t(), None, False) if needed[0] else None,
+            of(dy.t(), a, None, b.dtype == torch.float32).t() if needed[1] else None,
+            dy.sum(0, dtype=torch.float32) if needed[2] else None,
+            None,
+        )
+
+    torch.library.register_autograd(
+        "gptk::product", backward_of_product, setup_context=keep_sides, lib=ops
+    )
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs, *output)
@@ -440,11 +588,18 @@ def _define() -> None:
         return torch.ops.gptk.causal_attention_backward(*ctx.saved_tensors, dy)
 
     torch.library.register_autograd("gptk::causal_attention", backward, setup_context=keep, lib=ops)
+    torch.library.register_autograd(
+        "gptk::gelu",
+        lambda ctx, dy: torch.ops.gptk.gelu_backward(*ctx.saved_tensors, dy),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        lib=ops,
+    )
 
     def not_again(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("gptk's attention has no second derivatives")
+        raise NotImplementedError("gptk's attention and GELU have no second derivatives")
 
-    torch.library.register_autograd("gptk::causal_attention_backward", not_again, lib=ops)
+    for name in ("causal_attention_backward", "gelu_backward"):
+        torch.library.register_autograd(f"gptk::{name}", not_again, lib=ops)
     _defined.append(ops)
 
 

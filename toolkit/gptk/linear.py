@@ -42,6 +42,8 @@ class Linear(Direct, nn.Linear):
         if self.packed is not None:
             return self.packed.linear(x, self.bias)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            if _autocasts(x, self.weight):
+                return kernels.autocast_linear(x, self.weight, self.bias)
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return _row(x, self.weight, self.bias)
@@ -107,6 +109,17 @@ class Blocked:
 
 def _suits(weight: Tensor, dtype: torch.dtype) -> bool:
     return _ONEDNN and weight.dtype == dtype and weight.device.type == "cpu"
+
+
+def _autocasts(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast to bfloat16 is on, and gptk's kernels can do what it asks for."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and weight.dtype == torch.float32
+        and type(weight) in (Tensor, nn.Parameter)
+        and kernels.suit_products(x, weight)
+    )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -216,6 +216,8 @@ class MLP(Direct):
         x = self.up(x)
         if self.kind == "swiglu":
             x = swiglu(x)
+        elif self.kind == "gelu-tanh" and kernels.suit_gelu(x):
+            x = kernels.gelu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
         return self.down(x)  # type: ignore[no-any-return]

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptk import kernels
+
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What is minimized, from the mean cross entropy of some positions, their logits, float32,
 (1, positions, vocab), and their targets, (1, positions): itself a mean over positions."""
@@ -76,31 +78,54 @@ def _in_chunks(
     rows = -(-n // -(-n * vocab // _CHUNK))
     piece = max(_PIECE // vocab, 1) if kind == "cpu" else rows
     # Rows of whole cache lines: the product for the weights is an eighth faster.
-    buffer = hidden.new_zeros(rows, -(-vocab // 64) * 64, dtype=dtype)
+    buffer = hidden.new_empty(rows, -(-vocab // 64) * 64, dtype=dtype)[:, :vocab]
     totals = torch.zeros(2, device=hidden.device)
-    hidden_gradient = torch.empty_like(hidden) if gradients else hidden
-    weight_gradient: Tensor | None = None
+    hidden_gradient, weight_gradient = hidden, weight
+    if gradients:
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        inputs, matrix = hidden.to(dtype), weight.to(dtype)
+        inputs, matrix = hidden.to(dtype), weight
+        if not (dtype == torch.bfloat16 and kernels.suit_products(hidden, weight)):
+            matrix = weight.to(dtype)
         for at in range(0, n, rows):
             h = inputs[at : at + rows]
-            padded = buffer[: len(h)]
-            logits = padded[:, :vocab]
-            torch.mm(h, matrix.t(), out=logits)
-            for first in range(0, len(h), piece):
-                part = logits[first : first + piece]
-                wanted = targets[at + first : at + first + len(part)]
-                totals += _loss(part, wanted, objective, len(part) / n, gradients)
+            logits = buffer[: len(h)]
+            _product(h, matrix.t(), logits)
+            if objective is None and kind == "cpu" and kernels.available():
+                wanted = targets[at : at + rows]
+                totals += _cross_entropy(logits, wanted, n, gradients)
+            else:
+                for first in range(0, len(h), piece):
+                    part = logits[first : first + piece]
+                    wanted = targets[at + first : at + first + len(part)]
+                    totals += _loss(part, wanted, objective, len(part) / n, gradients)
             if gradients:
-                hidden_gradient[at : at + rows] = torch.mm(logits, matrix)
+                _product(logits, matrix, hidden_gradient[at : at + rows])
                 # Summed in float32, whatever the product is in.
-                product = torch.mm(padded.t(), h)[:vocab]
-                if weight_gradient is None:
-                    weight_gradient = product.to(weight.dtype)
-                else:
-                    weight_gradient += product
+                _product(logits.t(), h, weight_gradient, add=at > 0)
     loss, value = totals.unbind()
-    return loss, value, hidden_gradient, weight if weight_gradient is None else weight_gradient
+    return loss, value, hidden_gradient, weight_gradient
+
+
+def _product(a: Tensor, b: Tensor, y: Tensor, *, add: bool = False) -> None:
+    """y = a b, or with `add` y + a b."""
+    if a.dtype == torch.bfloat16 and kernels.suit_products(a, b):
+        kernels.product(a, b, y, add=add)
+    elif add:
+        y += torch.mm(a, b)
+    elif y.dtype == a.dtype:
+        torch.mm(a, b, out=y)
+    else:
+        y.copy_(torch.mm(a, b))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, n: int, gradients: bool) -> Tensor:
+    """_loss where nothing looks at the logits, on a CPU: in bfloat16 they are read twice."""
+    low, high = targets.aminmax()
+    if not 0 <= low <= high < logits.shape[1]:
+        raise IndexError(f"targets from {low} to {high} for a vocabulary of {logits.shape[1]}")
+    losses = kernels.cross_entropy(logits, targets, 1 / n if gradients else 0.0)
+    return (losses.sum() / n).expand(2)
 
 
 def _loss(

@@ -164,7 +164,11 @@ class Trainer:
         self._whole_logits = any(
             one.logits == "batch" for one in self._looking
         ) or not _has_plain_head(model)
-        objective = _NextToken(model, None if self._whole_logits else self._regularized)
+        objective = _NextToken(
+            model,
+            chunked=not self._whole_logits,
+            regularized=self._regularized if self._looking else None,
+        )
         if config.compile:
             kernels.available()  # a compiler takes the operators that there are
             for part in model.blocks if shard else [objective]:
@@ -860,18 +864,18 @@ class _Plugins:
 class _NextToken(nn.Module):
     """From tokens to what is minimized in one forward pass, for what wraps and compiles modules.
 
-    That is the cross entropy and, in training, what `regularized` makes of it, in chunks; without
-    `regularized` it is the logits.
+    That is the cross entropy and, in training, what `regularized` makes of it, if not `chunked` the
+    logits.
     """
 
-    def __init__(self, model: GPT, regularized: Objective | None) -> None:
+    def __init__(self, model: GPT, *, chunked: bool, regularized: Objective | None) -> None:
         super().__init__()
         self.model = model
-        self._regularized = regularized
+        self._chunked, self._regularized = chunked, regularized
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         hidden: Tensor = self.model(ids)
-        if self._regularized is None:
+        if not self._chunked:
             return self.model.logits(hidden)
         return chunked_loss(
             hidden.flatten(0, 1),

@@ -16,6 +16,11 @@ namespace {
 constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
 constexpr __mmask16 ALL = 0xffff;
 
+// The first `count` lanes, of those that there are.
+inline __mmask16 lanes_of(int64_t count) {
+  return count >= 16 ? ALL : count < 1 ? 0 : (1 << count) - 1;
+}
+
 inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
 
 inline __m512 load(const uint16_t* x) {  // bfloat16
@@ -50,6 +55,26 @@ inline void store(uint16_t* y, __mmask16 lanes, __m512 value) {  // to the neare
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   near = _mm512_mask_mov_epi32(near, nan, _mm512_set1_epi32(0x7fc00000));
   _mm512_mask_cvtepi32_storeu_epi16(y, lanes, _mm512_srli_epi32(near, 16));
+}
+
+// 32 numbers, rounded.
+inline __m512i bfloat16s(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  uint16_t numbers[32];
+  store(numbers, ALL, low);
+  store(numbers + 16, ALL, high);
+  return _mm512_loadu_si512(numbers);
+#endif
+}
+
+// All 16. Stores with a mask take several times as long.
+inline void store_all(float* y, __m512 value) { _mm512_storeu_ps(y, value); }
+
+inline void store_all(uint16_t* y, __m512 value) {
+  const __m512i numbers = bfloat16s(value, value);
+  _mm256_storeu_si256((__m256i*)y, _mm512_castsi512_si256(numbers));
 }
 
 // The sum of each of 16 vectors, in a lane each.

@@ -3,17 +3,18 @@
 
 #include "attention.h"
 #include "layers.h"
+#include "matrices.h"
 #include "products.h"
 #include "vocabulary.h"
 
 // All take x, and what is of its dtype, as bfloat16, or as float32.
-#define OF(is_bfloat16, call)       \
+#define OF(is_bfloat16, ...)        \
   if (is_bfloat16) {                \
     using T = uint16_t;             \
-    call;                           \
+    __VA_ARGS__;                    \
   } else {                          \
     using T = float;                \
-    call;                           \
+    __VA_ARGS__;                    \
   }
 
 extern "C" {
@@ -53,6 +54,22 @@ void gptk_expand(int is_bfloat16, int bits, const void* weights, void* y, int64_
                                                             outputs));
 }
 
+// y (rows, columns) = a (rows, depth) b (depth, columns), plus the bias if there is one, plus y if
+// that is added to. a is bfloat16. Strides are those of rows; or of columns, where the numbers of a
+// row of a, or of a column of b, stand along each other the other way.
+void gptk_product(const void* a, int64_t a_stride, int a_along, int b_is_bfloat16, const void* b,
+                  int64_t b_stride, int b_along, int y_is_bfloat16, void* y, int64_t y_stride,
+                  const float* bias, int add, int64_t rows, int64_t columns, int64_t depth) {
+  const Side<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_along != 0};
+  OF(b_is_bfloat16, {
+    const Side<T> right{(const T*)b, b_stride, columns, b_along != 0};
+    if (y_is_bfloat16)
+      product(left, right, depth, (uint16_t*)y, y_stride, bias, add);
+    else
+      product(left, right, depth, (float*)y, y_stride, bias, add);
+  });
+}
+
 // x, y: (rows, size), size a multiple of 16.
 void gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
                    int64_t rows, int64_t size) {
@@ -62,6 +79,12 @@ void gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps
 // y (rows, size) = silu(x[:, :size]) · x[:, size:], size a multiple of 16.
 void gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
   OF(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size));
+}
+
+// y (size) = gelu(x), or with dy its gradient by x.
+void gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
+  OF(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
+                     : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
 }
 
 // x, y: (heads, size), size a multiple of 32; cosines, sines: (angles, size), taken in turns.
@@ -125,6 +148,13 @@ void gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float*
 #pragma omp parallel for schedule(static) if (rows * size > FEW)
   for (int64_t row = 0; row < rows; row++)
     logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
+}
+
+// For each row of x (rows, size), at its stride, the loss -log softmax(x)[target]; and, unless scale
+// is 0, scale · (softmax(x) - one at the target) in the place of x.
+void gptk_cross_entropy(int is_bfloat16, void* x, const int64_t* targets, float* losses, float scale,
+                        int64_t rows, int64_t size, int64_t stride) {
+  OF(is_bfloat16, cross_entropy((T*)x, targets, losses, scale, rows, size, stride));
 }
 
 // y = softmax(q kᵀ · scale + mask) v. q: (trees · rows, heads, size) at row_stride, y alike without
