@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptk import operators
 from gptk.data import cache_folder
 
 _SOURCES = Path(__file__).with_name("cpp")
@@ -71,7 +72,7 @@ def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and dtype == k.dtype == v.dtype
         and q.is_cpu
         and q.shape[3] in HEAD_DIMS
-        and (bool(_defined) if torch.compiler.is_compiling() else available())
+        and (operators.defined() if torch.compiler.is_compiling() else available())
     )
 
 
@@ -82,7 +83,7 @@ def suit_products(*sides: Tensor) -> bool:
     return (
         all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in sides)
         and _multiplies_bfloat16()
-        and (bool(_defined) if torch.compiler.is_compiling() else available())
+        and (operators.defined() if torch.compiler.is_compiling() else available())
     )
 
 
@@ -522,86 +523,12 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, types in takes.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
-    _define()
+    operators.define(
+        few_rows_linear=lambda x, *rest: _linear(x, rest[0], None, *rest[1:]),
+        product=_product,
+        gelu=lambda x: _gelu(x, None),
+        gelu_backward=_gelu,
+        causal_attention=_causal_attention,
+        causal_attention_backward=_causal_attention_backward,
+    )
     return library
-
-
-def _define() -> None:
-    """Tell PyTorch's compilers and its autograd of them, once a process."""
-    if _defined:
-        return
-    ops: Any = torch.library.Library("gptk", "DEF")  # type: ignore[no-untyped-call]
-    ops.define("few_rows_linear(Tensor x, Tensor weights, int bits, int outputs) -> Tensor")
-    ops.impl("few_rows_linear", lambda x, *rest: _linear(x, rest[0], None, *rest[1:]), "CPU")
-    ops.define("product(Tensor a, Tensor b, Tensor? bias, bool single) -> Tensor")
-    ops.impl("product", _product, "CPU")
-    ops.define("gelu(Tensor x) -> Tensor")
-    ops.impl("gelu", lambda x: _gelu(x, None), "CPU")
-    ops.define("gelu_backward(Tensor x, Tensor dy) -> Tensor")
-    ops.impl("gelu_backward", _gelu, "CPU")
-    ops.define("causal_attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-    ops.impl("causal_attention", _causal_attention, "CPU")
-    given = "Tensor q, Tensor k, Tensor v, Tensor y, Tensor logsums, Tensor dy"
-    ops.define(f"causal_attention_backward({given}) -> (Tensor, Tensor, Tensor)")
-    ops.impl("causal_attention_backward", _causal_attention_backward, "CPU")
-
-    def empty(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    shapes: dict[str, Any] = {
-        "few_rows_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
-        "product": lambda a, b, bias, single: a.new_empty(
-            a.shape[0], b.shape[1], dtype=torch.float32 if single else torch.bfloat16
-        ),
-        "causal_attention": lambda q, k, v: (
-            empty(q),
-            q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32),
-        ),
-        "causal_attention_backward": lambda q, k, v, *rest: (empty(q), empty(k), empty(v)),
-        "gelu": empty,
-        "gelu_backward": lambda x, dy: empty(x),
-    }
-    for name, fake in shapes.items():
-        torch.library.register_fake(f"gptk::{name}", fake, lib=ops)
-
-    def keep_sides(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
-
-    def backward_of_product(ctx: Any, dy: Tensor) -> Any:
-        (a, b), needed = ctx.saved_tensors, ctx.needs_input_grad
-        dy, of = dy.to(torch.bfloat16), torch.ops.gptk.product
-        return (
-            of(dy, b.t(), None, False) if needed[0] else None,
-            of(dy.t(), a, None, b.dtype == torch.float32).t() if needed[1] else None,
-            dy.sum(0, dtype=torch.float32) if needed[2] else None,
-            None,
-        )
-
-    torch.library.register_autograd(
-        "gptk::product", backward_of_product, setup_context=keep_sides, lib=ops
-    )
-
-    def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs, *output)
-
-    def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        return torch.ops.gptk.causal_attention_backward(*ctx.saved_tensors, dy)
-
-    torch.library.register_autograd("gptk::causal_attention", backward, setup_context=keep, lib=ops)
-    torch.library.register_autograd(
-        "gptk::gelu",
-        lambda ctx, dy: torch.ops.gptk.gelu_backward(*ctx.saved_tensors, dy),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-        lib=ops,
-    )
-
-    def not_again(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("gptk's attention and GELU have no second derivatives")
-
-    for name in ("causal_attention_backward", "gelu_backward"):
-        torch.library.register_autograd(f"gptk::{name}", not_again, lib=ops)
-    _defined.append(ops)
-
-
-_defined: list[object] = []
-"""Kept, as an operator goes with its library."""

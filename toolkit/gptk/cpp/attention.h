@@ -153,7 +153,7 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, con
           sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(some.sum + 16 * v), sum[v]);
       }
       for (int v = 0; v < vectors; v++)
-        store(to + 16 * v, ALL, _mm512_div_ps(sum[v], weight));
+        store(to + 16 * v, _mm512_div_ps(sum[v], weight));
     }
   }
 }
@@ -168,6 +168,15 @@ struct Causal {
   int64_t count(int64_t chunk) const { return std::min(CHUNK, time - chunk * CHUNK); }
 };
 
+inline __m512i load_line(const float* x, int64_t) { return _mm512_loadu_si512(x); }
+
+inline __m512i load_line(const uint16_t* x, int64_t count) { return load_pairs(x, count); }
+
+// Lanes of what is summed together: a token's number; in bfloat16 that and the next token's.
+inline __m512i beside(const float* x, const float*) { return _mm512_loadu_si512(x); }
+
+inline __m512i beside(const uint16_t* x, const uint16_t* next) { return join(x, next, ALL); }
+
 // A chunk of tokens, laid out so that sums stand side by side. For products with each token: lanes
 // of 32 bits, as many numbers as fit into one, (numbers of a head, tokens). For sums over tokens:
 // (tokens, numbers of a head), with as many tokens in a lane. What is missing is 0.
@@ -178,18 +187,26 @@ struct Chunk {
   alignas(64) T along[CHUNK / per][size][per];
 
   void fill_across(const T* x, int64_t count, int64_t stride) {
-    for (int64_t token = 0; token < CHUNK; token++)
-      for (int64_t i = 0; i < size; i += per) {
-        uint32_t some = 0;
-        if (token < count) std::memcpy(&some, x + token * stride + i, 4);
-        across[i / per][token] = some;
+    for (int64_t token = 0; token < CHUNK; token += 16)
+      for (int64_t i = 0; i < size; i += 16 * per) {
+        __m512i v[16];
+        for (int64_t t = 0; t < 16; t++)
+          v[t] = token + t < count ? load_line(x + (token + t) * stride + i, size - i)
+                                   : _mm512_setzero_si512();
+        transpose(v);
+        for (int64_t n = 0; n < std::min<int64_t>(16, (size - i) / per); n++)
+          _mm512_store_si512(&across[i / per + n][token], v[n]);
       }
   }
 
   void fill_along(const T* x, int64_t count, int64_t stride) {
-    for (int64_t token = 0; token < CHUNK; token++)
-      for (int64_t i = 0; i < size; i++)
-        along[token / per][i][token % per] = token < count ? x[token * stride + i] : T(0);
+    for (int64_t token = 0; token < CHUNK; token += per)
+      for (int64_t i = 0; i < size; i += 16) {
+        const T* from = x + token * stride + i;
+        __m512i lanes = _mm512_setzero_si512();
+        if (token < count) lanes = beside(from, token + 1 < count ? from + stride : nullptr);
+        _mm512_store_si512(&along[token / per][i], lanes);
+      }
   }
 };
 
@@ -266,7 +283,7 @@ void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float sca
     factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(most[r]), unit_of(now)));
     for (int k = 0; k < CHUNK / 16; k++) {
       const __m512 one = exp(_mm512_sub_ps(scores[r][k], unit_of(now)));
-      store(&weights[r][16 * k], ALL, one);
+      store(&weights[r][16 * k], one);
       added = _mm512_add_ps(added, one);
     }
     weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(added);
@@ -311,7 +328,7 @@ void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums, c
               chunk < block ? CHUNK : i + 1, seen[chunk], sum + i, most + i, weight + i);
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j += 16)
-          store(y + ((row * at.time + start + i) * at.heads + head) * size + j, ALL,
+          store(y + ((row * at.time + start + i) * at.heads + head) * size + j,
                 _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
         if (logsums) logsums[of * at.time + start + i] = most[i] + std::log(weight[i]);
       }
@@ -319,45 +336,14 @@ void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums, c
   }
 }
 
-// The transpose of 16 vectors.
-inline void transpose(__m512* v) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-  const auto low = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  const auto high = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = low(t[i], t[i + 2]);
-    v[i + 1] = high(t[i], t[i + 2]);
-    v[i + 2] = low(t[i + 1], t[i + 3]);
-    v[i + 3] = high(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    const __m512 a = _mm512_shuffle_f32x4(v[i], v[4 + i], 0x88);
-    const __m512 b = _mm512_shuffle_f32x4(v[i], v[4 + i], 0xdd);
-    const __m512 c = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0x88);
-    const __m512 d = _mm512_shuffle_f32x4(v[8 + i], v[12 + i], 0xdd);
-    v[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-    v[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
-    v[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
-    v[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
-  }
-}
-
 template <typename T>
 void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
   for (int64_t i = 0; i < CHUNK; i += 16)
     for (int64_t j = 0; j < CHUNK; j += 16) {
-      __m512 v[16];
-      for (int r = 0; r < 16; r++) v[r] = _mm512_load_ps(&x[i + r][j]);
+      __m512i v[16];
+      for (int r = 0; r < 16; r++) v[r] = _mm512_load_si512(&x[i + r][j]);
       transpose(v);
-      for (int r = 0; r < 16; r++) store(&y[j + r][i], ALL, v[r]);
+      for (int r = 0; r < 16; r++) store(&y[j + r][i], _mm512_castsi512_ps(v[r]));
     }
 }
 
@@ -415,7 +401,7 @@ struct Backward {
               _mm512_mul_ps(weight, scale), _mm512_sub_ps(outer[r][k], _mm512_set1_ps(d[query])));
           _mm512_store_ps(&p[i + r][16 * k], weight);
           _mm512_store_ps(&ds[i + r][16 * k], change);
-          store(&weights[r][16 * k], ALL, change);
+          store(&weights[r][16 * k], change);
         }
       }
       add_along(weights, keys[chunk], CHUNK, ones, dq + start + i);
@@ -453,7 +439,7 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
       const auto write = [&](const float(*from)[size], T* to, int64_t apart) {
         for (int64_t i = 0; i < at.time; i++)
           for (int64_t j = 0; j < size; j += 16)
-            store(to + i * apart + j, ALL, _mm512_load_ps(&from[i][j]));
+            store(to + i * apart + j, _mm512_load_ps(&from[i][j]));
       };
       for (int64_t head = kv_head * at.group(); head < (kv_head + 1) * at.group(); head++) {
         const int64_t apart = at.heads * size, first = row * at.time * apart + head * size;

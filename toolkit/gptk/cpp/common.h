@@ -44,37 +44,75 @@ inline float number(uint16_t x) {  // bfloat16
   return wide;
 }
 
-inline void store(float* y, __mmask16 lanes, __m512 value) {
-  _mm512_mask_storeu_ps(y, lanes, value);
-}
-
-inline void store(uint16_t* y, __mmask16 lanes, __m512 value) {  // to the nearest bfloat16, or even
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  near = _mm512_mask_mov_epi32(near, nan, _mm512_set1_epi32(0x7fc00000));
-  _mm512_mask_cvtepi32_storeu_epi16(y, lanes, _mm512_srli_epi32(near, 16));
-}
-
-// 32 numbers, rounded.
+// 32 numbers, rounded to the nearest bfloat16, or even.
 inline __m512i bfloat16s(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 #else
-  uint16_t numbers[32];
-  store(numbers, ALL, low);
-  store(numbers + 16, ALL, high);
-  return _mm512_loadu_si512(numbers);
+  __m256i halves[2];
+  for (int i = 0; i < 2; i++) {
+    const __m512 value = i ? high : low;
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    near = _mm512_mask_mov_epi32(near, nan, _mm512_set1_epi32(0x7fc00000));
+    halves[i] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16));
+  }
+  return _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1);
 #endif
 }
 
-// All 16. Stores with a mask take several times as long.
-inline void store_all(float* y, __m512 value) { _mm512_storeu_ps(y, value); }
+inline __m256i bfloat16s(__m512 value) { return _mm512_castsi512_si256(bfloat16s(value, value)); }
 
-inline void store_all(uint16_t* y, __m512 value) {
-  const __m512i numbers = bfloat16s(value, value);
-  _mm256_storeu_si256((__m256i*)y, _mm512_castsi512_si256(numbers));
+inline void store(float* y, __m512 value) { _mm512_storeu_ps(y, value); }
+
+inline void store(uint16_t* y, __m512 value) {
+  _mm256_storeu_si256((__m256i*)y, bfloat16s(value));
+}
+
+// With a mask they take several times as long.
+inline void store_some(float* y, __mmask16 lanes, __m512 value) {
+  lanes == ALL ? store(y, value) : _mm512_mask_storeu_ps(y, lanes, value);
+}
+
+inline void store_some(uint16_t* y, __mmask16 lanes, __m512 value) {
+  lanes == ALL ? store(y, value) : _mm256_mask_storeu_epi16(y, lanes, bfloat16s(value));
+}
+
+// 32 numbers in their order, as bfloat16, with zeros for those from `count` on.
+inline __m512i load_pairs(const uint16_t* x, int64_t count) {
+  if (count >= 32) return _mm512_loadu_si512(x);
+  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), x);
+}
+
+// Pairs of a number of `x` and the one below it in `under`, if that is there, or 0.
+inline __m512i join(const uint16_t* x, const uint16_t* under, __mmask16 lanes) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
+  if (!under) return low;
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, under));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Transposes 16 by 16 lanes.
+inline void transpose(__m512i* v) {
+  __m512i w[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    const __m512i b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+    w[i] = _mm512_unpacklo_epi64(a, c), w[i + 1] = _mm512_unpackhi_epi64(a, c);
+    w[i + 2] = _mm512_unpacklo_epi64(b, d), w[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; i++) {
+    const __m512i a = _mm512_shuffle_i32x4(w[i], w[i + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(w[i], w[i + 4], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(a, b, 0x88), v[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    v[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), v[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
 }
 
 // The sum of each of 16 vectors, in a lane each.

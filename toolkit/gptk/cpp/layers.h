@@ -19,7 +19,7 @@ void rms_norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_
     const float mean = _mm512_reduce_add_ps(squares) / size;
     const __m512 factor = _mm512_set1_ps(1 / std::sqrt(mean + eps));
     for (int64_t i = 0; i < size; i += 16)
-      store(to + i, ALL, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
+      store(to + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
   }
 }
 
@@ -31,7 +31,7 @@ void swiglu(const T* x, T* y, int64_t rows, int64_t size) {
     for (int64_t i = 0; i < size; i += 16) {
       const __m512 one = load(gate + i), below = exp(_mm512_sub_ps(_mm512_setzero_ps(), one));
       const __m512 silu = _mm512_div_ps(one, _mm512_add_ps(_mm512_set1_ps(1), below));
-      store(y + row * size + i, ALL, _mm512_mul_ps(silu, load(up + i)));
+      store(y + row * size + i, _mm512_mul_ps(silu, load(up + i)));
     }
   }
 }
@@ -58,7 +58,7 @@ void gelu(const T* x, const T* dy, T* y, int64_t size) {
       const __m512 rest = _mm512_mul_ps(value, _mm512_sub_ps(one, share));
       value = _mm512_mul_ps(_mm512_fmadd_ps(rest, slope, share), load_some(dy + i, lanes));
     }
-    lanes == ALL ? store_all(y + i, value) : store(y + i, lanes, value);
+    store_some(y + i, lanes, value);
   }
 }
 
@@ -72,7 +72,7 @@ void rotate(const T* x, const T* cosines, const T* sines, T* y, int64_t heads, i
     for (int64_t i = 0; i < size; i += 16) {
       const __m512 other = load(from + (i < size / 2 ? i + size / 2 : i - size / 2));
       const __m512 turned = _mm512_mul_ps(other, load(sines + at + i));
-      store(y + head * size + i, ALL,
+      store(y + head * size + i,
             _mm512_fmadd_ps(load(from + i), load(cosines + at + i), turned));
     }
   }
@@ -105,12 +105,11 @@ void cross_entropy(T* x, const int64_t* targets, float* losses, float scale, int
     for (int64_t i = 0; i < size; i += 16) {
       const __mmask16 lanes = lanes_of(size - i);
       const __m512 weights = exp(_mm512_sub_ps(load_some(from + i, lanes), unit));
-      const __m512 value = _mm512_mul_ps(weights, factor);
-      lanes == ALL ? store_all(from + i, value) : store(from + i, lanes, value);
+      store_some(from + i, lanes, _mm512_mul_ps(weights, factor));
     }
     const float share = std::exp(target - highest) / sum;
     const __m512 changed = _mm512_set1_ps(scale * (share - 1));
-    store(from + targets[row], 1, changed);
+    store_some(from + targets[row], 1, changed);
   }
 }
 

@@ -31,22 +31,8 @@ struct Side {
 
 inline int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-// 32 numbers in their order, as bfloat16, with zeros for those from `count` on.
-inline __m512i load_pairs(const uint16_t* x, int64_t count) {
-  if (count >= 32) return _mm512_loadu_si512(x);
-  return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), x);
-}
-
 inline __m512i load_pairs(const float* x, int64_t count) {
   return bfloat16s(load_some(x, lanes_of(count)), load_some(x + 16, lanes_of(count - 16)));
-}
-
-// Pairs of a number of `x` and the one below it in `under`, if that is there, or 0.
-inline __m512i join(const uint16_t* x, const uint16_t* under, __mmask16 lanes) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
-  if (!under) return low;
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, under));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
 inline __m512i join(const float* x, const float* under, __mmask16 lanes) {
@@ -55,26 +41,6 @@ inline __m512i join(const float* x, const float* under, __mmask16 lanes) {
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512 high = under ? load_some(under, lanes) : _mm512_setzero_ps();
   return _mm512_permutexvar_epi16(in_turns, bfloat16s(load_some(x, lanes), high));
-}
-
-// Transposes 16 by 16 pairs.
-inline void transpose(__m512i* v) {
-  __m512i w[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
-    const __m512i d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-    w[i] = _mm512_unpacklo_epi64(a, c), w[i + 1] = _mm512_unpackhi_epi64(a, c);
-    w[i + 2] = _mm512_unpacklo_epi64(b, d), w[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  for (int i = 0; i < 4; i++) {
-    const __m512i a = _mm512_shuffle_i32x4(w[i], w[i + 4], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(w[i], w[i + 4], 0xdd);
-    const __m512i d = _mm512_shuffle_i32x4(w[i + 8], w[i + 12], 0xdd);
-    v[i] = _mm512_shuffle_i32x4(a, b, 0x88), v[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    v[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), v[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
 }
 
 // A panel is (pairs, WIDTH, 2). Puts a pair each of 16 rows or columns, from `at` on, into theirs.
@@ -166,9 +132,9 @@ inline void store_tile(const __m512 (&sum)[TALL][WIDE / 16], const Target<Y>& to
       if (to.add) value = _mm512_add_ps(value, WHOLE ? load(sums) : load_some(sums, lanes));
       if (to.last && to.bias) value = _mm512_add_ps(value, load_some(to.bias + 16 * j, lanes));
       if (WHOLE)
-        to.last ? store_all(y, value) : store_all(sums, value);
+        to.last ? store(y, value) : store(sums, value);
       else
-        to.last ? store(y, lanes, value) : store(sums, lanes, value);
+        to.last ? store_some(y, lanes, value) : store_some(sums, lanes, value);
     }
 }
 
@@ -248,7 +214,8 @@ void product(const Side<uint16_t>& a, const Side<B>& b, int64_t depth, Y* y, int
           Ahead ahead = keep_a ? Ahead(b, next, next_width, from, some)
                                : Ahead(a, next, next_width, from, some);
           const int64_t step = keep_a ? TALL : WIDE, passing_step = keep_a ? WIDE : TALL;
-          const int64_t tiles = rounded(width, passing_step) / passing_step * rounded(count, step) / step;
+          const int64_t tiles =
+              rounded(width, passing_step) / passing_step * (rounded(count, step) / step);
           const int64_t lines = ahead.lines * ahead.runs / tiles + 1;
           for (int64_t i = 0; i < width; i += passing_step)
             for (int64_t j = 0; j < count; j += step) {

@@ -122,7 +122,7 @@ void outputs_of(const Rows& x, const uint8_t* weights, const T* bias, T* y, int6
       else
         products<bits, 1>(from, x, row, sums);
       for (int64_t r = 0; r < taken; r++)
-        store(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], added));
+        store_some(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], added));
       row += taken;
     }
   }
@@ -192,7 +192,7 @@ void dequantize(const uint8_t* codes, const float* scale, const float* offset, T
   for (int64_t group = 0; group < groups; group++)
     for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i += 16) {
       const __m512i some = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-      store(y + i, 0xffff,
+      store(y + i,
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(some), _mm512_set1_ps(scale[group]),
                             _mm512_set1_ps(offset[group])));
     }
@@ -226,7 +226,7 @@ void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
         for (int half = 0; half < 2; half++) {
           const __m128i some = _mm_loadu_si128((const __m128i*)row + half);
           const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(some));
-          store(to + 16 * half, 0xffff,
+          store(to + 16 * half,
                 _mm512_fmadd_ps(numbers, _mm512_set1_ps(scale[i]), _mm512_set1_ps(offset[i])));
         }
       }
@@ -271,7 +271,7 @@ void dense(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int6
           dots<1>(from, own, inputs, o, sums);
       }
       for (int64_t r = 0; r < taken; r++)
-        store(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums_of(sums[r]), added));
+        store_some(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums_of(sums[r]), added));
       row += taken;
     }
   }
