@@ -1,5 +1,7 @@
 """gptk's own kernels beside PyTorch's operations in float64, and what runs where they cannot."""
 
+import io
+import sys
 from functools import partial
 
 import pytest
@@ -283,17 +285,17 @@ def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
             close(got, attend(q.double(), 0, wide), error=2e-6)
 
 
-CAUSAL = given(
-    time=st.integers(1, 200), heads=st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
-    head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
-    fused=st.booleans(),
-)  # fmt: skip
+CAUSAL = {
+    "time": st.integers(1, 200), "heads": st.sampled_from([(4, 4), (4, 2), (6, 2), (3, 1)]),
+    "head_dim": st.sampled_from(kernels.HEAD_DIMS), "rows": st.integers(1, 3), "seed": SEEDS,
+    "fused": st.booleans(),
+}  # fmt: skip
 """One to four chunks; queries, keys and values apart, or `fused`: parts of one tensor."""
 
 
 @NEEDS_KERNELS
 @settings(max_examples=40)
-@CAUSAL
+@given(**CAUSAL, dtype=DTYPES)
 def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
     count = heads[0] + 2 * heads[1]
     both = numbers(seed, rows, time, count, head_dim, dtype=dtype, size=2)
@@ -310,32 +312,34 @@ def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
 
 
 @NEEDS_KERNELS
-@settings(max_examples=25)
-@CAUSAL
-def test_gradients_of_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
-    counts = heads[0], heads[1], heads[1]
+@settings(max_examples=40)
+@given(**CAUSAL)
+def test_gradients_of_causal_attention(time, heads, head_dim, rows, seed, fused):
+    counts, dtype = (heads[0], heads[1], heads[1]), torch.bfloat16
     both = numbers(seed, rows, time, sum(counts), head_dim, dtype=dtype)
     dy = numbers(seed + 1, rows * time, heads[0] * head_dim, dtype=dtype)
 
-    def gradient(attend, x, dy):
+    def gradient(x, dy):
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
             parts = x.split(counts, dim=2)
-            y = attend(*(parts if fused else [part.contiguous() for part in parts]))
-            return torch.autograd.grad(y.reshape(dy.shape), x, dy.clone())[0]
+            y = attend_causally(*(parts if fused else [part.contiguous() for part in parts]))
+            return torch.autograd.grad(y, x, dy.clone())[0]
 
-    got = gradient(kernels.attend_causally, both, dy)
+    got = gradient(both, dy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "available", lambda: False)
-        theirs = gradient(attend_causally, both, dy)
-        want = gradient(attend_causally, both.double(), dy.double())
+        theirs = gradient(both, dy)
+        want = gradient(both.double(), dy.double())
     as_exact(got, theirs, want)
 
 
 @NEEDS_KERNELS
 def test_they_are_what_pytorch_expects_of_operators():
     with torch.inference_mode(False), torch.enable_grad():
-        given = [numbers(seed, 2, 70, 4, 32).requires_grad_() for seed in range(3)]
+        given = [
+            numbers(seed, 2, 70, 4, 32, dtype=torch.bfloat16).requires_grad_() for seed in range(3)
+        ]
         torch.library.opcheck(torch.ops.gptk.causal_attention.default, given)
         torch.library.opcheck(torch.ops.gptk.gelu.default, [numbers(1, 5, 7).requires_grad_()])
         x = numbers(1, 5, 40, dtype=torch.bfloat16).requires_grad_()
@@ -434,13 +438,18 @@ def fresh(tmp_path, monkeypatch):
 
 
 @NEEDS_KERNELS
-def test_they_are_compiled_once(fresh):
+def test_they_are_compiled_once(fresh, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
     assert kernels.available()
+    assert terminal.getvalue() == "gptk: compiling its kernels for this machine, once…\n"
     (made,) = fresh.iterdir()
     before = made.stat().st_mtime_ns
     kernels._library.cache_clear()
     assert kernels.available()
     assert [one.stat().st_mtime_ns for one in fresh.iterdir()] == [before]
+    assert terminal.getvalue().count("\n") == 1
 
 
 @NEEDS_KERNELS

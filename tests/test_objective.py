@@ -72,6 +72,14 @@ def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(monkeypatch
     assert max(errors[1]) < 0.01  # 23 sums lose no more than one
 
 
+@pytest.mark.parametrize("target", [-1, 101])
+def test_a_target_that_is_no_token_is_an_error(target):
+    hidden, weight, targets = states()
+    targets[4] = target
+    with pytest.raises(IndexError, match=str(target)):
+        chunked_loss(hidden, weight, targets)
+
+
 def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK", 101 * 4)
     hidden, weight, targets = states()

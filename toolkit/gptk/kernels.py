@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """gptk.model.attend_causally, as (rows, time, heads, d). d: one of HEAD_DIMS.
 
-    With gradients, where they are on.
+    With gradients in bfloat16, where they are on.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y: Tensor = torch.ops.gptk.causal_attention(q, k, v)[0]
@@ -274,12 +275,12 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _causal_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsums: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    assert q.dtype == torch.bfloat16, "see suit_causal_attention"
     q, k, v = _strided(q, k, v)
     y, logsums, dy = y.contiguous(), logsums.contiguous(), dy.contiguous()
     made = [x.new_empty(x.shape) for x in (q, k, v)]
     _run().gptk_attend_causally_backward(
-        *(q.dtype == torch.bfloat16, *(x.data_ptr() for x in (q, k, v, y, dy, logsums, *made))),
-        *_causal(q, k),
+        *(x.data_ptr() for x in (q, k, v, y, dy, logsums, *made)), *_causal(q, k)
     )
     return made[0], made[1], made[2]
 
@@ -471,12 +472,19 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
+    if sys.stderr.isatty():
+        print("gptk: compiling its kernels for this machine, once…", file=sys.stderr)
     libraries = Path(torch.__file__).parent / "lib"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as pool:
+
+        def run(*words: str) -> None:
+            subprocess.run([*compiler, *words], check=True, capture_output=True)
+
+        parts = {str(one): f"{folder}/{one.stem}.o" for one in _SOURCES.glob("*.cpp")}
+        list(pool.map(lambda part: run("-c", part[0], "-o", part[1]), parts.items()))
         made = Path(folder) / path.name
-        command = [*compiler, str(_SOURCES / "kernels.cpp"), f"-L{libraries}", "-ltorch_cpu"]
-        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True)
+        run(*parts.values(), f"-L{libraries}", "-ltorch_cpu", "-o", str(made))
         made.replace(path)
 
 
@@ -517,7 +525,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_top": [to, to, to, to, size, size, size],
         "gptk_draw": [to, to, to, to, size, size],
         "gptk_attend_causally": [flag, *[to] * 5, real, *[size] * 9],
-        "gptk_attend_causally_backward": [flag, *[to] * 9, real, *[size] * 9],
+        "gptk_attend_causally_backward": [*[to] * 9, real, *[size] * 9],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
     }
     for name, types in takes.items():

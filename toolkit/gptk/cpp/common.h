@@ -11,6 +11,16 @@
 #include <memory>
 #include <vector>
 
+// A call with x, and what is of its dtype, as bfloat16 or as float32.
+#define OF(is_bfloat16, ...)        \
+  if (is_bfloat16) {                \
+    using T = uint16_t;             \
+    __VA_ARGS__;                    \
+  } else {                          \
+    using T = float;                \
+    __VA_ARGS__;                    \
+  }
+
 namespace {
 
 constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
