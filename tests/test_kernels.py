@@ -223,7 +223,7 @@ def test_a_linear_layer_under_autocast_is_pytorchs(monkeypatch):
         monkeypatch.setattr(kernels, "available", lambda own=own: own)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu"):
             torch.manual_seed(0)
-            layer, x = Linear(70, 90), numbers(1, 3, 50, 70).requires_grad_()
+            layer, x = Linear(702, 750), numbers(1, 3, 20, 702).requires_grad_()
             y = layer(x)
             assert y.dtype == torch.bfloat16
             (y * numbers(2, *y.shape, dtype=y.dtype)).sum().backward()
@@ -232,6 +232,14 @@ def test_a_linear_layer_under_autocast_is_pytorchs(monkeypatch):
         assert ours.dtype == theirs.dtype
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=1e-2)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 200), DTYPES, SEEDS)
+def test_column_sums(rows, columns, dtype, seed):
+    x = numbers(seed, rows, columns, dtype=dtype)
+    close(kernels.column_sums(x), x.double().sum(0), 2e-6)
 
 
 @NEEDS_KERNELS

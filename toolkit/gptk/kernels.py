@@ -129,6 +129,14 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, single: bool) -> Tensor:
     return y
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """The sums of the columns of x (rows, columns), float32."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[1], dtype=torch.float32)
+    _run().gptk_column_sums(x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), *x.shape)
+    return y
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """-log softmax(logits)[target] of each row: (rows,), float32.
 
@@ -513,6 +521,7 @@ def _load(path: Path) -> ctypes.CDLL:
             flag,
             *[size] * 3,
         ],
+        "gptk_column_sums": [flag, to, to, size, size],
         "gptk_cross_entropy": [flag, to, to, to, real, size, size, size],
         "gptk_rms_norm": [flag, to, to, real, to, size, size],
         "gptk_swiglu": [flag, to, to, size, size],
@@ -534,6 +543,7 @@ def _load(path: Path) -> ctypes.CDLL:
     operators.define(
         few_rows_linear=lambda x, *rest: _linear(x, rest[0], None, *rest[1:]),
         product=_product,
+        column_sums=column_sums,
         gelu=lambda x: _gelu(x, None),
         gelu_backward=_gelu,
         causal_attention=_causal_attention,

@@ -112,9 +112,13 @@ def _suits(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _autocasts(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast to bfloat16 is on, and gptk's kernels can do what it asks for."""
+    """Whether autocast to bfloat16 is on, and gptk's kernels do what it asks for sooner.
+
+    Smaller weights stay in the caches, and what autocast makes of them costs little.
+    """
     return (
-        torch.is_autocast_enabled("cpu")
+        weight.numel() >= 2**19
+        and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)

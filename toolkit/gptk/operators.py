@@ -9,6 +9,7 @@ from torch import Tensor
 _SCHEMAS = {
     "few_rows_linear": "(Tensor x, Tensor weights, int bits, int outputs) -> Tensor",
     "product": "(Tensor a, Tensor b, Tensor? bias, bool single) -> Tensor",
+    "column_sums": "(Tensor x) -> Tensor",
     "gelu": "(Tensor x) -> Tensor",
     "gelu_backward": "(Tensor x, Tensor dy) -> Tensor",
     "causal_attention": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
@@ -53,6 +54,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "product": lambda a, b, bias, single: a.new_empty(
         a.shape[0], b.shape[1], dtype=torch.float32 if single else torch.bfloat16
     ),
+    "column_sums": lambda x: x.new_empty(x.shape[1], dtype=torch.float32),
     "gelu": _like,
     "gelu_backward": lambda x, dy: _like(x),
     "causal_attention": lambda q, k, v: (
@@ -73,7 +75,7 @@ def _product_backward(ctx: Any, dy: Tensor) -> Any:
     return (
         product(dy, b.t(), None, False) if needed[0] else None,
         product(dy.t(), a, None, b.dtype == torch.float32).t() if needed[1] else None,
-        dy.sum(0, dtype=torch.float32) if needed[2] else None,
+        torch.ops.gptk.column_sums(dy) if needed[2] else None,
         None,
     )
 

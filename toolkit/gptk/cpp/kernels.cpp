@@ -139,6 +139,11 @@ void gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float*
     logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
 }
 
+// y (columns) = the sums of the columns of x (rows, columns).
+void gptk_column_sums(int is_bfloat16, const void* x, float* y, int64_t rows, int64_t columns) {
+  OF(is_bfloat16, column_sums((const T*)x, y, rows, columns));
+}
+
 // For each row of x (rows, size), at its stride, the loss -log softmax(x)[target]; and, unless scale
 // is 0, scale · (softmax(x) - one at the target) in the place of x.
 void gptk_cross_entropy(int is_bfloat16, void* x, const int64_t* targets, float* losses, float scale,

@@ -78,6 +78,25 @@ void rotate(const T* x, const T* cosines, const T* sines, T* y, int64_t heads, i
   }
 }
 
+// The sums of columns, for 64 of them at a time.
+template <typename T>
+void column_sums(const T* x, float* y, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns > FEW)
+  for (int64_t first = 0; first < columns; first += 64) {
+    __m512 sums[4];
+    __mmask16 lanes[4];
+    for (int k = 0; k < 4; k++) {
+      sums[k] = _mm512_setzero_ps();
+      lanes[k] = lanes_of(columns - first - 16 * k);
+    }
+    for (int64_t row = 0; row < rows; row++)
+      for (int k = 0; k < 4; k++)
+        sums[k] =
+            _mm512_add_ps(sums[k], load_some(x + row * columns + first + 16 * k, lanes[k]));
+    for (int k = 0; k < 4; k++) store_some(y + first + 16 * k, lanes[k], sums[k]);
+  }
+}
+
 template <typename T>
 void cross_entropy(T* x, const int64_t* targets, float* losses, float scale, int64_t rows,
                    int64_t size, int64_t stride) {
