@@ -207,6 +207,12 @@ def test_products_of_matrices(data, rows, columns, seed):
     assert torch.equal(alone, y[-1:])
 
 
+@NEEDS_PRODUCTS
+def test_a_product_of_no_rows():
+    weight = numbers(1, 40, 50)
+    assert kernels.autocast_linear(numbers(2, 0, 50), weight, None).shape == (0, 40)
+
+
 def laid_out(draw, x):
     """The same matrix, part of a larger one, by rows or by columns."""
     larger = x.new_zeros(*(size + 5 for size in x.shape))

@@ -72,6 +72,16 @@ def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(monkeypatch
     assert max(errors[1]) < 0.01  # 23 sums lose no more than one
 
 
+def test_weights_in_bfloat16_are_summed_in_it(monkeypatch):
+    monkeypatch.setattr(objective, "_CHUNK", 101 * 6)
+    hidden, weight, targets = states()
+    exact = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
+    hidden, weight = (one.detach().bfloat16().requires_grad_() for one in (hidden, weight))
+    got = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
+    assert [one.dtype for one in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 0.02
+
+
 @pytest.mark.parametrize("target", [-1, 101])
 def test_a_target_that_is_no_token_is_an_error(target):
     hidden, weight, targets = states()

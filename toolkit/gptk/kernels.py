@@ -98,11 +98,12 @@ def _multiplies_bfloat16() -> bool:
 def product(
     a: Tensor, b: Tensor, y: Tensor, bias: Tensor | None = None, *, add: bool = False
 ) -> None:
-    """y = a b, plus the bias, plus y itself with `add`; in bfloat16, summed in float32.
+    """y = a b, plus the bias, plus y itself, float32, with `add`; in bfloat16, summed in float32.
 
     a: (rows, depth), bfloat16; b: (depth, columns) and y: (rows, columns), bfloat16 or float32,
     which is rounded on the way; bias: (columns,), float32. y's rows are without gaps.
     """
+    assert y.dtype == torch.float32 or not add
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     a_along, b_along = a.stride(1) == 1, b.stride(0) == 1
     _run().gptk_product(
@@ -120,7 +121,7 @@ def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     rows = x.flatten(0, -2).to(torch.bfloat16)
     y: Tensor = torch.ops.gptk.product(rows, weight.t(), bias, False)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, single: bool) -> Tensor:

@@ -109,7 +109,8 @@ def _in_chunks(
 
 def _product(a: Tensor, b: Tensor, y: Tensor, *, add: bool = False) -> None:
     """y = a b, or with `add` y + a b."""
-    if a.dtype == torch.bfloat16 and kernels.suit_products(a, b):
+    own = a.dtype == torch.bfloat16 and kernels.suit_products(a, b)
+    if own and (y.dtype == torch.float32 or not add):
         kernels.product(a, b, y, add=add)
     elif add:
         y += torch.mm(a, b)

@@ -231,7 +231,8 @@ inline void multiply_across(const T* x, int64_t apart, int64_t count,
     for (int64_t r = 0; r < AT_ONCE; r++) {
       const __m512i own = lane_of(x + std::min(r, count - 1) * apart + i);
       for (int k = 0; k < CHUNK / 16; k++)
-        y[r][k] = multiply(y[r][k], x, own, _mm512_load_si512(&chunk.across[i / chunk.per][16 * k]));
+        y[r][k] =
+            multiply(y[r][k], x, own, _mm512_load_si512(&chunk.across[i / chunk.per][16 * k]));
     }
 }
 

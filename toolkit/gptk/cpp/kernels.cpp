@@ -43,8 +43,8 @@ void gptk_expand(int is_bfloat16, int bits, const void* weights, void* y, int64_
                                                             outputs));
 }
 
-// y (rows, columns) = a (rows, depth) b (depth, columns), plus the bias if there is one, plus y if
-// that is added to. a is bfloat16. Strides are those of rows; or of columns, where the numbers of a
+// y (rows, columns) = a (rows, depth) b (depth, columns), plus the bias if there is one, plus y,
+// float32, if that is added to. a is bfloat16. Strides are those of rows; or of columns, where the numbers of a
 // row of a, or of a column of b, stand along each other the other way.
 void gptk_product(const void* a, int64_t a_stride, int a_along, int b_is_bfloat16, const void* b,
                   int64_t b_stride, int b_along, int y_is_bfloat16, void* y, int64_t y_stride,

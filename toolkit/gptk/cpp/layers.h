@@ -36,7 +36,8 @@ void swiglu(const T* x, T* y, int64_t rows, int64_t size) {
   }
 }
 
-// GELU as GPT-2 has it, x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³); with dy, its gradient.
+// GELU as GPT-2 has it, x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³), or its gradient from
+// that of y, dy.
 template <bool BACKWARD, typename T>
 void gelu(const T* x, const T* dy, T* y, int64_t size) {
   const __m512 zero = _mm512_setzero_ps(), bound = _mm512_set1_ps(16);

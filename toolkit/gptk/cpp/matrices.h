@@ -164,10 +164,11 @@ void multiply_tile(const uint16_t* a, const uint16_t* b, int64_t pairs, const Ta
     store_tile<false>(sum, to, rows, columns);
 }
 
-// y (rows of A, columns of B) = A B + bias, or with that added to it. All pack a block of one side,
-// as much as stays in the cache; of the other side each core packs a chunk of WIDE, which passes the
-// block, and asks for its next one. The side with fewer rows or columns is kept; but B, so that rows
-// of y are written whole, where A is a weight's gradient by its tokens.
+// y (rows of A, columns of B) = A B + bias, or in float32 with that added to it. All pack a block
+// of one side, as much as stays in the cache; of the other side each core packs a chunk of WIDE,
+// which passes the block, and asks for its next one. The side with fewer rows or columns is kept;
+// but B where A's rows are columns in memory, as for a gradient of weights: rows of y are then
+// written whole.
 template <typename B, typename Y>
 void product(const Side<uint16_t>& a, const Side<B>& b, int64_t depth, Y* y, int64_t stride,
              const float* bias, bool add) {
@@ -177,7 +178,7 @@ void product(const Side<uint16_t>& a, const Side<B>& b, int64_t depth, Y* y, int
   const int64_t block = std::min(rounded(KEPT / deep, WIDE), rounded(kept, WIDE));
   thread_local std::vector<Line> kept_panels, unfinished;
   kept_panels.resize(block * deep / 32);
-  uint16_t* const block_panels = kept_panels[0].numbers;
+  uint16_t* const block_panels = (uint16_t*)kept_panels.data();
   constexpr bool exact = std::is_same<Y, float>::value;
   const int64_t sums_stride = exact ? stride : keep_a ? rounded(b.count, 16) : block;
   float* sums = (float*)y;
@@ -189,7 +190,7 @@ void product(const Side<uint16_t>& a, const Side<B>& b, int64_t depth, Y* y, int
   {
     thread_local std::vector<Line> own_panels;
     own_panels.resize(WIDE * deep / 32);
-    uint16_t* const chunk_panels = own_panels[0].numbers;
+    uint16_t* const chunk_panels = (uint16_t*)own_panels.data();
     for (int64_t first = 0; first < kept; first += block)
       for (int64_t from = 0; from < depth; from += deep) {
         const int64_t count = std::min(block, kept - first), some = std::min(deep, depth - from);
