@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptk.vocabulary import entropy, keep_from, last_key, logprobs_of, mean, top
+from gptk.vocabulary import entropy, keep_from, last_key, logprobs_of, mean, permutation, top
 
 pytestmark = pytest.mark.usefixtures("either_kernels")
 
@@ -134,3 +134,10 @@ def test_a_real_vocabulary(p):
         at = int(torch.searchsorted(mass[row], p))
         near = ordered[row, max(at - 4, 0) : at + 5]  # rounding may move it by a few
         assert near[-1] <= got[row] <= near[0]
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 2), st.data())
+def test_a_permutation_begins_as_pytorchs_does(either_kernels, size, seed, data):
+    count = data.draw(st.integers(0, size))
+    whole = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    assert permutation(size, seed, count).tolist() == whole[:count].tolist()

@@ -361,6 +361,13 @@ def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, logprobs
 
 
+def permutation(size: int, seed: int, count: int) -> Tensor:
+    """gptk.vocabulary.permutation, of fewer than 2²⁷ numbers."""
+    y = torch.empty(count, dtype=torch.int32)
+    _run().gptk_permutation(seed & 0xFFFFFFFF, size, count, y.data_ptr())
+    return y
+
+
 HEAD_DIMS = (32, 64, 96, 128)
 FEW_QUERIES = 16
 """From there on PyTorch's attention is faster, which takes queries together."""
@@ -534,6 +541,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "gptk_keep_from": [to, to, to, to, size, size],
         "gptk_top": [to, to, to, to, size, size, size],
         "gptk_draw": [to, to, to, to, size, size],
+        "gptk_permutation": [size, size, size, to],
         "gptk_attend_causally": [flag, *[to] * 5, real, *[size] * 9],
         "gptk_attend_causally_backward": [*[to] * 9, real, *[size] * 9],
         "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],

@@ -58,6 +58,18 @@ def mean(logits: Tensor) -> Tensor:
     return highest + weighted / weight
 
 
+def permutation(size: int, seed: int, count: int) -> Tensor:
+    """A random list of tokens: the first of torch.randperm(size) by a CPU's generator.
+
+    size: of the vocabulary; seed: the generator's, at least 0. Returns (count,) int32, on the CPU.
+    Where gptk's kernels run, the rest of the permutation is not made.
+    """
+    if size < 2**27 and kernels.available():
+        return kernels.permutation(size, seed, count)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator, dtype=torch.int32)[:count]
+
+
 def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The highest logit, Σ w and Σ w · (logit - highest), where w = exp(logit - highest)."""
     if _suits(logits):

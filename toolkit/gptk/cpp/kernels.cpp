@@ -150,6 +150,11 @@ void gptk_cross_entropy(int is_bfloat16, void* x, const int64_t* targets, float*
                         int64_t rows, int64_t size, int64_t stride) {
   OF(is_bfloat16, cross_entropy((T*)x, targets, losses, scale, rows, size, stride));
 }
+
+// y (count): the first numbers of a random permutation of `size`.
+void gptk_permutation(int64_t seed, int64_t size, int64_t count, int32_t* y) {
+  permutation((uint32_t)seed, size, count, y);
+}
 }
 
 // The same for a program by AOTInductor: functions of PyTorch's stable C interface.

@@ -1,6 +1,9 @@
 // Passes over a vocabulary, and the noise that tokens are drawn by.
 #pragma once
 
+#include <numeric>
+#include <random>
+
 #include "common.h"
 
 namespace {
@@ -216,6 +219,18 @@ float draw(const float* x, int64_t count, const int32_t* key, int64_t* token) {
       _mm512_cmp_ps_mask(best, _mm512_set1_ps(_mm512_reduce_min_ps(best)), _CMP_EQ_OQ);
   *token = _mm512_mask_reduce_min_epi32(won, places);
   return x[*token] - highest - (float)std::log(total);
+}
+
+// The first `count` numbers of PyTorch's random permutation of 0 to size - 1 on a CPU: its shuffle
+// fixes them one by one, by the generator's numbers of 32 bits.
+inline void permutation(uint32_t seed, int64_t size, int64_t count, int32_t* y) {
+  std::vector<int32_t> numbers(size);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  std::mt19937 generator(seed);
+  for (int64_t i = 0; i < count; i++) {
+    if (i < size - 1) std::swap(numbers[i], numbers[i + generator() % (uint32_t)(size - i)]);
+    y[i] = numbers[i];
+  }
 }
 
 }  // namespace
