@@ -183,8 +183,8 @@ def test_gelu_and_its_gradient(rows, size, dtype, scale, seed):
 @NEEDS_KERNELS
 def test_gelu_at_the_ends():
     ends = torch.tensor([-torch.inf, -3e38, -17.0, -0.0, 0.0, 17.0, 3e38, torch.inf, torch.nan])
-    assert kernels.gelu(ends)[1:-1].tolist() == [0, 0, 0, 0, 17, ends[6], torch.inf]
-    assert kernels.gelu(ends)[-1].isnan()
+    want = F.gelu(ends, approximate="tanh")
+    torch.testing.assert_close(kernels.gelu(ends), want, rtol=0, atol=0, equal_nan=True)
 
 
 @NEEDS_PRODUCTS
@@ -359,9 +359,7 @@ def test_they_are_what_pytorch_expects_of_operators():
         x = numbers(1, 5, 40, dtype=torch.bfloat16).requires_grad_()
         weight, bias = (numbers(2, *shape).requires_grad_() for shape in ((30, 40), (30,)))
         for single in (True, False):
-            torch.library.opcheck(
-                torch.ops.gptk.product.default, [x, weight.t(), bias, single], atol=1, rtol=0.1
-            )
+            torch.library.opcheck(torch.ops.gptk.product.default, [x, weight.t(), bias, single])
 
 
 @NEEDS_KERNELS

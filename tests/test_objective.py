@@ -82,6 +82,25 @@ def test_weights_in_bfloat16_are_summed_in_it(monkeypatch):
     assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_are_pytorchs(dtype):
+    hidden, weight, targets = states()
+    want = F.cross_entropy(hidden @ weight.t(), targets)
+    hidden, weight = (one.detach().to(dtype).requires_grad_() for one in (hidden, weight))
+    got = chunked_loss(hidden, weight, targets)[1]
+    assert relative(got, want) < 1e-3
+
+
+def test_float64_states_under_autocast():
+    hidden, weight, targets = states()
+    exact = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
+    hidden = hidden.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_loss(hidden, weight, targets)[1]
+    got = gradients(hidden, weight, loss)
+    assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 0.02
+
+
 @pytest.mark.parametrize("target", [-1, 101])
 def test_a_target_that_is_no_token_is_an_error(target):
     hidden, weight, targets = states()

@@ -77,12 +77,12 @@ def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def suit_products(*sides: Tensor) -> bool:
+def suit_products(*given: Tensor) -> bool:
     """Whether `product` can be run on these, and is the fastest there is: on processors with
     AVX512-BF16 that have no AMX. Under a compiler only once `available` was asked.
     """
     return (
-        all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in sides)
+        all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in given)
         and _multiplies_bfloat16()
         and (operators.defined() if torch.compiler.is_compiling() else available())
     )
@@ -126,7 +126,7 @@ def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, single: bool) -> Tensor:
     y = a.new_empty(len(a), b.shape[1], dtype=torch.float32 if single else torch.bfloat16)
-    product(a, b, y, bias)
+    product(a, b, y, None if bias is None else bias.float())
     return y
 
 
@@ -136,6 +136,11 @@ def column_sums(x: Tensor) -> Tensor:
     y = x.new_empty(x.shape[1], dtype=torch.float32)
     _run().gptk_column_sums(x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), *x.shape)
     return y
+
+
+def suit_cross_entropy(logits: Tensor) -> bool:
+    """Whether `cross_entropy` can be run."""
+    return logits.is_cpu and logits.dtype in (torch.bfloat16, torch.float32) and available()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
@@ -488,7 +493,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print("gptk: compiling its kernels for this machine, once…", file=sys.stderr)
     libraries = Path(torch.__file__).parent / "lib"
     path.parent.mkdir(parents=True, exist_ok=True)

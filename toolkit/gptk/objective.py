@@ -91,7 +91,7 @@ def _in_chunks(
             h = inputs[at : at + rows]
             logits = buffer[: len(h)]
             _product(h, matrix.t(), logits)
-            if objective is None and kind == "cpu" and kernels.available():
+            if objective is None and kernels.suit_cross_entropy(logits):
                 wanted = targets[at : at + rows]
                 totals += _cross_entropy(logits, wanted, n, gradients)
             else:
@@ -109,7 +109,7 @@ def _in_chunks(
 
 def _product(a: Tensor, b: Tensor, y: Tensor, *, add: bool = False) -> None:
     """y = a b, or with `add` y + a b."""
-    own = a.dtype == torch.bfloat16 and kernels.suit_products(a, b)
+    own = a.dtype == torch.bfloat16 and kernels.suit_products(a, b, y)
     if own and (y.dtype == torch.float32 or not add):
         kernels.product(a, b, y, add=add)
     elif add:
@@ -121,7 +121,10 @@ def _product(a: Tensor, b: Tensor, y: Tensor, *, add: bool = False) -> None:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, n: int, gradients: bool) -> Tensor:
-    """_loss where nothing looks at the logits, on a CPU: in bfloat16 they are read twice."""
+    """As `_loss` of all of a chunk's positions, where nothing else looks at their logits.
+
+    n: the positions of all chunks. Raises IndexError for a target that is no token.
+    """
     low, high = targets.aminmax()
     if not 0 <= low <= high < logits.shape[1]:
         raise IndexError(f"targets from {low} to {high} for a vocabulary of {logits.shape[1]}")

@@ -864,8 +864,8 @@ class _Plugins:
 class _NextToken(nn.Module):
     """From tokens to what is minimized in one forward pass, for what wraps and compiles modules.
 
-    That is the cross entropy and, in training, what `regularized` makes of it, if not `chunked` the
-    logits.
+    That is the cross entropy and, in training, what `regularized` makes of it; not `chunked`, it
+    is the logits.
     """
 
     def __init__(self, model: GPT, *, chunked: bool, regularized: Objective | None) -> None:

@@ -258,10 +258,6 @@ inline void add_along(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk,
   }
 }
 
-inline __mmask16 lanes_below(int64_t count, int k) {  // of the k-th vector of a chunk
-  return (1u << std::min<int64_t>(std::max<int64_t>(count - 16 * k, 0), 16)) - 1;
-}
-
 // Four queries, a token apart, with a chunk; the first sees `seen` of its keys. sum, most and
 // weight go on from the chunks before.
 template <typename T, int vectors>
@@ -277,7 +273,7 @@ void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float sca
     for (int k = 0; k < CHUNK / 16; k++) {
       const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
       scores[r][k] =
-          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_below(seen + r, k), scaled);
+          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_of(seen + r - 16 * k), scaled);
       highest = _mm512_max_ps(scores[r][k], highest);
     }
     const float now = _mm512_reduce_max_ps(highest);
@@ -396,7 +392,7 @@ struct Backward {
         for (int k = 0; k < CHUNK / 16; k++) {
           const __m512 scale = _mm512_set1_ps(at.scale);
           const __m512 weight = _mm512_maskz_mov_ps(
-              lanes_below(seen, k),
+              lanes_of(seen - 16 * k),
               exp(_mm512_fmsub_ps(scores[r][k], scale, _mm512_set1_ps(logsums[query]))));
           const __m512 change = _mm512_mul_ps(
               _mm512_mul_ps(weight, scale), _mm512_sub_ps(outer[r][k], _mm512_set1_ps(d[query])));

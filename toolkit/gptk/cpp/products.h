@@ -110,7 +110,7 @@ void outputs_of(const Rows& x, const uint8_t* weights, const T* bias, T* y, int6
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
     const uint8_t* from = weights + block * x.groups * bytes_of(bits);
     const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
-    const __mmask16 lanes = (1u << count) - 1;
+    const __mmask16 lanes = lanes_of(count);
     const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
     __m512 sums[4];
     for (int64_t row = 0; row < rows;) {
@@ -255,7 +255,7 @@ void dense(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int6
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < outputs; first += BLOCK) {
     const int64_t count = std::min(BLOCK, outputs - first);
-    const __mmask16 lanes = (1u << count) - 1;
+    const __mmask16 lanes = lanes_of(count);
     const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
     for (int64_t row = 0; row < rows;) {
       const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;

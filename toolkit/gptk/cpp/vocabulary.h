@@ -50,7 +50,7 @@ void exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, flo
                  int64_t count) {
 #pragma omp parallel for schedule(static) if (count > FEW)
   for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = count - i >= 16 ? ALL : (1u << (count - i)) - 1;
+    const __mmask16 lanes = lanes_of(count - i);
     __m512i first = _mm512_set1_epi32(keys[0]), second = _mm512_set1_epi32(keys[1]);
     if (stride) {
       const __m512i at = _mm512_mullo_epi32(lanes_from(0), _mm512_set1_epi32(stride));
@@ -172,7 +172,7 @@ bool top(const float* x, int64_t count, int64_t k, float* values, int64_t* token
   for (int64_t found = 0, i = 0; i < count; i += 16) {
     const __m512 some = tokens_from(x, i, count);
     if (_mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q)) return false;
-    unsigned left = count - i >= 16 ? ALL : (1u << (count - i)) - 1;
+    unsigned left = lanes_of(count - i);
     if (found == k)
       left = _mm512_cmp_ps_mask(some, _mm512_set1_ps(values[k - 1]), _CMP_GT_OQ);
     for (; left; left &= left - 1) {
