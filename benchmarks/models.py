@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gptk
-from gptk.linear import Linear
+from gptk.model.linear import Linear
 from gptk.testing import tiny_gpt
 from gptk_plugins.loaders.smollm2 import installed_file
 from machine import Work

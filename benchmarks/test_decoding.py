@@ -3,7 +3,7 @@
 import pytest
 
 import models
-from gptk.plugins import provided
+from gptk.plugins.registry import provided
 from machine import Work
 
 PROMPT = models.prompt(8)

@@ -13,7 +13,8 @@ import torch
 
 import gptk
 import models
-from gptk.plugins import create, provided
+from gptk.plugins.creating import create
+from gptk.plugins.registry import provided
 from machine import Work
 
 PROMPT = list(range(100, 400)) + list(range(250, 300))  # 350 tokens, some repeated

@@ -6,8 +6,8 @@ import torch
 
 import gptk
 from engines import book_gpt
-from gptk.data import Windows
-from gptk.trainer import Trainer
+from gptk.data.windows import Windows
+from gptk.training.trainer import Trainer
 from models import GPT2_VOCABULARY
 from programs import serve
 

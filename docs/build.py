@@ -19,10 +19,12 @@ from pathlib import Path
 
 import gptk
 import gptk.testing
-from gptk import hookspecs
 from gptk.cli.plugins import _USES as COMMANDS
-from gptk.plugins import KINDS as PLUGIN_KINDS
-from gptk.plugins import Options, create, option_help, provided, summary
+from gptk.hooks import hookspecs
+from gptk.options import Options, option_help
+from gptk.plugins.creating import create
+from gptk.plugins.kinds import KINDS as PLUGIN_KINDS
+from gptk.plugins.registry import provided, summary
 
 DOCS = Path(__file__).parent
 KINDS = {
@@ -247,7 +249,7 @@ def hooks():
 
 
 def hook(name, kind):
-    base = kind.base_class()
+    base = kind.base
     lines = [f"## {kind.hook}", "", inspect.getdoc(getattr(hookspecs, kind.hook)), ""]
     lines += [f"Returns a list of subclasses of `{base_name(kind)}`."]
     if name == "command":
@@ -343,7 +345,7 @@ def as_fence(text, language="py"):
 
 
 def base_name(kind):
-    base = kind.base_class()
+    base = kind.base
     return f"gptk.{base.__name__}" if hasattr(gptk, base.__name__) else "click.Command"
 
 
@@ -375,7 +377,7 @@ FROM_PYTHON = {
 HOOKS_HEAD = """\
 # Hooks
 
-Made from `toolkit/gptk/hookspecs.py` and the base classes by `docs/build.py`. [The
+Made from `toolkit/gptk/hooks/hookspecs.py` and the base classes by `docs/build.py`. [The
 tutorial](tutorial.md) goes through one of them from the first line to a published package.
 
 {head}
@@ -515,8 +517,9 @@ API = {
     "Language model": """load LanguageModel Settings Stream Generation Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
-    "Models": "load_checkpoint build_model default_source GPT GPTConfig Levels",
-    "Decoding": """Decoding Choice DecodeSession Rows Follower RandomStream KVCache
+    "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
+        ModelConfig compile_step Levels""",
+    "Decoding": """Run Decoding Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins PluginWarning Sampler LogitsProcessor Drafter Draft
         Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer gradient_norm

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gptk.train_config import TrainConfig
-from gptk.trainer import Trainer
+from gptk.training.config import TrainConfig
+from gptk.training.trainer import Trainer
 
 SMALL = {
     "n_layers": 2,
@@ -30,7 +30,9 @@ SMALL = {
 
 # Children start from a process that has imported torch and computed nothing.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gptk.trainer", "gptk_plugins", "gptk.plotting", "training_runs"])
+_context.set_forkserver_preload(
+    ["gptk.training.trainer", "gptk_plugins", "gptk.plots.runs", "training_runs"]
+)
 
 
 def config(**changes) -> TrainConfig:

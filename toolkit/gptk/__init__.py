@@ -21,73 +21,77 @@ hookimpl = pluggy.HookimplMarker("gptk")
 
 # Public name -> the module that defines it. The same names stand below for type checkers.
 _HOMES = {
-    "Acceptance": "decoding",
-    "Checkpoint": "weights",
-    "Choice": "sampling",
-    "Comparison": "comparison",
+    "Acceptance": "decoding.run",
+    "best_checkpoint": "runs.checkpoints",
+    "build_model": "weights.building",
+    "CausalModel": "model.protocol",
+    "Checkpoint": "hooks.weights",
+    "Choice": "hooks.choice",
+    "compare": "measure.comparison",
+    "Comparison": "measure.comparison",
+    "compile_step": "model.compiled",
     "DataError": "errors",
-    "DecodeSession": "session",
-    "Decoding": "decoding",
+    "DecodeSession": "session.session",
+    "Decoding": "decoding.run",
     "DecodingError": "errors",
-    "DecodingListener": "observing",
-    "DecodingObserver": "observing",
-    "DecodingStep": "observing",
+    "DecodingListener": "hooks.observing",
+    "DecodingObserver": "hooks.observing",
+    "DecodingStep": "hooks.observing",
+    "default_source": "weights.loading",
     "DeviceError": "errors",
-    "Draft": "drafting",
-    "Drafter": "drafting",
-    "Evaluation": "evaluation",
-    "FinishReason": "decoding",
-    "Follower": "session",
-    "GPT": "model",
-    "GPTConfig": "model",
-    "Generation": "generation",
+    "Draft": "hooks.drafting",
+    "Drafter": "hooks.drafting",
+    "evaluate": "measure.evaluation",
+    "Evaluation": "measure.evaluation",
+    "FinishReason": "hooks.results",
+    "Follower": "session.rows",
+    "Generation": "hooks.results",
+    "GPT": "model.gpt",
+    "GPTConfig": "model.config",
     "GptkError": "errors",
+    "gradient_norm": "training.gradients",
     "IncompatibleError": "errors",
-    "KVCache": "cache",
-    "LRScheduler": "training",
+    "KVCache": "model.cache",
     "LanguageModel": "language_model",
-    "Levels": "quantization",
-    "LogitsProcessor": "sampling",
+    "Levels": "model.levels",
+    "load": "language_model",
+    "load_checkpoint": "weights.loading",
+    "load_tokenizer": "weights.tokenizers",
+    "LogitsProcessor": "hooks.sampling",
+    "LRScheduler": "hooks.training",
+    "ModelConfig": "model.protocol",
     "OptionError": "errors",
-    "Plugin": "plugins",
+    "Plugin": "hooks.base",
     "PluginError": "errors",
-    "PluginWarning": "plugins",
+    "PluginWarning": "plugins.registry",
+    "prepare_tokens": "data.token_files",
     "PromptError": "errors",
-    "RandomStream": "random",
-    "Regularizer": "training",
-    "gradient_norm": "training",
-    "Rows": "session",
-    "Sampler": "sampling",
-    "Score": "generation",
-    "Scorer": "sampling",
+    "RandomStream": "session.random",
+    "Regularizer": "hooks.training",
+    "Rows": "session.rows",
+    "Run": "hooks.run",
+    "Sampler": "hooks.sampling",
+    "Score": "model.scoring",
+    "Scorer": "hooks.sampling",
     "Settings": "language_model",
     "SourceError": "errors",
     "SpecError": "errors",
-    "StopCondition": "decoding",
+    "StopCondition": "decoding.run",
     "Stream": "language_model",
-    "Tensors": "weights",
-    "TokenFile": "data",
-    "Tokenizer": "tokenizer",
+    "Tensors": "weights.tensors",
+    "TokenFile": "data.token_files",
+    "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
-    "TokenizerLoader": "tokenizer",
-    "TrainingListener": "training",
-    "TrainingObserver": "training",
-    "TrainConfig": "train_config",
-    "Trainer": "trainer",
+    "TokenizerLoader": "hooks.tokenizers",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
     "TrainingError": "errors",
+    "TrainingListener": "hooks.training",
+    "TrainingObserver": "hooks.training",
     "UnknownNameError": "errors",
-    "WeightLoader": "weights",
-    "WeightWriter": "weights",
-    "Windows": "data",
-    "best_checkpoint": "checkpoints",
-    "build_model": "weights",
-    "compare": "comparison",
-    "default_source": "weights",
-    "evaluate": "evaluation",
-    "load": "language_model",
-    "load_checkpoint": "weights",
-    "load_tokenizer": "tokenizer",
-    "prepare_tokens": "data",
+    "WeightLoader": "hooks.weights",
+    "WeightWriter": "hooks.weights",
+    "Windows": "data.windows",
 }
 
 __all__ = [
@@ -101,19 +105,12 @@ __all__ = [
 if TYPE_CHECKING:
     from gptk import plugins as plugins
     from gptk import vocabulary as vocabulary
-    from gptk.cache import KVCache as KVCache
-    from gptk.checkpoints import best_checkpoint as best_checkpoint
-    from gptk.comparison import Comparison as Comparison
-    from gptk.comparison import compare as compare
-    from gptk.data import TokenFile as TokenFile
-    from gptk.data import Windows as Windows
-    from gptk.data import prepare_tokens as prepare_tokens
-    from gptk.decoding import Acceptance as Acceptance
-    from gptk.decoding import Decoding as Decoding
-    from gptk.decoding import FinishReason as FinishReason
-    from gptk.decoding import StopCondition as StopCondition
-    from gptk.drafting import Draft as Draft
-    from gptk.drafting import Drafter as Drafter
+    from gptk.data.token_files import TokenFile as TokenFile
+    from gptk.data.token_files import prepare_tokens as prepare_tokens
+    from gptk.data.windows import Windows as Windows
+    from gptk.decoding.run import Acceptance as Acceptance
+    from gptk.decoding.run import Decoding as Decoding
+    from gptk.decoding.run import StopCondition as StopCondition
     from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
@@ -127,47 +124,58 @@ if TYPE_CHECKING:
     from gptk.errors import TokenizerError as TokenizerError
     from gptk.errors import TrainingError as TrainingError
     from gptk.errors import UnknownNameError as UnknownNameError
-    from gptk.evaluation import Evaluation as Evaluation
-    from gptk.evaluation import evaluate as evaluate
-    from gptk.generation import Generation as Generation
-    from gptk.generation import Score as Score
+    from gptk.hooks.base import Plugin as Plugin
+    from gptk.hooks.choice import Choice as Choice
+    from gptk.hooks.drafting import Draft as Draft
+    from gptk.hooks.drafting import Drafter as Drafter
+    from gptk.hooks.observing import DecodingListener as DecodingListener
+    from gptk.hooks.observing import DecodingObserver as DecodingObserver
+    from gptk.hooks.observing import DecodingStep as DecodingStep
+    from gptk.hooks.results import FinishReason as FinishReason
+    from gptk.hooks.results import Generation as Generation
+    from gptk.hooks.run import Run as Run
+    from gptk.hooks.sampling import LogitsProcessor as LogitsProcessor
+    from gptk.hooks.sampling import Sampler as Sampler
+    from gptk.hooks.sampling import Scorer as Scorer
+    from gptk.hooks.tokenizers import TokenizerLoader as TokenizerLoader
+    from gptk.hooks.training import LRScheduler as LRScheduler
+    from gptk.hooks.training import Regularizer as Regularizer
+    from gptk.hooks.training import TrainingListener as TrainingListener
+    from gptk.hooks.training import TrainingObserver as TrainingObserver
+    from gptk.hooks.weights import Checkpoint as Checkpoint
+    from gptk.hooks.weights import WeightLoader as WeightLoader
+    from gptk.hooks.weights import WeightWriter as WeightWriter
     from gptk.language_model import LanguageModel as LanguageModel
     from gptk.language_model import Settings as Settings
     from gptk.language_model import Stream as Stream
     from gptk.language_model import load as load
-    from gptk.model import GPT as GPT
-    from gptk.model import GPTConfig as GPTConfig
-    from gptk.observing import DecodingListener as DecodingListener
-    from gptk.observing import DecodingObserver as DecodingObserver
-    from gptk.observing import DecodingStep as DecodingStep
-    from gptk.plugins import Plugin as Plugin
-    from gptk.plugins import PluginWarning as PluginWarning
-    from gptk.quantization import Levels as Levels
-    from gptk.random import RandomStream as RandomStream
-    from gptk.sampling import Choice as Choice
-    from gptk.sampling import LogitsProcessor as LogitsProcessor
-    from gptk.sampling import Sampler as Sampler
-    from gptk.sampling import Scorer as Scorer
-    from gptk.session import DecodeSession as DecodeSession
-    from gptk.session import Follower as Follower
-    from gptk.session import Rows as Rows
-    from gptk.tokenizer import Tokenizer as Tokenizer
-    from gptk.tokenizer import TokenizerLoader as TokenizerLoader
-    from gptk.tokenizer import load_tokenizer as load_tokenizer
-    from gptk.train_config import TrainConfig as TrainConfig
-    from gptk.trainer import Trainer as Trainer
-    from gptk.training import LRScheduler as LRScheduler
-    from gptk.training import Regularizer as Regularizer
-    from gptk.training import TrainingListener as TrainingListener
-    from gptk.training import TrainingObserver as TrainingObserver
-    from gptk.training import gradient_norm as gradient_norm
-    from gptk.weights import Checkpoint as Checkpoint
-    from gptk.weights import Tensors as Tensors
-    from gptk.weights import WeightLoader as WeightLoader
-    from gptk.weights import WeightWriter as WeightWriter
-    from gptk.weights import build_model as build_model
-    from gptk.weights import default_source as default_source
-    from gptk.weights import load_checkpoint as load_checkpoint
+    from gptk.measure.comparison import Comparison as Comparison
+    from gptk.measure.comparison import compare as compare
+    from gptk.measure.evaluation import Evaluation as Evaluation
+    from gptk.measure.evaluation import evaluate as evaluate
+    from gptk.model.cache import KVCache as KVCache
+    from gptk.model.compiled import compile_step as compile_step
+    from gptk.model.config import GPTConfig as GPTConfig
+    from gptk.model.gpt import GPT as GPT
+    from gptk.model.levels import Levels as Levels
+    from gptk.model.protocol import CausalModel as CausalModel
+    from gptk.model.protocol import ModelConfig as ModelConfig
+    from gptk.model.scoring import Score as Score
+    from gptk.plugins.registry import PluginWarning as PluginWarning
+    from gptk.runs.checkpoints import best_checkpoint as best_checkpoint
+    from gptk.session.random import RandomStream as RandomStream
+    from gptk.session.rows import Follower as Follower
+    from gptk.session.rows import Rows as Rows
+    from gptk.session.session import DecodeSession as DecodeSession
+    from gptk.text.tokenizer import Tokenizer as Tokenizer
+    from gptk.training.config import TrainConfig as TrainConfig
+    from gptk.training.gradients import gradient_norm as gradient_norm
+    from gptk.training.trainer import Trainer as Trainer
+    from gptk.weights.building import build_model as build_model
+    from gptk.weights.loading import default_source as default_source
+    from gptk.weights.loading import load_checkpoint as load_checkpoint
+    from gptk.weights.tensors import Tensors as Tensors
+    from gptk.weights.tokenizers import load_tokenizer as load_tokenizer
 
 
 if not TYPE_CHECKING:  # to a type checker a misspelt name is an error

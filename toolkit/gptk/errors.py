@@ -100,3 +100,10 @@ def suggest(name: str, known: Iterable[str], *, what: str) -> str:
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}{what}: {', '.join(names)}"
+
+
+def brief(error: BaseException) -> str:
+    """An error in a line: what gptk raised on purpose in its words, others by their type, too."""
+    text = str(error) if isinstance(error, GptkError) else ""
+    text = text or f"{type(error).__name__}: {error}"
+    return text.splitlines()[0].removesuffix(": ")

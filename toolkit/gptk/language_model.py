@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 
-from gptk import collector
-from gptk.decoding import Acceptance, Decoding, Limits, StopCondition, check_draft
-from gptk.devices import resolve_device, resolve_dtype
-from gptk.drafting import Drafter, make_drafter
+from gptk.decoding.drafters import make_drafter
+from gptk.decoding.run import Acceptance, Decoding, Limits, StopCondition, check_draft
+from gptk.decoding.text import TextStream, make_generation
 from gptk.errors import (
     DecodingError,
     GptkError,
@@ -23,20 +22,31 @@ from gptk.errors import (
     TokenizerError,
     suggest,
 )
-from gptk.evaluation import token_logprobs
-from gptk.generation import Generation, Score, TextStream, make_generation
-from gptk.model import GPT, evaluating
-from gptk.observing import DecodingObserver
-from gptk.plugins import blaming, create, provided
-from gptk.quantization import Precision, check_device
-from gptk.sampling import LogitsProcessor, Sampler
-from gptk.saving import save_checkpoint
-from gptk.session import DecodeSession, Overflow, Rows
-from gptk.tokenizer import Tokenizer, load_tokenizer
-from gptk.weights import build_model, default_source, load_checkpoint
+from gptk.hooks.drafting import Drafter
+from gptk.hooks.observing import DecodingObserver
+from gptk.hooks.results import Generation
+from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.model.compiled import compile_step
+from gptk.model.gpt import GPT
+from gptk.model.levels import Precision
+from gptk.model.protocol import evaluating
+from gptk.model.quantization import check_device
+from gptk.model.scoring import Score, token_logprobs
+from gptk.plugins.blame import blaming
+from gptk.plugins.creating import create
+from gptk.plugins.registry import provided
+from gptk.session.rows import Rows
+from gptk.session.session import DecodeSession, Overflow
+from gptk.system import collector
+from gptk.system.devices import resolve_device, resolve_dtype
+from gptk.text.tokenizer import Tokenizer
+from gptk.weights.building import build_model
+from gptk.weights.loading import default_source, load_checkpoint
+from gptk.weights.saving import save_checkpoint
+from gptk.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from gptk.chat import Message
+    from gptk.text.chat import Message
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -91,7 +101,7 @@ def load(
     precision of the linear layers' weights: int8, int4 (see GPT.quantize; on CUDA by torchao), or,
     on a CPU, stored, for matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0, which else are
     expanded. compile: the step that decodes one row, on a CPU (half a minute or more the first
-    time) or CUDA, see GPT.compile_step. tokenizer: instead of the model's own.
+    time) or CUDA, see compile_step. tokenizer: instead of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
@@ -109,7 +119,7 @@ def load(
         tokenizer = checkpoint.tokenizer()
 
     model = build_model(checkpoint, on, numbers, quantize=quantize, pack=True)
-    return LanguageModel(model.compile_step() if compile else model, tokenizer)
+    return LanguageModel(compile_step(model) if compile else model, tokenizer)
 
 
 class LanguageModel:
@@ -179,7 +189,7 @@ class LanguageModel:
         **settings: Unpack[Settings],
     ) -> "Stream":
         """As chat, and give the reply as it comes, see Stream."""
-        from gptk.chat import encode_chat  # jinja2 is not needed before
+        from gptk.text.chat import encode_chat  # jinja2 is not needed before
 
         return self.stream(encode_chat(self.tokenizer, messages, template), **settings)
 

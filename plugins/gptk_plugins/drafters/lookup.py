@@ -21,11 +21,11 @@ class Lookup(gptk.Drafter):
     ngram: int = Field(3, ge=1, description="the most tokens to look for")
     tokens: int = Field(8, ge=1, description="the most tokens to guess at a time")
 
-    def start(self, decoding: gptk.Decoding) -> gptk.Draft:
+    def start(self, run: gptk.Run) -> gptk.Draft:
         return self
 
-    def propose(self, decoding: gptk.Decoding, count: int) -> Tensor | None:
-        rows = decoding.session.rows
+    def propose(self, run: gptk.Run, count: int) -> Tensor | None:
+        rows = run.session.rows
         count = min(count, self.tokens)
         guesses = torch.full((len(rows), count), -1)
         for row, length in enumerate(rows.lengths):

@@ -33,20 +33,24 @@ class ModelDrafter(gptk.Drafter):
         description="what its weights are rounded to on a CPU; stored: as in its file",
     )
 
-    def start(self, decoding: gptk.Decoding) -> gptk.Draft:
-        model = decoding.session.model
+    @classmethod
+    def matches(cls, source: object) -> bool:
+        return isinstance(source, str | gptk.LanguageModel)
+
+    def start(self, run: gptk.Run) -> gptk.Draft:
+        model = run.session.model
         lm = self.source
         if isinstance(lm, str):
             dtype = str(model.dtype).removeprefix("torch.")
             lm = _loaded(lm, str(model.device), dtype, self.quantize)
-        _check_vocabulary(lm, model, decoding.tokenizer)
-        return ModelDraft(lm.model, decoding.session.rows, self.tokens)
+        _check_vocabulary(lm, model, run.tokenizer)
+        return ModelDraft(lm.model, run.session.rows, self.tokens)
 
 
 class ModelDraft(gptk.Follower):
     """A session of the smaller model with the same rows."""
 
-    def __init__(self, model: gptk.GPT, rows: gptk.Rows, tokens: int) -> None:
+    def __init__(self, model: gptk.CausalModel, rows: gptk.Rows, tokens: int) -> None:
         firsts = [rows.prompts.index(prompt) for prompt in range(max(rows.prompts) + 1)]
         # Tokens that only the other model's padding has: any will do in their place.
         self._last = model.config.vocab_size - 1
@@ -57,13 +61,13 @@ class ModelDraft(gptk.Follower):
         self._session.select(rows.prompts)
         self._tokens = tokens
 
-    def propose(self, decoding: gptk.Decoding, count: int) -> Tensor | None:
+    def propose(self, run: gptk.Run, count: int) -> Tensor | None:
         session = self._session
         room = session.model.config.context_length - max(session.rows.lengths)
         count = min(count, self._tokens, room)
         if count <= 0:
             return None
-        vocabulary = decoding.session.model.config.vocab_size
+        vocabulary = run.session.model.config.vocab_size
 
         def next_logits() -> Tensor:
             logits = session.logits if all(session.known) else session.read()[:, -1]
@@ -71,7 +75,7 @@ class ModelDraft(gptk.Follower):
             more = vocabulary - logits.shape[-1]
             return F.pad(logits, (0, more), value=-torch.inf) if more else logits
 
-        return decoding.guess(next_logits, count)
+        return run.guess(next_logits, count)
 
     def extend(self, tokens: Tensor) -> None:
         self._session.move(tokens.clamp(max=self._last))
@@ -92,7 +96,7 @@ def _loaded(
 
 
 def _check_vocabulary(
-    lm: gptk.LanguageModel, model: gptk.GPT, tokenizer: gptk.Tokenizer | None
+    lm: gptk.LanguageModel, model: gptk.CausalModel, tokenizer: gptk.Tokenizer | None
 ) -> None:
     sizes = lm.model.config.vocab_size, model.config.vocab_size
     try:

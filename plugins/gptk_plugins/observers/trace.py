@@ -24,10 +24,14 @@ class Trace(gptk.DecodingObserver):
 
     path: Path = Field(description="the file to write; what it had is lost")
 
-    def start(self, decoding: gptk.Decoding) -> "Writer":
+    @classmethod
+    def to_file(cls, path: str) -> "Trace":
+        return cls(path=Path(path))
+
+    def start(self, run: gptk.Run) -> "Writer":
         """Raises OptionError if the file cannot be written."""
         try:
-            return Writer(self.path, decoding)
+            return Writer(self.path, run)
         except OSError as error:
             raise gptk.OptionError(
                 f"trace: {self.path} cannot be written: {error.strerror or error}"
@@ -37,13 +41,13 @@ class Trace(gptk.DecodingObserver):
 class Writer(gptk.DecodingListener):
     """The file of one run."""
 
-    def __init__(self, path: Path, decoding: gptk.Decoding) -> None:
-        self._tokenizer = decoding.tokenizer
+    def __init__(self, path: Path, run: gptk.Run) -> None:
+        self._tokenizer = run.tokenizer
         self._file = path.open("w", encoding="utf-8")
         self._write(
             gptk=gptk.__version__,
-            sampler=_spec(decoding.sampler),
-            processors=[_spec(one) for one in decoding.processors],
+            sampler=_spec(run.sampler),
+            processors=[_spec(one) for one in run.processors],
         )
 
     def step(self, step: gptk.DecodingStep) -> None:

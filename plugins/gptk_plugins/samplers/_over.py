@@ -21,20 +21,20 @@ class Over(gptk.Sampler):
     def processors(self) -> Sequence[gptk.LogitsProcessor]:
         return self.base.processors()
 
-    def hidden_layers(self, config: gptk.GPTConfig) -> Sequence[int]:
+    def hidden_layers(self, config: gptk.ModelConfig) -> Sequence[int]:
         return self.base.hidden_layers(config)
 
     def refuses_draft(self) -> str | None:
         return self.base.refuses_draft()
 
-    def start(self, decoding: gptk.Decoding) -> object:
-        return self.base.start(decoding)
+    def start(self, run: gptk.Run) -> object:
+        return self.base.start(run)
 
     def logits(self, session: gptk.DecodeSession) -> Tensor:
         return self.base.logits(session)
 
-    def advance(self, decoding: gptk.Decoding) -> None:
-        self.base.advance(decoding)
+    def advance(self, run: gptk.Run) -> None:
+        self.base.advance(run)
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
         return self.base.step(logits, rows)

@@ -25,18 +25,22 @@ class Contrastive(gptk.Sampler):
     k: int = Field(4, ge=1, description="how many candidates to weigh")
     alpha: float = Field(0.6, ge=0, le=1, description="weight of the penalty; 0 is greedy")
 
-    def start(self, decoding: gptk.Decoding) -> object:
-        return Context(decoding.session)
+    def start(self, run: gptk.Run) -> object:
+        if not run.session.model.config.width:
+            raise gptk.IncompatibleError(
+                f"sampler {self.name} compares hidden states, and this model has none to compare"
+            )
+        return Context(run.session)
 
-    def advance(self, decoding: gptk.Decoding) -> None:
-        session, context = decoding.session, decoding.state
+    def advance(self, run: gptk.Run) -> None:
+        session, context = run.session, run.state
         assert isinstance(context, Context)
-        logits = decoding.processed_logits()
+        logits = run.processed_logits()
         count = len(session.rows)
         k = min(self.k, logits.shape[-1])
         top = gptk.vocabulary.top(logits, k)
         if not bool(top.values[:, 0].isfinite().all()):  # nothing to look ahead to
-            decoding.commit(gptk.Choice.one_each(top.tokens[:, 0], logits, session.rows))
+            run.commit(gptk.Choice.one_each(top.tokens[:, 0], logits, session.rows))
             return
         logprobs = gptk.vocabulary.logprobs_of(top.values, logits)
         scores = session.rows.scores[:, None] + logprobs
@@ -52,7 +56,7 @@ class Contrastive(gptk.Sampler):
         at = torch.arange(count, device=best.device) * k + best
         session.select(at.tolist())
         context.add(states[at])
-        decoding.commit(
+        run.commit(
             gptk.Choice(
                 tokens=top.tokens.flatten()[at],
                 logprobs=logprobs.flatten()[at],
@@ -66,13 +70,9 @@ class Context(gptk.Follower):
     """The final hidden states of each row's tokens, of length 1; those past its end are 0."""
 
     def __init__(self, session: gptk.DecodeSession) -> None:
-        rows, window = session.rows, session.model.config.context_length
-        kept = [min(length, window) for length in rows.lengths]
-        ids = torch.zeros(len(rows), max(kept), dtype=torch.int64, device=rows.tokens.device)
-        for row, (length, count) in enumerate(zip(rows.lengths, kept, strict=True)):
-            ids[row, :count] = rows.tokens[row, length - count : length]
-        self._states = F.normalize(session.model(ids).float(), dim=-1)
-        self._lengths = kept
+        window = session.model.config.context_length
+        self._states = F.normalize(session.all_hidden().float(), dim=-1)
+        self._lengths = [min(length, window) for length in session.rows.lengths]
 
     def likest(self, states: Tensor) -> Tensor:
         """(rows,): the largest cosine to what a row had before its last token."""

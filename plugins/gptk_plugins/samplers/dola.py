@@ -62,8 +62,12 @@ class DoLa(Over):
     def max_rows(self, n: int) -> int:
         return self.base.max_rows(n)
 
-    def hidden_layers(self, config: gptk.GPTConfig) -> Sequence[int]:
+    def hidden_layers(self, config: gptk.ModelConfig) -> Sequence[int]:
         last = config.n_layers
+        if not last:
+            raise gptk.IncompatibleError(
+                f"sampler {self.name} contrasts layers, and this model has none to contrast"
+            )
         if isinstance(self.layers, tuple):
             layers = sorted(set(self.layers))
         elif self.layers == "high":

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from gptk.errors import OptionError
-from gptk.model import GPT
-from gptk.plugins import create
-from gptk.sampling import LogitsProcessor
-from gptk.session import Follower, Rows
-from gptk.tokenizer import Tokenizer
+from gptk.hooks.sampling import LogitsProcessor
+from gptk.model.gpt import GPT
+from gptk.plugins.creating import create
+from gptk.session.rows import Follower, Rows
+from gptk.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from gptk.sampling import Process
+    from gptk.hooks.sampling import Process
 
 
 class Replay:

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from gptk.adapters._replay import Replay
-from gptk.model import GPT
-from gptk.sampling import LogitsProcessor
-from gptk.tokenizer import Tokenizer
+from gptk.hooks.sampling import LogitsProcessor
+from gptk.model.gpt import GPT
+from gptk.text.tokenizer import Tokenizer
 
 __all__ = ["to_llama_cpp"]
 

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from gptk.adapters._replay import Replay
-from gptk.decoding import StopCondition
+from gptk.decoding.run import StopCondition
 from gptk.errors import IncompatibleError, OptionError, PluginError, TokenizerError
-from gptk.model import GPT
-from gptk.sampling import LogitsProcessor
-from gptk.session import Follower, Rows
-from gptk.tokenizer import Tokenizer, load_tokenizer
+from gptk.hooks.sampling import LogitsProcessor
+from gptk.model.gpt import GPT
+from gptk.session.rows import Follower, Rows
+from gptk.text.tokenizer import Tokenizer
+from gptk.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from gptk.sampling import Process
+    from gptk.hooks.sampling import Process
 
 try:
     from transformers import PreTrainedTokenizerBase

@@ -39,8 +39,9 @@ class _Commands(click.Group):
         if name in COMMANDS:
             command = importlib.import_module(f"gptk.cli.{name}").command
         else:
-            from gptk.plugins import find, provided
+            from gptk.plugins.registry import find, provided, reserve_commands
 
+            reserve_commands(COMMANDS)
             added = provided("command")
             if name not in added:
                 known = suggest(name, [*COMMANDS, *added], what="commands")
@@ -58,7 +59,8 @@ class _Commands(click.Group):
             name = ctx.invoked_subcommand
             if name is None or name in COMMANDS:
                 raise
-            from gptk.plugins import brief, find
+            from gptk.errors import brief
+            from gptk.plugins.registry import find
 
             whose = find("command", name).distribution
             raise PluginError(f"command {name} of {whose} failed: {brief(error)}") from error
@@ -73,7 +75,7 @@ def _take_in(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> 
     """Register the files of --plugin. A callback: before commands, which they may add, are
     looked up."""
     if files and not ctx.resilient_parsing:
-        from gptk.plugins import register_file
+        from gptk.plugins.files import register_file
 
         for file in files:
             register_file(file)
@@ -130,7 +132,7 @@ def main() -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **to: Any) -> None:
     """A plug-in's warning as a line of gptk's own; any other as Python shows it."""
-    from gptk.plugins import PluginWarning
+    from gptk.plugins.registry import PluginWarning
 
     if issubclass(category, PluginWarning):
         click.echo(f"gptk: {message}", err=True)
@@ -151,9 +153,11 @@ def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
 
     kinds: those that a command uses; others are then not looked at, which takes time.
     """
-    from gptk import collector
-    from gptk.plugins import KINDS, failures
+    from gptk.plugins.kinds import KINDS
+    from gptk.plugins.registry import failures, reserve_commands
+    from gptk.system import collector
 
+    reserve_commands(COMMANDS)
     with collector.paused():  # this is where PyTorch is imported
         for line in failures(KINDS if kinds is None else kinds):
             click.echo(f"gptk: skipped {line}", err=True)

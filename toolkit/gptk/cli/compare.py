@@ -14,7 +14,7 @@ from gptk.cli import warn_of_failures
 from gptk.cli.generate import read_prompts
 
 if TYPE_CHECKING:
-    from gptk.comparison import Comparison
+    from gptk.measure.comparison import Comparison
 
 _NOTE = (
     "log p: mean log-probability of the new tokens under the model itself, nats a token. "
@@ -111,11 +111,12 @@ def command(
         raise click.UsageError("name one sampler or more to compare, --sampler SPEC each")
     prompts = read_prompts(prompt, prompts_file)
     warn_of_failures()
-    from gptk.comparison import check_samplers, compare, plot_comparison
     from gptk.errors import SourceError
-    from gptk.plotting import check_format
-    from gptk.plugins import create
-    from gptk.sampling import LogitsProcessor
+    from gptk.hooks.sampling import LogitsProcessor
+    from gptk.measure.comparison import check_samplers, compare
+    from gptk.measure.plane import plot_comparison
+    from gptk.plots.style import check_format
+    from gptk.plugins.creating import create
 
     # Mistakes are told before the model is loaded.
     check_samplers(samplers, n)

@@ -11,8 +11,8 @@ from gptk.cli import warn_of_failures
 if TYPE_CHECKING:
     import torch
 
-    from gptk.tokenizer import Tokenizer
-    from gptk.weights import Checkpoint
+    from gptk.hooks.weights import Checkpoint
+    from gptk.text.tokenizer import Tokenizer
 
 
 @click.command("convert")
@@ -44,9 +44,11 @@ def command(source: str, target: Path, format_: str, dtype: str, tokenizer: str 
     else is overwritten.
     """
     warn_of_failures()
-    from gptk.plugins import create
-    from gptk.saving import write_directory
-    from gptk.weights import WeightWriter, build_model, load_checkpoint
+    from gptk.hooks.weights import WeightWriter
+    from gptk.plugins.creating import create
+    from gptk.system.files import write_directory
+    from gptk.weights.building import build_model
+    from gptk.weights.loading import load_checkpoint
 
     writer = create("writer", format_, WeightWriter)
     _check_target(target, writer.name)
@@ -70,7 +72,7 @@ def command(source: str, target: Path, format_: str, dtype: str, tokenizer: str 
 def _check_target(target: Path, format_: str) -> None:
     """Tell at once what the writing would find out at its end."""
     from gptk.errors import SourceError
-    from gptk.plugins import provided
+    from gptk.plugins.registry import provided
 
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -81,7 +83,7 @@ def _check_target(target: Path, format_: str) -> None:
 
 def _tokenizer(checkpoint: "Checkpoint", spec: str | None) -> "Tokenizer | None":
     from gptk.errors import TokenizerError
-    from gptk.tokenizer import load_tokenizer
+    from gptk.weights.tokenizers import load_tokenizer
 
     if spec == "none":
         return None
@@ -100,7 +102,7 @@ def _dtype(checkpoint: "Checkpoint", name: str) -> "torch.dtype":
     """By name; `stored` is what holds all the stored weights, float32 at most."""
     import torch
 
-    from gptk.devices import DTYPES
+    from gptk.system.devices import DTYPES
 
     if name in DTYPES:
         return DTYPES[name]

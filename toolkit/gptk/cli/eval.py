@@ -13,7 +13,7 @@ import click
 from gptk.cli import warn_of_failures
 
 if TYPE_CHECKING:
-    from gptk.evaluation import Evaluation
+    from gptk.measure.evaluation import Evaluation
 
 
 @click.command("eval")
@@ -82,9 +82,10 @@ def command(
     equal window and stride. Bits per byte compare between tokenizers, too.
     """
     warn_of_failures()
-    from gptk.data import find_sources, prepare_tokens
-    from gptk.evaluation import evaluate
+    from gptk.data.sources import find_sources
+    from gptk.data.token_files import prepare_tokens
     from gptk.language_model import load
+    from gptk.measure.evaluation import evaluate
 
     find_sources(sources)  # mistakes are told before the model is loaded
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)

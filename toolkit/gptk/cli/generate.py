@@ -10,11 +10,12 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import click
 
 from gptk.cli import warn_of_failures
-from gptk.errors import DecodingError
-from gptk.spec import format_spec, unescape
+from gptk.errors import DecodingError, OptionError
+from gptk.spec import unescape
 
 if TYPE_CHECKING:
-    from gptk.generation import Generation
+    from gptk.hooks.observing import DecodingObserver
+    from gptk.hooks.results import Generation
     from gptk.language_model import LanguageModel, Prompt, Stream
 
 
@@ -155,12 +156,12 @@ def command(
     used = {"processor": settings["processors"], "drafter": settings["draft"]}
     used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
     warn_of_failures(["sampler", "loader", *(kind for kind, given in used.items() if given)])
-    from gptk.decoding import check_draft
-    from gptk.drafting import make_drafter
+    from gptk.decoding.drafters import make_drafter
+    from gptk.decoding.run import check_draft
+    from gptk.hooks.observing import DecodingObserver
+    from gptk.hooks.sampling import LogitsProcessor, Sampler
     from gptk.language_model import load
-    from gptk.observing import DecodingObserver
-    from gptk.plugins import create
-    from gptk.sampling import LogitsProcessor, Sampler
+    from gptk.plugins.creating import create
 
     # Mistakes are told before the model is loaded.
     sampler = create("sampler", settings["sampler"], Sampler)
@@ -170,16 +171,16 @@ def command(
         check_draft(sampler)
     for processor in settings["processors"]:
         create("processor", processor, LogitsProcessor)
-    if trace is not None:
-        observers = [*observers, format_spec("trace", {"path": trace})]
     watching = [create("decoding-observer", spec, DecodingObserver) for spec in observers]
+    if trace is not None:
+        watching.append(_writing_to(trace))
     template = _read_template(chat_template)
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     if compiled:
         _compile(lm)
     given: Sequence[Prompt] = prompts
     if chat:
-        from gptk.chat import conversation, encode_chat
+        from gptk.text.chat import conversation, encode_chat
 
         given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
     stream = lm.stream_batch(
@@ -223,8 +224,22 @@ def command(
         raise failure
 
 
+def _writing_to(path: str) -> "DecodingObserver":
+    """The first observer that writes a trace to a file. Raises OptionError if there is none."""
+    from gptk.plugins.blame import ask
+    from gptk.plugins.registry import provided
+
+    for plugin in provided("decoding-observer").values():
+        observer: DecodingObserver | None = ask(plugin, "to_file", path)
+        if observer is not None:
+            return observer
+    raise OptionError("no decoding observer that writes a trace is installed")
+
+
 def _compile(lm: "LanguageModel") -> None:
     """Compile the model's step, with a word about it where that takes time."""
+    from gptk.model.compiled import compile_step
+
     start = time.perf_counter()
     announced = []
 
@@ -232,7 +247,7 @@ def _compile(lm: "LanguageModel") -> None:
         announced.append(True)
         click.echo("compiling the step for this model and machine, once …", err=True)
 
-    lm.model.compile_step(announce)
+    compile_step(lm.model, announce)
     if announced:
         click.echo(f"compiled in {time.perf_counter() - start:.0f} s", err=True)
 
@@ -262,7 +277,7 @@ def _read_template(file: IO[str] | None) -> str | None:
     """A chat template, checked. Raises click.UsageError or PromptError."""
     if file is None:
         return None
-    from gptk.chat import check_template
+    from gptk.text.chat import check_template
 
     try:
         template = file.read()

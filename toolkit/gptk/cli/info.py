@@ -11,7 +11,7 @@ from gptk.cli import warn_of_failures
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gptk.weights import Checkpoint
+    from gptk.hooks.weights import Checkpoint
 
 
 @click.command("info")
@@ -21,8 +21,8 @@ def command(model: str | None) -> None:
     warn_of_failures(["loader"])
     from gptk import kernels
     from gptk.errors import TokenizerError
-    from gptk.quantization import Levels
-    from gptk.weights import default_source, load_checkpoint
+    from gptk.model.levels import Levels
+    from gptk.weights.loading import default_source, load_checkpoint
 
     checkpoint = load_checkpoint(model or default_source(), stored=True)
     click.echo(f"source: {checkpoint.source}")
@@ -74,9 +74,10 @@ def bytes_in_memory(
     """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` has them once it is
     loaded. bits: of the matrices that stay as they are stored, by name."""
     from gptk import kernels
-    from gptk.linear import Linear
-    from gptk.quantization import GROUP, bytes_of
-    from gptk.weights import empty_gpt
+    from gptk.model.levels import GROUP
+    from gptk.model.linear import Linear
+    from gptk.model.quantization import bytes_of
+    from gptk.weights.empty import empty_gpt
 
     model = empty_gpt(checkpoint.config)
     sizes: Counter[str] = Counter()

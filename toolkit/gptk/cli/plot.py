@@ -16,7 +16,7 @@ import click
 def command(runs: Sequence[Path], out: Path | None) -> None:
     """Plot training runs, several in one figure."""
     from gptk.errors import SourceError
-    from gptk.plotting import plot_runs
+    from gptk.plots.runs import plot_runs
 
     target = out or (runs[0] / "losses.png" if len(runs) == 1 else Path("losses.png"))
     try:

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from gptk.cli import COMMANDS, warn_of_failures
 from gptk.errors import UnknownNameError, suggest
-from gptk.plugins import KINDS, Provided, option_help, provided, summary
+from gptk.options import option_help
+from gptk.plugins.kinds import KINDS
+from gptk.plugins.registry import Provided, provided, summary
 from gptk.scaffold import SCAFFOLDS, first_command, write_package
 
 # How a plug-in of each kind is used; {} is its spec string.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptk.cli import warn_of_failures
-from gptk.training import TrainingListener
+from gptk.hooks.training import TrainingListener
 
 if TYPE_CHECKING:
-    from gptk.trainer import Trainer
+    from gptk.training.trainer import Trainer
 
 
 @click.command("train")
@@ -67,7 +67,7 @@ def command(
         changes = [*changes, f"keep={keep}"]
     if resume is not None and (config or out):
         raise click.UsageError("--resume takes the settings of its run; leave out CONFIG and --out")
-    from gptk.train_config import read_config
+    from gptk.training.config import read_config
 
     if show_config:
         path = config if resume is None else resume / "config.toml"
@@ -75,7 +75,7 @@ def command(
         return
     warn_of_failures()
     settings = None if resume is not None else read_config(config, changes)
-    from gptk.trainer import Trainer
+    from gptk.training.trainer import Trainer
 
     progress = _Progress()
     if settings is None:

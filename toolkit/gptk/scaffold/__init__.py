@@ -18,8 +18,8 @@ from string import Template
 
 from gptk import __version__
 from gptk.errors import OptionError, PluginError
-from gptk.hookspecs import API_VERSION
-from gptk.plugins import provided
+from gptk.hooks.hookspecs import API_VERSION
+from gptk.plugins.registry import provided
 from gptk.spec import NAME
 
 TEMPLATES = importlib.resources.files(__name__)

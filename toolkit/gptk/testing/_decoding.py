@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptk.drafting import Drafter
 from gptk.errors import DecodingError, IncompatibleError, OptionError
-from gptk.generation import Generation
+from gptk.hooks.drafting import Drafter
+from gptk.hooks.results import Generation
+from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.language_model import LanguageModel
-from gptk.sampling import LogitsProcessor, Sampler
-from gptk.session import DecodeSession, Follower, Rows
+from gptk.session.rows import Follower, Rows
+from gptk.session.session import DecodeSession
 from gptk.testing._promises import PluginContract, check, examples, promise, undisturbed
 from gptk.testing.models import batches, logits, tiny_gpt, tiny_lm
 

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptk.errors import GptkError
-from gptk.model import GPT, GPTConfig
+from gptk.hooks.weights import WeightLoader
+from gptk.model.config import GPTConfig
+from gptk.model.gpt import GPT
 from gptk.testing._promises import PluginContract, check, examples, promise
 from gptk.testing.models import tiny_gpt
-from gptk.tokenizer import Tokenizer, load_tokenizer
-from gptk.weights import WeightLoader, build_model, load_checkpoint
+from gptk.text.tokenizer import Tokenizer
+from gptk.weights.building import build_model
+from gptk.weights.loading import load_checkpoint
+from gptk.weights.tokenizers import load_tokenizer
 
 SMALL = GPTConfig(
     vocab_size=40,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from gptk.errors import GptkError, OptionError
-from gptk.plugins import Plugin, from_options, option_help
+from gptk.hooks.base import Plugin
+from gptk.options import from_options, option_help
 from gptk.spec import parse_spec
 
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptk.model import GPT
+from gptk.model.gpt import GPT
 from gptk.testing._promises import (
     PluginContract,
     check,

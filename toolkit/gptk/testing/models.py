@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptk.language_model import LanguageModel
-from gptk.model import GPT, GPTConfig
-from gptk.tokenizer import Tokenizer, load_tokenizer
+from gptk.model.config import GPTConfig
+from gptk.model.gpt import GPT
+from gptk.text.tokenizer import Tokenizer
+from gptk.weights.tokenizers import load_tokenizer
 
 TINY = GPTConfig(
     vocab_size=257,

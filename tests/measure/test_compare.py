@@ -1,0 +1,382 @@
+"""Comparing samplers: the measures against their definitions, and the command."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+import gptk
+from gptk.measure.comparison import Comparison, compare, continuation_logprobs
+from gptk.measure.measures import bleu, distinct, mean, self_bleu, seq_rep
+from gptk.measure.plane import plot_comparison
+from gptk.testing import tiny_gpt, tiny_lm
+from pictures import SIGNATURES, svg_texts
+from program import failing
+from program import gptk as run_gptk
+from toys import CONFIGS
+
+text = st.lists(st.integers(0, 4), max_size=12)
+groups = st.lists(text, max_size=5)
+
+
+# --- Measures ---------------------------------------------------------------------------------
+
+
+@given(groups, st.integers(1, 4))
+@example([[]], 1)
+def test_measures_are_shares(texts, n):
+    for value in (distinct(texts, n), self_bleu(texts, n), *(seq_rep(one, n) for one in texts)):
+        assert value is None or 0 <= value <= 1
+
+
+@given(groups.flatmap(lambda texts: st.tuples(st.just(texts), st.permutations(texts))))
+def test_the_order_of_texts_does_not_matter(both):
+    texts, permuted = both
+    assert distinct(permuted, 2) == distinct(texts, 2)
+    assert self_bleu(permuted) == self_bleu(texts)
+
+
+@given(groups, st.permutations(range(5)))
+def test_what_the_tokens_are_called_does_not_matter(texts, names):
+    renamed = [[names[token] for token in one] for one in texts]
+    assert distinct(renamed, 2) == distinct(texts, 2)
+    assert self_bleu(renamed) == self_bleu(texts)
+    assert [seq_rep(one, 2) for one in renamed] == [seq_rep(one, 2) for one in texts]
+
+
+@given(text, st.integers(2, 4))
+@example([], 2)
+@example([1], 2)
+def test_equal_texts_have_self_bleu_1(one, n):
+    assert self_bleu([one] * n) == pytest.approx(1, abs=1e-12)
+
+
+@given(text.filter(len), text.filter(len))
+def test_texts_without_a_common_token_have_self_bleu_0(one, two):
+    assert self_bleu([one, [token + 5 for token in two]]) == 0
+
+
+@given(text, st.integers(2, 4))
+def test_copies_divide_distinct_n(one, copies):
+    alone = distinct([one], 2)
+    together = distinct([one] * copies, 2)
+    assert together == (None if alone is None else pytest.approx(alone / copies))
+
+
+def test_measures_of_a_text_by_hand():
+    words = ["the", "cat", "sat", "on", "the", "cat", "sat", "on", "the", "mat"]
+    assert distinct([words], 1) == 5 / 10  # the, cat, sat, on, mat
+    assert distinct([words], 2) == 5 / 9
+    assert distinct([words, ["the", "mat"]], 2) == 5 / 10
+    assert seq_rep(words, 4) == pytest.approx(1 - 5 / 7)
+    assert seq_rep(words[:4], 4) == 0
+    assert seq_rep(words[:3], 4) is None
+    assert distinct([["a"], []], 2) is None
+    assert self_bleu([words]) is None
+    assert self_bleu([]) is None
+    assert mean([None]) is None
+    assert mean([1, None, 2]) == 1.5
+
+
+@settings(max_examples=200)
+@given(text.filter(len), st.lists(text, min_size=1, max_size=4))
+@example([1, 2, 3, 4], [[1, 2, 3, 4]])
+@example([1, 2], [[1, 2, 3], [1]])
+@example([1, 1, 1, 1, 1], [[1, 1], [1, 2, 1, 1]])
+def test_bleu_equals_nltks(hypothesis, references):
+    expected = sentence_bleu(
+        references,
+        hypothesis,
+        smoothing_function=SmoothingFunction().method1,
+        auto_reweigh=True,
+    )
+    assert bleu(hypothesis, references) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(text.filter(len), min_size=2, max_size=4))
+def test_self_bleu_is_the_mean_of_nltks_bleus(texts):
+    one_by_one = [
+        sentence_bleu(
+            texts[:at] + texts[at + 1 :],
+            hypothesis,
+            smoothing_function=SmoothingFunction().method1,
+            auto_reweigh=True,
+        )
+        for at, hypothesis in enumerate(texts)
+    ]
+    assert self_bleu(texts) == pytest.approx(sum(one_by_one) / len(texts), abs=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_teacher_forced_logprobs_equal_those_of_each_text_alone(config, monkeypatch):
+    """In batches, with texts of unlike lengths, one of them empty."""
+    monkeypatch.setattr("gptk.measure.comparison._BATCH", 20)
+    lm = gptk.LanguageModel(tiny_gpt(CONFIGS[config]))
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for prompt, new in [(3, 5), (1, 1), (7, 0), (2, 9), (1, 8), (20, 12), (4, 4)]:
+        tokens = torch.randint(0, 256, (prompt + new,), generator=generator).tolist()
+        pairs.append((tokens[:prompt], tokens[prompt:]))
+    for (prompt, new), logprobs in zip(pairs, continuation_logprobs(lm.model, pairs), strict=True):
+        alone = lm.score([*prompt, *new]).token_logprobs if new else []
+        expected = alone[len(prompt) - 1 :]
+        assert logprobs == pytest.approx(expected, abs=1e-5)
+
+
+# --- The comparison ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+PROMPTS = ["one", "two words", "three"]
+
+
+def test_a_comparison_measures_what_generate_makes(lm):
+    processors = ["temperature:temperature=0.7"]
+    settings = {"n": 3, "max_new_tokens": 12, "seed": 5, "processors": processors}
+    top_k, greedy = compare(lm, PROMPTS, ["top-k:k=5", "greedy"], **settings)
+    best = lm.generate_batch(PROMPTS, sampler="top-k:k=5", **settings)
+    everything = [[one, *one.alternatives] for one in best]
+    assert top_k.texts == [[one.text for one in group] for group in everything]
+    assert (top_k.sampler, top_k.random, top_k.results) == ("top-k:k=5", True, 3)
+    tokens = [[one.tokens for one in group] for group in everything]
+    flat = [one for group in everything for one in group]
+    assert top_k.tokens == sum(len(one.tokens) for one in flat)
+    assert top_k.distinct_1 == pytest.approx(mean(distinct(group, 1) for group in tokens))
+    assert top_k.distinct_2 == pytest.approx(mean(distinct(group, 2) for group in tokens))
+    assert top_k.self_bleu == pytest.approx(mean(self_bleu(group) for group in tokens))
+    assert top_k.seq_rep_4 == pytest.approx(mean(seq_rep(one.tokens, 4) for one in flat))
+    assert top_k.tokens_per_second > 0
+    # The model's own probabilities, not those that the sampler chose by.
+    own = [
+        value
+        for one in flat
+        for value in lm.score(one.prompt_tokens + one.tokens).token_logprobs[
+            len(one.prompt_tokens) - 1 :
+        ]
+    ]
+    assert top_k.mean_logprob == pytest.approx(math.fsum(own) / len(own), abs=1e-5)
+    chosen = [value for one in flat for value in one.token_logprobs]
+    assert abs(top_k.mean_logprob - math.fsum(chosen) / len(chosen)) > 0.1
+    assert (greedy.random, greedy.results, greedy.self_bleu) == (False, 1, None)
+    assert [len(texts) for texts in greedy.texts] == [1, 1, 1]
+
+
+def test_a_sampler_gives_as_many_results_as_it_can(lm):
+    samplers = ["greedy", "beam:width=2", "beam:width=9", "multinomial"]
+    compared = compare(lm, ["x"], samplers, n=4, max_new_tokens=3)
+    assert [one.results for one in compared] == [1, 2, 4, 4]
+    assert [len(one.texts[0]) for one in compared] == [1, 2, 4, 4]
+
+
+def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
+    from gptk_plugins.samplers.top_k import TopKSampler
+
+    told = []
+    samplers = [TopKSampler(k=3), "greedy"]
+    compared = compare(
+        lm, ["x"], samplers, n=1, max_new_tokens=2, progress=lambda *step: told.append(step)
+    )
+    assert [one.sampler for one in compared] == ["top-k:k=3", "greedy"]
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_results_without_a_token_have_no_measures(lm):
+    always_ends = replace(lm.tokenizer, eos=tuple(range(257)))
+    [one] = compare(gptk.LanguageModel(lm.model, always_ends), ["x"], ["greedy"])
+    measures = (one.mean_logprob, one.distinct_1, one.distinct_2, one.seq_rep_4, one.self_bleu)
+    assert measures == (None,) * 5
+    assert (one.tokens, one.texts) == (0, [[""]])
+
+
+@pytest.mark.parametrize(
+    ("samplers", "words"),
+    [
+        ([], "no sampler to compare was given"),
+        (["greedy", "greedy"], "two samplers to compare are equal: greedy and greedy"),
+        (["top-k", "top-k:k=50"], "two samplers to compare are equal: top-k and top-k:k=50"),
+    ],
+)
+def test_samplers_that_cannot_be_compared(lm, samplers, words):
+    with pytest.raises(gptk.OptionError, match=words):
+        compare(lm, ["x"], samplers)
+
+
+# --- The plot ---------------------------------------------------------------------------------
+
+
+def measured(sampler, **known):
+    about = {"random": True, "results": 4, "texts": [[""]], "tokens": 8, "tokens_per_second": 1.0}
+    numbers = dict.fromkeys(("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"))
+    return Comparison(sampler=sampler, **{**about, **numbers, **known})
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    original = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), original(self, *a, **k))[1]
+    )
+    return drawn
+
+
+def points(figure):
+    """The plot's points with whether they are hollow, and the name of the x axis."""
+    [axes] = figure.axes
+    lines = [
+        (line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() == "white")
+        for line in axes.get_lines()
+    ]
+    return lines, axes.get_xlabel()
+
+
+def test_the_plane_has_a_point_for_each_sampler(figures, tmp_path):
+    compared = [
+        measured("multinomial", mean_logprob=-4.0, self_bleu=0.1),
+        measured("greedy", mean_logprob=-1.0, random=False, results=1),
+        measured("nothing:a=$1$", self_bleu=0.5),
+    ]
+    plot_comparison(compared, tmp_path / "plane.svg")
+    assert points(figures[0]) == (
+        [(0.9, -4.0, False), (0, -1.0, True)],
+        "diversity (1 − self-BLEU)",
+    )
+    said = svg_texts(tmp_path / "plane.svg")
+    assert {"multinomial", "greedy", "mean log-probability (nats/token)"} <= {*said}
+    assert "nothing:a=$1$" not in said
+
+
+def test_where_self_bleu_cannot_tell_diversity_is_distinct_2(figures, tmp_path):
+    alone = [measured("a", mean_logprob=-1.0, distinct_2=0.7, results=1)]
+    plot_comparison(alone, tmp_path / "plane.png")
+    unlike = [*alone, measured("b$x$", mean_logprob=-2.0, distinct_2=0.4, self_bleu=0.2)]
+    plot_comparison(unlike, tmp_path / "plane.png")
+    assert points(figures[0]) == ([(0.7, -1.0, False)], "diversity (distinct-2)")
+    expected = [(0.7, -1.0, False), (0.4, -2.0, False)]
+    assert points(figures[1]) == (expected, "diversity (distinct-2)")
+    assert (tmp_path / "plane.png").read_bytes().startswith(SIGNATURES[".png"])
+    assert [one.name for one in tmp_path.iterdir()] == ["plane.png"]
+
+
+def test_the_same_numbers_give_the_same_file(tmp_path):
+    compared = [measured("a", mean_logprob=-1.0, self_bleu=0.7)]
+    for name in ("one.svg", "two.svg"):
+        plot_comparison(compared, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+# --- The command line -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(lm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    lm.save(path)
+    return path
+
+
+def test_the_table_has_a_line_for_each_sampler(model):
+    out = run_gptk(
+        "compare", "abc", "--model", model, "--sampler", "top-p:p=0.9", "--sampler", "greedy",
+        "--sampler", "beam:width=2", "--n", 3, "--max-new-tokens", 6,
+        "--processor", "repetition-penalty:penalty=1.3",
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    head = "Sampler Results log p distinct-1 distinct-2 seq-rep-4 self-BLEU tokens/s Text"
+    assert lines[0].split() == head.split()
+    for name in ("top-p:p=0.9    3", "greedy    1 of 3", "beam:width=2    2 of 3"):
+        words = name.split()
+        assert any(line.split()[: len(words)] == words for line in lines)
+    assert "greedy has one result for a prompt." in lines
+    assert "beam:width=2 has at most 2 results for a prompt." in lines
+    assert "log p: mean log-probability" in out.stdout
+
+
+def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo words\n")
+    args = (
+        "compare", "--model", model, "--prompts-file", tmp_path / "prompts.txt", "--json",
+        "--sampler", "top-p:p=0.9", "--sampler", "greedy", "--n", 2, "--max-new-tokens", 5,
+        "--seed", 7, "--processor", "temperature:temperature=2",
+    )  # fmt: skip
+    out = run_gptk(*args)
+    object_ = json.loads(out.stdout)
+    top_p, greedy = object_.pop("samplers")
+    assert object_ == {
+        "prompts": ["one", "two words"],
+        "processors": ["temperature:temperature=2"],
+        "n": 2,
+        "max_new_tokens": 5,
+        "seed": 7,
+    }
+    assert (top_p["sampler"], top_p["random"], top_p["results"]) == ("top-p:p=0.9", True, 2)
+    assert [len(texts) for texts in top_p["texts"]] == [2, 2]
+    assert [len(texts) for texts in greedy["texts"]] == [1, 1]
+    measures = {
+        "mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu", "tokens",
+        "tokens_per_second",
+    }  # fmt: skip
+    assert top_p["metrics"].keys() == greedy["metrics"].keys() == measures
+    assert greedy["metrics"]["self_bleu"] is None
+    again = json.loads(run_gptk(*args).stdout)["samplers"][0]
+    assert again["texts"] == top_p["texts"]
+
+
+def test_the_texts_are_those_of_generate(model):
+    args = ("abc", "--model", model, "--sampler", "top-k:k=9", "--n", 2, "--seed", 3, "--json")
+    compared = json.loads(run_gptk("compare", *args).stdout)["samplers"][0]
+    one = json.loads(run_gptk("generate", *args).stdout)
+    assert compared["texts"] == [[one["text"], one["alternatives"][0]["text"]]]
+
+
+def test_the_prompt_can_come_from_standard_input(model):
+    args = ("compare", "--model", model, "--sampler", "greedy", "--max-new-tokens", 3, "--json")
+    assert json.loads(run_gptk(*args, stdin="abc\n").stdout)["prompts"] == ["abc"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_plot_is_written(model, tmp_path, suffix):
+    target = tmp_path / f"plane{suffix}"
+    out = run_gptk(
+        "compare", "x", "--model", model, "--sampler", "multinomial", "--sampler", "greedy",
+        "--max-new-tokens", 4, "--plot", target,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stderr == f"plot: {target}\n"
+    assert target.read_bytes().startswith(SIGNATURES[suffix])
+
+
+def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text("\n")
+    greedy = ("--sampler", "greedy")
+    for args, words, code in [
+        ((), "name one sampler or more", 2),
+        (("--sampler", "bean"), "no sampler is called 'bean'; did you mean beam?", 2),
+        (("--sampler", "top-p:p=2"), "p=2 is not allowed", 2),
+        ((*greedy, *greedy), "are equal: greedy and greedy", 2),
+        ((*greedy, "--processor", "top-n"), "no processor is called 'top-n'", 2),
+        ((*greedy, "--n", 0), "x>=1", 2),
+        ((*greedy, "--plot", tmp_path / "x.txt"), "allowed: .png, .svg", 2),
+        ((*greedy, "--plot", tmp_path / "no" / "x.png"), "there is no directory", 1),
+        ((*greedy, "--prompts-file", tmp_path / "none.txt"), "none.txt", 2),
+        ((*greedy, "--prompts-file", tmp_path / "x.bin"), "not a UTF-8 text file", 2),
+        ((*greedy, "--prompts-file", tmp_path / "empty.txt"), "has no prompts", 2),
+    ]:
+        assert words in failing("compare", "--model", "no/such/model", *args, code=code)
+    both = ("compare", "x", *greedy, "--prompts-file", tmp_path / "empty.txt")
+    assert "not both" in failing(*both, code=2)
+    assert "no/such/model" in failing("compare", "x", *greedy, "--model", "no/such/model", code=1)

@@ -1,0 +1,41 @@
+"""The program `gptk`, run in this process, and what it says when it fails."""
+
+import contextlib
+import io
+import os
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from gptk.cli import main
+
+GPTK = [sys.executable, "-m", "gptk"]
+
+
+def gptk(*args, stdin="", env=None):
+    """Run the program in this process with standard input piped: starting one takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["gptk", *map(str, args)]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        mock.patch.dict(os.environ, env or {}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    return SimpleNamespace(
+        returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue()
+    )
+
+
+def failing(*args, code, **settings):
+    """The one line that the program says when it fails."""
+    out = gptk(*args, **settings)
+    assert out.returncode == code, out.stderr
+    assert out.stdout == ""
+    (line,) = out.stderr.splitlines()
+    assert line.startswith("gptk: ")
+    return line

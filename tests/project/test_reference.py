@@ -1,0 +1,92 @@
+"""The reference pages are those that docs/build.py makes, and what they show runs."""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import gptk
+import gptk.testing
+from gptk.hooks import hookspecs
+from gptk.plugins.kinds import KINDS
+from gptk.plugins.registry import provided
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [
+    pytest.param(kind, one, id=f"{kind}-{one.name}")
+    for kind in ("sampler", "processor", "drafter")
+    for one in provided(kind).values()
+    if one.distribution.startswith("gptk ")
+]
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build", DOCS / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_are_up_to_date(build, capsys):
+    assert build.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "one"), PAGES)
+def test_a_page_has_formula_options_and_a_run(kind, one):
+    text = (DOCS / f"{kind}s" / f"{one.name}.md").read_text(encoding="utf-8")
+    document = inspect.getmodule(one.item).__doc__
+    assert document.strip() in text
+    if kind != "drafter":
+        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|logit -|-inf", document), "it lacks a formula"
+    for option in one.item.model_fields:
+        assert f"| `{option}` |" in text
+    assert re.search(r"\n    gptk generate .*\n\n(    .*\n|\n)+\d+ tokens, score ", text)
+
+
+def test_the_index_names_every_page():
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*ers/*.md"):
+        assert f"({page.relative_to(DOCS)})" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_of_hooks_says_what_a_class_may_override(kind):
+    hook = KINDS[kind].hook
+    text = (DOCS / "hooks.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {hook}\n")[2].partition("\n## ")[0]
+    assert inspect.getdoc(getattr(hookspecs, hook)) in section
+    assert re.search(r"\n- on the command line: `gptk .*NAME.*`\n", section)
+    base = KINDS[kind].base
+    for name, value in vars(base).items():
+        if base.__module__.startswith("gptk.") and inspect.isfunction(value) and name[0] != "_":
+            assert f"| `{name}(" in section
+            needed = "raise NotImplementedError" in inspect.getsource(value)
+            assert (f"| `{name}{_shape(value)}` (needed) |" in section) == needed
+
+
+def _shape(function):
+    return "(" + ", ".join(inspect.signature(function).parameters) + ")"
+
+
+def test_the_api_page_has_every_public_name_once():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    for prefix, names in ((r"gptk\.", gptk.__all__), (r"gptk\.testing\.", gptk.testing.__all__)):
+        shown = re.findall(rf"^::: {prefix}(\w+)$", text, re.MULTILINE)
+        assert sorted(shown) == sorted({*names} - {"__version__"})
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return gptk.load("smollm2", device="cpu", dtype="float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "one"), PAGES)
+def test_what_a_page_shows_runs(kind, one, build, lm):
+    settings = build.arguments(kind, one.name, build.example(one))
+    prompt = build.PROMPTS.get((kind, one.name), build.STORY)
+    text = build.result(lm, prompt, settings)
+    assert text.replace("    ", "").startswith(prompt.splitlines()[0].rstrip())

@@ -1,0 +1,59 @@
+"""The site's own additions: pages from elsewhere in the repository, and links that lead to them."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "docs/mkdocs_hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "given", "wanted"),
+    [
+        ("index.md", "[a](../CHANGELOG.md)", "[a](changelog.md)"),
+        ("samplers/beam.md", "[a](../../README.md#use-it)", "[a](../index.md#use-it)"),
+        ("changelog.md", "[a](docs/chat.md)", "[a](chat.md)"),
+        ("index.md", "[`hookspecs.py`](../toolkit/gptk/hooks/hookspecs.py)", "`hookspecs.py`"),
+        ("index.md", "[a](chat.md#b) [c](#d)", "[a](chat.md#b) [c](#d)"),
+        ("index.md", "[a](https://pypi.org/project/gptk/)", "[a](https://pypi.org/project/gptk/)"),
+        ("index.md", "[a](../is-not-there.md)", "[a](../is-not-there.md)"),
+        ("index.md", "```py\nx[0](../README.md)\n```\n", "```py\nx[0](../README.md)\n```\n"),
+    ],
+)
+def test_links_lead_to_what_a_file_has_become(page, given, wanted, hooks):
+    there = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    assert hooks.on_page_markdown(given, there, None, None) == wanted
+
+
+def test_links_of_an_example_lead_to_the_docs(hooks):
+    (source, page), *_ = [one for one in hooks.outside().items() if "examples" in one[0]]
+    assert (ROOT / source).exists()
+    there = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    link = "[a](../../docs/hooks.md) [b](../../CHANGELOG.md)"
+    got = hooks.on_page_markdown(link, there, None, None)
+    assert got == "[a](../hooks.md) [b](../changelog.md)"
+
+
+def test_every_page_is_in_the_navigation_once(hooks):
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    nav = hooks.expanded(yaml.safe_load(f"nav:{text}")["nav"])
+    found = sorted(pages(nav))
+    docs = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert found == sorted([*docs, *hooks.outside().values()])
+
+
+def pages(nav):
+    for item in nav:
+        (value,) = item.values()
+        yield from [value] if isinstance(value, str) else pages(value)

@@ -1,0 +1,245 @@
+"""Every built-in plug-in keeps the promises of its kind, as anybody's must."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+import safetensors.torch
+import tokenizers
+import torch
+
+import gptk
+from gptk import testing
+from gptk.plugins.creating import create
+from gptk.plugins.kinds import KINDS
+from gptk.plugins.registry import provided
+from gptk.testing import tiny_lm
+
+# Options that show more than the defaults, or that a plug-in needs.
+from toys import PROCESSOR_OPTIONS
+
+NEEDS_TEXT = {"choice", "grammar", "json-schema", "regex"}
+SAMPLERS = {
+    "beam": "width=3",
+    "best-of-n": "n=2",
+    "contrastive": "k=3",
+    "diverse-beam": "width=4,beam_groups=2,diversity=0.5",
+    "stochastic-beam": "width=3",
+    "top-k": "k=5",
+}
+SCHEDULERS = {"torch": 'scheduler=StepLR,options={"step_size": 20}'}
+
+
+@functools.cache
+def _tokenizer_file() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["the cat sat on the mat, and the dog"] * 9, vocab_size=300)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+class Spec:
+    """Makes a plug-in by its spec."""
+
+    def __init__(self, kind, name, options=""):
+        self.kind, self.spec = kind, f"{name}:{options}" if options else name
+
+    def __call__(self):
+        base = KINDS[self.kind].base
+        return create(self.kind, self.spec, base)
+
+
+def cover(kind, contract, options, **more):
+    """A test class for each built-in plug-in of a kind."""
+    for name in provided(kind):
+        own = {key: values[name] for key, values in more.items() if name in values}
+        title = "".join(part.title() for part in name.replace("_", "-").split("-"))
+        attributes = {"make": Spec(kind, name, options.get(name, "")), **own}
+        test = type(f"Test{title}{kind.title().replace('-', '')}", (contract,), attributes)
+        globals()[test.__name__] = test
+
+
+cover(
+    "processor",
+    testing.ProcessorContract,
+    PROCESSOR_OPTIONS,
+    needs_text=dict.fromkeys(NEEDS_TEXT, True),
+)
+cover(
+    "sampler",
+    testing.SamplerContract,
+    SAMPLERS,
+    scores_are_sums={"best-of-n": False, "stochastic-beam": False},
+)
+cover("scheduler", testing.SchedulerContract, SCHEDULERS)
+cover("scorer", testing.ScorerContract, {})
+cover(
+    "regularizer",
+    testing.RegularizerContract,
+    {"l1": "strength=0.1", "z-loss": "strength=0.1"},
+    off={
+        "confidence-penalty": {"strength": 0},
+        "dropout": {"p": 0},
+        "grad-clip": {"max_norm": 1e9},
+        "l1": {"strength": 0},
+        "label-smoothing": {"strength": 0},
+        "weight-decay": {"strength": 0},
+        "z-loss": {"strength": 0},
+    },
+)
+
+
+class TestLookupDrafter(testing.DrafterContract):
+    make = Spec("drafter", "lookup", "ngram=1,tokens=3")
+
+
+class TestModelDrafter(testing.DrafterContract):
+    make = staticmethod(lambda: provided("drafter")["model"].item(source=tiny_lm(seed=1)))
+
+
+class Edited(testing.LoaderContract):
+    """A loader of safetensors files, of which the tests take tensors out and put some in."""
+
+    names: ClassVar[dict[str, str]]
+    """The file's names of the tensors that are taken out."""
+
+    def write_whole(self, folder: Path, model: gptk.GPT) -> Path:
+        raise NotImplementedError
+
+    def write(self, folder, config, state):
+        given = {name: one for name, one in state.items() if not name.startswith("surplus")}
+        model = testing.tiny_gpt(config)
+        model.load_state_dict(given, strict=False)
+        path = self.write_whole(folder, model)
+        tensors = safetensors.torch.load_file(path)
+        for name in set(dict(model.named_parameters())) - set(given):
+            del tensors[self.names[name]]
+        tensors |= {name: one for name, one in state.items() if name.startswith("surplus")}
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        return str(folder / "model")
+
+
+class TestGptkLoader(Edited):
+    make = provided("loader")["gptk"].item
+    names: ClassVar = {name: name for name in ("blocks.1.mlp.down.weight", "norm.weight")}
+
+    def write_whole(self, folder, model):
+        gptk.LanguageModel(model).save(folder / "model")
+        return folder / "model/model.safetensors"
+
+
+class TestHuggingFaceLoader(Edited):
+    make = provided("loader")["huggingface"].item
+    names: ClassVar = {
+        "blocks.1.mlp.down.weight": "transformer.h.1.mlp.c_proj.weight",
+        "norm.weight": "transformer.ln_f.weight",
+    }
+
+    def write_whole(self, folder, model):
+        (folder / "model").mkdir()
+        writer = provided("writer")["huggingface"].item()
+        writer.write(folder / "model", model, None)
+        return folder / "model/model.safetensors"
+
+
+class TestNanoGPTLoader(testing.LoaderContract):
+    make = provided("loader")["nanogpt"].item
+    config = dataclasses.replace(testing.LoaderContract.config, mlp="gelu")
+
+    def write(self, folder, config, state):
+        theirs = {
+            "embed": "transformer.wte", "embed_positions": "transformer.wpe",
+            "norm": "transformer.ln_f", "attn_norm": "ln_1", "mlp_norm": "ln_2",
+            "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
+            "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+        }  # fmt: skip
+        model = {}
+        for name, tensor in state.items():
+            module, _, parameter = name.rpartition(".")
+            block, layer, part = "", "", module
+            if name.startswith("blocks."):
+                block, layer, part = module.split(".", 2)
+                block = f"transformer.h.{layer}."
+            model[f"{block}{theirs.get(part, part)}.{parameter}"] = tensor
+        arguments = {
+            "n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.width,
+            "block_size": config.context_length, "vocab_size": config.vocab_size, "bias": True,
+        }  # fmt: skip
+        # Others than nanoGPT's checkpoints have other numbers of steps.
+        torch.save({"model": model, "model_args": arguments, "iter_num": 1}, folder / "ckpt.pt")
+        return str(folder / "ckpt.pt")
+
+
+class TestGptkWriter(testing.WriterContract):
+    make = provided("writer")["gptk"].item
+    with_text = True
+
+
+class TestHuggingFaceWriter(testing.WriterContract):
+    make = provided("writer")["huggingface"].item
+
+
+class TestBytesTokenizer(testing.TokenizerContract):
+    make = provided("tokenizer")["bytes"].item
+
+
+class TestGPT2Tokenizer(testing.TokenizerContract):
+    make = provided("tokenizer")["gpt2"].item
+
+
+class TestHuggingFaceTokenizer(testing.TokenizerContract):
+    """With a file of 300 tokens that tokenizers trained."""
+
+    def make(self):
+        return provided("tokenizer")["huggingface"].item(path=str(_tokenizer_file()))
+
+
+class TestTraceDecodingObserver(testing.PluginContract):
+    make = Spec("decoding-observer", "trace", "path=steps.jsonl")
+
+
+class TestTensorBoardTrainingObserver(testing.PluginContract):
+    make = Spec("training-observer", "tensorboard")
+
+
+# What has files that are made elsewhere is tested with them in test_weights.py, test_openai.py and
+# test_tokenizers.py; here it shows what plug-ins of every kind promise.
+
+
+class TestGGUFLoader(testing.PluginContract):
+    make = Spec("loader", "gguf", "path=model.gguf")
+
+
+class TestLLMsFromScratchLoader(testing.PluginContract):
+    make = Spec("loader", "llms-from-scratch", "path=model.pth")
+
+
+class TestOpenAILoader(testing.PluginContract):
+    make = Spec("loader", "openai", "path=models/124M")
+
+
+class TestSmolLM2Loader(testing.PluginContract):
+    make = Spec("loader", "smollm2")
+
+
+class TestGGUFTokenizer(testing.PluginContract):
+    make = Spec("tokenizer", "gguf", "path=model.gguf")
+
+
+class TestTiktokenTokenizer(testing.PluginContract):
+    make = Spec("tokenizer", "tiktoken", "encoding=cl100k_base")
+
+
+def test_every_built_in_plugin_is_held_to_a_contract():
+    held = set()
+    for test in list(globals().values()):
+        if (
+            isinstance(test, type)
+            and issubclass(test, testing.PluginContract)
+            and "make" in vars(test)
+        ):
+            held.add((test().plugin().kind, test().plugin().name))
+    assert held >= {(kind, name) for kind in KINDS if kind != "command" for name in provided(kind)}

@@ -1,0 +1,57 @@
+"""What is prepared ahead is what would be prepared on time."""
+
+import numpy as np
+import pytest
+import torch
+
+from gptk.data.windows import Windows
+from gptk.training.loader import StepLoader
+from training_runs import tokens
+
+
+def loader(n=23, **changes):
+    given = {"step_windows": 4, "batch_size": 2, "seed": 1, "shuffle": True, "drop_last": True}
+    return StepLoader(Windows(tokens(8 * n + 1, 100), 8), **{**given, **changes})
+
+
+def equal(a, b):
+    assert (a.epoch, a.position) == (b.epoch, b.position)
+    assert np.array_equal(a.windows, b.windows)
+    assert np.array_equal(a.mine, b.mine)
+    for one, other in zip(a.batches, b.batches, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_one_step_after_another_is_what_each_is_alone(drop_last):
+    one = loader(drop_last=drop_last)
+    epoch = position = 0
+    for _ in range(15):
+        step = one.take(epoch, position)
+        equal(step, loader(drop_last=drop_last).take(epoch, position))
+        epoch, position = step.epoch, step.position + len(step.windows)
+    assert epoch == 2
+    one.close()
+
+
+def test_a_jump_in_the_data_is_followed():
+    one = loader()
+    one.take(0, 0)
+    equal(one.take(3, 8), loader().take(3, 8))
+    equal(one.take(0, 4), loader().take(0, 4))
+    one.close()
+    equal(one.take(0, 0), loader().take(0, 0))
+
+
+def test_the_next_step_is_prepared_before_it_is_asked_for():
+    one = loader()
+    step = one.take(0, 0)
+    place, future = one._ahead
+    assert place == (0, 4)
+    ahead = future.result()
+    assert one.take(step.epoch, 4) is ahead
+
+
+def test_processes_take_turns_in_a_steps_windows():
+    parts = [loader(rank=rank, count=2).take(0, 0) for rank in range(2)]
+    assert np.array_equal(np.stack([one.mine for one in parts]).T.flatten(), parts[0].windows)

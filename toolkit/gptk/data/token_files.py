@@ -1,0 +1,290 @@
+"""Training data: texts as files of tokens, and windows on them.
+
+A text is tokenized once, into the folder `tokens` of the user's cache (or of $GPTK_CACHE):
+
+    NAME-KEY.json            the header: tokenizer, counts, and the size, time of change and
+                             SHA-256 of each source
+    NAME-KEY-SUM.tokens      the token ids, little-endian integers of 2 or 4 bytes, nothing else
+
+KEY stands for the tokenizer and the sources' names, SUM is the start of the tokens' SHA-256. Both
+files are written under another name, synced and renamed, the header last: a preparation that is
+cut off leaves nothing that is taken for whole, and several at once all end with good files.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+import pydantic
+
+from gptk.data import encoding
+from gptk.data.encoding import encode_documents
+from gptk.data.sources import BUILTIN, Source, find_sources
+from gptk.errors import DataError, OptionError
+from gptk.system.caches import cache_folder
+from gptk.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """A text's tokens, memory-mapped."""
+
+    path: Path
+    tokens: np.ndarray
+    """(n_tokens,), uint16 where the vocabulary fits, else uint32."""
+    n_bytes: int
+    """The text's size in UTF-8."""
+    documents: int
+    """Files with text in them."""
+    tokenizer: str
+    """The name of its encoding."""
+    fingerprint: str
+    """A hash of everything that decides how the tokenizer encodes."""
+    sha256: str
+    """Of the tokens as they are in the file."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def split(self, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+        """The first int(ratio * n_tokens) tokens, to train on, and the rest, to validate on.
+
+        Raises OptionError if ratio is not between 0 and 1.
+        """
+        if not 0 < ratio < 1:
+            raise OptionError(f"train_ratio is {ratio}; it must be between 0 and 1")
+        at = int(ratio * len(self.tokens))
+        return self.tokens[:at], self.tokens[at:]
+
+
+def prepare_tokens(
+    sources: Sequence[str], tokenizer: Tokenizer, *, cache: Path | None = None
+) -> TokenFile:
+    """Tokenize texts into a file in `cache`, or find it there.
+
+    sources: text files (UTF-8), folders, or `builtin:python-docs`, the language reference that
+    comes with Python. Of a folder, all files below it that end in one of TEXT_SUFFIXES are taken,
+    in the order of their paths; names that begin with a dot are not. Each file is a document. A
+    document is encoded as `tokenizer.encode` does it (which puts BOS in front where the tokenizer
+    has add_bos); the tokenizer's end-of-text token, eos[0], stands between two documents, and not
+    after the last. A byte order mark is left out; line ends stay as they are.
+
+    cache: without, `tokens` in $GPTK_CACHE or in the user's cache folder. A file there serves as
+    long as the sources' sizes and times of change are the same, or their contents.
+
+    Texts may be larger than memory. Raises DataError if a source is missing, cannot be read, is
+    no UTF-8 text, or if there is no text at all; or if the cache cannot be written.
+    """
+    names = [os.fspath(one) for one in ([sources] if isinstance(sources, str) else sources)]
+    found = find_sources(names)
+    folder = _default_cache() if cache is None else Path(cache)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    key = _digest(json.dumps([fingerprint, [one.name for one in found]]))[:16]
+    stem = re.sub(r"[^\w.-]+", "-", Path(names[0].removeprefix("builtin:")).stem)[:40] or "text"
+    base = folder / f"{stem}-{key}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _reuse(base, found) or _write(base, found, tokenizer, fingerprint)
+    except OSError as error:
+        raise DataError(
+            f"the tokens cannot be kept in {folder}: {error.strerror or error}; "
+            "GPTK_CACHE names another folder"
+        ) from None
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of all that decides how a tokenizer encodes a text, and of how documents are set."""
+    encoding = tokenizer.encoding
+    parts = [
+        encoding._pat_str,
+        sorted(encoding._special_tokens.items()),
+        tokenizer.normalization,
+        tokenizer.bos if tokenizer.add_bos else None,
+        tokenizer.eos[:1],
+        str(_dtype(tokenizer)),
+    ]
+    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    return _digest(json.dumps([parts, ranks]))
+
+
+# --- Files of tokens
+
+
+class _SourceHeader(pydantic.BaseModel):
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class _Header(pydantic.BaseModel):
+    format: Literal[1] = 1
+    tokens: str
+    """The file of tokens, beside the header."""
+    dtype: Literal["<u2", "<u4"]
+    n_tokens: int
+    n_bytes: int
+    documents: int
+    tokenizer: str
+    fingerprint: str
+    sha256: str
+    sources: list[_SourceHeader]
+
+
+def _reuse(base: Path, sources: Sequence[Source]) -> TokenFile | None:
+    """The token file that is there, if it is whole and the sources are still the same."""
+    header = _read_header(base)
+    if header is None or [one.name for one in header.sources] != [one.name for one in sources]:
+        return None
+    if [one.size for one in header.sources] != [one.size for one in sources]:
+        return None
+    touched = False
+    for before, now in zip(header.sources, sources, strict=True):
+        if before.mtime_ns != now.mtime_ns or now.name.startswith(BUILTIN):
+            if before.sha256 != now.checksum():
+                return None
+            touched = touched or before.mtime_ns != now.mtime_ns
+            before.mtime_ns = now.mtime_ns
+    tokens = _open(base, header)
+    if tokens is not None and touched:
+        _write_header(base, header)
+    return tokens
+
+
+def _write(
+    base: Path, sources: Sequence[Source], tokenizer: Tokenizer, fingerprint: str
+) -> TokenFile:
+    _remove_leftovers(base.parent)
+    dtype = _dtype(tokenizer)
+    digest = hashlib.sha256()
+    n_tokens = documents = 0
+    separator = np.array(tokenizer.eos[:1], dtype=dtype)
+    with _temporary(base) as (file, new):
+        texts = (source.texts() for source in sources)
+        for first, ids in encode_documents(texts, tokenizer, chunk=encoding.CHUNK):
+            parts = [separator] if first and documents else []
+            documents += first
+            for part in (*parts, ids.astype(dtype)):
+                data = part.tobytes()
+                digest.update(data)
+                file.write(data)
+                n_tokens += len(part)
+        if not n_tokens:
+            names = ", ".join(one.name for one in sources[:3])
+            raise DataError(f"there is no text in {names}{', …' if len(sources) > 3 else ''}")
+        header = _Header(
+            tokens=f"{base.name}-{digest.hexdigest()[:16]}.tokens",
+            dtype="<u2" if dtype.itemsize == 2 else "<u4",
+            n_tokens=n_tokens,
+            n_bytes=sum(one.n_bytes for one in sources),
+            documents=documents,
+            tokenizer=tokenizer.encoding.name,
+            fingerprint=fingerprint,
+            sha256=digest.hexdigest(),
+            sources=[
+                _SourceHeader(
+                    name=one.name, size=one.size, mtime_ns=one.mtime_ns, sha256=one.sha256
+                )
+                for one in sources
+            ],
+        )
+        _finish(file, new, base.parent / header.tokens)
+    # Mapped before the header shows it to others, who may replace it.
+    if (tokens := _open(base, header)) is None:
+        raise DataError(f"another process changed {base.parent}; run this again")
+    before = _read_header(base)
+    _write_header(base, header)
+    if before is not None and before.tokens != header.tokens:
+        with contextlib.suppress(OSError):  # gone already, or in use on Windows
+            (base.parent / Path(before.tokens).name).unlink()
+    return tokens
+
+
+def _open(base: Path, header: _Header) -> TokenFile | None:
+    """The file of tokens that a header describes, or None if it is not there whole."""
+    path = base.parent / Path(header.tokens).name
+    dtype = np.dtype(header.dtype)
+    try:
+        if path.stat().st_size != header.n_tokens * dtype.itemsize:
+            return None
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+    except (OSError, ValueError):
+        return None
+    return TokenFile(
+        path,
+        tokens,
+        n_bytes=header.n_bytes,
+        documents=header.documents,
+        tokenizer=header.tokenizer,
+        fingerprint=header.fingerprint,
+        sha256=header.sha256,
+    )
+
+
+def _read_header(base: Path) -> _Header | None:
+    try:
+        return _Header.model_validate_json(_header_path(base).read_bytes())
+    except (FileNotFoundError, pydantic.ValidationError):
+        return None
+
+
+def _write_header(base: Path, header: _Header) -> None:
+    with _temporary(base) as (file, new):
+        file.write(header.model_dump_json(indent=1).encode())
+        _finish(file, new, _header_path(base))
+
+
+def _header_path(base: Path) -> Path:
+    return base.with_name(f"{base.name}.json")
+
+
+@contextlib.contextmanager
+def _temporary(base: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new file beside `base`, which is gone afterwards unless it was renamed."""
+    new = base.with_name(f".{base.name}-{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        with new.open("xb") as file:
+            yield file, new
+    finally:
+        new.unlink(missing_ok=True)
+
+
+_UNFINISHED = ".new"
+
+
+def _finish(file: IO[bytes], new: Path, target: Path) -> None:
+    """Have the disk hold all of a temporary file, and give it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    new.replace(target)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what preparations that were killed have left, a day after."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):  # another process removed it
+            if time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    return np.dtype("<u2" if tokenizer.encoding.max_token_value < 2**16 else "<u4")
+
+
+def _default_cache() -> Path:
+    return cache_folder() / "tokens"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

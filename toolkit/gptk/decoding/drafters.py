@@ -1,0 +1,27 @@
+"""A drafter from what a caller names."""
+
+from gptk.errors import OptionError
+from gptk.hooks.drafting import Drafter
+from gptk.plugins.blame import ask
+from gptk.plugins.creating import create
+from gptk.plugins.registry import provided
+
+
+def make_drafter(draft: object) -> Drafter:
+    """A drafter from an instance, a spec string, or what a drafter `matches`, such as a model.
+
+    Raises OptionError if no drafter takes it, and what `gptk.plugins.create` raises.
+    """
+    if isinstance(draft, Drafter):
+        return draft
+    known = provided("drafter")
+    if isinstance(draft, str) and draft.partition(":")[0] in known:
+        return create("drafter", draft, Drafter)
+    for plugin in known.values():
+        if ask(plugin, "matches", draft):
+            drafter = plugin.item.from_source(draft)
+            assert isinstance(drafter, Drafter)
+            return drafter
+    if isinstance(draft, str):
+        return create("drafter", draft, Drafter)  # raises, with the nearest names
+    raise OptionError(f"the draft is {draft!r:.80}; it must be a drafter, its spec, or a model")

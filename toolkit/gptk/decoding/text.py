@@ -1,0 +1,87 @@
+"""Text from tokens as they come, and the result of a finished hypothesis."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from gptk.hooks.results import Generation, Hypothesis
+from gptk.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Token bytes in, text out: whole characters only, and never part of a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, data: bytes) -> str:
+        """The text that `data` makes certain."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data)
+        cuts = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if cuts:
+            self.stopped = True
+            return self._release(min(cuts))
+        return self._release(len(self._held) - self._open_stop())
+
+    def flush(self) -> str:
+        """The rest: what was held back as the possible beginning of a stop string.
+
+        Bytes that begin a character but do not complete it are dropped.
+        """
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _release(self, end: int) -> str:
+        text, self._held = self._held[:end], self._held[end:]
+        return text
+
+    def _open_stop(self) -> int:
+        """How many characters at the end could be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(1, min(len(stop) - 1, len(self._held)) + 1):
+                if self._held.endswith(stop[:size]):
+                    longest = max(longest, size)
+        return longest
+
+
+def make_generation(
+    row: Hypothesis,
+    *,
+    score: float,
+    prompt: Sequence[int],
+    seed: int,
+    tokenizer: Tokenizer | None,
+    stop: Sequence[str],
+    is_complete: Callable[[list[int]], bool | None] = lambda tokens: None,
+) -> Generation:
+    """The public result of a finished hypothesis. Without a tokenizer the text is empty."""
+    links = row.chain()
+    if row.reason == "eos":
+        links.pop()
+    text = ""
+    if tokenizer is not None:
+        data = [tokenizer.token_bytes(link.token) for link in links]
+        stream = TextStream(stop)
+        text = "".join(map(stream.push, data)) + stream.flush()
+        if stream.stopped:
+            # Keep the tokens that the text needs: those before it is all there.
+            unstopped = TextStream(())
+            there = accumulate((len(unstopped.push(part)) for part in data), initial=0)
+            links = links[: sum(size < len(text) for size in there)]
+    assert row.reason is not None
+    tokens = [link.token for link in links]
+    return Generation(
+        text=text,
+        tokens=tokens,
+        complete=is_complete(tokens),
+        token_logprobs=[link.logprob for link in links],
+        score=score,
+        finish_reason=row.reason,
+        prompt_tokens=list(prompt),
+        seed=seed,
+    )

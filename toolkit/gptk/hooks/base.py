@@ -1,0 +1,48 @@
+"""The base class of plug-ins."""
+
+from typing import Any, ClassVar
+
+import pydantic_core
+
+from gptk.errors import (
+    OptionError,
+    PluginError,
+)
+from gptk.options import Options
+from gptk.spec import format_spec
+
+
+class Plugin(Options):
+    """The base of everything a hook provides but commands: a name, and options.
+
+    `gptk plugins show NAME` and the parsing of spec strings rest on the options' declaration.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    example: ClassVar[str] = ""
+    """Options worth showing, such as `width=4`; `gptk plugins show` makes a command of it."""
+
+    @classmethod
+    def title(cls) -> str:
+        return f"{cls.kind} {cls.name}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise PluginError(
+            f"{self.kind} {self.name} cannot be changed: it may serve several calls at once. A "
+            "processor keeps state in the object that start() returns"
+        )
+
+    @property
+    def spec(self) -> str:
+        """The spec string that makes this plug-in again: options at their default left out.
+
+        Raises OptionError if an option is an object that no text stands for.
+        """
+        try:
+            options = self.model_dump(mode="json", exclude_defaults=True)
+        except pydantic_core.PydanticSerializationError:
+            raise OptionError(
+                f"{self.title()} was made with an object and has no spec string"
+            ) from None
+        return format_spec(self.name, options)

@@ -1,0 +1,35 @@
+"""What a sampler decides at a step."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptk.session.rows import Rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a sampler decides at a step: which tokens extend which rows.
+
+    Candidates stand in order of preference. Those that end (end of text, stop string, length)
+    finish, the others go on as the new rows, as many as the sampler's `max_rows` allows.
+    """
+
+    tokens: "Tensor"
+    """(candidates,) int64"""
+    logprobs: "Tensor"
+    """(candidates,) float32: each token's log-probability after all processors."""
+    scores: "Tensor"
+    """(candidates,) float32: the running score of the row with this token."""
+    parents: "Tensor | None" = None
+    """(candidates,) int64: the row that each extends; None where there is one for each row."""
+
+    @classmethod
+    def one_each(cls, tokens: "Tensor", logits: "Tensor", rows: "Rows") -> "Choice":
+        """One token for each row, scored by its log-probability. tokens: (rows,)."""
+        from gptk.vocabulary import logprobs_of
+
+        logprobs = logprobs_of(logits.gather(1, tokens[:, None]), logits)[:, 0]
+        return cls(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)

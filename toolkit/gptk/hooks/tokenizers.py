@@ -1,0 +1,26 @@
+"""What a tokenizer loader is: from a name or a file to a Tokenizer."""
+
+from typing import ClassVar
+
+from gptk.hooks.base import Plugin
+from gptk.text.tokenizer import Tokenizer
+
+
+class TokenizerLoader(Plugin):
+    """Makes a Tokenizer from a name or a file."""
+
+    kind: ClassVar[str] = "tokenizer"
+
+    @classmethod
+    def matches(cls, source: str) -> bool:
+        """Whether `source`, a name or a path that is no spec string, is one of this kind's."""
+        return source == cls.name
+
+    @classmethod
+    def from_source(cls, source: str) -> "TokenizerLoader":
+        """The loader for a source that `matches`."""
+        return cls()
+
+    def load(self) -> Tokenizer:
+        """Read or make the tokenizer. Raises TokenizerError."""
+        raise NotImplementedError(f"{type(self).__name__} does not define load()")

@@ -1,0 +1,84 @@
+"""What reads and writes weights: loaders, writers, and the checkpoint that a loader returns."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gptk.hooks.base import Plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptk.model.config import GPTConfig
+    from gptk.model.gpt import GPT
+    from gptk.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weight loader found."""
+
+    config: "GPTConfig"
+    state: Mapping[str, "Tensor"]
+    """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
+    `embed.weight`. They may be in any precision and mapped from a file; `build_model` takes them
+    over without a copy where device and dtype are right. What `Tensors.assemble` returns reads a
+    tensor each time it is asked for, so that a model need not be in memory twice. Those of
+    `load_stored` may be `gptk.Levels`."""
+    tokenizer: "Callable[[], Tokenizer] | None" = None
+    """Makes the tokenizer stored with the weights, if there is one; may raise TokenizerError."""
+    source: str = ""
+    """Where it came from, for people."""
+    notes: Mapping[str, str] | None = None
+    """More for `gptk info`: the format, the precision it was stored in."""
+
+
+class WeightLoader(Plugin):
+    """Reads weights of one format. Options come from the spec string; `path` is the source."""
+
+    kind: ClassVar[str] = "loader"
+
+    @classmethod
+    def matches(cls, source: str) -> bool:
+        """Whether `source` is of this format, told without reading it whole.
+
+        By default never: such a loader is named by its spec string.
+        """
+        return False
+
+    @classmethod
+    def from_source(cls, source: str) -> "WeightLoader":
+        """The loader for a source that `matches`; by default its option `path` is the source."""
+        options: dict[str, Any] = {"path": source}  # a field of the loader's own
+        return cls(**options)
+
+    @classmethod
+    def default_source(cls) -> str | None:
+        """A model that is installed and can serve where none is named."""
+        return None
+
+    def load(self) -> Checkpoint:
+        """Read the configuration and all tensors. Raises SourceError."""
+        raise NotImplementedError(f"{type(self).__name__} does not define load()")
+
+    def load_stored(self) -> Checkpoint:
+        """As `load`, with matrices that are stored quantized as gptk.Levels where it can.
+
+        By default it is `load`.
+        """
+        return self.load()
+
+
+class WeightWriter(Plugin):
+    """Writes a model in one format, a directory, for `gptk convert --to NAME`."""
+
+    kind: ClassVar[str] = "writer"
+
+    def write(self, path: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
+        """Write into the empty directory `path`, which becomes visible once all is there.
+
+        Raises SourceError for a model, or TokenizerError for a tokenizer, that the format cannot
+        hold.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define write()")

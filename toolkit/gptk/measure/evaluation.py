@@ -1,0 +1,169 @@
+"""Loss, perplexity and bits per byte of a text of any length, by a sliding window.
+
+    loss = -1/n Σ log p(token i | the tokens before it in its window)
+    perplexity = exp(loss),    bits per byte = n loss / (ln 2 · bytes)
+
+Windows of the model's context length begin every `stride` tokens, and each token is scored in the
+first window that predicts it. So a token's context is the whole text at the text's beginning, and
+afterwards never under window - stride + 1 tokens. A smaller stride means more context, a lower
+loss and more work; figures are comparable at equal window and stride only. With a stride of half
+the window most of the gain is there at twice the work of disjoint windows. lm-evaluation-harness
+(`loglikelihood_rolling`) has the stride equal to the window by default, transformers' page on the
+perplexity of fixed-length models half of it.
+
+Bits per byte can be compared between tokenizers (Gao et al. 2020, The Pile, section 3.1).
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gptk.data.token_files import TokenFile, prepare_tokens
+from gptk.data.windows import Windows
+from gptk.errors import DataError, DecodingError, OptionError
+from gptk.model.protocol import evaluating
+from gptk.model.scoring import token_logprobs
+
+if TYPE_CHECKING:
+    from gptk.language_model import LanguageModel
+    from gptk.text.tokenizer import Tokenizer
+
+Data = str | os.PathLike[str] | Sequence[str] | Sequence[int] | TokenFile | np.ndarray
+"""What can be evaluated: texts by name, or tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    loss: float
+    """Mean negative log-likelihood, nats a token."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float | None
+    """None without a tokenizer, or if no token stands for text."""
+    tokens: int
+    """Tokens scored: all but the first."""
+    bytes: int | None
+    """Size of the text that these stand for; BOS and end-of-text tokens stand for none."""
+    context_length: int
+    """The window: the model's."""
+    stride: int
+    """Tokens from one window to the next."""
+
+
+def evaluate(
+    lm: "LanguageModel",
+    data: Data,
+    *,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score every token of a text but the first, once, see above.
+
+    data: files, folders or builtin:python-docs, as `prepare_tokens` takes them; or tokens. Where
+    the tokenizer has add_bos, a text begins with BOS, so that its own first token is scored, too.
+    stride: 1 to the model's window; by default half the window. batch_size: windows at a time; by
+    default as many as hold 8,192 tokens together, at least one. progress: called after each batch
+    with the number of tokens scored so far, and of all.
+
+    Raises DataError if there are fewer than two tokens, or some that the model lacks; OptionError
+    for a stride or batch size out of bounds; DecodingError if the loss is not finite; and what
+    `prepare_tokens` raises.
+    """
+    model, tokenizer = lm.model, lm._tokenizer
+    vocabulary, window = model.config.vocab_size, model.config.context_length
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise OptionError(f"stride is {stride}; it must be 1 to the model's window, {window}")
+    batch_size = max(_BATCH // window, 1) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise OptionError(f"batch_size is {batch_size}; it must be 1 or more")
+    tokens = _tokens(lm, data)
+    lengths = None if tokenizer is None else _text_lengths(tokenizer, vocabulary)
+    nats, scored, size = 0.0, 0, 0
+    with evaluating(model), torch.inference_mode():
+        for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
+            # (windows, length), of which the last `new` have not been scored
+            windows = Windows(tokens[starts.start :], length, stride)
+            inputs, targets = windows.batch(np.arange(len(starts)))
+            hidden = model(inputs.to(model.device))[:, -new:].flatten(0, 1)
+            targets = targets[:, -new:].flatten()
+            logprobs = token_logprobs(model, hidden, targets.to(model.device))
+            nats -= float(logprobs.cpu().double().sum())
+            scored += len(targets)
+            if lengths is not None:
+                size += int(lengths[targets].sum())
+            if progress is not None:
+                progress(scored, len(tokens) - 1)
+    loss = nats / scored
+    if not math.isfinite(loss):
+        raise DecodingError(
+            f"the loss is {loss}: not all logits are finite; the weights are damaged, or the dtype "
+            "is too narrow for them"
+        )
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / size if size else None,
+        tokens=scored,
+        bytes=None if lengths is None else size,
+        context_length=window,
+        stride=stride,
+    )
+
+
+_BATCH = 8192  # tokens
+
+
+def _batches(count: int, window: int, stride: int, size: int) -> Iterator[tuple[range, int, int]]:
+    """Windows of equal length for `count` predictions: where they start, their length, and how
+    many predictions at the end of each are new."""
+    first = min(window, count)
+    yield range(1), first, first
+    full = range(stride, count - window + 1, stride)
+    for at in range(0, len(full), size):
+        yield full[at : at + size], window, stride
+    done = first + len(full) * stride
+    if done < count:
+        start = (len(full) + 1) * stride
+        yield range(start, start + 1), count - start, count - done
+
+
+def _tokens(lm: "LanguageModel", data: Data) -> np.ndarray:
+    """The tokens to score, checked."""
+    if isinstance(data, str | os.PathLike):
+        data = [os.fspath(data)]
+    if isinstance(data, TokenFile):
+        tokens = data.tokens
+    elif isinstance(data, np.ndarray):
+        tokens = data
+    elif sources := [os.fspath(one) for one in data if isinstance(one, str | os.PathLike)]:
+        tokens = prepare_tokens(sources, lm.tokenizer).tokens
+    else:
+        tokens = np.array(data, dtype=np.int64)
+    if len(tokens) < 2:
+        raise DataError(f"a text needs at least two tokens to be scored; this has {len(tokens)}")
+    vocabulary = lm.model.config.vocab_size
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocabulary:
+            raise DataError(
+                f"the text has token {token}, the model a vocabulary of {vocabulary}; the tokens "
+                "are another tokenizer's"
+            )
+    return tokens
+
+
+def _text_lengths(tokenizer: "Tokenizer", vocabulary: int) -> np.ndarray:
+    """The bytes of text that each token stands for; BOS and end of text stand for none."""
+    lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(vocabulary)])
+    for token in (tokenizer.bos, *tokenizer.eos):
+        if token is not None and token < vocabulary:
+            lengths[token] = 0
+    return lengths

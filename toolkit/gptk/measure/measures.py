@@ -1,0 +1,103 @@
+"""Measures of texts as sequences of tokens: diversity, repetition, likeness.
+
+A measure that a text is too short for is None."""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+Text = Sequence[Hashable]
+"""A text as its tokens, or words."""
+
+
+# --- Measures ---------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None if all are.
+
+    >>> mean([1.0, None, 2.0])
+    1.5
+    """
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def distinct(texts: Sequence[Text], n: int) -> float | None:
+    """distinct-n: |different n-grams| / |n-grams|, of all texts together; 0 to 1, more is diverse.
+
+    Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models".
+    They divide by the number of words, here as in most later work by that of n-grams,
+    so that texts without any repetition have 1. None if there are no n-grams.
+
+    >>> distinct(["abab", "b"], 1)
+    0.4
+    """
+    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def seq_rep(text: Text, n: int) -> float | None:
+    """seq-rep-n: 1 - |different n-grams| / |n-grams| of one text; 0 to 1, more is repetitive.
+
+    Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". None if
+    there are no n-grams.
+
+    >>> seq_rep("abcabcabc", 3)
+    0.5714285714285714
+    """
+    share = distinct([text], n)
+    return None if share is None else 1 - share
+
+
+def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
+    """Self-BLEU: the mean BLEU-n of each text, the others its references; 0 to 1, more is alike.
+
+    Zhu et al. 2018, "Texygen: A Benchmarking Platform for Text Generation Models".
+    None for fewer than two texts.
+
+    >>> self_bleu(["abcde", "abcde"])
+    1.0
+    """
+    if len(texts) < 2:
+        return None
+    return mean(
+        bleu(text, [*texts[:number], *texts[number + 1 :]], n) for number, text in enumerate(texts)
+    )
+
+
+def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
+    """BLEU-n of a text, by uniform weights, 0 to 1:
+
+        BLEU = exp(min(0, 1 - r / c)) · (p_1 · … · p_n)^(1/n)
+
+    p_k: the share of the text's k-grams that are in a reference, each counted at most as often
+    as in the one that has it most often; c: the length of the text; r: that of the reference
+    nearest in length, of two the shorter. Papineni et al. 2002, "BLEU: a Method for Automatic
+    Evaluation of Machine Translation". A share of none is taken for 0.1 matches where at least a
+    token matches (Chen and Cherry 2014, smoothing 1, as Texygen has it), and n is at most the
+    length of the text, so that equal texts have 1. An empty text has 1 if a reference is empty,
+    else 0.
+
+    >>> round(bleu("abcdx", ["abcde"]), 4)
+    0.6687
+    """
+    if not text:
+        return float(any(not reference for reference in references))
+    order = min(n, len(text))
+    logs = []
+    for size in range(1, order + 1):
+        there = Counter[tuple[Hashable, ...]]()
+        for reference in references:
+            there |= Counter(_ngrams(reference, size))
+        grams = Counter(_ngrams(text, size))
+        matches = (grams & there).total()
+        if size == 1 and not matches:
+            return 0.0
+        logs.append(math.log((matches or 0.1) / grams.total()))
+    nearest = min(map(len, references), key=lambda length: (abs(length - len(text)), length))
+    return math.exp(min(0.0, 1 - nearest / len(text)) + math.fsum(logs) / order)
+
+
+def _ngrams(text: Text, n: int) -> list[tuple[Hashable, ...]]:
+    return [tuple(text[at : at + n]) for at in range(len(text) - n + 1)]

@@ -1,0 +1,405 @@
+"""One GPT, as configuration: GPT-2 and the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3).
+
+Read from top to bottom: configuration, normalization, attention, MLP, block, model. What is
+unusual:
+
+- queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
+- a rotary embedding turns queries, keys and values in one go, the values by nothing, with the sign
+  folded into the sine table: in decoding small operations cost more than a few numbers;
+- in decoding, the query heads of a group and the rows of a prompt stand in the query axis of
+  attention, so that they share one read of the keys; on CPUs that is many times faster than
+  `enable_gqa`, and than a cache for each beam;
+- rows of a batch stand at positions of their own, see `gptk.cache`.
+"""
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptk import kernels
+from gptk.model.cache import KVCache, Slots
+from gptk.model.config import GPTConfig
+from gptk.model.levels import Precision
+from gptk.model.linear import Direct, Linear
+from gptk.model.protocol import Step
+
+
+class RMSNorm(Direct, nn.RMSNorm):
+    """nn.RMSNorm (Zhang and Sennrich 2019); PyTorch takes eight small kernels in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 16 == 0 and kernels.suit(x, self.weight):
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            return kernels.rms_norm(x, self.weight, eps)
+        return super().forward(x)
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    """Layer norm or RMS norm over the last axis, of that size."""
+    if config.norm == "rms":
+        return RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines for the positions of a pass, (1 or rows, time, heads, head_dim) each: those of
+queries, keys and values. Values are not turned: 1 and 0."""
+
+
+class Attention(Direct):
+    """Causal self-attention with grouped heads and a KV cache."""
+
+    dropout = 0.0
+    """Of attention weights, in training."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_heads * config.head_dim, config.width, bias=config.out_bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
+        qkv = self.qkv(x)
+        qkv = qkv.view(rows, -1, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
+        heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        # Split, not sliced: the backward pass then joins the parts once, without zeros to add to.
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = qkv.split(heads, dim=2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+        if rope is not None:
+            qkv = rotate(qkv, *rope)
+        if at is None:
+            q, k, v = qkv.split(heads, dim=2)
+            y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
+        else:
+            kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
+            kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
+            at.write(self.layer, kv)
+            q = qkv.narrow(2, 0, self.n_heads)
+            y = attend_causally(q, *kv.unbind(2)) if at.causal else attend(q, self.layer, at)
+        return self.out(y)  # type: ignore[no-any-return]
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), halves of a head as pairs.
+
+    x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, heads, head_dim).
+    """
+    if x.shape[-1] % 32 == 0 and kernels.suit(x, cosines):
+        return kernels.rotate(x, cosines, sines)
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √d) v where each token sees itself and those before it.
+
+    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows · time, heads · d).
+    """
+    if not dropout and kernels.suit_causal_attention(q, k, v):
+        return kernels.attend_causally(q, k, v).flatten(2).flatten(0, 1)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, dropout_p=dropout
+    )
+    return y.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def attend(q: Tensor, layer: int, at: Slots) -> Tensor:
+    """softmax(q kᵀ / √d) v for tokens that see what their rows' places in a cache let them see.
+
+    The heads of a group and the rows of a tree stand in the query axis, so that keys are read once
+    for all. q: (rows, time, heads, d). Returns (rows · time, heads · d).
+    """
+    rows, time, heads, d = q.shape
+    keys, values = at.keys[layer], at.values[layer]
+    # Trees and key heads are the batch, so that the result has its memory in the order of heads.
+    batch = keys.shape[0]
+    kv_heads, group = batch // at.trees, heads * at.trees // batch
+    few = at.places * time * group <= kernels.FEW_QUERIES and d in kernels.HEAD_DIMS
+    if few and kernels.suit(q, keys):
+        q = q if at.order is None else at.by_tree(q)
+        y = kernels.attend(q.reshape(-1, heads, d), keys, values, at.mask, at.trees)
+        return at.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
+    if at.plain:
+        q = q.reshape(batch, 1, -1, d)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
+        return y.view(at.trees, -1)
+    # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
+    q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, group, d)
+    q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
+    y = y.view(at.trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
+    return at.by_row(y.reshape(at.trees * at.places, time, heads * d)).flatten(0, 1)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) · up. x: (…, gate and up)."""
+    if x.shape[-1] % 32 == 0 and kernels.suit(x, x):
+        return kernels.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class MLP(Direct):
+    """Two layers with GELU, or a gated pair with SiLU (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        up = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
+        self.up = Linear(config.width, up, bias=config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            x = swiglu(x)
+        elif self.kind == "gelu-tanh" and kernels.suit_gelu(x):
+            x = kernels.gelu(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
+        return self.down(x)  # type: ignore[no-any-return]
+
+
+class Block(Direct):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    dropout = 0.0
+    """Of what is added, in training."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config, config.width)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.width)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
+        """x: (rows · time, width), and so the result."""
+        y = self.attn(self.attn_norm(x), rows, rope, at)
+        x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer; see GPTConfig for what can vary."""
+
+    dropout = 0.0
+    """Of the embeddings, in training."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.embed_positions = (
+            nn.Embedding(config.context_length, config.width) if learned else None
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config, config.width)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+        self._rope = torch.empty(2, 0, config.head_dim)
+        self.step: Step | None = None
+        """A faster pass for one new token of one row, after `compile_step`."""
+        self._initialize()
+
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+    ) -> Tensor:
+        """The final hidden state of each token, normalized; `logits` makes scores of it.
+
+        ids: (rows, time). With a cache the tokens follow those already there, row i taking
+        counts[i] of them (default: all) and the rest being padding. Returns (rows, time, width).
+        """
+        return self.states(ids, cache, counts)[:, :, 0]
+
+    def states(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+        layers: Collection[int] = (),
+    ) -> Tensor:
+        """As `forward`, with states on the way as well.
+
+        layers: 0 for the embeddings, i for what the i-th block gives, in ascending order. Returns
+        (rows, time, 1 + layers, width): the final state, normalized, then these, as they are.
+        """
+        rows, time = ids.shape
+        if cache is None:
+            return self.states_at(ids, None, self.position_table(time), layers)
+        at = cache.plan(time, self.config.n_heads // self.config.n_kv_heads)
+        table = self.position_table(max(cache.lengths) + time)
+        states = self.states_at(ids, at, table, layers)
+        cache.advance(counts or [time] * rows, at)
+        return states
+
+    def states_at(
+        self, ids: Tensor, at: Slots | None, table: Tensor, layers: Collection[int] = ()
+    ) -> Tensor:
+        """`states` of tokens whose places in a cache are known; without, from position 0.
+
+        table: see `position_table`.
+        """
+        rows, time = ids.shape
+        positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
+        x = self.embed(ids)
+        rope = None
+        if self.embed_positions is None:
+            rope = self._rope_at(positions, table)
+        else:
+            x = x + self.embed_positions(positions)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        x = x.flatten(0, 1)
+        kept = [x] if 0 in layers else []
+        for layer, block in enumerate(self.blocks, start=1):
+            x = block(x, rows, rope, at)
+            if layer in layers:
+                kept.append(x)
+        return torch.stack((self.norm(x), *kept), dim=1).view(rows, time, 1 + len(kept), -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""
+        return self.head(hidden).float()  # type: ignore[no-any-return]
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KV cache for `rows` rows with memory for `capacity` tokens each."""
+        return KVCache(
+            self.config.n_layers,
+            self.config.n_kv_heads,
+            self.config.head_dim,
+            rows=rows,
+            capacity=capacity,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout in training, in GPT-2's places: embeddings, attention weights, residuals."""
+        for module in self.modules():
+            if isinstance(module, GPT | Block | Attention):
+                module.dropout = p
+
+    def pack(self) -> "GPT":
+        """Put the weights into the layout that is fastest to decode with, where there is one.
+
+        They are ordinary parameters again after `unpack` or `train`. Returns the model.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+            # Found at once, and not after a search in Module.__getattr__: 3 % of a step.
+            module.__dict__.update(module._modules, **module._parameters)
+        return self
+
+    def quantize(self, precision: Precision) -> "GPT":
+        """Round the weights of the linear layers, the head's too, to int8 or int4.
+
+        Embeddings, norms and biases stay as they are, and so do layers whose inputs are no
+        multiple of 32. On a CPU or, by torchao, on CUDA. A layer is quantized by itself: no weight
+        is there twice at a time but one layer's. `unpack` and `train` make ordinary parameters of
+        the rounded weights. Returns the model. See gptk.quantization.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.quantize(precision)
+        return self
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """The bytes of all weights by how they are kept: float32, bfloat16, int8, int4."""
+        sizes: dict[str, int] = {}
+        for parameter in self.parameters():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            sizes[kind] = sizes.get(kind, 0) + parameter.nbytes
+        for module in self.modules():
+            if isinstance(module, Linear) and module.packed is not None:
+                sizes[module.packed.kind] = sizes.get(module.packed.kind, 0) + module.packed.nbytes
+        return sizes
+
+    def unpack(self) -> None:
+        """Undo `pack` and `compile_step`, and what `quantize` did to the layout."""
+        self.step = None
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+            for name in (*module._modules, *module._parameters):
+                module.__dict__.pop(name, None)
+        self.tie()
+
+    def train(self, mode: bool = True) -> "GPT":
+        """Training mode, or evaluation mode. Only unpacked weights can be trained."""
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def tie(self) -> None:
+        """Have embedding and head be one matrix again, where they are and the head is unpacked."""
+        if self.config.tied_head and self.head.packed is None:
+            self.head.weight = self.embed.weight
+
+    def _initialize(self) -> None:
+        """GPT-2's initialization: N(0, 0.02), less where a projection adds to the residual."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                nn.init.normal_(
+                    parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
+                )
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def _rope_at(self, positions: Tensor, table: Tensor) -> Rope:
+        """positions: (1 or rows, time)."""
+        config = self.config
+        turned = config.n_heads + config.n_kv_heads
+        rest = (*positions.shape, config.n_kv_heads, config.head_dim)
+        cosines, sines = table[:, positions, None].expand(-1, -1, -1, turned, -1)
+        ones, zeros = table.new_ones(rest), table.new_zeros(rest)
+        return torch.cat((cosines, ones), dim=2), torch.cat((sines, zeros), dim=2)
+
+    def position_table(self, length: int) -> Tensor:
+        """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign.
+
+        Empty where positions are learned.
+        """
+        table, like = self._rope, self.embed.weight
+        if self.embed_positions is not None:
+            return table
+        if table.shape[1] >= length and table.device == like.device and table.dtype == like.dtype:
+            return table
+        # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large. Never an
+        # inference tensor: a table made while sampling serves training, too.
+        with torch.inference_mode(False):
+            length = max(length, 2 * table.shape[1], 128)
+            half = self.config.head_dim // 2
+            exponents = torch.arange(half, device=like.device, dtype=torch.float32) / half
+            frequencies = 1.0 / self.config.rope_theta**exponents
+            if self.config.rope_factors is not None:
+                frequencies /= torch.tensor(self.config.rope_factors, device=like.device)
+            positions = torch.arange(length, device=like.device, dtype=torch.float32)
+            angles = torch.outer(positions, frequencies)
+            cos, sin = angles.cos(), angles.sin()
+            table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+            self._rope = table.to(like.dtype)
+        return self._rope

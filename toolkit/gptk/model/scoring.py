@@ -1,0 +1,65 @@
+"""How likely a model finds a text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptk.model.protocol import CausalModel, evaluating
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a text."""
+
+    tokens: list[int]
+    token_logprobs: list[float]
+    """For each token but the first: its log-probability after those before it, in nats."""
+
+    @property
+    def loss(self) -> float:
+        """The mean negative log-probability, in nats a token (cross entropy)."""
+        return -math.fsum(self.token_logprobs) / len(self.token_logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): how many tokens the model hesitates between."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+@torch.inference_mode()
+def score(model: CausalModel, ids: Sequence[int]) -> Score:
+    """The log-probability of each token but the first. ids: two or more, within the window."""
+    with evaluating(model):
+        tokens = torch.tensor(ids, device=model.device)
+        states = final_states(model, tokens[None, :-1])[0]
+        logprobs = token_logprobs(model, states, tokens[1:])
+    return Score(tokens=list(ids), token_logprobs=logprobs.tolist())
+
+
+def final_states(model: CausalModel, ids: Tensor) -> Tensor:
+    """The final hidden state after each token, without a cache: (rows, time, width).
+
+    ids: (rows, time).
+    """
+    return model.states(ids, None, None, ())[:, :, 0]
+
+
+def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of each target. states: (n, width); targets: (n,). Returns (n,) float32.
+
+    In chunks, so that logits for a whole text never stand in memory at once.
+    """
+    parts = []
+    for start in range(0, len(states), _CHUNK):
+        logits = model.logits(states[start : start + _CHUNK])
+        chunk = targets[start : start + _CHUNK]
+        parts.append(-F.cross_entropy(logits, chunk, reduction="none"))
+    return torch.cat(parts)
+
+
+_CHUNK = 256
+"""Rows of logits at a time: 50 MB with GPT-2's vocabulary."""

@@ -1,0 +1,25 @@
+"""The plug-ins there are: found through entry points, registered by hand, made from spec strings.
+
+What stands here is public, `gptk.plugins`; the base classes that plug-ins fill in are in
+`gptk.hooks`.
+"""
+
+from gptk.hooks.base import Plugin as Plugin
+from gptk.options import Options as Options
+from gptk.options import from_options as from_options
+from gptk.options import from_text as from_text
+from gptk.options import option_help as option_help
+from gptk.plugins.blame import blaming as blaming
+from gptk.plugins.creating import create as create
+from gptk.plugins.files import register_file as register_file
+from gptk.plugins.kinds import KINDS as KINDS
+from gptk.plugins.kinds import Kind as Kind
+from gptk.plugins.registry import PluginWarning as PluginWarning
+from gptk.plugins.registry import Provided as Provided
+from gptk.plugins.registry import failures as failures
+from gptk.plugins.registry import find as find
+from gptk.plugins.registry import manager as manager
+from gptk.plugins.registry import provided as provided
+from gptk.plugins.registry import register as register
+from gptk.plugins.registry import summary as summary
+from gptk.plugins.registry import unregister as unregister

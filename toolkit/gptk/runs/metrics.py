@@ -1,0 +1,92 @@
+"""RUN/metrics.jsonl: what a training run recorded, a JSON object a line.
+
+The records are described in docs/training.md. Numbers that are not finite stand as null, since
+JSON has no way to write them.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptk.errors import SourceError
+from gptk.hooks.training import TrainingListener
+
+
+class MetricsFile(TrainingListener):
+    """Appends each record to a file, at once. Raises OSError if it cannot be written."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - close() is the listener's
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run, without a last line that was cut off while it was written.
+
+    Raises SourceError if the file is missing, or if another line is damaged.
+    """
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """As read_metrics, one record at a time: those of a million steps fill a gigabyte."""
+    for _, record in _lines(path):
+        yield record
+
+
+def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
+    """Drop the records after `step`, and a last line that was cut off; makes the file if it is
+    missing. What is there stays until the new file is whole, and its lines as they are.
+
+    Raises SourceError if a line is damaged, OSError if the new file cannot be written.
+    """
+    target = Path(path)
+    new = target.with_name(f".{target.name}.new")
+    try:
+        with new.open("wb") as file:
+            if target.exists():
+                file.writelines(line for line, one in _lines(target) if one["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with its record."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return  # cut off
+                try:
+                    yield line, _record(line)
+                except ValueError as error:
+                    raise SourceError(f"{path}, line {number} is damaged: {error}") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = json.loads(line)
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("kind"), str)
+        or type(record.get("step")) is not int  # not a bool either
+    ):
+        raise ValueError("it is no record with a kind and a step")
+    return record

@@ -1,0 +1,192 @@
+"""The partial sequences being decoded, and what follows them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gptk.model.protocol import CausalModel
+from gptk.session.random import RandomStream, as_keys, columns, draw, exponential
+from gptk.text.tokenizer import Tokenizer
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """Something that holds state for each row: a grammar's position, a running estimate."""
+
+    def extend(self, tokens: Tensor) -> None:
+        """Row i has got the tokens tokens[i]. tokens: (rows, n)."""
+        raise NotImplementedError
+
+    def select(self, parents: Sequence[int]) -> None:
+        """Row i is now a copy of what was row parents[i]; the number of rows may change."""
+        raise NotImplementedError
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """The last counts[i] tokens of row i are gone."""
+        raise NotImplementedError
+
+
+class Rows:
+    """The partial sequences being decoded, as processors and samplers see them."""
+
+    lengths: list[int]
+    """Tokens of each row, the prompt's included."""
+    prompt_lengths: list[int]
+    prompts: list[int]
+    """For each row the index of its prompt in the call; rows of one prompt are adjacent."""
+    streams: list[RandomStream]
+    scores: Tensor
+    """(rows,) float32: what the sampler ranks by so far."""
+    logprobs: Tensor
+    """(rows,) float32: the sum of the new tokens' log-probabilities."""
+    groups: list[int]
+    """For each row its group among the rows of its prompt, see Sampler.groups."""
+    eos: tuple[int, ...]
+    """The tokens that end a row, none where they are to be ignored."""
+    tokenizer: Tokenizer | None
+    """The model's, for those who need the text of tokens or the tokens of a text."""
+    model: CausalModel | None
+    """What makes the logits, for those who run it on tokens of their own."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        eos: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+        model: CausalModel | None = None,
+    ) -> None:
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.prompt_lengths = list(self.lengths)
+        self.prompts = list(range(len(prompts)))
+        self.scores = torch.zeros(len(prompts), device=device)
+        self.logprobs = torch.zeros(len(prompts), device=device)
+        self.groups = [0] * len(prompts)
+        self.eos = tuple(eos)
+        self.tokenizer = tokenizer
+        self.model = model
+        self._tokens = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64)
+        seen: Counter[tuple[int, ...]] = Counter()
+        self._origins: list[tuple[int, tuple[int, ...], int]] = []
+        for i, prompt in enumerate(prompts):
+            self._tokens[i, : len(prompt)] = torch.tensor(prompt)
+            self._origins.append((seed, tuple(prompt), seen[tuple(prompt)]))
+            seen[tuple(prompt)] += 1
+        self._tokens = self._tokens.to(device)
+        self.streams = [RandomStream.of(s, p, repeat=r) for s, p, r in self._origins]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(rows, longest) int64: all tokens of each row, prompt first; zeros pad the right."""
+        return self._tokens[:, : max(self.lengths)]
+
+    @property
+    def mask(self) -> Tensor:
+        """(rows, longest) bool: True where `tokens` holds a token, False on padding."""
+        device = self._tokens.device
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.arange(max(self.lengths), device=device) < lengths[:, None]
+
+    @property
+    def new_mask(self) -> Tensor:
+        """(rows, longest) bool: True where `tokens` holds a token that came after the prompt."""
+        device = self._tokens.device
+        starts = torch.tensor(self.prompt_lengths, device=device)
+        return self.mask & (torch.arange(max(self.lengths), device=device) >= starts[:, None])
+
+    def uniform(self, draw: int = 0) -> Tensor:
+        """(rows,): for each row the number in [0, 1) of its next token.
+
+        draw: for strategies that need several numbers a step, which one. float64, or float32
+        on devices without it.
+        """
+        drawn = [
+            stream.uniform(length - start, draw)
+            for stream, length, start in zip(
+                self.streams, self.lengths, self.prompt_lengths, strict=True
+            )
+        ]
+        device = self._tokens.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.tensor(drawn, dtype=dtype, device=device)
+
+    def exponential(self, size: int, *, apart: bool = False) -> Tensor:
+        """(rows, size) float32: Exp(1) noise for each row's next token, one for each token id.
+
+        argmin(noise / probabilities) draws from the probabilities, and -log(noise) is Gumbel
+        noise. It depends on the row's stream and the position; apart: and on the row's new
+        tokens, so that beams, which share a stream, draw independently once they have parted.
+        """
+        return exponential(self._keys(apart)[:, None], columns(size, self._tokens.device))
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's next token, drawn from softmax(logits), and its log-probability.
+
+        logits: (rows, vocab) float32. Returns (rows,) int64 and float32. It is the token of
+        least noise / probability, with the noise of `exponential`, so that another call draws
+        the same, and a truncation changes a token only where it takes it out. A row without a
+        finite logit gets token 0 and NaN.
+        """
+        return draw(logits, self._keys(False))
+
+    def _keys(self, apart: bool) -> Tensor:
+        bits = []
+        for row, stream in enumerate(self.streams):
+            start, end = self.prompt_lengths[row], self.lengths[row]
+            place = [-1, *self._tokens[row, start:end].tolist()] if apart else [end - start]
+            bits.append(stream.bits(place))
+        return as_keys(bits, self._tokens.device)
+
+    def extend(self, tokens: Tensor) -> None:
+        end = max(self.lengths) + tokens.shape[1]
+        if end > self._tokens.shape[1]:
+            room = self._tokens.new_zeros(len(self), end)
+            self._tokens = torch.cat((self._tokens, room), dim=1)
+        if min(self.lengths) == max(self.lengths):
+            self._tokens[:, end - tokens.shape[1] : end] = tokens
+        else:
+            at = torch.tensor(self.lengths, device=tokens.device)[:, None]
+            at = at + torch.arange(tokens.shape[1], device=tokens.device)
+            self._tokens.scatter_(1, at, tokens)
+        self.lengths = [length + tokens.shape[1] for length in self.lengths]
+
+    def select(self, parents: Sequence[int]) -> None:
+        index = torch.tensor(parents, device=self._tokens.device)
+        self._tokens = self._tokens[index]
+        self.scores = self.scores[index]
+        self.logprobs = self.logprobs[index]
+        self.groups = [self.groups[p] for p in parents]
+        self.lengths = [self.lengths[p] for p in parents]
+        self.prompt_lengths = [self.prompt_lengths[p] for p in parents]
+        self.prompts = [self.prompts[p] for p in parents]
+        self.streams = [self.streams[p] for p in parents]
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
+        self._tokens = self._tokens.masked_fill(
+            torch.arange(self._tokens.shape[1], device=self._tokens.device)
+            >= torch.tensor(self.lengths, device=self._tokens.device)[:, None],
+            0,
+        )
+
+    def fork(self, copies: int, *, group: bool) -> None:
+        """After each row was copied `copies` times: tell the copies apart.
+
+        As groups of one search, or as samples with random streams of their own.
+        """
+        if group:
+            self.groups = list(range(copies)) * (len(self) // copies)
+            return
+        self.streams = [
+            RandomStream.of(seed, prompt, repeat=repeat, sample=sample)
+            for seed, prompt, repeat in self._origins
+            for sample in range(copies)
+        ]

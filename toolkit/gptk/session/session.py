@@ -1,0 +1,347 @@
+"""The decode session: a model, its KV cache and a set of rows, moved by four verbs.
+
+extend, select, rewind, and a look at the rows. Whatever remembers a row is a follower of the
+session and moves with it, the KV cache first: that is why strategies combine.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gptk.errors import DecodingError, GptkError, PromptError
+from gptk.model.protocol import Cache, CausalModel, evaluating
+from gptk.session.rows import Follower, Rows
+
+Overflow = Literal["stop", "slide"]
+"""What happens when a row outgrows the model's window; see DecodeSession."""
+
+
+class DecodeSession:
+    """A model and the rows it decodes.
+
+    prompts: token ids, of any lengths, none empty. samples: rows for each prompt, which are
+    copies with random streams of their own. groups: instead, copies that share one, see
+    Sampler.groups. capacity: tokens a row will reach, to reserve memory once; more are possible.
+    layers: of which the states are kept for `layer_hidden`; 0 are the embeddings, i is block i.
+
+    overflow says what happens when a row outgrows the window: "stop", extending it is an error;
+    "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's
+    `idx[:, -context_size:]` does. All positions then change at every step, so that nothing
+    cached is of use and each step costs a pass over the window.
+
+    `extend` is two things, which speculation takes apart: `move` appends tokens to the rows and
+    tells the followers, `read` runs the model on those tokens that it has not seen, and on
+    guesses of what follows. A row that moves on as guessed has its logits without another pass.
+
+    What it gives are inference tensors: to change them in place or to train on them, `clone()`
+    them outside `torch.inference_mode`. Dropout is off, whatever the model's mode. Raises
+    PromptError for prompts that are empty or not of the model's vocabulary.
+    """
+
+    _logits: Tensor
+    _hidden: Tensor
+    _places: list[int]
+    """Where each row stands in these two: it is copied only if it is asked for."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples: int = 1,
+        groups: int = 1,
+        seed: int = 0,
+        capacity: int = 0,
+        overflow: Overflow = "stop",
+        use_cache: bool = True,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self.model = model
+        if not prompts:
+            raise PromptError("a session needs a prompt")
+        for number, prompt in enumerate(prompts, 1):
+            if not len(prompt):
+                raise PromptError(f"prompt {number} has no tokens")
+            self._check_ids(prompt, PromptError)
+        self.rows = Rows(prompts, seed=seed, device=model.device, model=model)
+        self.overflow = overflow
+        self._layers = tuple(layers)
+        window = model.config.context_length
+        self._cache: Cache | None = None
+        if use_cache:
+            capacity = min(max(capacity, max(self.rows.lengths)), window)
+            self._cache = model.new_cache(len(prompts), capacity)
+        self._cached = False
+        self._followers: list[Follower] = [self.rows]
+        self._ahead: list[list[int]] = [[] for _ in prompts]
+        """For each row the tokens that the cache holds past its end: guessed, or rewound."""
+        self._at: list[int | None] = [0] * len(prompts)
+        """For each row where its last token stands in the states below, if it does."""
+        with torch.inference_mode():
+            self._keep(self._recompute(1))
+            copies = max(samples, groups)
+            if copies > 1:
+                self.select([i for i in range(len(prompts)) for _ in range(copies)])
+                self.rows.fork(copies, group=groups > 1)
+
+    @property
+    def known(self) -> list[bool]:
+        """For each row whether its logits are known: the model has read its last token."""
+        return [at is not None for at in self._at]
+
+    @property
+    def logits(self) -> Tensor:
+        """(rows, vocab) float32, for the token after each row's last.
+
+        Raises DecodingError where none are known, as after `rewind`. Rows that are not `known`
+        have numbers without meaning.
+        """
+        return self._now(self._logits)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(rows, width): the final hidden state of each row's last token, normalized."""
+        return self._now(self._hidden)[:, 0]
+
+    @property
+    def layer_hidden(self) -> Tensor:
+        """(rows, layers, width): its state after each of the session's `layers`, as it is."""
+        return self._now(self._hidden)[:, 1:]
+
+    @torch.inference_mode()
+    def all_hidden(self) -> Tensor:
+        """(rows, longest, width): the final hidden state of each token, by a pass of its own.
+
+        A row's tokens are those in the model's window, from the left; states of padding mean
+        nothing.
+        """
+        ids, counts = self._ids_in_window()
+        return self._states(ids, None, counts)[:, :, 0]
+
+    def follow(self, follower: Follower) -> None:
+        """From now on `follower` is told whenever the rows move."""
+        self._followers.append(follower)
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append tokens[i] to row i and run the model on them.
+
+        tokens: (rows,) or (rows, n). Returns the logits after each, (rows, n, vocab) float32.
+        Raises DecodingError if a row outgrows the window and overflow is "stop".
+        """
+        tokens = self._checked(tokens)
+        n = tokens.shape[1]
+        if self.overflow == "slide" and n > 1 and max(self.rows.lengths) + n > self._window:
+            # Each token has a window of its own.
+            return torch.cat([self.extend(column) for column in tokens.T], dim=1)
+        self.move(tokens)
+        return self.read(at_least=n)[:, -n:]
+
+    @torch.inference_mode()
+    def move(self, tokens: Tensor) -> None:
+        """Append tokens[i] to row i, for all followers but the model. tokens: (rows,) or (rows, n).
+
+        Where they are what was guessed, or rewound before, the model has read them already.
+        """
+        tokens = self._checked(tokens)
+        n = tokens.shape[1]
+        longest = max(self.rows.lengths) + n
+        if longest > self._window and self.overflow == "stop":
+            raise self._too_long(longest)
+        for follower in self._followers:
+            follower.extend(tokens)
+        if not any(self._ahead):
+            self._at = [None] * len(self.rows)
+            return
+        for row, new in enumerate(tokens.tolist()):
+            ahead = self._ahead[row]
+            at = self._at[row]
+            if ahead[:n] == new:
+                del ahead[:n]
+                known = at is not None and at + n < self._logits.shape[1]
+                self._at[row] = at + n if at is not None and known else None
+            else:
+                same = next((i for i, token in enumerate(ahead[:n]) if token != new[i]), len(ahead))
+                self._forget(row, len(ahead) - same)
+                self._ahead[row] = []
+                self._at[row] = None
+
+    @torch.inference_mode()
+    def read(self, guesses: Tensor | None = None, *, at_least: int = 1) -> Tensor:
+        """Run the model on the tokens it has not read, and on guesses of what follows them.
+
+        guesses: (rows, d), for which the rows do not move. at_least: how many of each row's last
+        tokens to read, if need be again. Returns the logits after each token read, (rows, n + d,
+        vocab) float32, where n is the number for the row with most to read.
+        """
+        rows, cache = self.rows, self._cache
+        d = 0 if guesses is None else guesses.shape[1]
+        n = at_least
+        if cache is not None and self._cached and max(rows.lengths) <= self._window:
+            read = [have - len(more) for have, more in zip(cache.lengths, self._ahead, strict=True)]
+            n = max(n, *(all_ - have for all_, have in zip(rows.lengths, read, strict=True)))
+            usable = n <= min(rows.lengths)
+        else:
+            usable = False
+        if guesses is not None and not usable:
+            rows.extend(guesses)
+        if usable and cache is not None:
+            cache.rewind(
+                [have - all_ + n for have, all_ in zip(cache.lengths, rows.lengths, strict=True)]
+            )
+            ids = self._last_tokens(n)
+            ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
+            step = self.model.step
+            if step is not None and step.fits(ids, cache, self._layers):
+                self._ahead, self._at = [[]], [0]
+                return self._take(*step(ids, cache))
+            hidden = self._states(ids, cache)
+        else:
+            hidden = self._recompute(n + d)
+        if guesses is not None and not usable:
+            rows.rewind([d] * len(rows))
+        self._ahead = [[] for _ in rows.lengths] if guesses is None else guesses.tolist()
+        self._at = [n - 1] * len(rows)
+        return self._keep(hidden)
+
+    @torch.inference_mode()
+    def select(self, parents: Sequence[int]) -> None:
+        """Row i becomes a copy of row parents[i]: reorder, fork, prune. `logits` follow."""
+        if list(parents) == list(range(len(self.rows))):
+            return
+        if not parents or not 0 <= min(parents) <= max(parents) < len(self.rows):
+            raise DecodingError(f"parents {list(parents)} do not select from {len(self.rows)} rows")
+        for follower in self._followers:
+            follower.select(parents)
+        if self._cache is not None:
+            self._cache.select(parents)
+        self._ahead = [list(self._ahead[p]) for p in parents]
+        self._at = [self._at[p] for p in parents]
+        self._places = [self._places[p] for p in parents]
+
+    @torch.inference_mode()
+    def rewind(self, counts: int | Sequence[int]) -> None:
+        """Drop the last tokens of each row, as many of row i as counts[i] says.
+
+        The logits of a row that loses tokens are unknown until it is extended. Raises
+        DecodingError if a row would lose a token of its prompt.
+        """
+        if isinstance(counts, int):
+            counts = [counts] * len(self.rows)
+        if len(counts) != len(self.rows):
+            raise DecodingError(f"there are {len(counts)} counts for {len(self.rows)} rows")
+        for row, count in enumerate(counts):
+            new = self.rows.lengths[row] - self.rows.prompt_lengths[row]
+            if not 0 <= count <= new:
+                raise DecodingError(f"cannot rewind {count} tokens of a row with {new} new ones")
+        for row, count in enumerate(counts):
+            if count and self._cache is not None and self._cached:
+                end = self.rows.lengths[row]
+                read = min(end, self._cache.lengths[row] - len(self._ahead[row]))
+                dropped = self.rows.tokens[row, end - count : max(read, end - count)]
+                self._ahead[row] = dropped.tolist() + self._ahead[row]
+            self._at[row] = None if count else self._at[row]
+        for follower in self._followers:
+            follower.rewind(counts)
+
+    @property
+    def _window(self) -> int:
+        return self.model.config.context_length
+
+    def _now(self, states: Tensor) -> Tensor:
+        """What belongs to each row's last token. states: (rows, read, …)."""
+        first = self._at[0]
+        in_order = self._places == list(range(len(states)))
+        if first is not None and in_order and all(at == first for at in self._at):
+            return states[:, first]
+        if not any(self.known):
+            raise DecodingError(
+                "after rewind there are no logits until the rows are extended or read"
+            )
+        at = torch.tensor([at or 0 for at in self._at], device=states.device)
+        return states[torch.tensor(self._places, device=states.device), at]
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """Take over the states of a pass, (rows, read, 1 + layers, width); returns its logits."""
+        return self._take(hidden, self.model.logits(hidden[:, :, 0]))
+
+    def _take(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        self._hidden, self._logits = hidden, logits
+        self._places = list(range(len(logits)))
+        return logits
+
+    def _forget(self, row: int, count: int) -> None:
+        """Take the last tokens of a row out of the cache."""
+        if self._cache is not None and self._cached and count:
+            counts = [0] * len(self.rows)
+            counts[row] = count
+            self._cache.rewind(counts)
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
+        tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
+        if tokens.device.type == "cpu" and tokens.numel():  # others would have to be waited for
+            self._check_ids([int(tokens.min()), int(tokens.max())], DecodingError)
+        if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
+            raise DecodingError(
+                f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
+            )
+        return tokens
+
+    def _check_ids(self, ids: Iterable[int], error: type[GptkError]) -> None:
+        vocabulary = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise error(f"token {token} is not in the model's vocabulary of {vocabulary}")
+
+    def _too_long(self, length: int) -> DecodingError:
+        return DecodingError(
+            f"a row of {length} tokens is longer than the model's window of {self._window}"
+        )
+
+    def _last_tokens(self, n: int) -> Tensor:
+        """(rows, n): the last n tokens of each row."""
+        lengths = self.rows.lengths
+        if min(lengths) == max(lengths):
+            return self.rows.tokens[:, -n:]
+        last = torch.tensor(lengths, device=self.rows.tokens.device)[:, None] - n
+        last = last + torch.arange(n, device=last.device)
+        return self.rows.tokens.gather(1, last)
+
+    def _states(self, ids: Tensor, cache: Cache | None, counts: list[int] | None = None) -> Tensor:
+        with evaluating(self.model):
+            return self.model.states(ids, cache, counts, self._layers)
+
+    def _recompute(self, n: int) -> Tensor:
+        """The hidden states of each row's last n tokens, from the tokens in its window alone.
+
+        This is the first pass over the prompts, every pass without a cache, and every pass once
+        a row has outgrown the window.
+        """
+        longest = max(self.rows.lengths)
+        if longest > self._window and self.overflow == "stop":
+            raise self._too_long(longest)
+        ids, counts = self._ids_in_window()
+        self._cached = self._cache is not None and longest <= self._window
+        if self._cache is not None:
+            self._cache.clear()
+        hidden = self._states(ids, self._cache if self._cached else None, counts)
+        last = torch.tensor(counts, device=ids.device)[:, None] - n
+        last = last + torch.arange(n, device=ids.device)
+        return hidden[torch.arange(len(counts), device=ids.device)[:, None], last]
+
+    def _ids_in_window(self) -> tuple[Tensor, list[int]]:
+        """The last tokens of each row, as many as the window holds, and how many these are.
+
+        (rows, time), from the left; what follows a row's last token is padding.
+        """
+        window, lengths, ids = self._window, self.rows.lengths, self.rows.tokens
+        counts = [min(length, window) for length in lengths]
+        if max(lengths) > window:
+            starts = torch.tensor(lengths, device=ids.device) - torch.tensor(counts).to(ids.device)
+            steps = torch.arange(window, device=ids.device)
+            ids = ids.gather(1, (starts[:, None] + steps).clamp(max=ids.shape[1] - 1))
+        return ids, counts

@@ -1,0 +1,158 @@
+"""The tensors of a file, each taken exactly once."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from gptk.errors import SourceError
+from gptk.weights.empty import empty_gpt
+
+if TYPE_CHECKING:
+    from gptk.model.config import GPTConfig
+
+
+class Tensors:
+    """The tensors of a file, each to be taken exactly once.
+
+    A loader takes what it knows and calls `finish`, so that a tensor that is missing and one
+    that nobody asked for are both errors that name it.
+    """
+
+    def __init__(self, readers: "Mapping[str, Callable[[], Any]]", source: str) -> None:
+        self._readers = dict(readers)
+        self._names = frozenset(readers)
+        self._source = source
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def take(self, name: str) -> Any:
+        """Read a tensor and count it as used. Raises SourceError if it is not there."""
+        return self._reader(name)()
+
+    def _reader(self, name: str) -> "Callable[[], Any]":
+        if name not in self._readers:
+            again = " a second time" if name in self._names else ""
+            raise SourceError(f"{self._source}: the tensor {name} is missing{again}")
+        return self._readers.pop(name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Count tensors as used that hold nothing to load, such as a stored causal mask."""
+        for name in names:
+            self._readers.pop(name, None)
+
+    def assemble(
+        self,
+        config: "GPTConfig",
+        names: Mapping[str, str],
+        change: "Callable[[str, Any], Any] | None" = None,
+    ) -> "LazyTensors":
+        """The state of a GPT of that configuration, as Checkpoint has it, from all tensors.
+
+        `names` leads from gptk's names to the file's: `{i}` is the layer, `blocks.{i}.mlp.down`
+        stands for its weight and its bias, and several names on the right are stacked, as in
+        the fused `attn.qkv`: queries, keys, values. A name that is not there is the same in the
+        file. `change` gets the file's name and tensor and returns it in gptk's layout. What is
+        said of tensors goes for gptk.Levels, too.
+
+        Tensors are read, changed and stacked when they are asked for. Raises SourceError that
+        names a tensor that is missing or left over; one of the wrong shape raises it when read.
+        """
+        if config.n_layers > len(self._names):
+            raise SourceError(
+                f"{self._source}: the configuration has {config.n_layers} layers, the file only "
+                f"{len(self._names)} tensors"
+            )
+        readers: dict[str, Callable[[], Any]] = {}
+        # A tied head is a parameter once: as the embedding.
+        for name, parameter in empty_gpt(config).named_parameters():
+            parts = {theirs: self._reader(theirs) for theirs in _their_names(name, names)}
+            readers[name] = partial(
+                _assembled, name, tuple(parameter.shape), parts, change, self._source
+            )
+        self.finish()
+        return LazyTensors(readers)
+
+    def finish(self) -> None:
+        """Raises SourceError if a tensor was left over."""
+        if self._readers:
+            left = sorted(self._readers)
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            raise SourceError(
+                f"{self._source}: nothing in the model uses the tensors {', '.join(left[:5])}{more}"
+            )
+
+
+class LazyTensors(MutableMapping[str, Any]):
+    """Tensors by name, each read when it is asked for, every time anew."""
+
+    def __init__(self, readers: "Mapping[str, Callable[[], Any]]") -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._readers[name]()
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        self._readers[name] = lambda: tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._readers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _assembled(
+    name: str,
+    shape: tuple[int, ...],
+    parts: "Mapping[str, Callable[[], Any]]",
+    change: "Callable[[str, Any], Any] | None",
+    source: str,
+) -> Any:
+    """The tensor `name` of a GPT, of that shape, from those of a file. Raises SourceError."""
+    read = {theirs: reader() for theirs, reader in parts.items()}
+    found = " + ".join(str(tuple(part.shape)) for part in read.values())
+    try:
+        if change is not None:
+            read = {theirs: change(theirs, part) for theirs, part in read.items()}
+        made = next(iter(read.values())) if len(read) == 1 else _stacked(list(read.values()))
+        fits = tuple(made.shape) == shape
+    except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
+        fits = False
+    if not fits:
+        raise SourceError(
+            f"{source}: {' + '.join(parts)} of shape {found} does not make {name} "
+            f"of shape {shape}, which the configuration asks for"
+        )
+    return made
+
+
+def _stacked(parts: Sequence[Any]) -> Any:
+    """Tensors or levels on top of each other; as tensors where they are not all of a kind."""
+    import torch
+
+    from gptk.model.levels import Levels
+
+    if all(isinstance(part, Levels) for part in parts) and len({p.bits for p in parts}) == 1:
+        return Levels.stack(parts)
+    return torch.cat([part.dense() if isinstance(part, Levels) else part for part in parts])
+
+
+def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
+    layer = re.search(r"\.(\d+)\.", ours)
+    pattern = ours.replace(layer[0], ".{i}.", 1) if layer else ours
+    module, _, parameter = pattern.rpartition(".")
+    if pattern in names:
+        theirs = names[pattern].split()
+    elif module in names:
+        theirs = [f"{one}.{parameter}" for one in names[module].split()]
+    else:
+        theirs = [pattern]
+    return [one.replace("{i}", layer[1] if layer else "") for one in theirs]

@@ -1,0 +1,37 @@
+"""A tokenizer by name, file or spec string."""
+
+import os
+import re
+
+from gptk.errors import TokenizerError
+from gptk.hooks.tokenizers import TokenizerLoader
+from gptk.plugins.blame import ask, blaming, expect
+from gptk.plugins.creating import create
+from gptk.plugins.registry import provided
+from gptk.text.tokenizer import Tokenizer
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """A tokenizer by name (`gpt2`, `bytes`, any of tiktoken's), file, or spec string.
+
+    Raises TokenizerError or, for a name nobody knows, UnknownNameError.
+    """
+    if not _SPEC.match(source):
+        for one in provided("tokenizer").values():
+            if ask(one, "matches", source):
+                loader = one.item.from_source(source)
+                assert isinstance(loader, TokenizerLoader)
+                return _load(loader)
+        if os.path.exists(source):
+            raise TokenizerError(f"{source} is not a tokenizer file that gptk can read")
+        if os.sep in source:
+            raise TokenizerError(f"no such tokenizer file: {source}")
+    return _load(create("tokenizer", source, TokenizerLoader))
+
+
+def _load(loader: TokenizerLoader) -> Tokenizer:
+    with blaming([loader]):
+        return expect(loader, "load", loader.load(), Tokenizer, "a gptk.Tokenizer")
+
+
+_SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option, as no path is likely to begin
