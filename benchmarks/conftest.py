@@ -1,4 +1,4 @@
-"""What benchmarks share: what to run, how to measure, and a readable line each at the end."""
+"""Options, fixtures and the final report of the benchmarks."""
 
 import gc
 from dataclasses import dataclass, field
@@ -23,7 +23,9 @@ _SESSION = pytest.StashKey[Session]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("gptk's benchmarks")
-    group.addoption("--full", action="store_true", help="the whole grid, not a quick part of it")
+    group.addoption(
+        "--full", action="store_true", help="run all benchmarks, not only the quick ones"
+    )
     group.addoption(
         "--write",
         metavar="FOLDER",
@@ -35,22 +37,23 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: run with --full only")
     config.addinivalue_line(
-        "markers", "peers(*rows): beside other programs, for these rows of table.ROWS; -m peers"
+        "markers",
+        "peers(*rows): beside other programs, for these rows of table.ROWS; needs -m peers",
     )
     config.stash[_SESSION] = Session()
     torch.set_num_threads(machine.THREADS)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without `-m peers` no peers, without `--full` not the whole grid."""
-    left_out = set()
+    """Deselect comparisons without `-m peers`, and slow benchmarks without `--full`."""
+    skipped_markers = set()
     if "peers" not in config.option.markexpr:
-        left_out.add("peers")
+        skipped_markers.add("peers")
     if not config.option.full:
-        left_out.add("full")
-    kept = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+        skipped_markers.add("full")
+    kept = [item for item in items if not any(map(item.get_closest_marker, skipped_markers))]
     if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[one for one in items if one not in kept])
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
 
@@ -62,16 +65,17 @@ def table(request):
 
 @pytest.fixture
 def report(request):
-    """Call it with a line to print when all benchmarks are done."""
+    """A function that takes a line to print after all benchmarks."""
     return request.config.stash[_SESSION].lines.append
 
 
 @pytest.fixture
 def measure(benchmark, request):
-    """Time a function in rounds; its median becomes a line, with the share of what is possible.
+    """A function that times another one in rounds and reports the median and the share of the
+    machine's limit.
 
-    work: the least that it takes, a machine.Work or a function that gives one afterwards.
-    setup: called before each round, not timed. Returns what the function did at last.
+    work: the least work that the function needs, a machine.Work or a function that returns one,
+    called afterwards. setup: called before each round, not timed. Returns the last result.
     """
 
     def run(function, work=None, *, rounds=5, warmup=1, setup=None, device="cpu"):
@@ -106,7 +110,7 @@ def measure(benchmark, request):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Why a row of the table is empty."""
+    """Record why a row of the table was not measured."""
     outcome = yield
     report = outcome.get_result()
     marker = item.get_closest_marker("peers")

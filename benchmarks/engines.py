@@ -1,6 +1,6 @@
-"""The peers, each at its best on the same work: same weights, prompt ids, tokens and threads.
+"""The peers, each with its best settings on the same work: weights, prompt ids, tokens, threads.
 
-What is not installed skips the test that asks for it, with the reason.
+A test is skipped with the reason if the peer that it needs is not installed.
 """
 
 import copy
@@ -34,7 +34,7 @@ BOOK_124M = {
 
 
 def compiled(source: str, **settings: Any) -> tuple[gptk.LanguageModel | None, str]:
-    """A model with compile=True and "", or None and the reason."""
+    """A model with compile=True and "", or None and the reason why there is none."""
     if "compile" not in inspect.signature(gptk.load).parameters:
         return None, "gptk.load has no compile yet"
     return gptk.load(source, device="cpu", compile=True, **settings), ""
@@ -48,7 +48,7 @@ def warm_up(function: Callable[[], object]) -> str:
 
 
 def generate(lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any) -> list[int]:
-    """gptk's tokens, exactly `new`."""
+    """Generate exactly `new` tokens with gptk."""
     out = lm.generate(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
     assert len(out.tokens) == new
     return out.tokens
@@ -57,9 +57,9 @@ def generate(lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings
 def decode_seconds(
     lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any
 ) -> float:
-    """The time of gptk's passes after the prompt's."""
+    """The time of gptk's passes after the prefill."""
     stream = lm.stream(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
-    next(stream)  # reads the prompt, and then the first token
+    next(stream)  # the prefill and the pass for the first token
     start = time.perf_counter()
     for _ in stream:
         pass
@@ -72,7 +72,7 @@ def decode_seconds(
 
 
 class Transformers:
-    """A model of transformers' with its `generate`."""
+    """A model of transformers with its `generate`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
@@ -80,7 +80,7 @@ class Transformers:
     def generate(
         self, prompt: Sequence[int] | torch.Tensor, new: int, *, mask: Any = None, **settings: Any
     ) -> list[list[int]]:
-        """The new tokens of each row, exactly `new`. prompt: a row, or (rows, time)."""
+        """Exactly `new` tokens for each row. prompt: a row, or (rows, time)."""
         ids = torch.as_tensor(prompt)
         ids = ids[None] if ids.dim() == 1 else ids
         settings = {"do_sample": False, **settings}
@@ -96,16 +96,16 @@ class Transformers:
         return out[:, ids.shape[1] :].tolist()
 
     def decode_seconds(self, prompt: Sequence[int], new: int, **settings: Any) -> float:
-        """The time of the passes after the prompt's."""
-        reached: list[float] = []
+        """The time of the passes after the prefill."""
+        times: list[float] = []
 
         def clock(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            reached.append(time.perf_counter())
+            times.append(time.perf_counter())
             return scores
 
         self.generate(prompt, new, logits_processor=[clock], **settings)
-        assert len(reached) == new
-        return time.perf_counter() - reached[0]
+        assert len(times) == new
+        return time.perf_counter() - times[0]
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def gpt2_folder() -> Path:
     """GPT-2 124M with random weights, as transformers saves it, for all engines."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    # Weights larger than GPT-2's at first, so that its texts do not repeat one token.
+    # Larger than GPT-2's initial weights, so that texts do not repeat a single token.
     config = transformers.GPT2Config(initializer_range=0.08, bos_token_id=0, eos_token_id=0)
     folder = temporary_folder() / "gpt2-of-transformers"
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
@@ -158,11 +158,11 @@ class LlamaCpp:
         return self._timed(prompt, new)[0]
 
     def decode_seconds(self, prompt: Sequence[int], new: int) -> float:
-        """The time of the passes after the prompt's."""
+        """The time of the passes after the prefill."""
         return self._timed(prompt, new)[1]
 
     def _timed(self, prompt: Sequence[int], new: int) -> tuple[list[int], float]:
-        self._llama.reset()  # nothing of the last round's cache is of use
+        self._llama.reset()  # clears the last round's cache
         tokens, start = [], 0.0
         for token in self._llama.generate(prompt, temp=0.0):
             start = start or time.perf_counter()
@@ -174,7 +174,7 @@ class LlamaCpp:
 
 
 def llama_cpp(context: int) -> dict[str, LlamaCpp]:
-    """SmolLM2's file with and without flash attention; which is faster depends on the machine."""
+    """SmolLM2's file with and without flash attention: which is faster depends on the machine."""
     path = smollm2_file()
     return {
         name: LlamaCpp(path, context, flash_attn=flash)
@@ -212,10 +212,11 @@ class CTranslate2:
 
 
 def ctranslate2_types() -> list[str]:
-    """The types that it computes in here."""
+    """The compute types that CTranslate2 supports on this machine."""
     ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     known = ctranslate2.get_supported_compute_types("cpu")
-    return [one for one in ("float32", "bfloat16", "int8_float32", "int8_bfloat16") if one in known]
+    types = ("float32", "bfloat16", "int8_float32", "int8_bfloat16")
+    return [name for name in types if name in known]
 
 
 @functools.cache
@@ -224,7 +225,7 @@ def _converted() -> Path:
     from ctranslate2.converters import TransformersConverter
     from tokenizers import Tokenizer, models
 
-    # The converter asks for a tokenizer.
+    # The converter needs a tokenizer.
     source = temporary_folder() / "gpt2-with-a-tokenizer"
     source.mkdir()
     for path in gpt2_folder().iterdir():
@@ -243,7 +244,7 @@ def _converted() -> Path:
 
 
 def book_gpt(context_length: int = 256) -> Any:
-    """The book's 124M model, random."""
+    """The book's 124M model with random weights."""
     chapter = pytest.importorskip(
         "llms_from_scratch.ch04", reason="llms-from-scratch is not installed"
     )
@@ -251,7 +252,7 @@ def book_gpt(context_length: int = 256) -> Any:
     return chapter.GPTModel({**BOOK_124M, "context_length": context_length})
 
 
-# --- What all need
+# --- Weights
 
 
 def smollm2_file() -> Path:

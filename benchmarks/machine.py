@@ -1,8 +1,7 @@
-"""What this machine can do at best, measured once a session: the limits that results are held to.
+"""The limits of this machine, measured once per session: memory bandwidth and arithmetic.
 
-A step of decoding reads every weight once, so memory bounds it; a prompt or a training step is
-arithmetic. `Work.limit` takes whichever of the two lasts longer (the roofline, Williams et al.
-2009).
+A decoding step reads every weight once, so memory bounds it; arithmetic bounds prefill and training
+steps. `Work.limit` is the longer of the two times (the roofline, Williams et al. 2009).
 """
 
 import functools
@@ -17,19 +16,19 @@ import torch
 import gptk
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-"""For gptk and for every peer."""
-_BYTES = 512 * 2**20  # beyond any cache
+"""The number of threads of gptk and of every peer."""
+_BYTES = 512 * 2**20  # larger than any CPU cache
 _SIDE = 2048
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The best of several runs, for a device."""
+    """What a device reaches in the best of several runs."""
 
     bandwidth: float
-    """Bytes read from memory a second."""
+    """Bytes read from memory per second."""
     float32: float
-    """Floating-point operations a second of a 2048³ matrix product."""
+    """Floating-point operations per second in a 2048³ matrix product."""
     bfloat16: float
 
     def __str__(self) -> str:
@@ -41,18 +40,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a piece of work takes."""
+    """The least work that an operation needs."""
 
     tokens: float = 0
-    """That it makes or reads."""
+    """The tokens that it generates or reads."""
     bytes: float = 0
-    """To be read from memory once."""
+    """The bytes that it must read from memory."""
     operations: float = 0
     dtype: str = "bfloat16"
-    """That the operations are in."""
+    """The dtype of the operations."""
 
     def limit(self, limits: Limits) -> tuple[float, str]:
-        """The seconds that the machine would take at its best, and what bounds it."""
+        """The least time in seconds, and what bounds it: memory or arithmetic."""
         memory = self.bytes / limits.bandwidth
         arithmetic = self.operations / getattr(limits, self.dtype)
         return max((memory, "memory"), (arithmetic, "arithmetic"))
@@ -75,7 +74,7 @@ def limits(device: str = "cpu") -> Limits:
 
 
 def describe() -> str:
-    """The machine and the versions, in a line."""
+    """The machine and the versions, in one line."""
     name = "an unknown processor"
     if (info := Path("/proc/cpuinfo")).exists():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -84,7 +83,7 @@ def describe() -> str:
 
 
 def synchronized(function: Callable[[], object], device: str) -> Callable[[], object]:
-    """The function, until all that it asked of a GPU is done."""
+    """The function, followed by a wait for the GPU."""
     if not device.startswith("cuda"):
         return function
 
@@ -100,9 +99,9 @@ def _best(function: Callable[[], object], device: str, runs: int = 7) -> float:
     """Seconds of the fastest run."""
     run = synchronized(function, device)
     run()
-    taken = []
+    seconds = []
     for _ in range(runs):
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

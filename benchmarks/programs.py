@@ -1,4 +1,4 @@
-"""Programs run to their end: gptk's, and Python."""
+"""Running gptk and Python as separate processes."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ GPTK = str(Path(sys.executable).with_name("gptk"))
 
 
 def run(*command):
-    """Its standard output. Raises if it fails."""
+    """The standard output of a command. Raises CalledProcessError if it fails."""
     words = list(map(str, command))
     return subprocess.run(
         words, check=True, capture_output=True, stdin=subprocess.DEVNULL, text=True
@@ -19,7 +19,7 @@ def run(*command):
 
 @contextmanager
 def served(script: str) -> Iterator[Callable[[], None]]:
-    """A function that has a program of its own do its work once; see `serve`."""
+    """A function that makes a script in its own process do its work once; see `serve`."""
     path = Path(__file__).with_name(script)
     with subprocess.Popen(
         [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -40,7 +40,7 @@ def served(script: str) -> Iterator[Callable[[], None]]:
 
 
 def serve(work: Callable[[], object]) -> None:
-    """Do the work for each line of standard input, and say so."""
+    """Do the work for each line of standard input, and print "done" after each."""
     for _ in sys.stdin:
         work()
         print("done", flush=True)

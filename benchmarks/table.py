@@ -1,4 +1,4 @@
-"""What is asked of gptk beside its peers, what was measured, and the pages made of it."""
+"""The targets for gptk beside its peers, the measurements, and the pages made from them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Asked:
-    """A row of the table."""
+    """A row of the table: a comparison with a peer, and the target for it."""
 
     work: str
     peer: str
     ratio: float | None = None
-    """At least; None where the ratio is only reported."""
+    """The least speedup that is asked for; None if the ratio is only reported."""
 
 
 ROWS = {
@@ -49,7 +49,7 @@ ROWS = {
     "training": Asked("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
     "start": Asked("process start to first token, float32", "transformers, GGUF", 8),
     "start-q41": Asked("process start to first token, Q4_1", "transformers, GGUF", 8),
-    # Reported, with nothing asked of them
+    # Reported only
     "greedy-float32": Asked("greedy, float32", "transformers float32"),
     "top-p-float32": Asked("top-p sampling, float32", "transformers float32"),
     "beams-float32": Asked("4 beams, float32", "transformers float32, 4 beams"),
@@ -74,12 +74,12 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds for the same work on both sides."""
+    """The seconds of gptk and of the peer for the same work."""
 
     ours: float
     theirs: float
     tokens: float | None = None
-    """That the work makes or reads; None where seconds tell more."""
+    """The tokens that the work generates or reads; None to show seconds instead of tokens/s."""
     note: str = ""
 
     @property
@@ -95,7 +95,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bound:
-    """A figure that is gptk's alone."""
+    """A measurement of gptk alone, without a peer."""
 
     what: str
     value: str
@@ -104,7 +104,7 @@ class Bound:
 
 
 class Table:
-    """What was measured of ROWS in this run, and why the rest was not."""
+    """The measurements for ROWS in this run, and the reasons why others were skipped."""
 
     def __init__(self) -> None:
         self.measured: dict[str, Measured] = {}
@@ -121,16 +121,16 @@ class Table:
         tokens: float | None = None,
         note: str = "",
     ) -> None:
-        """Take the best of each side's settings, seconds by name; the note names all of them."""
-        mine, other = (min(names, key=times.__getitem__) for names in (ours, theirs))
-        one = Measured(times[mine], times[other], tokens)
+        """Record each side's fastest settings, and all in the note. times: seconds by name."""
+        best_ours, best_theirs = (min(names, key=times.__getitem__) for names in (ours, theirs))
+        measured = Measured(times[best_ours], times[best_theirs], tokens)
         notes = [
-            f"{side}: " + ", ".join(f"{name} {one.shown(times[name])}" for name in names)
+            f"{side}: " + ", ".join(f"{name} {measured.shown(times[name])}" for name in names)
             for side, names in (("gptk", ours), ("peer", theirs))
             if len(names) > 1
         ]
         notes = [*notes, note] if note else notes
-        self.measured[key] = Measured(one.ours, one.theirs, tokens, "; ".join(notes))
+        self.measured[key] = Measured(measured.ours, measured.theirs, tokens, "; ".join(notes))
 
     def skip(self, key: str, reason: str) -> None:
         self.skipped[key] = reason
@@ -142,20 +142,21 @@ class Table:
         return bool(self.measured or self.skipped or self.bounds)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Work, gptk, peer, its speed, ratio, asked, reached, in the order of ROWS."""
+        """Rows of work, gptk, peer, peer's, ratio, asked, reached, in the order of ROWS."""
         rows = []
         for key, asked in ROWS.items():
             at_least = "" if asked.ratio is None else f"{asked.ratio:g}"
-            if (one := self.measured.get(key)) is not None:
-                reached = "" if asked.ratio is None else _yes(one.ratio >= asked.ratio)
-                speeds = one.shown(one.ours), asked.peer, one.shown(one.theirs), f"{one.ratio:.2f}"
+            if (measured := self.measured.get(key)) is not None:
+                reached = "" if asked.ratio is None else _yes(measured.ratio >= asked.ratio)
+                ours, theirs = measured.shown(measured.ours), measured.shown(measured.theirs)
+                speeds = ours, asked.peer, theirs, f"{measured.ratio:.2f}"
                 rows.append((asked.work, *speeds, at_least, reached))
             elif key in self.skipped:
                 rows.append((asked.work, "", asked.peer, "", "", at_least, self.skipped[key]))
         return rows
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """The table as lines for the terminal."""
         lines = []
         for work, ours, peer, theirs, ratio, asked, reached in self.cells():
             if not ratio:
@@ -164,11 +165,13 @@ class Table:
             verdict = f" (asked {asked}: {reached})" if asked else ""
             lines.append(f"{work}: gptk {ours}, {peer} {theirs}, ratio {ratio}{verdict}")
         lines += [
-            f"  {ROWS[key].work}: {one.note}" for key, one in self.measured.items() if one.note
+            f"  {ROWS[key].work}: {measured.note}"
+            for key, measured in self.measured.items()
+            if measured.note
         ]
-        for one in self.bounds:
-            reached = "" if one.reached is None else f" ({_yes(one.reached)})"
-            lines.append(f"{one.what}: {one.value}; asked {one.asked}{reached}")
+        for bound in self.bounds:
+            reached = "" if bound.reached is None else f" ({_yes(bound.reached)})"
+            lines.append(f"{bound.what}: {bound.value}; asked {bound.asked}{reached}")
         return lines
 
     def markdown(self) -> str:
@@ -176,19 +179,19 @@ class Table:
         text = _table(head, self.cells())
         if self.bounds:
             bounds = [
-                (one.what, one.value, one.asked, "" if one.reached is None else _yes(one.reached))
-                for one in self.bounds
+                (b.what, b.value, b.asked, "" if b.reached is None else _yes(b.reached))
+                for b in self.bounds
             ]
             text += "\n" + _table(("gptk alone", "measured", "asked", "reached"), bounds)
         notes = [
-            f"- {ROWS[key].work} (beside {ROWS[key].peer}): {one.note}"
-            for key, one in self.measured.items()
-            if one.note
+            f"- {ROWS[key].work} (beside {ROWS[key].peer}): {measured.note}"
+            for key, measured in self.measured.items()
+            if measured.note
         ]
         return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
     def plot(self, path: Path) -> None:
-        """The ratios as bars, with a mark where each should reach; the same run, the same bytes."""
+        """The ratios as bars with marks for the targets; the same results give the same bytes."""
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
@@ -199,12 +202,14 @@ class Table:
         with mpl.rc_context({"svg.hashsalt": "gptk", "font.size": 8}):
             figure = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout="constrained")
             axis = figure.subplots()
-            colours = ["#0072B2" if one else "#D55E00" for one in reached]
+            colours = ["#0072B2" if is_reached else "#D55E00" for is_reached in reached]
             axis.barh(labels, ratios, color=colours, height=0.6)
-            asked = [(at, one.ratio) for at, (one, _) in enumerate(rows) if one.ratio is not None]
+            targets = [
+                (bar, asked.ratio) for bar, (asked, _) in enumerate(rows) if asked.ratio is not None
+            ]
             axis.scatter(
-                [ratio for _, ratio in asked],
-                [at for at, _ in asked],
+                [ratio for _, ratio in targets],
+                [bar for bar, _ in targets],
                 marker="|",
                 s=220,
                 linewidths=2.5,
@@ -212,8 +217,8 @@ class Table:
                 label="asked",
                 zorder=3,
             )
-            for at, ratio in enumerate(ratios):
-                axis.annotate(f" {ratio:.2f}", (ratio, at), va="center")
+            for bar, ratio in enumerate(ratios):
+                axis.annotate(f" {ratio:.2f}", (ratio, bar), va="center")
             axis.axvline(1, color="#555555", linewidth=0.8)
             axis.set_xscale("log")
             axis.set_xlim(min([0.5, *ratios]) * 0.9, max([2, *ratios]) * 1.5)
@@ -226,13 +231,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark of gptk alone."""
+    """A benchmark of gptk alone."""
 
     label: str
     seconds: float
     tokens_per_second: float | None = None
     share: float | None = None
-    """Of the machine's limit."""
+    """The share of the machine's limit that was reached."""
     bound: str = ""
     """What that limit is: memory or arithmetic."""
 
@@ -249,12 +254,12 @@ class Result:
 
 def results_markdown(results: Sequence[Result], lines: Sequence[str]) -> str:
     head = ("benchmark", "ms", "tokens/s", "of the machine's limit")
-    text = _table(head, [one.cells() for one in results])
+    text = _table(head, [result.cells() for result in results])
     return text + ("\n" + "\n".join(f"- {line}" for line in lines) + "\n" if lines else "")
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Put a text between a page's markers of that name; a new page gets both sections."""
+    """Replace the text between a page's markers of that name; a new page gets both sections."""
     before = page.read_text(encoding="utf-8") if page.exists() else _EMPTY
     between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
     if not between.search(before):

@@ -1,4 +1,4 @@
-"""gptk beside its own greedy decoding, and what is asked of its memory and its quality."""
+"""gptk beside its own greedy decoding, its memory, and its quality when quantized."""
 
 import pydoc_data.topics
 import sys
@@ -22,7 +22,7 @@ def lm(request):
 
 @pytest.mark.peers("beam-positions", "beam-positions-q41", "top-p", "top-p-q41")
 def test_beams_and_top_p(lm, table):
-    """A beam of 4 makes as many positions a second as there are tokens in its result."""
+    """A beam search computes as many positions per second as its result has tokens."""
     lm, kind = lm
     ids = lm.encode("The capital of France is")
     times = in_turns(
@@ -37,7 +37,7 @@ def test_beams_and_top_p(lm, table):
     table.row(f"top-p{kind}", times, ["top-p"], ["greedy"], tokens=NEW)
 
 
-# Not ru_maxrss, which begins with the size of the process that started this one.
+# Not ru_maxrss, which starts from the size of the parent process.
 MEMORY = """
 import sys
 from pathlib import Path
@@ -64,7 +64,7 @@ finally:
     ids=["stored", "bfloat16", "float32"],
 )
 def test_memory(options, most, table):
-    """The peak resident size of the whole process that generates."""
+    """The peak resident size of a process of `gptk generate`."""
     words = ["generate", "The capital of France is", "--model", smollm2_file(), *options]
     peak = int(run(sys.executable, "-c", MEMORY, *words).splitlines()[-1])
     table.bound(

@@ -46,7 +46,7 @@ def test_prompt(lm, table):
 
 @pytest.mark.peers("long-q41")
 def test_greedy_after_a_long_prompt(lm, table):
-    """Decoding alone, without the pass over the prompt."""
+    """Decoding only, without the prefill."""
     ids = prompt(1500, vocabulary=40_000)
     peers = llama_cpp(len(ids) + NEW + 1)
     functions = {"gptk": lambda: decode_seconds(lm, ids, NEW)}

@@ -16,14 +16,14 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 @pytest.mark.peers("gpt2-book")
 def test_generate(table, tmp_path):
-    """Greedy; the book's has no KV cache. gptk reads the book's own checkpoint."""
+    """Greedy decoding; the book's has no KV cache. gptk reads the book's own checkpoint."""
     chapter = pytest.importorskip(
         "llms_from_scratch.ch05", reason="llms-from-scratch is not installed"
     )
     book = book_gpt(1024).eval()
     torch.save(book.state_dict(), tmp_path / "model.pth")
     source = f'llms-from-scratch:path="{tmp_path / "model.pth"}",n_heads=12'
-    lms = {one: gptk.load(source, device="cpu", **precision(one)) for one in DTYPES}
+    lms = {dtype: gptk.load(source, device="cpu", **precision(dtype)) for dtype in DTYPES}
     ids = prompt(32, vocabulary=GPT2_VOCABULARY)
 
     def theirs():
@@ -32,13 +32,13 @@ def test_generate(table, tmp_path):
         return out
 
     assert generate(lms["float32"], ids, NEW) == theirs()
-    functions = {one: lambda lm=lm: generate(lm, ids, NEW) for one, lm in lms.items()}
+    functions = {dtype: lambda lm=lm: generate(lm, ids, NEW) for dtype, lm in lms.items()}
     times = in_turns({**functions, "the book": theirs})
     table.row("gpt2-book", times, list(lms), ["the book"], tokens=NEW)
 
 
 def steps(ours, peers):
-    """Functions by name, of models that have as many weights. peers: pairs of step and model."""
+    """Step functions by name, of models with equally many weights. peers: (step, model) by name."""
     sizes = {weights(trainer.model) for trainer in ours.values()}
     assert sizes == {weights(model) for _, model in peers.values()}
     return {name: trainer.step for name, trainer in ours.items()} | {
@@ -48,17 +48,18 @@ def steps(ours, peers):
 
 @pytest.mark.peers("training", "training-shared")
 def test_training_step(table):
-    """gptk in bfloat16, with and without `compile`, beside the book's code as it stands.
+    """gptk in bfloat16, with and without `compile`, beside the book's unchanged code.
 
-    In a program of its own, and in gptk's, where glibc keeps freed memory for both.
+    The book's code runs in a process of its own, and also in gptk's, where glibc keeps freed memory
+    for both.
     """
     ours = {
         "bfloat16": our_step(dtype="bfloat16"),
         "bfloat16, compiled": our_step(dtype="bfloat16", compile=True),
     }
     shared = {"the book": book_step(autocast=False)}
-    with served("training_steps.py") as alone:
-        times = in_turns({**steps(ours, shared), "the book alone": alone})
+    with served("training_steps.py") as separate:
+        times = in_turns({**steps(ours, shared), "the book alone": separate})
     tokens = BATCH * LENGTH
     table.row("training", times, list(ours), ["the book alone"], tokens=tokens)
     table.row("training-shared", times, list(ours), ["the book"], tokens=tokens)
@@ -67,7 +68,7 @@ def test_training_step(table):
 @pytest.mark.full
 @pytest.mark.peers("training-float32", "training-bf16")
 def test_training_step_in_equal_precision(table):
-    ours = {one: our_step(dtype=one) for one in ("float32", "bfloat16")}
+    ours = {dtype: our_step(dtype=dtype) for dtype in ("float32", "bfloat16")}
     peers = {
         "the book, float32": book_step(autocast=False),
         "the book, bfloat16": book_step(autocast=True),
@@ -81,9 +82,9 @@ def test_training_step_in_equal_precision(table):
 @pytest.mark.full
 @pytest.mark.peers("training-nanogpt", "training-nanogpt-float32")
 def test_training_step_of_nanogpt(table):
-    """With its model: the head tied, biases everywhere."""
+    """With nanoGPT's model: a tied head and biases everywhere."""
     settings = {"tied_head": True, "qkv_bias": True}
-    ours = {one: our_step(dtype=one, **settings) for one in ("float32", "bfloat16")}
+    ours = {dtype: our_step(dtype=dtype, **settings) for dtype in ("float32", "bfloat16")}
     peers = {
         "nanoGPT, float32": nanogpt_step(autocast=False),
         "nanoGPT, bfloat16": nanogpt_step(autocast=True),

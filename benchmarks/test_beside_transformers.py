@@ -105,7 +105,7 @@ def prompt_row(table, key, dtype):
 
 @pytest.mark.peers("long-beams")
 def test_beams_after_a_long_prompt(table):
-    """Decoding alone, without the pass over the prompt."""
+    """Decoding only, without the prefill."""
     lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
     ids = prompt(512, vocabulary=40_000)
     times = in_turns(
@@ -165,13 +165,13 @@ def test_process_start_to_first_token(table):
     table.row("start-q41", times, ["stored"], ["transformers"])
 
 
-# Reported, with nothing asked
+# Reported only
 
 
 @pytest.mark.full
 @pytest.mark.peers("greedy-float32", "beams-float32", "top-p-float32")
 def test_decode_float32(table):
-    """The same tokens, too, where nothing is drawn."""
+    """Without sampling, both give the same tokens, too."""
     lm, peer = ours("float32"), transformers_smollm2("float32")
     ids, new = lm.encode(PROMPT), 64
     works = {
@@ -181,7 +181,7 @@ def test_decode_float32(table):
     }
     for key, (sampler, settings) in works.items():
         if not settings.get("do_sample"):
-            # As transformers has it: EOS is taken out.
+            # As in transformers, EOS is masked.
             processors = [f"min-new-tokens:n={new}"]
             out = lm.generate(ids, sampler=sampler, processors=processors, max_new_tokens=new)
             assert [out.tokens] == peer.generate(ids, new, **settings)
@@ -215,7 +215,7 @@ def test_prompt_float32(table):
 @pytest.mark.full
 @pytest.mark.peers("lookup", "lookup-gain")
 def test_prompt_lookup(table):
-    """A text to be copied, as in editing, with and without lookup."""
+    """Copying a text, as in editing, with and without lookup."""
     lm, peer = load("smollm2", "float32"), transformers_smollm2("float32")
     text = (
         "The quick brown fox jumps over the lazy dog. A stitch in time saves nine. "
@@ -224,7 +224,7 @@ def test_prompt_lookup(table):
     ids, new = lm.encode(text * 3), 64
 
     def copied(draft):
-        # As transformers has it: EOS is taken out.
+        # As in transformers, EOS is masked.
         processors = [f"min-new-tokens:n={new}"]
         return lm.generate(ids, draft=draft, processors=processors, max_new_tokens=new).tokens
 

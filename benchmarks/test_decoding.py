@@ -8,8 +8,8 @@ from machine import Work
 
 PROMPT = models.prompt(8)
 SAMPLERS = {
-    name: f"{name}:{one.item.example}" if one.item.example else name
-    for name, one in provided("sampler").items()
+    name: f"{name}:{sampler.item.example}" if sampler.item.example else name
+    for name, sampler in provided("sampler").items()
 }
 DTYPES = [
     pytest.param(dtype, marks=[] if dtype == "stored" else [pytest.mark.full])
@@ -18,7 +18,7 @@ DTYPES = [
 
 
 def decode(measure, dtype, sampler, new, rows=1):
-    """Continue PROMPT with SmolLM2; `rows` are decoded at a time."""
+    """Continue PROMPT with SmolLM2, decoding `rows` rows at a time."""
     lm = models.load("smollm2", dtype)
     token = models.pass_work(lm.model, rows, 1, len(PROMPT) + new // 2, dtype=dtype)
     prompt = models.pass_work(lm.model, 1, len(PROMPT), dtype=dtype)

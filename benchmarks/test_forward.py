@@ -1,4 +1,4 @@
-"""Passes of the model: a prompt, and one token more after a context."""
+"""Forward passes: a prompt, and one more token after a context."""
 
 import itertools
 
@@ -24,15 +24,15 @@ QUICK = {
     ("gpt2-124M", 1, 128, "prompt"),
     ("gpt2-124M", 1, 128, "token"),
 }
-"""Model, rows, context, pass: with all dtypes."""
+"""Model, rows, context and kind of pass, for all dtypes."""
 
 
 def cases():
-    """All that go together; those not in QUICK run with --full only."""
+    """All valid combinations; those not in QUICK run with --full only."""
     everything = itertools.product(DEVICES, MODELS, models.DTYPES, ROWS, CONTEXTS, KINDS)
     for device, model, dtype, rows, context, kind in everything:
         longest = {"tiny": 32, "smollm2": 2000}.get(model, 1000)
-        packed = dtype not in ("float32", "bfloat16")  # on the CPU alone
+        packed = dtype not in ("float32", "bfloat16")  # only on the CPU
         if (
             context > longest
             or (dtype == "stored" and model != "smollm2")
@@ -49,7 +49,7 @@ def cases():
 
 @pytest.mark.parametrize(("device", "model", "dtype", "rows", "context", "kind"), list(cases()))
 def test_forward(device, model, dtype, rows, context, kind, measure):
-    """prompt: of `context` tokens in each row; token: one more in each, after them."""
+    """kind: prompt, `context` tokens in each row, or token, one more in each after them."""
     gpt = models.load(model, dtype, device).model
     prompts = [models.prompt(context, row, gpt.config.vocab_size) for row in range(rows)]
     if kind == "prompt":

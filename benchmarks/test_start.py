@@ -1,4 +1,4 @@
-"""Loading a model, and starting the program."""
+"""Loading a model, and starting gptk."""
 
 import sys
 
@@ -28,7 +28,7 @@ from programs import GPTK, run
     ],
 )
 def test_load(model, dtype, measure):
-    """After imports. The limit is one read of the file."""
+    """The time after imports. The limit is one read of the file."""
     if model == "smollm2":
         source, size = "smollm2", smollm2_file().stat().st_size
     else:
@@ -48,7 +48,7 @@ def test_gptk_help(measure):
 
 @pytest.mark.parametrize("dtype", ["float32", "stored"])
 def test_gptk_first_token(dtype, measure):
-    """From the start of the process; the limit is one read of the weights."""
+    """The time from the start of the process. The limit is one read of the weights."""
     lm = models.load("smollm2", dtype)
     work = Work(tokens=1, bytes=models.weight_bytes(lm.model))
     options = [

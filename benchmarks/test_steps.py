@@ -1,6 +1,6 @@
-"""What strategies cost a step besides the model: from SmolLM2's logits to the tokens.
+"""The time per step that strategies take besides the model: from SmolLM2's logits to the tokens.
 
-The vocabulary has 49,152 tokens, the logits are those at places of an English text. "nothing" is
+The vocabulary has 49,152 tokens; the logits are those at positions of an English text. "nothing" is
 the plain argmax.
 """
 
@@ -35,7 +35,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def logits(lm):
-    """At 64 places of an English text: (places, vocab)."""
+    """The logits at 64 positions of an English text: (positions, vocab)."""
     tokens = torch.tensor([lm.encode(pydoc_data.topics.topics["with"])[:120]])
     with torch.inference_mode():
         return lm.model.logits(lm.model(tokens))[0, -64:]
@@ -47,17 +47,17 @@ def spec(kind, name):
 
 
 def step(measure, lm, logits, count, choose):
-    """Time steps of `count` rows. choose: given the rows, a function from logits to tokens, and
-    followers of the tokens chosen."""
+    """Time steps of `count` rows. choose: a function that takes the rows, and returns a function
+    from logits to tokens and the followers of the chosen tokens."""
     tokenizer = lm.tokenizer
     rows = gptk.Rows([PROMPT] * count, tokenizer=tokenizer, eos=tokenizer.eos)
     decide, followers = choose(rows)
     steps = itertools.cycle(
-        [logits[torch.arange(at, at + count) % len(logits)] for at in range(0, 60, 3)]
+        [logits[torch.arange(start, start + count) % len(logits)] for start in range(0, 60, 3)]
     )
     chosen = []
 
-    def one():
+    def run_step():
         tokens = decide(next(steps))[:, None]
         for follower in followers:
             follower.extend(tokens)
@@ -69,11 +69,11 @@ def step(measure, lm, logits, count, choose):
 
     work = Work(tokens=count, bytes=count * logits[0].nbytes)
     with torch.inference_mode():
-        measure(one, work, setup=move, rounds=ROUNDS, warmup=2)
+        measure(run_step, work, setup=move, rounds=ROUNDS, warmup=2)
 
 
 def following(processes):
-    return [one for one in processes if isinstance(one, gptk.Follower)]
+    return [process for process in processes if isinstance(process, gptk.Follower)]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -99,7 +99,7 @@ def test_sampler_step(name, rows, lm, logits, measure):
         def decide(logits):
             for process in processes:
                 logits = process(logits, rows)
-            # Of a beam's candidates, one for each row here.
+            # A beam search returns more candidates; one for each row is enough here.
             return sampler.step(logits, rows).tokens[: len(rows)]
 
         return decide, following(processes)

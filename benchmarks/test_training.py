@@ -5,7 +5,7 @@ import pytest
 import models
 from training_steps import our_step
 
-SIZES = {  # changes of the settings, vocabulary, windows a batch, tokens a window
+SIZES = {  # settings, vocabulary, windows per batch, tokens per window
     "tiny": ({"n_layers": 4, "n_heads": 4, "width": 128}, 257, 12, 64),
     "gpt2-124M": ({}, 50257, 2, 256),
     "gpt2-355M": ({"n_layers": 24, "n_heads": 16, "width": 1024}, 50257, 2, 256),

@@ -7,6 +7,7 @@ import torch
 import gptk
 from engines import book_gpt
 from gptk.data.windows import Windows
+from gptk.system.memory import keep_freed_memory
 from gptk.training.trainer import Trainer
 from models import GPT2_VOCABULARY
 from programs import serve
@@ -15,8 +16,11 @@ BATCH, LENGTH = 2, 256
 
 
 def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings):
-    """A Trainer of the book's 124M model, whose head is not tied; call its `step`."""
-    given = {
+    """A Trainer of the book's 124M model, with an untied head; call its `step`.
+
+    From then on the process keeps the memory it frees, as that of `gptk train` does.
+    """
+    defaults = {
         "architecture": "gpt2",
         "n_layers": 12,
         "n_heads": 12,
@@ -30,14 +34,16 @@ def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings)
         "regularizers": ["weight-decay:strength=0.1"],
         "device": "cpu",
     }
-    config = gptk.TrainConfig(**{**given, **settings})
+    config = gptk.TrainConfig(**{**defaults, **settings})
     data = np.random.default_rng(0).integers(0, vocabulary, 40 * batch * length).astype(np.uint16)
     windows = Windows(data, length)
-    return Trainer(gptk.GPT(config.new_model_config(vocabulary)), windows, windows, config)
+    trainer = Trainer(gptk.GPT(config.new_model_config(vocabulary)), windows, windows, config)
+    keep_freed_memory()
+    return trainer
 
 
 def weights(model):
-    """How many there are: on both sides of a comparison they are as many."""
+    """The number of weights, equal on both sides of a comparison."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -61,11 +67,11 @@ def book_step(*, autocast):
 
 
 def nanogpt_step(*, autocast):
-    """A step as nanoGPT's train.py makes it, on transformers' GPT-2, and that model.
+    """A training step as in nanoGPT's train.py, on transformers' GPT-2, and that model.
 
-    nanoGPT is no package; transformers' GPT2LMHeadModel, which it takes its weights from, stands
-    for its model (the head tied, biases, scaled dot-product attention), with its optimizer: fused
-    AdamW, betas 0.9 and 0.95, gradients clipped at 1.
+    nanoGPT is not a package. Its model is replaced by the equivalent GPT2LMHeadModel of
+    transformers (a tied head, biases, scaled dot-product attention); the optimizer is nanoGPT's:
+    fused AdamW, betas 0.9 and 0.95, gradients clipped at 1.
     """
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
@@ -90,5 +96,5 @@ def nanogpt_step(*, autocast):
     return step, model
 
 
-if __name__ == "__main__":  # a program of its own, as the book's code is run
+if __name__ == "__main__":  # the book's step in its own process
     serve(book_step(autocast=False)[0])

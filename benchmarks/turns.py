@@ -1,4 +1,4 @@
-"""Functions that take turns, so that what else the machine does meets all of them alike."""
+"""Timing functions in turns, so that other load on the machine affects all of them alike."""
 
 import gc
 import statistics
@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 
 Timed = Callable[[], object]
-"""What it returns as a float are seconds that it took of its own time, instead of all of it."""
+"""A function to time. If it returns a float, those are the seconds to count instead."""
 
 
 def in_turns(functions: Mapping[str, Timed], rounds: int = 5) -> dict[str, float]:
-    """The median of each one's seconds over rounds ABAB…, after a round that does not count.
+    """The median seconds of each function over rounds ABAB…, after a warm-up round.
 
-    Garbage is collected before each, and what was there before is not looked at again.
+    Garbage is collected before each call; objects that existed before are frozen (gc.freeze).
     """
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    timings: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     gc.freeze()
     try:
@@ -25,8 +25,8 @@ def in_turns(functions: Mapping[str, Timed], rounds: int = 5) -> dict[str, float
                 result = function()
                 seconds = time.perf_counter() - start
                 if turn:
-                    taken[name].append(result if isinstance(result, float) else seconds)
+                    timings[name].append(result if isinstance(result, float) else seconds)
                 del result
     finally:
         gc.unfreeze()
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: statistics.median(times) for name, times in timings.items()}

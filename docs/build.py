@@ -1,14 +1,16 @@
-"""Makes the reference pages from the plug-ins' own declarations.
+"""Makes the reference pages from the plug-ins' declarations.
 
-    python docs/build.py           write pages anew; runs that are there are kept
-    python docs/build.py --run     and make the missing runs, on SmolLM2
-    python docs/build.py --run-all and make all runs anew: some minutes
-    python docs/build.py --check   say which pages are out of date, and exit 1 if any is
+    python docs/build.py           write the pages; example runs in the present pages are kept
+    python docs/build.py --run     also make missing example runs, on SmolLM2
+    python docs/build.py --run-all also make all example runs again: some minutes
+    python docs/build.py --check   print which pages are out of date, and exit 1 if any is
 
-A page has the plug-in's docstrings (with the formula and the paper), its options, and a run.
+A page has the plug-in's docstrings (with the formula and the paper), its options, and an example
+run. The pages of hooks and contracts, and the Python API, are made from docstrings, too.
 """
 
 import ast
+import functools
 import inspect
 import itertools
 import re
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import gptk
 import gptk.testing
-from gptk.cli.plugins import _USES as COMMANDS
+from gptk.cli.plugins import USES as COMMANDS
 from gptk.hooks import hookspecs
 from gptk.options import Options, option_help
 from gptk.plugins.creating import create
@@ -37,7 +39,7 @@ FOLDERS = {kind: f"{kind}s" for kind in KINDS}
 STORY = "Once upon a time there was a"
 LIST = "Apples, pears, apples, pears, apples,"
 FACT = "The capital of France is"
-# What shows a plug-in best: the prompt and, for processors, the sampler. The rest has STORY.
+# The prompts of example runs, for plug-ins that STORY does not show well.
 PROMPTS = {
     ("sampler", "beam"): FACT,
     ("sampler", "dola"): "The three largest cities of Germany are",
@@ -57,6 +59,7 @@ PROMPTS = {
     ("drafter", "lookup"): LIST,
     ("drafter", "model"): FACT,
 }
+# Processors whose example runs use greedy search instead of multinomial sampling.
 GREEDY = {
     *("bad-words", "cfg", "choice", "dry", "forced-tokens", "frequency-penalty", "grammar"),
     *("json-schema", "length-decay", "logit-bias", "min-new-tokens", "no-repeat-ngram"),
@@ -68,7 +71,7 @@ RUN = "## A run"
 
 def main(arguments):
     again = "--run-all" in arguments
-    pages = dict(made("--run" in arguments or again, again))
+    pages = dict(all_pages("--run" in arguments or again, again))
     wrong = [path for path, text in pages.items() if read(path) != text]
     gone = [
         path
@@ -88,18 +91,18 @@ def main(arguments):
     return 0
 
 
-def made(run, again):
-    """All pages, path and text."""
+def all_pages(run, again):
+    """The path and the text of each page. run: make missing example runs; again: make all."""
     lm = gptk.load("smollm2", device="cpu", dtype="float32") if run else None
     index = ["# Reference", "", "Made from the plug-ins' declarations by `docs/build.py`."]
     for kind, title in KINDS.items():
         index += ["", f"## {title}", "", "| name | what it does |", "| --- | --- |"]
-        for one in provided(kind).values():
-            if not one.distribution.startswith("gptk "):
+        for plugin in provided(kind).values():
+            if not plugin.distribution.startswith("gptk "):
                 continue
-            path = DOCS / FOLDERS[kind] / f"{one.name}.md"
-            index.append(f"| [{one.name}]({path.relative_to(DOCS)}) | {summary(one.item)} |")
-            yield path, page(kind, one, lm, again)
+            path = DOCS / FOLDERS[kind] / f"{plugin.name}.md"
+            index.append(f"| [{plugin.name}]({path.relative_to(DOCS)}) | {summary(plugin.item)} |")
+            yield path, page(kind, plugin, lm, again)
     yield DOCS / "reference.md", "\n".join(index) + "\n"
     yield DOCS / "combinations.md", combinations()
     yield DOCS / "hooks.md", hooks()
@@ -111,10 +114,13 @@ def read(path):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def page(kind, one, lm, again):
-    """A page in Markdown. Without a model to make a run, or unless again, the old one is kept."""
-    item, spec = one.item, example(one)
-    lines = [f"# {one.name}", "", f"{kind.capitalize()}. {summary(item)}", ""]
+def page(kind, plugin, lm, again):
+    """A plug-in's page in Markdown.
+
+    The example run of the present page is kept if there is no model (lm), and unless again.
+    """
+    item, spec = plugin.item, example(plugin)
+    lines = [f"# {plugin.name}", "", f"{kind.capitalize()}. {summary(item)}", ""]
     lines += [inspect.getmodule(item).__doc__.strip(), "", "## Options", ""]
     rows = option_help(item)
     if rows:
@@ -124,9 +130,9 @@ def page(kind, one, lm, again):
     else:
         lines += ["None."]
     if kind == "scorer":
-        return "\n".join([*lines, "", f"Used by best-of-n: `best-of-n:scorer={one.name}`.", ""])
-    settings = arguments(kind, one.name, spec)
-    prompt = PROMPTS.get((kind, one.name), STORY)
+        return "\n".join([*lines, "", f"Used by best-of-n: `best-of-n:scorer={plugin.name}`.", ""])
+    settings = arguments(kind, plugin.name, spec)
+    prompt = PROMPTS.get((kind, plugin.name), STORY)
     command = " ".join(
         ["gptk generate", shlex.quote(prompt)]
         + [f"--{flag} {shlex.quote(value)}" for flag, value in settings]
@@ -134,7 +140,7 @@ def page(kind, one, lm, again):
     ).replace("\n", r"\n")
     lines += ["", RUN, "", "On SmolLM2-135M-Instruct, float32:", "", f"    {command}", ""]
     text = "\n".join(lines) + "\n"
-    old = read(DOCS / FOLDERS[kind] / f"{one.name}.md")
+    old = read(DOCS / FOLDERS[kind] / f"{plugin.name}.md")
     kept = old.partition(f"    {command}\n\n")[2]
     if lm is None or (kept and not again):
         return text + kept
@@ -148,12 +154,13 @@ def result(lm, prompt, settings):
     return f"{text}\n\n{note}\n"
 
 
-def example(one):
-    return f"{one.name}:{one.item.example}" if one.item.example else one.name
+def example(plugin):
+    """The spec string of the example run."""
+    return f"{plugin.name}:{plugin.item.example}" if plugin.item.example else plugin.name
 
 
 def arguments(kind, name, spec):
-    """Flags and values of the command that shows a plug-in."""
+    """Flags and values of a plug-in's example command."""
     if kind == "sampler":
         return [("sampler", spec)]
     if kind == "drafter":
@@ -169,11 +176,11 @@ def keywords(settings):
 
 
 def combinations():
-    """What goes with what, from the samplers themselves."""
+    """The page of which strategies combine, with a table made from the samplers."""
     lines = [COMBINATIONS_HEAD]
     lines += ["| sampler | results of a prompt | a draft |", "| --- | --- | --- |"]
-    for one in provided("sampler").values():
-        sampler = create("sampler", example(one), gptk.Sampler)
+    for plugin in provided("sampler").values():
+        sampler = create("sampler", example(plugin), gptk.Sampler)
         results = "any number, drawn"
         try:
             sampler.max_rows(1000)
@@ -182,7 +189,7 @@ def combinations():
             results = "one" if most == 1 else f"up to as many as it has rows, here {most}"
         reason = sampler.refuses_draft()
         draft = f"refused: {reason}" if reason else "the same tokens as without"
-        lines.append(f"| [{one.name}](samplers/{one.name}.md) | {results} | {draft} |")
+        lines.append(f"| [{plugin.name}](samplers/{plugin.name}.md) | {results} | {draft} |")
     return "\n".join([*lines, "", COMBINATIONS_TAIL])
 
 
@@ -190,52 +197,52 @@ COMBINATIONS_HEAD = """\
 # What combines, and how exactly
 
 Every sampler runs with every logits processor and every constraint, in batches of prompts of any
-lengths, with and without the KV cache, and with a sliding window. `tests/test_matrix.py` runs
-samplers × processors and constraints × drafts × batches. What holds in each case:
+lengths, with and without the KV cache, and with a sliding window. `tests/decoding/test_matrix.py`
+runs samplers × processors and constraints × drafts × batches. What holds in each case:
 
 | with | what is exact |
 | --- | --- |
 | logits processors | Scores and `token_logprobs` are log-probabilities after all processors, \
 the sampler's own included, and equal those of a teacher-forced pass over the text. |
-| constraints | Every text is the beginning of a valid one, every text that ends by EOS is \
-valid; `complete` says whether the text is valid as it stands. |
-| a draft | The very tokens that come without a draft: greedy, and drawn ones for the same seed. |
+| constraints | Every text is a prefix of a valid text, and every text that ends by EOS is valid; \
+`complete` says whether a text is valid itself. |
+| a draft | Exactly the tokens that come without a draft, in sampling with the same seed, too. |
 | a batch | A prompt gives the same text alone and anywhere in a batch, for float32. |
 | no KV cache | The same text, slowly. |
 | `--overflow slide` | The model sees the last window of tokens, at positions from zero, with \
-any sampler; past the window a draft guesses no more. |
+any sampler; once the window is full a draft guesses no more. |
 
-Floating-point sums depend in their last bits on the shape of a batch, of a draft's guesses, and on
-the cache; a text changes only where two tokens were as close as that. In float32 that is rare, in
-bfloat16 less so.
+The last bits of logits depend on the shape of the batch, on the number of guesses, and on the
+cache; a text changes only where two tokens were that close. In float32 that is rare, in bfloat16
+less so.
 
 ## Samplers
 """
 COMBINATIONS_TAIL = """\
-`stochastic-beam` ranks by perturbed log-probabilities, its score; the sum of `token_logprobs` is
-the log-probability. `best-of-n` ranks by its scorer. Beam searches with processors rank by
-renormalized log-probabilities, in transformers by what the processors leave.
+`stochastic-beam` ranks by perturbed log-probabilities, which are its `score`; the log-probability
+is the sum of `token_logprobs`. `best-of-n` ranks by its scorer. Beam searches rank by
+log-probabilities that are renormalized after processors; in transformers they are not.
 
-Processors work in the order in which they are named, so two that each leave something may leave
-nothing together, such as `top-k` before a constraint. Then decoding ends with an error that names
-the one that took out the last token. Named the other way round, the constraint comes first.
+Processors are applied in the order in which they are named. Two processors that each leave some
+tokens may together mask all of them, such as `top-k` before a constraint: then decoding ends with
+an error that names the processor that masked the last token. Name the constraint first instead.
 
 ## Why it works
 
-A strategy knows neither the others nor the model, but a session with rows that are extended,
-selected (reordered, forked, dropped) and rewound. Whatever remembers a row follows the session: the
-KV cache, a grammar's state, the counts of a penalty, mirostat's estimate, a draft's own session.
-So when beams are reordered, their grammars are, too, and when guesses are dropped, so are their
-counts.
+A strategy does not know the other strategies or the model. It only uses a session with rows, which
+it extends, selects (reorders, forks, drops) and rewinds. Whatever has state for each row follows
+the session: the KV cache, a grammar's state, the counts of a penalty, mirostat's estimate, the
+session of a draft model. So when beams are reordered, their grammar states are, too, and when
+guesses are dropped, so are their counts.
 
-A drawn token is a function of the row's stream, the position, and the logits. No step uses up
-random numbers of another: not a neighbour's, not a dropped guess's. Hence a draft changes how many
-passes the model makes and nothing else.
+A drawn token is a function of the row's random stream, the position, and the logits. No draw uses
+up random numbers of another draw, whether for another row or for a rejected guess. Hence a draft
+changes the number of the model's passes and nothing else.
 """
 
 
 def hooks():
-    """The page of all hooks: each with its base class, what to override, and how to name it."""
+    """The page of all hooks: for each its base class, what to override, and how to name it."""
     head = inspect.getdoc(hookspecs).partition("\n")[2].strip()
     head = as_fence(head, "python")
     lines = [HOOKS_HEAD.format(version=hookspecs.API_VERSION, head=head)]
@@ -265,12 +272,12 @@ def hook(name, kind):
     contract = f"{name.capitalize()}Contract"
     if contract in gptk.testing.__all__:
         lines += ["", f"Tested by `gptk.testing.{contract}`: [its promises](contracts.md)."]
-    own = [one for one in provided(name).values() if one.distribution.startswith("gptk ")]
-    return [*lines, "", f"Built in: {', '.join(map(linked, own))}."] if own else lines
+    built_in = [p for p in provided(name).values() if p.distribution.startswith("gptk ")]
+    return [*lines, "", f"Built in: {', '.join(map(linked, built_in))}."] if built_in else lines
 
 
 def overridables(base):
-    """A table of a class's methods and attributes, those first that must be given."""
+    """A table of a class's methods and attributes; those that must be defined come first."""
     rows = []
     for attribute, value in list(vars(base).items()):
         function = getattr(value, "__func__", getattr(value, "fget", value))
@@ -296,20 +303,20 @@ def signature(name, value, function):
     if isinstance(value, property):
         return f"`{name}` (property)"
     parameters = [
-        str(one.replace(annotation=one.empty))
-        for one in inspect.signature(function).parameters.values()
+        str(parameter.replace(annotation=parameter.empty))
+        for parameter in inspect.signature(function).parameters.values()
     ]
     kind = " (class method)" if isinstance(value, classmethod) else ""
     return f"`{name}({', '.join(parameters)})`{kind}"
 
 
 def attribute_docstrings(base):
-    """The strings that stand below a class's attributes, their first sentences."""
+    """The first paragraphs of the strings below a class's attributes, by attribute."""
     body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
     return {
-        one.target.id: sentence(inspect.cleandoc(below.value.value))
-        for one, below in itertools.pairwise(body)
-        if isinstance(one, ast.AnnAssign)
+        statement.target.id: sentence(inspect.cleandoc(below.value.value))
+        for statement, below in itertools.pairwise(body)
+        if isinstance(statement, ast.AnnAssign)
         and isinstance(below, ast.Expr)
         and isinstance(below.value, ast.Constant)
     }
@@ -349,9 +356,9 @@ def base_name(kind):
     return f"gptk.{base.__name__}" if hasattr(gptk, base.__name__) else "click.Command"
 
 
-def linked(one):
-    folder = FOLDERS.get(one.kind)
-    return f"[{one.name}]({folder}/{one.name}.md)" if folder else f"`{one.name}`"
+def linked(plugin):
+    folder = FOLDERS.get(plugin.kind)
+    return f"[{plugin.name}]({folder}/{plugin.name}.md)" if folder else f"`{plugin.name}`"
 
 
 INHERITED = {"model_config", "model_post_init"}
@@ -361,7 +368,7 @@ STATES = {
     "decoding-observer": [gptk.DecodingListener],
     "training-observer": [gptk.TrainingListener],
 }
-"""What `start` of a kind returns."""
+"""What `start` of a plug-in returns, by kind."""
 FROM_PYTHON = {
     "sampler": 'lm.generate(prompt, sampler="NAME")',
     "processor": 'lm.generate(prompt, processors=["NAME"])',
@@ -378,62 +385,69 @@ HOOKS_HEAD = """\
 # Hooks
 
 Made from `toolkit/gptk/hooks/hookspecs.py` and the base classes by `docs/build.py`. [The
-tutorial](tutorial.md) goes through one of them from the first line to a published package.
+tutorial](tutorial.md) uses one hook, from the first line to a published package.
 
 {head}
 
-With this module named in your `pyproject.toml`, `gptk` finds what it provides by name:
+An entry point in your `pyproject.toml` names this module; then `gptk` finds what it provides by
+name:
 
 ```toml
 [project.entry-points.gptk]
 my-plugin = "my_plugin"
 ```
 
-`gptk --plugin my_plugin.py …` takes in a single file instead, for this call only, and
+`gptk --plugin my_plugin.py …` loads a single file instead, for one call, and
 `gptk.plugins.register(module)` a module in Python.
 
-**The version of the hooks** is {version}. `GPTK_API = {version}` says which a plug-in was built
-for; a gptk with another one refuses it in a sentence. A module without that line is taken.
+**The version of the hooks** is {version}. `GPTK_API = {version}` says for which version a plug-in
+was built; a gptk with another version refuses it with a message. A module without that line is
+accepted.
 
 **A class** has a `name` of letters, digits, dots and hyphens, and typed options: pydantic fields
-with bounds, a default and a one-line `description`. The first line of its docstring is what
-`gptk plugins` shows; `example = "key=value"` is what it suggests. Two distributions that give one
-kind the same name are an error that names both. Instances never change and may serve several calls
-at once: what is to be remembered goes into the object that `start` returns.
+with bounds, a default and a one-line `description`. `gptk plugins` shows the first line of its
+docstring, `gptk plugins show` a command with the options of `example = "key=value"`. If two
+distributions use the same name for one kind, an error names both. Instances never change and may
+serve several calls at once: state belongs into the object that `start` returns.
 
-**What goes wrong** is told in a line that names the distribution, its version and the hook, and all
-other plug-ins go on: a module that fails to import, or has no hook that is marked; a hook of a name
-that there is not, with the nearest one; a class without a name; and, when it is at work, code that
-raises an error, a method that is not there, and a value of another type than the table below says.
-An observer that fails hears no more, and the run goes on.
+**A decoding run** is given to samplers, drafters and decoding observers as a
+[`gptk.Run`](api.md), which has what plug-ins may use: the session with its rows, the processors,
+the tokenizer, what the sampler's `start` returned (`run.state`), and `run.commit(choice)`.
+
+**Failures** are reported in a line that names the distribution, its version and the hook, and all
+other plug-ins keep working. When plug-ins are loaded, these are a module that fails to import or
+has no marked hook, an unknown hook (with the nearest name), and a class without a name; later, code
+that raises an error, a missing method, and a value of another type than the table below says. An
+observer that fails is called no more, and the run goes on.
 
 **A name with options** is a spec string, `NAME:key=value,key=value`, on the command line, in Python
-and in configuration files alike; in Python an instance of the class does as well.
+and in configuration files; in Python an instance of the class works, too.
 
-Below, *(needed)* marks what a class must define; all the rest has a default.
+Below, *(needed)* marks what a class must define; everything else has a default.
 """
 
 
 def contracts():
-    """The page of the promises, from the contracts' docstrings."""
+    """The page of all contracts and their promises, from the contracts' docstrings."""
     lines = [CONTRACTS_HEAD]
     promised = {}
     for contract in map(vars(gptk.testing).get, gptk.testing.__all__):
-        if not inspect.isclass(contract) or not issubclass(contract, gptk.testing.PluginContract):
+        if not inspect.isclass(contract) or not contract.__name__.endswith("Contract"):
             continue
         lines += ["", f"## {contract.__name__}", "", summary(contract)]
         base = contract.__bases__[0]
         if base is not object:
-            lines[-1] += f" And all of [{base.__name__}](#{base.__name__.lower()})."
+            lines[-1] += f" Includes [{base.__name__}](#{base.__name__.lower()})."
         if rows := to_set(contract):
             lines += ["", "| to set or override | what it is |", "| --- | --- |", *rows]
-        own = [name for name in vars(contract) if name.startswith("test_")]
         lines += ["", "| promise | |", "| --- | --- |"]
-        for name in own:
+        for name in vars(contract):
+            if not name.startswith("test_"):
+                continue
             words = name.removeprefix("test_").replace("_", " ")
             promised.setdefault(words, []).append((contract, getattr(contract, name)))
-            said = cell(first_sentence(getattr(contract, name)))
-            lines.append(f"| [{words}](#{words.replace(' ', '-')}) | {said} |")
+            promise = cell(first_sentence(getattr(contract, name)))
+            lines.append(f"| [{words}](#{words.replace(' ', '-')}) | {promise} |")
     lines += ["", "## The promises"]
     for words in sorted(promised):
         lines += ["", f"### {words}"]
@@ -445,12 +459,14 @@ def contracts():
 def to_set(contract):
     """What a test class may set or override, in rows of a table."""
     rows = []
-    said = attribute_docstrings(contract)
+    docstrings = attribute_docstrings(contract)
     for name in getattr(contract, "__annotations__", {}):
         value = vars(contract).get(name)
-        given = name in vars(contract) and isinstance(value, int | str | None)
-        rows.append(f"| `{name}{f' = {value!r}' if given else ''}` | {cell(said.get(name, ''))} |")
+        simple = name in vars(contract) and isinstance(value, int | str | None)
+        default = f" = {value!r}" if simple else ""
+        rows.append(f"| `{name}{default}` | {cell(docstrings.get(name, ''))} |")
     for name, value in vars(contract).items():
+        value = property(value.func) if isinstance(value, functools.cached_property) else value
         function = getattr(value, "fget", value)
         if inspect.isfunction(function) and not name.startswith(("_", "test_", "make")):
             rows.append(
@@ -462,8 +478,8 @@ def to_set(contract):
 CONTRACTS_HEAD = """\
 # Contracts
 
-Made from `gptk.testing` by `docs/build.py`. What gptk relies on in a plug-in is written down as
-tests, the contracts; every built-in plug-in keeps them, and yours shows that it does by
+Made from `gptk.testing` by `docs/build.py`. Contracts are tests of what gptk relies on in plug-ins
+and models. All built-in plug-ins pass them. To test yours, write
 
 ```py
 from gptk.testing import SamplerContract
@@ -475,23 +491,22 @@ class TestMySampler(SamplerContract):
     make = MySampler
 ```
 
-`pytest` then runs each promise below on examples that Hypothesis makes. A failure names the
-promise, with the smallest example that was found, and leads here. `pip install 'gptk[testing]'`
-installs what it needs; with it come three fixtures for tests of your own:
+`pytest` then checks each promise below on examples that Hypothesis generates. A failure names the
+promise, with the smallest example that was found, and links to this page.
+`pip install 'gptk[testing]'` installs what this needs. There are three fixtures for your tests:
 
 | fixture | what it is |
 | --- | --- |
 | `gptk_lm` | a tiny random model, always the same, with bytes as tokens |
-| `gptk_markov` | a function: from a matrix of transition probabilities to a model that has just \
-these |
+| `gptk_markov` | a function that makes a model with a given matrix of transition probabilities |
 | `gptk_smollm2` | SmolLM2-135M-Instruct; without it the test is skipped |
 
-How hard a promise is tried follows Hypothesis' profile: `max_examples` of 1,000 tries ten times as
-many examples as usual."""
+The number of examples follows Hypothesis' profile: with `max_examples` of 1,000 it is ten times the
+usual number."""
 
 
 def api():
-    """The page of the public names, which the site fills in from their docstrings."""
+    """The page of the public names; the site replaces each `:::` by the name's docstring."""
     listed = [name for names in API.values() for name in names.split()]
     public = {*gptk.__all__, *(f"testing.{name}" for name in gptk.testing.__all__)}
     unlisted = public - set(listed) - {"__version__"}
@@ -511,8 +526,8 @@ def api():
 API_HEAD = """\
 # Python API
 
-The public names: `import gptk`, then `gptk.NAME`. What is not here may change without notice. The
-site fills this page in from the docstrings; `help(gptk.load)` shows the same."""
+The public names: `import gptk`, then `gptk.NAME`. Names that are not on this page may change
+without notice. The site fills this page with the docstrings; `help(gptk.load)` shows the same."""
 API = {
     "Language model": """load LanguageModel Settings Stream Generation Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
@@ -529,9 +544,10 @@ API = {
         testing.TruncationContract testing.SamplerContract testing.DrafterContract
         testing.ScorerContract testing.SchedulerContract testing.RegularizerContract
         testing.LoaderContract testing.WriterContract testing.TokenizerContract
-        testing.BrokenPromise testing.tiny_lm testing.tiny_gpt testing.markov_lm
-        testing.prompts testing.batches testing.logits""",
-    "Training": "Trainer TrainConfig prepare_tokens TokenFile Windows best_checkpoint",
+        testing.ModelContract testing.BrokenPromise testing.tiny_lm testing.tiny_gpt
+        testing.markov_lm testing.prompts testing.batches testing.logits""",
+    "Training": """Trainer TrainConfig prepare_tokens TokenFile Windows best_checkpoint
+        keep_freed_memory""",
     "Adapters": """adapters.transformers.from_transformers
         adapters.transformers.from_stopping_criteria adapters.transformers.to_transformers
         adapters.llama_cpp.to_llama_cpp""",
@@ -543,7 +559,7 @@ MEMBERS = {
     "vocabulary": "top, keep_from, last_key, logprobs_of, entropy, mean",
     "plugins": "register, unregister, provided, Provided, failures, create, find, option_help",
 }
-"""What is shown of a module; the rest is for gptk itself."""
+"""The names of a module that are shown; its other names are for gptk itself."""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

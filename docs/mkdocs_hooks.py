@@ -1,8 +1,8 @@
-"""What the site needs beside the pages in this folder, called by mkdocs (see mkdocs.yml).
+"""Hooks of mkdocs for pages from outside this folder, and for links to them (see mkdocs.yml).
 
-Pages that stand elsewhere (the changelog, the examples' READMEs) come in; a pattern in the
-navigation becomes the pages that match; and links that leave this folder, which work where the
-repository is browsed, lead to the page that a file has become, or are text where it is none.
+Some files from elsewhere (the changelog, CONTRIBUTING, the examples' READMEs) become pages. A
+pattern in the navigation is replaced by the pages that match. A link to a file outside this folder,
+which works in the repository, leads to the file's page, or becomes plain text if it has none.
 """
 
 import os
@@ -18,8 +18,8 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
 def outside():
-    """Pages of the site that stand outside docs/, by their path in the repository."""
-    pages = {"CHANGELOG.md": "changelog.md"}
+    """The pages made from files outside docs/, by the files' paths in the repository."""
+    pages = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
     for readme in sorted(ROOT.glob("examples/*/README.md")):
         pages[readme.relative_to(ROOT).as_posix()] = f"examples/{readme.parent.name}.md"
     return pages
@@ -31,11 +31,11 @@ def on_config(config):
 
 
 def expanded(item):
-    """A navigation item with the pages in place of a pattern."""
+    """A navigation item in which patterns are replaced by the pages that match."""
     if isinstance(item, dict):
         return {title: expanded(value) for title, value in item.items()}
     if isinstance(item, list):
-        return [expanded(one) for one in item if one]
+        return [expanded(element) for element in item if element]
     if "*" not in item:
         return item
     folder, _, pattern = item.rpartition("/")
@@ -51,30 +51,30 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Lead links to where their file stands on the site."""
+    """Replace links to files by links to the pages made from them."""
     sources = {page: source for source, page in outside().items()}
     here = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
-    def moved(match):
+    def to_page(match):
         text, target, anchor = match[1], match[2], match[3] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
         if ":" in target or not (ROOT / path).exists():
-            return match[0]  # mkdocs says so if it leads nowhere
-        to = site_path(path)
-        if to is None:
+            return match[0]  # mkdocs warns of dead links
+        destination = site_path(path)
+        if destination is None:
             return text
         start = posixpath.dirname(page.file.src_uri)
-        return f"[{text}]({posixpath.relpath(to, start or '.')}{anchor})"
+        return f"[{text}]({posixpath.relpath(destination, start or '.')}{anchor})"
 
     parts, end = [], 0
-    for fence in FENCE.finditer(markdown):  # code stays as it is
-        parts += [LINK.sub(moved, markdown[end : fence.start()]), fence[0]]
+    for fence in FENCE.finditer(markdown):  # code is not changed
+        parts += [LINK.sub(to_page, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
-    return "".join([*parts, LINK.sub(moved, markdown[end:])])
+    return "".join([*parts, LINK.sub(to_page, markdown[end:])])
 
 
 def site_path(path):
-    """The page that a file of the repository has become, or None."""
+    """The page made from a file of the repository, or None."""
     if path == "README.md":
         return "index.md"
     if path in outside():

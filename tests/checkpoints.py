@@ -1,6 +1,7 @@
 """Random checkpoints in the formats of others, written with their own code."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 VOCABULARY = 97
 
-_GPT2 = {
+_GPT2: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_positions": 1024,  # all that transformers reads of GPT-2 in GGUF files
     "n_embd": 64,
@@ -19,7 +20,7 @@ _GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -65,10 +66,11 @@ CONFIGS = {
 }
 
 
-def random_model(case: str) -> nn.Module:
+def random_model(case: str) -> Any:
     """A transformers model with weights large enough for its predictions to differ."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[case]).float().eval()
+    model: Any = transformers.AutoModelForCausalLM.from_config(CONFIGS[case])
+    model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -91,15 +93,15 @@ def round_weights(model: nn.Module, kind: str) -> None:
         if parameter.dim() == 2:
             conv1d = name.split(".")[-2].startswith("c_")
             matrix = (parameter.T if conv1d else parameter).contiguous().numpy()
-            rounded = gguf.quants.dequantize(gguf.quants.quantize(matrix, stored), stored)
-            rounded = torch.from_numpy(rounded.copy())
+            array = gguf.quants.dequantize(gguf.quants.quantize(matrix, stored), stored)
+            rounded = torch.from_numpy(array.copy())
             parameter.copy_(rounded.T if conv1d else rounded)
 
 
-def write_gguf(path: Path, model: nn.Module, kind: str = "F32") -> None:
+def write_gguf(path: Path, model: Any, kind: str = "F32") -> None:
     """A GGUF file of a transformers model, laid out as llama.cpp's converter does."""
     config = model.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    architecture: str = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     writer.add_block_count(n_layers)

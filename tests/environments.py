@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 class Environment:
-    """A virtual environment of its own that also sees the packages of the running one.
+    """A virtual environment that also sees the packages of the running environment.
 
-    So gptk, torch, pip and pytest need not be installed in it; what is installed in it is seen
-    by it alone.
+    So gptk, torch, pip and pytest need not be installed in it. What is installed in it is visible
+    there only.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,10 +56,10 @@ def fresh_environment(folder: Path) -> Environment:
     """A new environment in a folder that is not there yet."""
     venv.create(folder, with_pip=False, symlinks=True)
     environment = Environment(folder)
-    seen = [one for one in sys.path if Path(one).name in ("site-packages", "dist-packages")]
+    folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     # A line that begins with `import` is run. addsitedir reads the .pth files of a folder in
     # turn, those of editable installs among them.
-    lines = [f"import site; site.addsitedir({one!r})\n" for one in seen]
-    (own,) = folder.glob("lib/python*/site-packages")
-    (own / "of_the_running_environment.pth").write_text("".join(lines))
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in folders]
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "of_the_running_environment.pth").write_text("".join(lines))
     return environment

@@ -1,13 +1,15 @@
 """What is in files of plots."""
 
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 """What files of these kinds begin with."""
 
 
-def svg_texts(path):
+def svg_texts(path: Path) -> list[str]:
     """All that an SVG says: matplotlib leaves each text as a comment."""
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
-    root = ElementTree.parse(path, parser).getroot()
-    return [one.text.strip() for one in root.iter() if one.tag is ElementTree.Comment]
+    root: Any = ElementTree.parse(path, parser).getroot()
+    return [node.text.strip() for node in root.iter() if node.tag is ElementTree.Comment]

@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ from gptk.cli import main
 GPTK = [sys.executable, "-m", "gptk"]
 
 
-def gptk(*args, stdin="", env=None):
+def gptk(*args: object, stdin: str = "", env: Mapping[str, str] | None = None) -> SimpleNamespace:
     """Run the program in this process with standard input piped: starting one takes seconds."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -31,11 +33,12 @@ def gptk(*args, stdin="", env=None):
     )
 
 
-def failing(*args, code, **settings):
+def failing(*args: object, code: int, **settings: Any) -> str:
     """The one line that the program says when it fails."""
     out = gptk(*args, **settings)
     assert out.returncode == code, out.stderr
     assert out.stdout == ""
+    line: str
     (line,) = out.stderr.splitlines()
     assert line.startswith("gptk: ")
     return line

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gptk.training.config import TrainConfig
 from gptk.training.trainer import Trainer
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "n_layers": 2,
     "n_heads": 2,
     "width": 32,
@@ -35,32 +38,34 @@ _context.set_forkserver_preload(
 )
 
 
-def config(**changes) -> TrainConfig:
+def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**SMALL, **changes})
 
 
-def in_child(function, *args):
+def in_child(function: Callable[..., object], *args: object) -> BaseProcess:
     """A started process that runs a function of this module."""
     child = _context.Process(target=function, args=args, daemon=True)  # ends with the tests
     child.start()
     return child
 
 
-def finish(*children):
+def finish(*children: BaseProcess) -> None:
     for child in children:
         child.join(timeout=120)
         assert child.exitcode == 0, child.exitcode
 
 
-def in_processes(count, function, *args):
-    """Run a function in processes that meet as torchrun's do."""
+def in_processes(count: int, function: Callable[..., object], *args: object) -> None:
+    """Run a function in several processes, which connect as those of torchrun do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     finish(*(in_child(_as_rank, rank, count, port, function, *args) for rank in range(count)))
 
 
-def _as_rank(rank, count, port, function, *args):
+def _as_rank(
+    rank: int, count: int, port: int, function: Callable[..., object], *args: object
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -71,7 +76,7 @@ def _as_rank(rank, count, port, function, *args):
     function(*args)
 
 
-def train(settings, run, shard=False):
+def train(settings: Mapping[str, Any], run: str | Path, shard: bool = False) -> None:
     """Start a run, or go on with it, and train to its end."""
     import torch
 
@@ -85,29 +90,29 @@ def train(settings, run, shard=False):
     trainer.processes.leave()
 
 
-def train_until_killed(settings, run, at_step):
-    """As `train`, but the process stays at a step until it is killed."""
+def train_until_killed(settings: Mapping[str, Any], run: str | Path, at_step: int) -> None:
+    """As `train`, but the process waits at a step until it is killed."""
     import torch
 
     torch.set_num_threads(1)
     trainer = Trainer.start(TrainConfig(**settings), run)
     step = trainer.step
 
-    def waiting_step():
+    def waiting_step() -> dict[str, Any]:
         if trainer.step_count == at_step:
             (Path(run) / "waits").touch()
             time.sleep(600)
         return step()
 
-    trainer.step = waiting_step
+    trainer.step = waiting_step  # type: ignore[method-assign]
     trainer.train()
 
 
-def tokens(n, vocabulary=257, seed=0):
+def tokens(n: int, vocabulary: int = 257, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocabulary, n).astype(np.uint16)
 
 
-def wait_for(path, seconds=60):
+def wait_for(path: str | Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not Path(path).exists():
         assert time.monotonic() < end, f"{path} did not appear"

@@ -1,4 +1,4 @@
-"""The built-in plug-ins of gptk. They use only what gptk makes public, as anybody's would."""
+"""The built-in plug-ins of gptk. Like third-party ones, they use only what gptk makes public."""
 
 import click
 

@@ -1,8 +1,8 @@
 """The GGUF file format: metadata, then tensors, plain or quantized in blocks.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Metadata is read in place, from
-a mapping; gguf.GGUFReader, which makes NumPy arrays of every string, takes 3.4 s
-for the 98,000 strings of SmolLM2's tokenizer where this takes 0.1 s.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Metadata is parsed from a memory
+mapping, in 0.1 s for the 98,000 strings of SmolLM2's tokenizer; gguf.GGUFReader, which makes NumPy
+arrays of every string, takes 3.4 s.
 """
 
 import math
@@ -28,25 +28,27 @@ class StoredTensor:
     """A tensor of the file."""
 
     shape: tuple[int, ...]
-    """As in PyTorch: GGUF's own order, fastest axis first, reversed."""
+    """In PyTorch's order; GGUF stores it reversed, fastest axis first."""
     type: str
-    """How it is stored, by ggml's name: F32, Q4_1, …"""
+    """The storage type by ggml's name: F32, Q4_1, …"""
     nbytes: int
-    """What it takes in the file."""
+    """Its size in the file."""
     read: Callable[[], Tensor]
-    """The tensor, float32 unless it was stored in another floating type."""
+    """Reads the tensor: in its floating type if stored in one, else dequantized to float32."""
     read_levels: Callable[[], gptk.Levels] | None
-    """The tensor as it is quantized, for matrices of Q4_0, Q4_1 and Q8_0."""
+    """Reads the quantized tensor; None unless it is a matrix in Q4_0, Q4_1 or Q8_0."""
 
 
 @dataclass(frozen=True)
 class GGUFFile:
+    """The metadata of a file by key, and its tensors by name."""
+
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read the metadata of a GGUF file; its tensors are read when asked for.
+    """Read the metadata of a GGUF file; its tensors are read lazily.
 
     Raises SourceError if it is missing, cut short, or not a GGUF file of version 2 or 3.
     """
@@ -88,7 +90,7 @@ def _parse(data: mmap.mmap, file: MappedFile, path: Path) -> GGUFFile:
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise gptk.SourceError(f"{path}: general.alignment is {alignment!r}; it must be 1 or more")
-    base = math.ceil(cursor.at / alignment) * alignment
+    base = math.ceil(cursor.position / alignment) * alignment
     tensors = {}
     for name, shape, kind, offset in infos:
         what, start = f"{path}: the tensor {name}", base + offset
@@ -97,24 +99,24 @@ def _parse(data: mmap.mmap, file: MappedFile, path: Path) -> GGUFFile:
 
 
 class _Cursor:
-    """Reads values one after the other; struct.error or EOFError at the end of the data."""
+    """Reads one value after the other. Raises struct.error or EOFError at the end of the data."""
 
-    def __init__(self, data: mmap.mmap, at: int) -> None:
-        self.data, self.at = data, at
+    def __init__(self, data: mmap.mmap, position: int) -> None:
+        self.data, self.position = data, position
 
     def number(self, form: str) -> Any:
-        (value,) = struct.unpack_from("<" + form, self.data, self.at)
-        self.at += struct.calcsize("<" + form)
+        (value,) = struct.unpack_from("<" + form, self.data, self.position)
+        self.position += struct.calcsize("<" + form)
         return value
 
     def string(self) -> str:
-        (size,) = _SIZE.unpack_from(self.data, self.at)
-        start = self.at + 8
-        self.at = start + size
-        if self.at > len(self.data):
+        (size,) = _SIZE.unpack_from(self.data, self.position)
+        start = self.position + 8
+        self.position = start + size
+        if self.position > len(self.data):
             raise EOFError
-        # Not all vocabularies are made of whole UTF-8 characters; surrogates keep the bytes.
-        return self.data[start : self.at].decode("utf-8", errors="surrogateescape")
+        # Tokens of some vocabularies are not valid UTF-8; surrogates keep their bytes.
+        return self.data[start : self.position].decode("utf-8", errors="surrogateescape")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -124,13 +126,13 @@ class _Cursor:
             if kind not in _SCALARS:
                 return [self.value(kind) for _ in range(count)]
             size = count * struct.calcsize(_SCALARS[kind])
-            if self.at + size > len(self.data):
+            if self.position + size > len(self.data):
                 raise EOFError
-            values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, self.at)
-            self.at += size
+            values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, self.position)
+            self.position += size
             return list(values)
         if kind not in _SCALARS:
-            raise EOFError  # not a type of GGUF's: what is read here is no metadata
+            raise EOFError  # not a type of GGUF, so these bytes are not metadata
         return self.number(_SCALARS[kind])
 
 
@@ -151,26 +153,27 @@ def _stored(
             f"{what} ends at byte {start + size:,}; the file is cut short at {length:,}"
         )
 
-    kept = len(shape) == 2 and name in _KEPT
+    has_levels = len(shape) == 2 and name in _AS_LEVELS
 
     def read_levels() -> gptk.Levels:
         return _levels(file.bytes(start, size).view(shape[0], -1, block_bytes), name)
 
     def read() -> Tensor:
-        if kept:
+        if has_levels:
             return read_levels().dense()
         raw = file.bytes(start, size)
         if name in _PLAIN:
             return raw.view(_PLAIN[name]).view(shape)
         return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
-    return StoredTensor(shape, name, size, read, read_levels if kept else None)
+    return StoredTensor(shape, name, size, read, read_levels if has_levels else None)
 
 
-_KEPT = {"Q4_0", "Q4_1", "Q8_0"}
+_AS_LEVELS = {"Q4_0", "Q4_1", "Q8_0"}
+"""The types that can be read without dequantizing them."""
 
-# By ggml's number: the name, how many numbers there are in a block, and its bytes. The package
-# gguf knows all types, but takes some time to import.
+# By ggml's number: the name, the numbers per block and the bytes per block. The package gguf knows
+# all types, but is slow to import.
 _TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -194,10 +197,10 @@ def _type(kind: int, what: str) -> tuple[str, int, int]:
 
 
 def _levels(blocks: Tensor, name: str) -> gptk.Levels:
-    """What is in some blocks of 32 numbers, (outputs, groups, bytes a block).
+    """The codes, scales and offsets in blocks of 32 numbers: (outputs, groups, bytes per block).
 
-    Each begins with a float16 scale; in Q4_1 the value of code 0 follows. Q4 have the first 16
-    codes in the low halves of bytes, the others in the high ones.
+    A block begins with a float16 scale; in Q4_1 the value of code 0 follows. Q4_0 and Q4_1 store
+    the first 16 codes in the low nibbles, the others in the high nibbles.
     """
     scale = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0].float()
     if name == "Q8_0":
@@ -207,8 +210,8 @@ def _levels(blocks: Tensor, name: str) -> gptk.Levels:
         first, offset = 2, -8 * scale
     else:
         first, offset = 4, blocks[:, :, 2:4].contiguous().view(torch.float16)[:, :, 0].float()
-    both = blocks[:, :, first:]
-    codes = torch.cat((both & 15, both >> 4), dim=2)
+    packed = blocks[:, :, first:]
+    codes = torch.cat((packed & 15, packed >> 4), dim=2)
     return gptk.Levels(codes.flatten(1), scale, offset, 4)
 
 
@@ -218,22 +221,22 @@ _PLAIN = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # blocks that are dequantized at a time
 
 
 def _dequantize(blocks: Tensor, kind: int, what: str) -> Tensor:
-    """The numbers in some blocks (blocks, bytes a block), in float32."""
+    """The numbers in some blocks, float32: (blocks, numbers). blocks: (blocks, bytes per block)."""
     import gguf
 
     ggml_type = gguf.GGMLQuantizationType(kind)
     values = torch.empty(len(blocks), gguf.GGML_QUANT_SIZES[ggml_type][0])
     try:
-        # As one long row, since gguf takes 16 rows at a time and real ones are short for NumPy:
-        # a ninth of the time. In chunks, since what is between takes several times the memory.
-        for at in range(0, len(blocks), _CHUNK):
-            part = blocks[at : at + _CHUNK].numpy()
+        # As one long row: gguf dequantizes 16 rows at a time, and rows of real tensors are so short
+        # that it takes 9 times as long. In chunks: its intermediates take several times the memory.
+        for start in range(0, len(blocks), _CHUNK):
+            part = blocks[start : start + _CHUNK].numpy()
             numbers = gguf.quants.dequantize(part.reshape(1, -1), ggml_type)
-            values[at : at + _CHUNK].numpy()[:] = numbers.reshape(len(part), -1)
+            values[start : start + _CHUNK].numpy()[:] = numbers.reshape(len(part), -1)
     except NotImplementedError:
         raise gptk.SourceError(
             f"{what} is stored as {ggml_type.name}, which is not supported; F32, F16, BF16, "

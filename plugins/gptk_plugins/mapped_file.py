@@ -1,4 +1,4 @@
-"""A file whose tensors are mapped one by one, so that memory is given back with each of them."""
+"""A file whose tensors are mapped one by one, so that each frees its memory when deleted."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class MappedFile:
-    """A file that stays the same as long as this is kept, even if another takes its name.
+    """A file that stays open and the same, even if another file replaces it at its path.
 
     Raises OSError if it cannot be opened.
     """
@@ -18,15 +18,15 @@ class MappedFile:
 
     @property
     def path(self) -> str:
-        """A path to open this very file by."""
-        by_number = f"/dev/fd/{self._file.fileno()}"
-        return by_number if os.path.exists(by_number) else str(self._path)
+        """A path that opens this very file, even if its name was reused."""
+        by_descriptor = f"/dev/fd/{self._file.fileno()}"
+        return by_descriptor if os.path.exists(by_descriptor) else str(self._path)
 
     def bytes(self, start: int, size: int) -> Tensor:
-        """Some bytes of it, (size,) uint8: mapped, and copied where they are written to.
+        """`size` bytes from `start`, (size,) uint8: mapped copy-on-write.
 
-        The mapping lasts as long as tensors of it. One of the whole file for all tensors would
-        keep every page that was looked at in memory beside what was made of it.
+        The mapping lasts as long as tensors that use it. A single mapping of the whole file would
+        keep every page that was read in memory, beside the tensors made from it.
         """
         end = start + size
         storage = torch.UntypedStorage.from_file(self.path, shared=False, nbytes=end)

@@ -1,4 +1,4 @@
-"""Adapters: processors in transformers' generate and in gptk's are what each is at home."""
+"""Adapters: a processor gives the same results in its own library and in another."""
 
 import re
 import subprocess
@@ -17,8 +17,7 @@ from transformers import generation
 import gptk
 from gptk.adapters.llama_cpp import to_llama_cpp
 from gptk.adapters.transformers import from_stopping_criteria, from_transformers, to_transformers
-from gptk.plugins.creating import create
-from gptk.plugins.registry import provided
+from gptk.plugins import create, provided
 from gptk_plugins.tokenizers.bpe import ALPHABET
 from toys import byte_tokenizer
 
@@ -69,13 +68,13 @@ def fast_tokenizer():
 def padded(prompts, pad=EOS):
     """input_ids and attention_mask, padded on the left."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(one)) + one for one in prompts])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def run(model, processors, prompts, tokens=10, **options):
-    flat = [part for one in processors for part in (one if isinstance(one, list) else [one])]
+    flat = [part for p in processors for part in (p if isinstance(p, list) else [p])]
     out = model.generate(
         **padded(prompts),
         max_new_tokens=tokens,
@@ -95,7 +94,7 @@ def continuation(model, processors, prompt, tokens=10, **options):
 
 
 class ByHand(transformers.LogitsProcessor):
-    """gptk's processors at each step: a new start on the prompts, then token by token."""
+    """gptk's processors without an adapter: at each step started anew and fed token by token."""
 
     def __init__(self, specs, prompts, beams=1, model=None):
         self.model = model
@@ -121,7 +120,7 @@ class ByHand(transformers.LogitsProcessor):
 
 
 class Counting(gptk.LogitsProcessor):
-    """Takes what was counted off each token's logit; a follower that checks its own counts."""
+    """Lowers a token's logit each time that a row gets it; its follower checks the rows."""
 
     name = "counting"
 
@@ -173,7 +172,7 @@ FILES = {
     "arithmetic.lark": 'start: NUMBER ("+" NUMBER)*\nNUMBER: /[0-9]{1,3}/\n',
     "person.json": '{"type": "object", "properties": {"age": {"type": "integer"}}}',
 }
-"""Those that examples name."""
+"""Files that the processors' examples name."""
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -195,7 +194,7 @@ STACK = [Counting(), "repetition-penalty:penalty=1.3", "top-k:k=60"]
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_padded_batch_is_processed_as_its_rows_alone(theirs, beams):
-    """Rows end at different steps here, so the adapter also leaves those that have ended."""
+    """Rows end at different steps here, so the adapter also has to leave ended rows as they are."""
     got = run(
         theirs,
         [to_transformers(STACK, pad_token_id=EOS, eos=[EOS])],
@@ -229,7 +228,7 @@ def test_without_pad_token_id_padding_belongs_to_the_prompt():
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}])
 def test_assisted_decoding_gives_what_plain_decoding_gives(theirs, options):
-    """Drafts go through the processors and are taken back, by two models that share them."""
+    """Guesses go through the processors and are taken back, by two models that share these."""
     if "assistant_model" in options:
         options = {"assistant_model": theirs}
     prompt = PROMPTS[1]
@@ -308,7 +307,7 @@ def test_prompt_length_says_what_is_new_from_the_first_call_on():
 
 
 def test_after_an_error_the_rows_are_started_again():
-    """The first follower has moved when the second one fails, once."""
+    """The second follower fails once, when the first has moved already."""
 
     class Fails(Counting):
         name = "fails"
@@ -364,7 +363,7 @@ def test_a_fast_tokenizer_of_transformers_serves_as_one_of_gptks():
 
 
 class FirstLetters(transformers.LogitsProcessor):
-    """A processor of a user's own, that writes into the scores it gets."""
+    """A user's processor that writes into the scores it gets."""
 
     def __call__(self, input_ids, scores):
         scores[:, 128:EOS] = -torch.inf
@@ -459,8 +458,8 @@ def test_their_processor_goes_with_beams_and_does_not_change_its_input(lm):
     assert torch.equal(scores, before)
     assert got[:, 128:EOS].max() == -torch.inf
     out = lm.generate(PROMPTS[0], sampler="beam:width=3", processors=[processor], n=3)
-    for one in (out, *out.alternatives):
-        assert max(one.tokens) < 128
+    for result in (out, *out.alternatives):
+        assert max(result.tokens) < 128
 
 
 SAMPLERS = [
@@ -479,16 +478,16 @@ def test_under_every_sampler_theirs_give_what_ours_give(lm, sampler):
 
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.5), transformers.TopKLogitsWarper(9)
     ours = ["repetition-penalty:penalty=1.5", "top-k:k=9"]
-    assert results([from_transformers(one) for one in theirs]) == results(ours)
+    assert results([from_transformers(processor) for processor in theirs]) == results(ours)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_out_of_and_back_into_transformers_is_the_same(theirs, name):
     for beams in (1, 3):
-        made = EVERYTHING[name]()
+        processor = EVERYTHING[name]()
         if name == "prefix":
-            made._num_beams = beams
-        want = run(theirs, [made], PROMPTS[:1], num_beams=beams)
+            processor._num_beams = beams
+        want = run(theirs, [processor], PROMPTS[:1], num_beams=beams)
         back = to_transformers(from_transformers(EVERYTHING[name]()), num_beams=beams)
         got = run(theirs, [back], PROMPTS[:1], num_beams=beams)
         assert got[0] == want[0]
@@ -500,7 +499,7 @@ def test_into_and_back_out_of_transformers_is_the_processor_itself():
     assert from_transformers(to_transformers(processor)) is processor
 
 
-# Those that remember earlier calls.
+# Processors that remember earlier calls.
 
 
 def synthid():
@@ -517,9 +516,9 @@ def guided(model):
 
 @pytest.mark.parametrize("negative", [[120, 121], [49], None])
 def test_guidance_here_and_in_transformers_is_the_same(theirs, lm, negative):
-    """On the same logits, at each step of a text, negative prompt or none."""
+    """On the same logits, at each step of a text, with and without a negative prompt."""
     ids = torch.tensor([negative]) if negative else None
-    its = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+    guidance = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(
         1.5, theirs, unconditional_ids=ids
     )
     spec = "cfg:scale=1.5" + (f",negative={negative}" if negative else "")
@@ -529,7 +528,7 @@ def test_guidance_here_and_in_transformers_is_the_same(theirs, lm, negative):
     for _ in range(8):
         with torch.no_grad():
             logits = theirs(torch.tensor([tokens])).logits[:, -1]
-            want = its(torch.tensor([tokens]), logits)
+            want = guidance(torch.tensor([tokens]), logits)
         got = process(logits, rows)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         tokens.append(int(want.argmax()))
@@ -553,7 +552,7 @@ def test_a_processor_with_state_gives_the_same_greedy_text(theirs, lm, name):
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("sampler", ["multinomial", "beam:width=3"])
 def test_state_follows_the_rows(theirs, lm, name, sampler):
-    """Each result has the probabilities that it has when its tokens alone are gone through."""
+    """Each result has the log-probabilities of a run over its tokens without other rows."""
     batch = lm.generate_batch(
         PROMPTS,
         sampler=sampler,
@@ -573,7 +572,7 @@ def test_state_follows_the_rows(theirs, lm, name, sampler):
 
 
 class EveryOther(transformers.LogitsProcessor):
-    """Lets its count of calls decide: state that transformers cannot know of."""
+    """Allows odd and even tokens in turns, by a count of its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -586,22 +585,22 @@ class EveryOther(transformers.LogitsProcessor):
 def test_stateful_keeps_a_users_own_state_for_each_row(lm):
     processor = from_transformers(EveryOther(), stateful=True)
     for out in lm.generate_batch(PROMPTS, sampler="beam:width=3", processors=[processor]):
-        assert all(token % 2 == place % 2 for place, token in enumerate(out.tokens))
+        assert all(token % 2 == index % 2 for index, token in enumerate(out.tokens))
 
 
 def test_functions_go_with_every_draft_and_state_not_with_guesses_through_it(lm):
     prompt = [97, 98, 97, 98, 97, 98]
     bias = transformers.SequenceBiasLogitsProcessor([[[97], 9.0], [[98], 9.0], [[97, 98], 5.0]])
-    own = from_transformers(EveryOther(), stateful=True)
-    for processor in (from_transformers(bias), Counting(weight=0.1), own):
+    stateful = from_transformers(EveryOther(), stateful=True)
+    for processor in (from_transformers(bias), Counting(weight=0.1), stateful):
         want = lm.generate(prompt, max_new_tokens=12, processors=[processor])
         got = lm.generate(prompt, max_new_tokens=12, processors=[processor], draft="lookup")
         assert got.tokens == want.tokens
-        if processor is not own:
+        if processor is not stateful:
             got = lm.generate(prompt, max_new_tokens=12, processors=[processor], draft=lm)
             assert got.tokens == want.tokens
     with pytest.raises(gptk.IncompatibleError, match="EveryOther keeps state"):
-        lm.generate(prompt, max_new_tokens=12, processors=[own], draft=lm)
+        lm.generate(prompt, max_new_tokens=12, processors=[stateful], draft=lm)
 
 
 def test_state_that_cannot_be_copied_is_refused_and_a_function_is_not_copied():
@@ -735,7 +734,7 @@ def test_stopping_criteria_that_need_scores_are_refused():
 
 
 def as_llama_cpp_calls(processors, ids, logits):
-    """New logits by the way llama-cpp-python takes: a field of its candidates, in place."""
+    """New logits as llama-cpp-python computes them: in place, in a field of its candidates."""
     fields = [("id", np.intc), ("logit", np.single), ("p", np.single)]
     candidates = np.recarray(shape=logits.shape, dtype=np.dtype(fields, align=True))
     candidates.logit[:] = logits

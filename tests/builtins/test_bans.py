@@ -27,7 +27,7 @@ def same(got, want):
 
 
 def by_row(theirs, scores, prompts, news):
-    """What a processor of transformers, made for a prompt's length, gives each row by itself."""
+    """What a processor of transformers, made for the row's prompt length, gives for each row."""
     return torch.cat(
         [
             theirs(len(prompt))(torch.tensor([prompt + new]), scores[row : row + 1].clone())
@@ -98,7 +98,7 @@ def test_suppress_tokens_is_transformers(scores, batch, tokens, begin):
 @given(scores=logits(), batch=batches(), words=SEQUENCES, eos=st.sampled_from([(), (7,), (3, 5)]))
 def test_bad_words_is_transformers(scores, batch, words, eos):
     if all(tuple(word) in {(token,) for token in eos} for word in words):
-        return  # transformers refuses a list of which nothing is left
+        return  # transformers refuses an empty list
     want = by_row(
         lambda start: transformers.NoBadWordsLogitsProcessor(words, list(eos)), scores, *batch
     )
@@ -139,7 +139,7 @@ def test_a_forced_first_token_is_transformers_forced_bos(scores, token):
     prompts = [[1], [2], [3]]
     for news in ([[], [], []], [[4], [5], []]):
         want = by_row(lambda start: theirs, scores, prompts, news)
-        want[scores == -torch.inf] = -torch.inf  # what was taken out, transformers brings back
+        want[scores == -torch.inf] = -torch.inf  # transformers unmasks masked tokens
         same(apply(f"forced-tokens:tokens={[token]}", scores, prompts, news), want)
 
 
@@ -377,8 +377,8 @@ def test_eos_that_the_model_lacks_is_passed_over():
 
 
 def test_every_processor_here_takes_an_instance_as_well():
-    one = create("processor", "no-repeat-ngram:size=2", gptk.LogitsProcessor)
-    a = LM.generate("x", processors=[one], max_new_tokens=20)
+    processor = create("processor", "no-repeat-ngram:size=2", gptk.LogitsProcessor)
+    a = LM.generate("x", processors=[processor], max_new_tokens=20)
     assert (
         a.tokens
         == LM.generate("x", processors=["no-repeat-ngram:size=2"], max_new_tokens=20).tokens

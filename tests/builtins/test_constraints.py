@@ -91,14 +91,14 @@ _atoms = st.sampled_from(
 )
 _few = st.one_of(_atoms, st.tuples(_atoms, _atoms).map(lambda two: f"(?:{two[0]}|{two[1]})"))
 _patterns = st.recursive(
-    # What repeats has no repetition in it: Python's search would take for ever.
+    # No nested repetitions: Python's search would take exponential time.
     st.tuples(_few, st.sampled_from(["", "?", "*", "+", "{2}", "{1,3}"])).map(
         lambda two: f"(?:{two[0]}){two[1]}"
     ),
     lambda inner: st.one_of(
         st.tuples(inner, inner).map("".join),
         st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})"),
-        inner.map(lambda one: f"(?:{one})?"),
+        inner.map(lambda pattern: f"(?:{pattern})?"),
     ),
     max_leaves=8,
 )
@@ -134,12 +134,12 @@ def test_a_token_of_many_bytes_is_allowed_only_if_the_text_can_still_match(smoll
         ends = set(smollm2.eos) & set(allowed)
         assert ends == (set(smollm2.eos) if regex.fullmatch(pattern, text) else set())
         assert processor.is_complete(tokens, walk.rows) == bool(ends)
-        some = allowed if len(allowed) < 50 else data.draw(st.sampled_from([allowed[:50]]))
-        for token in set(some) - ends:
+        tried = allowed if len(allowed) < 50 else data.draw(st.sampled_from([allowed[:50]]))
+        for token in set(tried) - ends:
             piece = smollm2.token_bytes(token)
             if piece.isascii():
                 assert regex.fullmatch(pattern, text + piece.decode(), partial=True)
-        go_on = [t for t in some if t not in ends and smollm2.token_bytes(t).isascii()]
+        go_on = [t for t in tried if t not in ends and smollm2.token_bytes(t).isascii()]
         if not go_on:
             break
         tokens.append(data.draw(st.sampled_from(go_on)))
@@ -168,7 +168,7 @@ def test_after_any_moves_a_row_is_as_if_it_had_come_straight_there(smollm2, name
     for _ in range(data.draw(st.integers(1, 10))):
         match data.draw(st.sampled_from(["extend", "extend", "wrong", "select", "rewind"])):
             case "extend":
-                # Where nothing is allowed, anything.
+                # If nothing is allowed, any token.
                 new = [
                     data.draw(st.sampled_from(walk.allowed(row)[:40] or [tokenizer.eos[0]]))
                     for row in range(len(texts))
@@ -530,7 +530,7 @@ def test_beam_ranks_choices_by_their_probability_under_the_constraint():
         max_new_tokens=8,
         n=7,
     )
-    got = [(one.text, one.score) for one in (out, *out.alternatives)]
+    got = [(result.text, result.score) for result in (out, *out.alternatives)]
     want = sorted(scores.items(), key=lambda pair: -pair[1])
     assert [text for text, _ in got] == [text for text, _ in want]
     assert [score for _, score in got] == pytest.approx([s for _, s in want], abs=1e-3)

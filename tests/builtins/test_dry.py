@@ -20,7 +20,7 @@ def dry(**options):
 
 
 def penalties(processor, tokens, tokenizer=None, size=VOCABULARY):
-    """What is taken off each token's logit after a row."""
+    """The penalty of each token after a row."""
     rows = gptk.Rows([tokens], tokenizer=tokenizer)
     return off(processor.start(rows)(torch.zeros(1, size), rows)[0])
 
@@ -29,7 +29,7 @@ def off(logits):
     return {token: -logits[token].item() for token in logits.nonzero()[:, 0].tolist()}
 
 
-# llama.cpp's tests/test-sampling.cpp: probabilities, options, and what comes of them.
+# llama.cpp's tests/test-sampling.cpp: probabilities, options, and the resulting probabilities.
 @pytest.mark.parametrize(
     ("vocabulary", "tokens", "multiplier", "base", "allowed", "breakers", "expected"),
     [
@@ -65,7 +65,7 @@ def unbroken(tokens, breakers):
 
 
 def by_definition(tokens, multiplier, base, allowed_length, penalty_last_n, sequence_breakers):
-    """Every token, every place it has stood at, every length of what came before there."""
+    """By trying every token, each of its positions, and every length of the tokens before it."""
     limit = unbroken(tokens, sequence_breakers)
     if penalty_last_n >= 0:
         tokens = tokens[len(tokens) - min(penalty_last_n, len(tokens)) :]
@@ -208,7 +208,7 @@ def test_rows_that_moved_are_as_rows_that_began_so(prompts, moves):
 
 
 class Anew(gptk.LogitsProcessor):
-    """DRY that begins anew at every step."""
+    """DRY that rebuilds its state at every step."""
 
     name = "anew"
 

@@ -41,7 +41,7 @@ def algorithm_1(probabilities, mu, m=100):
 
 
 def algorithm_2(probabilities, mu):
-    """How many are left: those less surprising than mu."""
+    """How many tokens are left: those less surprising than mu."""
     return max(1, sum(-math.log2(p) <= mu for p in probabilities))
 
 
@@ -51,11 +51,11 @@ ALGORITHMS = {1: algorithm_1, 2: algorithm_2}
 def distributions(steps=1, rows=1, vocabulary=50):
     """(steps, rows, vocabulary) logits without ties, from sharp to flat."""
 
-    def made(seed, scale):
+    def build(seed, scale):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(steps, rows, vocabulary, generator=generator) * scale
 
-    return st.builds(made, st.integers(0, 10_000), st.floats(0.2, 5))
+    return st.builds(build, st.integers(0, 10_000), st.floats(0.2, 5))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -129,19 +129,19 @@ def test_the_mean_surprise_comes_to_the_target(version, tau):
     looks=st.lists(st.integers(0, 3), min_size=8, max_size=8),
 )
 def test_what_is_rewound_never_happened(scores, version, looks):
-    """Before each token the rows look ahead, each as far as `looks` says, and go back."""
+    """Before each token the rows are extended by as many tokens as `looks` says, and rewound."""
     spec = f"mirostat:version={version},tau=1.5,eta=0.7"
     rows = Rows([[0], [1]])
-    looking, plain = estimate_of(spec, 2), estimate_of(spec, 2)
+    rewound, plain = estimate_of(spec, 2), estimate_of(spec, 2)
     for step, ahead in enumerate(looks):
         for more in range(ahead):
-            looking(scores[step + more + 3], rows)
-            looking.extend(scores[step + more].argmin(dim=-1, keepdim=True))
-        looking.rewind([ahead, ahead])
-        assert looking.mu == plain.mu
-        got = looking(scores[step], rows)
+            rewound(scores[step + more + 3], rows)
+            rewound.extend(scores[step + more].argmin(dim=-1, keepdim=True))
+        rewound.rewind([ahead, ahead])
+        assert rewound.mu == plain.mu
+        got = rewound(scores[step], rows)
         assert torch.equal(got, plain(scores[step], rows))
-        for estimate in (looking, plain):
+        for estimate in (rewound, plain):
             estimate.extend(got.argmax(dim=-1, keepdim=True))
 
 
@@ -166,15 +166,15 @@ def test_tokens_whose_distribution_was_not_seen_leave_the_estimate_as_it_is():
     estimate.extend(torch.tensor([[1, 2]]))
     assert estimate.mu == [[2.0, 2.0, 2.0]]
     estimate(scores, rows)
-    estimate.extend(torch.tensor([[1, 2]]))  # of several at a time the first was drawn from it
+    estimate.extend(torch.tensor([[1, 2]]))  # only the first one was drawn from the distribution
     moved = 2 - 0.5 * (-scores.log_softmax(-1)[0, 1].item() / math.log(2) - 1)
     assert estimate.mu[0][3:] == pytest.approx([moved, moved])
     estimate.extend(torch.tensor([[0]]))
     assert estimate.mu[0][-1] == estimate.mu[0][-2]
     estimate(scores, rows)
-    estimate.extend(torch.tensor([[3]]))  # taken out before, so it was not drawn from it
+    estimate.extend(torch.tensor([[3]]))  # masked before, so it was not drawn from it
     assert estimate.mu[0][-1] == estimate.mu[0][-2]
-    # What was seen after tokens that are gone is not what follows others.
+    # A distribution computed after tokens that were dropped does not apply to others.
     estimate(scores, rows)
     estimate.rewind([2])
     estimate.extend(torch.tensor([[1, 1]]))
@@ -182,12 +182,12 @@ def test_tokens_whose_distribution_was_not_seen_leave_the_estimate_as_it_is():
     assert len(set(estimate.mu[0][-4:])) == 1
 
 
-def test_select_copies_the_estimate_and_what_it_saw():
+def test_select_copies_the_estimate_and_its_distribution():
     scores = torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.5, 0.0]])
     surprises = (-scores.log_softmax(-1)[:, 1] / math.log(2)).tolist()
     rows = Rows([[0], [1]])
     estimate = estimate_of("mirostat:tau=1,eta=0.1", 2)
-    estimate.select([1, 0])  # before anything was seen
+    estimate.select([1, 0])  # before the first call
     estimate(scores, rows)
     estimate.extend(torch.tensor([[2], [0]]))
     estimate(scores, rows)
@@ -203,12 +203,12 @@ def test_select_copies_the_estimate_and_what_it_saw():
     assert [mu[-1] for mu in estimate.mu] == [before[0], *after[1:]]
 
 
-def test_select_copies_where_it_saw_it():
+def test_select_copies_the_position_of_the_distribution():
     scores = torch.tensor([[3.0, 2.0, 1.0]] * 2)
     estimate = estimate_of("mirostat:tau=1", 2)
     estimate.extend(torch.tensor([[0], [0]]))
     estimate(scores, Rows([[0], [1]]))
-    estimate.rewind([1, 0])  # row 0 is no longer where it was seen
+    estimate.rewind([1, 0])  # row 0 is no longer where the distribution was computed
     estimate.select([1, 0, 0])
     estimate.extend(torch.tensor([[1], [1], [1]]))
     assert [mu[-1] == mu[-2] for mu in estimate.mu] == [False, True, True]
@@ -225,10 +225,10 @@ def test_each_row_of_a_batch_has_its_own_estimate(version, batch, seed):
         "max_new_tokens": 10,
         "n": 2,
     }
-    for prompt, one in zip(unique, LM.generate_batch(unique, **asked), strict=True):
+    for prompt, batched in zip(unique, LM.generate_batch(unique, **asked), strict=True):
         alone = LM.generate(prompt, **asked)
-        assert one.tokens == alone.tokens
-        assert one.alternatives[0].tokens == alone.alternatives[0].tokens
+        assert batched.tokens == alone.tokens
+        assert batched.alternatives[0].tokens == alone.alternatives[0].tokens
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -242,11 +242,11 @@ def test_with_a_draft_the_text_is_the_same(version, draft):
     for seed in range(4):
         plain = LM.generate_batch([[1, 2, 1, 2], [3]], seed=seed, **asked)
         drafted = LM.generate_batch([[1, 2, 1, 2], [3]], seed=seed, draft=draft, **asked)
-        for one, other in zip(plain, drafted, strict=True):
-            assert one.tokens == other.tokens
-            assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-3)
-            for more, another in zip(one.alternatives, other.alternatives, strict=True):
-                assert more.tokens == another.tokens
+        for want, got in zip(plain, drafted, strict=True):
+            assert want.tokens == got.tokens
+            assert want.token_logprobs == pytest.approx(got.token_logprobs, abs=1e-3)
+            for other_want, other_got in zip(want.alternatives, got.alternatives, strict=True):
+                assert other_want.tokens == other_got.tokens
 
 
 @pytest.mark.parametrize("version", VERSIONS)

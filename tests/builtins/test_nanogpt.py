@@ -32,7 +32,7 @@ ARGUMENTS = {
 
 
 def oracle(*, bias: bool = True, vocab_size: int = 65, activation: str = "gelu") -> nn.Module:
-    """A random GPT-2 of transformers; without biases they are zero, which is the same."""
+    """A random GPT-2 of transformers; for a model without biases they are zero."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=vocab_size,
@@ -66,8 +66,8 @@ def nanogpt(model: nn.Module, *, bias: bool = True, prefix: str = "") -> dict[st
     return {
         "model": state,
         "optimizer": {
-            "state": {i: {"step": torch.tensor(5.0), "exp_avg": torch.zeros_like(one)}
-                      for i, one in enumerate(parameters)},
+            "state": {i: {"step": torch.tensor(5.0), "exp_avg": torch.zeros_like(p)}
+                      for i, p in enumerate(parameters)},
             "param_groups": [{"lr": 6e-4, "betas": (0.9, 0.95), "params": [0, 1]}],
         },
         "model_args": ARGUMENTS | {"bias": bias, "vocab_size": vocab_size},
@@ -112,7 +112,7 @@ def test_nanogpts_model_predicts_what_gpt2_with_its_gelu_predicts(bias, prefix, 
 def test_old_checkpoints_had_the_other_gelu(tmp_path):
     model = oracle(activation="gelu_new")
     found = nanogpt(model)
-    del found["model_args"]["bias"]  # nor could biases be left out
+    del found["model_args"]["bias"]  # from before nanoGPT had the option
     torch.save(found, tmp_path / "ckpt.pt")
     assert furthest(tmp_path / "ckpt.pt", model, gelu="tanh") < 1e-5
     assert furthest(tmp_path / "ckpt.pt", model) > 1e-5
@@ -203,10 +203,10 @@ def test_files_that_are_something_else_are_refused_and_nothing_is_run(tmp_path):
 def test_a_damaged_checkpoint_is_read_or_refused(data, whole_checkpoint, tmp_path):
     whole = whole_checkpoint
     end = data.draw(st.integers(0, len(whole)))
-    at = data.draw(st.integers(0, len(whole) - 1))
+    position = data.draw(st.integers(0, len(whole) - 1))
     path = tmp_path / "ckpt.pt"
     damaged = bytearray(whole)
-    damaged[at] ^= data.draw(st.integers(1, 255))
+    damaged[position] ^= data.draw(st.integers(1, 255))
     path.write_bytes(damaged[:end] if data.draw(st.booleans()) else damaged)
     with contextlib.suppress(gptk.SourceError):
         NanoGPT(path=str(path)).load()

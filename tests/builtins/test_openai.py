@@ -181,14 +181,14 @@ def write_bundle(
     file = b""
 
     def block(pairs: list[tuple[bytes, bytes]]) -> bytes:
-        """Add a block to the file; where it lies."""
+        """Add a block to the file; returns its position."""
         nonlocal file
         body, last, restarts = b"", b"", []
         for place, (key, value) in enumerate(pairs):
             shared = 0
             if place % 3:
                 shared = next(
-                    (at for at, (a, b) in enumerate(zip(key, last, strict=False)) if a != b),
+                    (i for i, (a, b) in enumerate(zip(key, last, strict=False)) if a != b),
                     min(len(key), len(last)),
                 )
             else:
@@ -201,7 +201,9 @@ def write_bundle(
         file += body + bytes([compression]) + masked_crc(body + bytes([compression]))
         return handle
 
-    blocks = [entries[at : at + keys_a_block] for at in range(0, len(entries), keys_a_block)]
+    blocks = [
+        entries[first : first + keys_a_block] for first in range(0, len(entries), keys_a_block)
+    ]
     handles = [(pairs[-1][0], block(pairs)) for pairs in blocks]
     footer = block([]) + block(handles)
     file += footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
@@ -300,16 +302,16 @@ def test_data_cut_short_are_refused_wherever_they_end(folder):
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt.data-00000-of-00001"])
 def test_a_damaged_file_is_refused_or_read_as_it_was(data, name, folder):
     whole = (DATA / "tiny" / name).read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    byte = data.draw(st.integers(0, 255).filter(lambda one: one != whole[at]))
-    (folder / name).write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+    position = data.draw(st.integers(0, len(whole) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != whole[position]))
+    (folder / name).write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
     state = None
     with contextlib.suppress(gptk.SourceError):
         state = OpenAI(path=str(folder)).load().state
     if state is not None:
         # In the index only the padding before the last eight bytes carries no checksum.
         assert name.endswith(".index")
-        assert len(whole) - 48 <= at < len(whole) - 8
+        assert len(whole) - 48 <= position < len(whole) - 8
         want = OpenAI(path=str(DATA / "tiny")).load().state
         assert all(torch.equal(state[key], tensor) for key, tensor in want.items())
 

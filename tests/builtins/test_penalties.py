@@ -25,17 +25,17 @@ def make(spec):
 
 
 def apply(spec, scores, prompts, news=None, eos=(EOS,)):
-    """What a processor makes of scores after prompts and, for each row, some new tokens."""
+    """A processor's result for scores after prompts and the new tokens of each row."""
     news = news or [[] for _ in prompts]
     rows = gptk.Rows(prompts, eos=eos)
     process = make(spec).start(rows)
-    moved = [rows, process] if isinstance(process, gptk.Follower) else [rows]
+    followers = [rows, process] if isinstance(process, gptk.Follower) else [rows]
     longest = max(map(len, news))
     if longest:
         padded = torch.tensor([new + [0] * (longest - len(new)) for new in news])
-        for one in moved:
-            one.extend(padded)
-            one.rewind([longest - len(new) for new in news])
+        for follower in followers:
+            follower.extend(padded)
+            follower.rewind([longest - len(new) for new in news])
     before = scores.clone()
     got = process(scores, rows)
     assert torch.equal(scores, before)
@@ -49,7 +49,7 @@ def logits(rows=3):
 
 
 def texts(max_size=14):
-    """Tokens of few kinds, so that they repeat themselves."""
+    """Texts of few different tokens, so that they repeat themselves."""
     return st.lists(st.integers(0, 7), max_size=max_size)
 
 
@@ -119,11 +119,11 @@ def test_masked_tokens_stay_masked(spec, scores, batch):
 @settings(max_examples=25)
 @given(scores=logits(), batch=batches(), shift=st.sampled_from([-8.0, 0.5, 16.0]))
 def test_a_shift_of_all_logits_makes_no_difference(spec, scores, batch, shift):
-    scores = scores + torch.linspace(0, 1e-2, VOCABULARY)  # ties are broken anew after a shift
+    scores = scores + torch.linspace(0, 1e-2, VOCABULARY)  # breaks ties
     got, shifted = (apply(spec, x, *batch).softmax(-1) for x in (scores, scores + shift))
-    some = ~got.isnan().any(dim=1)  # otherwise all tokens are taken out
-    torch.testing.assert_close(got[some], shifted[some], rtol=1e-4, atol=1e-5)
-    assert torch.equal(some, ~shifted.isnan().any(dim=1))
+    has_tokens = ~got.isnan().any(dim=1)  # otherwise all tokens are masked
+    torch.testing.assert_close(got[has_tokens], shifted[has_tokens], rtol=1e-4, atol=1e-5)
+    assert torch.equal(has_tokens, ~shifted.isnan().any(dim=1))
 
 
 @pytest.mark.parametrize(

@@ -80,18 +80,18 @@ def test_repetition_penalty_ignores_padding():
 LM = tiny_lm()
 SPECS = {
     name: f"{name}:{OPTIONS[name]}" if name in OPTIONS else name
-    for name, one in provided("processor").items()
-    if one.distribution.startswith("gptk ")
+    for name, processor in provided("processor").items()
+    if processor.distribution.startswith("gptk ")
 }
 BY_SIGN = {"repetition-penalty", "length-decay"}
-"""They look at the sign or the size of a logit, by their definitions."""
+"""By their definitions these depend on the sign or the size of a logit."""
 
 
 def shifts(spec, scores, shift, prompt):
-    """The distributions that a processor makes of logits, and of logits shifted."""
+    """The distributions after a processor, for logits and for shifted logits."""
     for moved in (scores, scores + shift):
         rows = Rows([prompt], seed=0, eos=(256,), tokenizer=LM.tokenizer, model=LM.model)
-        rows.extend(torch.tensor([[7, 9]]))  # so that what waits for new tokens has some
+        rows.extend(torch.tensor([[7, 9]]))  # so that processors that count new tokens have some
         process = processor(spec).start(rows)
         yield process(moved, rows).softmax(-1)
 

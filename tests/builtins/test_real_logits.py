@@ -25,7 +25,7 @@ PLACES = (1, 9, 25, 40, 60, -1)
 
 @pytest.fixture(scope="module")
 def real():
-    """The texts up to each place, and SmolLM2's logits after them, (places, vocab)."""
+    """The texts up to each position, and SmolLM2's logits after them, (positions, vocab)."""
     lm = gptk.load("smollm2", device="cpu", dtype="float32")
     tokens = lm.encode(TEXT)
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def test_truncations_equal_transformers(real, name):
 
 EOS = [2]
 WIDTH = 49_152
-# Each as gptk's spec and as transformers', made for the length of a row's prompt.
+# gptk's spec and the processor of transformers, built for the length of a row's prompt.
 OTHERS = {
     "temperature": (
         "temperature:temperature=0.7",
@@ -97,7 +97,7 @@ OTHERS = {
 
 
 def check_equal(spec, theirs, texts, logits, new):
-    """Equal to 1e-5 and of the same support, all rows in one call beside each by itself."""
+    """Equal within 1e-5 and with the same support: all rows in one call, and each row alone."""
     prompts = [text[: len(text) - min(new, len(text) - 1)] for text in texts]
     rows = gptk.Rows(texts, eos=tuple(EOS))
     rows.prompt_lengths = [len(prompt) for prompt in prompts]
@@ -105,7 +105,7 @@ def check_equal(spec, theirs, texts, logits, new):
     for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         want = theirs(len(prompt))(torch.tensor([text]), logits[row : row + 1].clone())[0]
         if "forced" in spec:
-            # A token that is due has the logit 0 in gptk; all of its probability is the same.
+            # A forced token has the logit 0 in gptk; its probability is 1 in both.
             got[row], want = got[row].log_softmax(-1), want.log_softmax(-1)
         assert torch.equal(got[row] == -torch.inf, want == -torch.inf)
         torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)

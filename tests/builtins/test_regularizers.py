@@ -1,8 +1,9 @@
-"""Regularizers: their formulas in float64, torch as a peer, and what strength 0 leaves alone."""
+"""Regularizers: their formulas in float64, torch as a peer, and no effect at strength 0."""
 
 import copy
 import functools
 import math
+import os
 
 import pytest
 import safetensors.torch
@@ -23,7 +24,7 @@ from toys import CONFIGS, GPT2_LIKE, LLAMA_LIKE, VOCABULARY
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """For tensors this small, several threads cost more than they bring on a busy machine."""
+    """For tensors this small, several threads are slower than one on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,8 +62,8 @@ def test_every_built_in_regularizer_is_tested_here():
 @given(st.data())
 def test_a_regularizer_is_made_again_from_its_spec(name, data):
     options = {key: data.draw(values) for key, values in OPTIONS[name].items()}
-    made = provided("regularizer")[name].item(**options)
-    assert regularizer(made.spec) == made
+    tested = provided("regularizer")[name].item(**options)
+    assert regularizer(tested.spec) == tested
 
 
 # --- A training step, as short as it can be
@@ -78,10 +79,10 @@ def backward(model, regularizers, inputs, targets, forward=None):
     """Gradients of the regularized loss, and that loss."""
     logits = (forward or (lambda ids: model.logits(model(ids))))(inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    for one in regularizers:
-        loss = one.loss(loss, logits, targets)
-    for one in regularizers:
-        loss = loss + one.penalty(model, logits, targets)
+    for regularizer in regularizers:
+        loss = regularizer.loss(loss, logits, targets)
+    for regularizer in regularizers:
+        loss = loss + regularizer.penalty(model, logits, targets)
     loss.backward()
     return loss.detach()
 
@@ -94,8 +95,8 @@ def optimizer_options(model, regularizers):
         for parameter in module.parameters(recurse=False):
             name = names[id(parameter)]
             mine = {}
-            for one in regularizers:
-                mine |= one.parameter_options(module, name, parameter)
+            for regularizer in regularizers:
+                mine |= regularizer.parameter_options(module, name, parameter)
             assert options.setdefault(name, mine) == mine
     return options
 
@@ -103,8 +104,8 @@ def optimizer_options(model, regularizers):
 def trained(config, regularizers, steps=3):
     """(losses, gradients of the last step, weights) of a small model after a few steps."""
     model = tiny_gpt(config).train()
-    for one in regularizers:
-        one.setup(model)
+    for regularizer in regularizers:
+        regularizer.setup(model)
     options = optimizer_options(model, regularizers)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -117,11 +118,11 @@ def trained(config, regularizers, steps=3):
         for _ in range(steps):
             optimizer.zero_grad()
             losses.append(backward(model, regularizers, *batch()))
-            for one in regularizers:
-                one.before_step(model)
+            for regularizer in regularizers:
+                regularizer.before_step(model)
             optimizer.step()
-            for one, state in zip(regularizers, states, strict=True):
-                one.after_step(model, state)
+            for regularizer, state in zip(regularizers, states, strict=True):
+                regularizer.after_step(model, state)
     gradients = {name: p.grad for name, p in parameters.items()}
     return torch.stack(losses), gradients, {n: p.detach() for n, p in parameters.items()}
 
@@ -160,9 +161,9 @@ def test_at_strength_zero_losses_gradients_and_weights_are_the_same_bits(name, c
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_at_strength_zero_nothing_is_computed_from_the_logits(name):
-    made, loss = regularizer(f"{name}:{ZERO[name]}"), torch.tensor(2.0)
-    assert made.loss(loss, None, None) is loss
-    assert made.penalty(None, None, None) == 0
+    tested, loss = regularizer(f"{name}:{ZERO[name]}"), torch.tensor(2.0)
+    assert tested.loss(loss, None, None) is loss
+    assert tested.penalty(None, None, None) == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"ema"}))
@@ -235,8 +236,8 @@ def test_a_penalty_on_logits_is_its_formula_in_float64_and_not_negative(
     name, formula, example, strength
 ):
     logits, targets = example
-    made = regularizer(f"{name}:strength={strength}")
-    got, gradient = value_and_gradient(lambda x: made.penalty(None, x, targets), logits)
+    tested = regularizer(f"{name}:strength={strength}")
+    got, gradient = value_and_gradient(lambda x: tested.penalty(None, x, targets), logits)
     want, wanted = value_and_gradient(lambda x: formula(x, strength), logits.double())
     assert got >= 0
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
@@ -253,8 +254,8 @@ def test_a_uniform_prediction_has_no_confidence_penalty(value, vocabulary):
 def test_a_penalty_stays_finite_where_probabilities_vanish():
     logits = torch.tensor([[[0.0, 1000.0, -1000.0]]], requires_grad=True)
     for name in ("confidence-penalty", "z-loss", "label-smoothing"):
-        made = regularizer(name)
-        value = made.penalty(None, logits, None) + made.loss(logits.sum(), logits, None)
+        tested = regularizer(name)
+        value = tested.penalty(None, logits, None) + tested.loss(logits.sum(), logits, None)
         (gradient,) = torch.autograd.grad(value, logits)
         assert value.isfinite()
         assert gradient.isfinite().all()
@@ -304,7 +305,7 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm(scale, max_norm):
         assert torch.equal(after, before)
     else:
         assert after.norm() <= max_norm * (1 + 1e-5)
-        # torch divides by the norm and 1e-6, which shows where the norm is not far above that.
+        # torch divides by norm + 1e-6, which makes a difference for small norms.
         want = max_norm / (float(before.norm()) + 1e-6)
         torch.testing.assert_close(after, before * min(want, 1), rtol=1e-5, atol=0)
 
@@ -331,10 +332,10 @@ def test_by_default_what_decays_is_what_decays_in_nanogpt(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @given(norms=st.booleans(), biases=st.booleans(), embeddings=st.booleans())
 def test_norms_biases_and_embeddings_decay_as_asked(config, norms, biases, embeddings):
-    made = provided("regularizer")["weight-decay"].item(
+    tested = provided("regularizer")["weight-decay"].item(
         norms=norms, biases=biases, embeddings=embeddings
     )
-    got = optimizer_options(tiny_gpt(config), [made])
+    got = optimizer_options(tiny_gpt(config), [tested])
     for name, options in got.items():
         want = True
         if name in ("embed.weight", "embed_positions.weight"):
@@ -402,16 +403,16 @@ def test_dropout_keeps_the_expected_value_at_each_of_its_places(p):
     inputs = batch(rows=1, time=4)[0]
 
     def draw(rows):
-        """What comes out at each place, of one input in so many rows."""
+        """What comes out at each place of dropout, for the same input in `rows` rows."""
         model(inputs.expand(rows, -1))
         embedded = seen["embedded"]
         x = tiny_gpt(GPT2_LIKE).embed(inputs).expand(rows, -1, -1).flatten(0, 1)
         with block.mlp.register_forward_pre_hook(lambda *_: (x,)):  # whatever attention adds
             added = block(x, rows, None, None) - seen["attended"]
         places = {"embedded": embedded, "attended": seen["attended"], "added": added}
-        return {name: one.view(rows, 4, -1) for name, one in places.items()}
+        return {name: values.view(rows, 4, -1) for name, values in places.items()}
 
-    want = {name: one[0] for name, one in draw(1).items()}
+    want = {name: values[0] for name, values in draw(1).items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.train()
@@ -437,14 +438,14 @@ def test_the_gradient_norm_is_torch_s():
 
 
 def walk(model, steps, regularizers, states, seed=0):
-    """Change the weights a little and let the regularizers see it, again and again."""
+    """Change the weights a little at each step, and call the regularizers' after_step."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        for one, state in zip(regularizers, states, strict=True):
-            one.after_step(model, state)
+        for regularizer, state in zip(regularizers, states, strict=True):
+            regularizer.after_step(model, state)
         yield model
 
 
@@ -463,39 +464,39 @@ def test_an_average_is_torch_s(config, warm, decay):
 
     model = tiny_gpt(config)
     peer = AveragedModel(model, multi_avg_fn=warming if warm else get_ema_multi_avg_fn(decay))
-    made = regularizer(f"ema:decay={decay},warm_start={str(warm).lower()}")
+    ema = regularizer(f"ema:decay={decay},warm_start={str(warm).lower()}")
     state = {}
-    assert made.averaged(state) is None
-    for _ in walk(model, 12, [made], [state]):
+    assert ema.averaged(state) is None
+    for _ in walk(model, 12, [ema], [state]):
         peer.update_parameters(model)
-        averaged = made.averaged(state)
+        averaged = ema.averaged(state)
         assert set(averaged) == {name for name, _ in model.named_parameters()}
         for name, want in averages_of(peer).items():
             assert torch.equal(averaged[name], want), name
 
 
 def test_an_average_is_its_formula_in_float64():
-    model, made, state = tiny_gpt(), regularizer("ema:decay=0.9,warm_start=false"), {}
+    model, ema, state = tiny_gpt(), regularizer("ema:decay=0.9,warm_start=false"), {}
     want = None
-    for _ in walk(model, 30, [made], [state]):
+    for _ in walk(model, 30, [ema], [state]):
         now = model.embed.weight.detach().double()
         want = now if want is None else 0.9 * want + 0.1 * now
     torch.testing.assert_close(
-        made.averaged(state)["embed.weight"].double(), want, rtol=1e-6, atol=1e-6
+        ema.averaged(state)["embed.weight"].double(), want, rtol=1e-6, atol=1e-6
     )
     assert int(state["updates"]) == 30
 
 
 def test_a_decay_of_zero_is_the_weights_themselves():
-    model, made, state = tiny_gpt(), regularizer("ema:decay=0"), {}
-    for _ in walk(model, 3, [made], [state]):
+    model, ema, state = tiny_gpt(), regularizer("ema:decay=0"), {}
+    for _ in walk(model, 3, [ema], [state]):
         for name, weight in model.named_parameters():
-            assert torch.equal(made.averaged(state)[name], weight)
-    kept = {name: one.clone() for name, one in made.averaged(state).items()}
+            assert torch.equal(ema.averaged(state)[name], weight)
+    kept = {name: average.clone() for name, average in ema.averaged(state).items()}
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    for name, average in made.averaged(state).items():
+    for name, average in ema.averaged(state).items():
         assert torch.equal(average, kept[name])  # an average shares no memory with the weights
 
 
@@ -518,9 +519,9 @@ def test_a_warm_start_forgets_the_first_weights():
 @settings(max_examples=10)
 @given(st.integers(1, 15), st.booleans())
 def test_an_average_goes_on_bit_for_bit_from_its_state(stop, warm):
-    made = regularizer(f"ema:decay=0.97,warm_start={str(warm).lower()}")
+    ema = regularizer(f"ema:decay=0.97,warm_start={str(warm).lower()}")
     model, unbroken, broken = tiny_gpt(), {}, {}
-    for step, _ in enumerate(walk(model, 16, [made, made], [unbroken, broken]), start=1):
+    for step, _ in enumerate(walk(model, 16, [ema, ema], [unbroken, broken]), start=1):
         if step == stop:
             saved = safetensors.torch.save(broken)
             broken.clear()
@@ -571,20 +572,22 @@ def train_in_part(rank, count, folder):
         optimizer.zero_grad()
         backward(model, regularizers, inputs, targets, forward)
         figures = {}
-        for one in regularizers:
-            figures |= one.before_step(model) or {}
+        for built in regularizers:
+            figures |= built.before_step(model) or {}
         assert not hasattr(figures["grad_norm"], "full_tensor")
         norms.append(float(figures["grad_norm"]))
         optimizer.step()
-        for one, state in zip(regularizers, states, strict=True):
-            one.after_step(model, state)
+        for built, state in zip(regularizers, states, strict=True):
+            built.after_step(model, state)
     averaged = regularizers[-1].averaged(states[-1])
     if count > 1:
-        assert all(hasattr(one, "full_tensor") for one in averaged.values())
-        averaged = {name: one.full_tensor() for name, one in averaged.items()}
+        assert all(hasattr(average, "full_tensor") for average in averaged.values())
+        averaged = {name: average.full_tensor() for name, average in averaged.items()}
         dist.destroy_process_group()
     name = f"{folder}/{rank}-of-{count}"
     safetensors.torch.save_file(averaged | {"norms": torch.tensor(norms)}, name)
+    if count > 1:
+        os._exit(0)  # gloo's threads may outlive the interpreter, and then abort the process
 
 
 def test_sharded_over_two_processes_a_run_is_that_of_one(tmp_path):

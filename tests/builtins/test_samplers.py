@@ -15,7 +15,7 @@ from gptk.testing import batches, logits, prompts, tiny_lm
 from toys import LLAMA_LIKE
 
 LM = tiny_lm()
-# Of all others tests/test_matrix.py shows as much.
+# tests/decoding/test_matrix.py covers the other samplers.
 SPECS = {
     "greedy": "greedy",
     "multinomial": "multinomial:temperature=0.8",
@@ -25,8 +25,8 @@ SPECS = {
 }
 
 EVERY = {
-    name: f"{name}:{one.item.example}" if one.item.example else name
-    for name, one in provided("sampler").items()
+    name: f"{name}:{sampler.item.example}" if sampler.item.example else name
+    for name, sampler in provided("sampler").items()
 }
 
 
@@ -35,7 +35,7 @@ def rows_of(tokens, seed=0):
 
 
 def result(out):
-    return [(one.tokens, one.finish_reason) for one in (out, *out.alternatives)]
+    return [(g.tokens, g.finish_reason) for g in (out, *out.alternatives)]
 
 
 @pytest.mark.parametrize("spec", SPECS.values())
@@ -66,7 +66,7 @@ def test_equal_seeds_give_equal_texts_and_samples_differ(spec):
     out = LM.generate([1, 2, 3], sampler=spec, n=4, seed=7, max_new_tokens=10)
     again = LM.generate([1, 2, 3], sampler=spec, n=4, seed=7, max_new_tokens=10)
     assert result(out) == result(again)
-    assert len({tuple(one.tokens) for one in (out, *out.alternatives)}) > 1
+    assert len({tuple(g.tokens) for g in (out, *out.alternatives)}) > 1
     first = LM.generate([1, 2, 3], sampler=spec, n=1, seed=7, max_new_tokens=10)
     assert first.tokens == out.tokens
     assert LM.generate([1, 2, 3], sampler=spec, seed=8, max_new_tokens=10).tokens != out.tokens
@@ -87,7 +87,7 @@ def test_multinomial_never_draws_a_masked_token(scores, seed):
 
 @pytest.mark.parametrize("spec", ["multinomial", "top-k:k=4", "top-p:p=0.75"])
 def test_draws_follow_the_distribution(spec):
-    """A chi-squared test of 20,000 draws, each from the first number of a stream of its own."""
+    """A chi-squared test of 20,000 draws, each with the first number of its own stream."""
     scores = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, 0.5, -torch.inf, -3.0])
     sampler = create("sampler", spec, Sampler)
     rows = rows_of([[i] for i in range(20_000)])
@@ -135,7 +135,7 @@ def test_beam_of_full_width_finds_the_likeliest_sequence(prompt):
         scores = LM.model.logits(LM.model(rows[:, :-1]))[:, -3:, :6].log_softmax(-1)
     sums = scores.gather(2, ids[:, :, None])[:, :, 0].sum(1)
     best = sums.topk(5)
-    got = [one.score * 3 for one in (out, *out.alternatives)]
+    got = [g.score * 3 for g in (out, *out.alternatives)]
     assert got == pytest.approx(best.values.tolist(), abs=1e-4)
     assert out.tokens == ids[best.indices[0]].tolist()
 
@@ -146,18 +146,16 @@ def test_one_beam_is_greedy(batch, penalty):
     chosen = {"processors": [penalty] if penalty else [], "max_new_tokens": 16}
     greedy = LM.generate_batch(batch, **chosen)
     for spec in ("beam:width=1", "diverse-beam:width=1,beam_groups=1"):
-        for one, other in zip(
-            LM.generate_batch(batch, sampler=spec, **chosen), greedy, strict=True
-        ):
-            assert result(one) == result(other)
-            assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-4)
+        for got, want in zip(LM.generate_batch(batch, sampler=spec, **chosen), greedy, strict=True):
+            assert result(got) == result(want)
+            assert got.token_logprobs == pytest.approx(want.token_logprobs, abs=1e-4)
 
 
 def test_beam_results_come_best_first_and_are_distinct():
     out = LM.generate([1, 2, 3], sampler="beam:width=4", n=4, max_new_tokens=8)
     every = [out, *out.alternatives]
-    assert len(every) == len({tuple(one.tokens) for one in every}) == 4
-    assert [one.score for one in every] == sorted((one.score for one in every), reverse=True)
+    assert len(every) == len({tuple(g.tokens) for g in every}) == 4
+    assert [g.score for g in every] == sorted((g.score for g in every), reverse=True)
 
 
 def test_more_results_than_a_sampler_can_give_are_refused():
@@ -183,7 +181,7 @@ def test_a_sampler_in_ten_lines():
 
 
 class Only(LogitsProcessor):
-    """Leaves the tokens that each step of a plan has, by rows' new tokens; then nothing."""
+    """Allows only the tokens of a plan, by the number of new tokens; none after its end."""
 
     name = "only"
     plan: tuple[tuple[int, ...], ...]
@@ -218,9 +216,9 @@ def test_a_dead_end_loses_nothing(spec):
     with pytest.raises(DecodingError, match="after 1 new tokens of prompt 2"):
         list(stream)
     stream.interrupt()
-    one, two = stream.results
-    assert (two.tokens, two.finish_reason) == ([5], "interrupted")
-    assert one.tokens == LM.generate([3, 4], **settings).tokens[:1] or "beam" in spec
+    first, second = stream.results
+    assert (second.tokens, second.finish_reason) == ([5], "interrupted")
+    assert first.tokens == LM.generate([3, 4], **settings).tokens[:1] or "beam" in spec
 
 
 def test_a_beam_that_is_stuck_leaves_finished_results():
@@ -240,7 +238,7 @@ def test_a_sampler_that_takes_a_masked_token_is_told_so():
 
 
 class NoNumbers(LogitsProcessor):
-    """0 / 0."""
+    """All logits become NaN."""
 
     name = "no-numbers"
 
@@ -266,7 +264,7 @@ def test_a_damaged_models_logits_are_named(spec):
 
 
 class Recorder(gptk.Follower):
-    """Follower and process in one: checks that it was told of every move."""
+    """A follower and process that checks that it was told of every move."""
 
     def __init__(self, rows):
         self.tokens = [list(r[m]) for r, m in zip(rows.tokens, rows.mask, strict=True)]

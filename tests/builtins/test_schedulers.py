@@ -1,4 +1,4 @@
-"""LR schedulers: the properties all of them have, and torch, transformers and nanoGPT as peers."""
+"""LR schedulers: the properties that all have, and torch, transformers and nanoGPT as peers."""
 
 import itertools
 import json
@@ -21,8 +21,8 @@ def scheduler(spec):
     return create("scheduler", spec, gptk.LRScheduler)
 
 
-def rates(made, total_steps):
-    return [made(step, total_steps) for step in range(total_steps)]
+def rates(schedule, total_steps):
+    return [schedule(step, total_steps) for step in range(total_steps)]
 
 
 # --- What all have in common
@@ -90,10 +90,10 @@ def schedulers(draw, names=tuple(OPTIONS)):
 TOTAL = st.integers(1, 130)
 
 
-def warmup_in(made, total_steps):
+def warmup_in(schedule, total_steps):
     """Steps of warmup in a run: those with `warmup` in their name take half of it at most."""
-    capped = "warmup" in made.name
-    return min(made.warmup, total_steps // 2) if capped else made.warmup
+    capped = "warmup" in schedule.name
+    return min(schedule.warmup, total_steps // 2) if capped else schedule.warmup
 
 
 def test_every_built_in_scheduler_is_tested_here():
@@ -101,30 +101,30 @@ def test_every_built_in_scheduler_is_tested_here():
 
 
 @given(schedulers(), TOTAL)
-def test_a_factor_is_from_0_to_1_and_steps_past_the_end_have_the_last_one(made, total):
-    got = rates(made, total)
+def test_a_factor_is_from_0_to_1_and_steps_past_the_end_have_the_last_one(schedule, total):
+    got = rates(schedule, total)
     assert all(0 <= rate <= 1 for rate in got)
-    assert made(total, total) == made(total + 7, total) == got[-1]
+    assert schedule(total, total) == schedule(total + 7, total) == got[-1]
 
 
 @given(schedulers(), TOTAL)
-def test_warmup_begins_above_zero_and_never_falls(made, total):
-    warmup = warmup_in(made, total)
-    rising = rates(made, total)[: warmup + 1]
+def test_warmup_begins_above_zero_and_never_falls(schedule, total):
+    warmup = warmup_in(schedule, total)
+    rising = rates(schedule, total)[: warmup + 1]
     assert all(a <= b for a, b in itertools.pairwise(rising))
-    # In equal rises, of which the first step has one.
+    # It rises by equal amounts, from 0 before the first step.
     assert rising == pytest.approx([rising[0] * (n + 1) for n in range(len(rising))], rel=1e-12)
-    if made.name not in ("one-cycle", "torch") and warmup < total:
+    if schedule.name not in ("one-cycle", "torch") and warmup < total:
         assert rising[-1] == 1
 
 
 @given(schedulers([name for name in OPTIONS if name != "torch"]), TOTAL)
-def test_no_step_is_steeper_than_the_formula_anywhere(made, total):
-    """So there is no jump where warmup, plateau and decay meet."""
-    warmup = warmup_in(made, total)
+def test_no_step_is_steeper_than_the_formula_anywhere(schedule, total):
+    """Hence no jump where warmup, plateau and decay meet."""
+    warmup = warmup_in(schedule, total)
     n = max(total - warmup - 1, 1)  # steps from the first one after warmup to the last
-    fall = 1 - getattr(made, "floor", 0)
-    match made.name:
+    fall = 1 - getattr(schedule, "floor", 0)
+    match schedule.name:
         case "constant":
             steepest = 0
         case "linear":
@@ -132,57 +132,57 @@ def test_no_step_is_steeper_than_the_formula_anywhere(made, total):
         case "cosine" | "warmup-cosine":
             steepest = fall * math.pi / 2 / n
         case "polynomial":
-            steepest = fall * (made.power / n if made.power >= 1 else n**-made.power)
+            steepest = fall * (schedule.power / n if schedule.power >= 1 else n**-schedule.power)
         case "inverse-sqrt":
-            scale = made.timescale or (made.warmup + 1 if made.warmup else 10_000)
+            scale = schedule.timescale or (schedule.warmup + 1 if schedule.warmup else 10_000)
             steepest = 1 - math.sqrt(scale / (scale + 1))
         case "one-cycle":
-            peak = max(made.rise * (n + 1) - 1, 0)
+            peak = max(schedule.rise * (n + 1) - 1, 0)
             steepest = math.pi / 2 / max(min(peak or n, n - peak), 1e-9)
         case "warmup-stable-decay":
-            steps = min(max(round(made.decay * total), 1), n)
+            steps = min(max(round(schedule.decay * total), 1), n)
             slope = {"linear": 1, "cosine": math.pi / 2, "sqrt": math.sqrt(steps)}
-            steepest = fall * slope[made.shape] / steps
-    got = rates(made, total)
-    in_warmup = made.factor(0, n + 1) / (warmup + 1)
+            steepest = fall * slope[schedule.shape] / steps
+    got = rates(schedule, total)
+    in_warmup = schedule.factor(0, n + 1) / (warmup + 1)
     for before, after in itertools.pairwise(got):
         assert abs(after - before) <= max(steepest, in_warmup) + 1e-12
 
 
 @given(schedulers(FALLING), TOTAL)
-def test_after_the_peak_it_never_rises_and_the_last_step_has_the_floor_exactly(made, total):
-    warmup = warmup_in(made, total)
+def test_after_the_peak_it_never_rises_and_the_last_step_has_the_floor_exactly(schedule, total):
+    warmup = warmup_in(schedule, total)
     assume(warmup < total)
-    got = rates(made, total)[warmup:]
+    got = rates(schedule, total)[warmup:]
     assert got[0] == 1
     assert all(a >= b for a, b in itertools.pairwise(got))
     if len(got) > 1:
-        assert got[-1] == made.floor
+        assert got[-1] == schedule.floor
 
 
 @given(schedulers(["one-cycle"]), st.integers(2, 130))
 @example(provided("scheduler")["one-cycle"].item(rise=1 - 2**-53), 100)
-def test_one_cycle_ends_at_its_last_rate_exactly(made, total):
-    got = rates(made.model_copy(update={"warmup": 0}), total)
-    assert got[-1] == 1 / made.start_divisor / made.final_divisor
-    if made.rise * total > 1:
-        assert got[0] == pytest.approx(1 / made.start_divisor, rel=1e-12)
+def test_one_cycle_ends_at_its_last_rate_exactly(schedule, total):
+    got = rates(schedule.model_copy(update={"warmup": 0}), total)
+    assert got[-1] == 1 / schedule.start_divisor / schedule.final_divisor
+    if schedule.rise * total > 1:
+        assert got[0] == pytest.approx(1 / schedule.start_divisor, rel=1e-12)
 
 
 @given(schedulers(), TOTAL, st.data())
-def test_a_resumed_run_goes_on_with_the_same_numbers(made, total, data):
-    unbroken = rates(made, total)
+def test_a_resumed_run_goes_on_with_the_same_numbers(schedule, total, data):
+    unbroken = rates(schedule, total)
     resumed_at = data.draw(st.integers(0, total - 1))
-    fresh = scheduler(made.spec)
+    fresh = scheduler(schedule.spec)
     assert [fresh(step, total) for step in range(resumed_at, total)] == unbroken[resumed_at:]
-    backwards = scheduler(made.spec)
+    backwards = scheduler(schedule.spec)
     assert [backwards(step, total) for step in reversed(range(total))] == unbroken[::-1]
 
 
 @given(schedulers())
-def test_a_scheduler_is_made_again_from_its_spec(made):
-    made(5, 10)  # being used does not change it
-    assert scheduler(made.spec) == made
+def test_a_scheduler_is_made_again_from_its_spec(schedule):
+    schedule(5, 10)  # calls do not change it
+    assert scheduler(schedule.spec) == schedule
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -208,19 +208,19 @@ def test_the_default_warmup_is_100_steps_and_half_of_a_short_run(name, total):
 
 
 def torch_rates(make, steps):
-    """What a torch scheduler makes of a learning rate of 1, used as it is meant to be."""
+    """The rates of a torch scheduler for a learning rate of 1, stepped after the optimizer."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
-    made = make(optimizer)
+    schedule = make(optimizer)
     got = []
     for _ in range(steps):
         got.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        made.step()
+        schedule.step()
     return got
 
 
 def transformers_rates(make, steps, **options):
-    """What a schedule of transformers gives for those steps."""
+    """The rates of a schedule of transformers for these steps."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     factor = make(optimizer, **options).lr_lambdas[0]
     return [factor(step) for step in steps]
@@ -250,8 +250,8 @@ def test_polynomial_is_torch_s(power, total):
 @settings(max_examples=50)
 @given(st.floats(0.05, 0.95), st.floats(1, 100), st.floats(1, 1e6), st.integers(2, 130))
 def test_one_cycle_is_torch_s(rise, start, final, total):
-    # Where rise · steps is below 1 torch begins behind its peak, before step 0, gptk with it; at
-    # 1 torch divides by zero.
+    # With rise · steps below 1 the peak of torch is before step 0, that of gptk at step 0; with
+    # exactly 1 torch divides by zero.
     assume(rise * total > 1)
     want = torch_rates(
         lambda o: lr_scheduler.OneCycleLR(
@@ -264,8 +264,8 @@ def test_one_cycle_is_torch_s(rise, start, final, total):
 
 
 # transformers begins its warmup with a step of rate 0, and would reach the floor one step after
-# the last. So its step n + 1 with a warmup of w + 1 is our step n with w, and after the peak a
-# schedule for steps - 1 there is ours for steps.
+# the last. So its step n + 1 with a warmup of w + 1 equals gptk's step n with w, and after the peak
+# its schedule for steps - 1 equals gptk's for steps.
 WARMUP = st.integers(0, 60)
 
 
@@ -326,15 +326,17 @@ def test_warmup_cosine_is_nanogpt_s(warmup, after, floor):
 def test_inverse_sqrt_is_transformers(warmup, after, timescale):
     total = warmup + after
     options = {} if timescale is None else {"timescale": timescale}
-    made = scheduler(gptk.plugins.find("scheduler", "inverse-sqrt").item(warmup=warmup, **options))
-    shift = 1 if warmup else 0  # without warmup there is no step of rate 0 to leave out
+    schedule = scheduler(
+        gptk.plugins.find("scheduler", "inverse-sqrt").item(warmup=warmup, **options)
+    )
+    shift = 1 if warmup else 0  # without warmup there is no step of rate 0 to skip
     want = transformers_rates(
         transformers.get_inverse_sqrt_schedule,
         range(shift, total + shift),
         num_warmup_steps=warmup + shift,
         timescale=timescale,
     )
-    assert rates(made, total) == pytest.approx(want, abs=1e-12)
+    assert rates(schedule, total) == pytest.approx(want, abs=1e-12)
 
 
 @given(st.integers(1, 4000), st.integers(0, 100_000))
@@ -371,9 +373,9 @@ def test_warmup_stable_decay_is_transformers(warmup, after, decay, shape):
 
 @given(st.integers(60, 200), st.integers(1, 300))
 def test_until_its_decay_a_stable_schedule_knows_nothing_of_the_run_s_length(total, longer):
-    made = scheduler("warmup-stable-decay:warmup=20,decay=0.1")
+    schedule = scheduler("warmup-stable-decay:warmup=20,decay=0.1")
     stable = total - 1 - round(0.1 * total)
-    assert rates(made, total)[:stable] == rates(made, total + longer)[:stable]
+    assert rates(schedule, total)[:stable] == rates(schedule, total + longer)[:stable]
 
 
 # --- torch's schedulers
@@ -402,7 +404,7 @@ def test_every_scheduler_of_torch_is_tested_here_or_refused():
 @pytest.mark.parametrize("name", TORCH)
 def test_a_scheduler_of_torch_gives_what_it_gives_by_itself(name):
     want = torch_rates(lambda o: made_by_torch(name, TORCH[name], o), 100)
-    # The very same numbers, but for 1.00000000000003, to which CosineAnnealingLR is rounded.
+    # Exactly the same numbers, except that CosineAnnealingLR rounds one to 1.00000000000003.
     assert rates(adapted(name), 100) == [min(rate, 1.0) for rate in want]
 
 
@@ -413,16 +415,23 @@ def test_no_warning_of_torch_is_seen(name):
 
 
 def test_the_spec_of_the_documentation():
-    made = scheduler(r'torch:scheduler=StepLR,options="{\"step_size\": 30, \"gamma\": 0.5}"')
-    assert made == torch_schedulers.Torch(
+    schedule = scheduler(r'torch:scheduler=StepLR,options="{\"step_size\": 30, \"gamma\": 0.5}"')
+    assert schedule == torch_schedulers.Torch(
         scheduler="StepLR", options={"step_size": 30, "gamma": 0.5}
     )
-    assert [made(step, 100) for step in (0, 29, 30, 59, 60, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.125]
+    assert [schedule(step, 100) for step in (0, 29, 30, 59, 60, 99)] == [
+        1,
+        1,
+        0.5,
+        0.5,
+        0.25,
+        0.125,
+    ]
 
 
 def test_warmup_comes_before_a_scheduler_of_torch():
-    made = torch_schedulers.Torch(scheduler="StepLR", options={"step_size": 2}, warmup=3)
-    assert rates(made, 7) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1])
+    schedule = torch_schedulers.Torch(scheduler="StepLR", options={"step_size": 2}, warmup=3)
+    assert rates(schedule, 7) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.1, 0.1])
 
 
 def test_each_step_of_torch_is_taken_once(monkeypatch):
@@ -431,12 +440,12 @@ def test_each_step_of_torch_is_taken_once(monkeypatch):
     monkeypatch.setattr(
         lr_scheduler.ExponentialLR, "step", lambda self, *a: (steps.append(1), real(self, *a))
     )
-    made = torch_schedulers.Torch(scheduler="ExponentialLR", options={"gamma": 0.999})
+    schedule = torch_schedulers.Torch(scheduler="ExponentialLR", options={"gamma": 0.999})
     for step in [250, 3, 299, 0, *range(300)]:
-        made(step, 300)
+        schedule(step, 300)
     assert len(steps) == 300
-    # Of a long run no more than the first steps are looked at ahead of time.
-    made(0, 10**9)
+    # Of a long run only the first steps are computed ahead.
+    schedule(0, 10**9)
     assert len(steps) == torch_schedulers.LOOK_AHEAD + 1
 
 
@@ -482,9 +491,9 @@ def test_what_cannot_be_a_schedule_is_refused_in_one_line(name, options, error, 
     ],
 )
 def test_a_run_that_would_fail_later_is_refused_at_its_first_step(name, options, message):
-    made = torch_schedulers.Torch(scheduler=name, options=options)
+    schedule = torch_schedulers.Torch(scheduler=name, options=options)
     with pytest.raises(gptk.OptionError, match=message):
-        made(0, 1000)
+        schedule(0, 1000)
 
 
 def test_options_are_json_only():

@@ -1,4 +1,4 @@
-"""Strategies beside direct transcriptions of their papers, on small models without any cache."""
+"""Strategies against direct transcriptions of their papers, on small models without a cache."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ def everything(out):
 
 
 def close_scores(outs, model, prompt):
-    """token_logprobs are those of a teacher-forced pass."""
+    """Check that token_logprobs are those of a teacher-forced pass."""
     for out in outs:
         logits = states(model, [*prompt, *out.tokens])[1].log_softmax(-1)
         want = [logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(out.tokens)]
@@ -108,8 +108,8 @@ def test_diverse_beam_search_is_the_papers(width, groups, diversity, prompt):
     sampler = f"diverse-beam:width={width},beam_groups={groups},diversity={diversity}"
     out = LM.generate(prompt, sampler=sampler, n=width, max_new_tokens=4, ignore_eos=True)
     want = diverse_beams(LM.model, prompt, width, groups, diversity, 4)
-    assert [tuple(one.tokens) for one in everything(out)] == [tokens for tokens, _ in want]
-    scores = [one.score for one in everything(out)]
+    assert [tuple(result.tokens) for result in everything(out)] == [tokens for tokens, _ in want]
+    scores = [result.score for result in everything(out)]
     assert scores == pytest.approx([score / 4 for _, score in want], abs=1e-4)
 
 
@@ -119,7 +119,9 @@ def test_one_group_is_beam_search_and_many_are_diverse():
     one_group = LM.generate([1, 2], sampler="diverse-beam:width=4,beam_groups=1", **chosen)
     assert [o.tokens for o in everything(one_group)] == [o.tokens for o in everything(beam)]
     diverse = "diverse-beam:width=4,beam_groups=4,diversity=100"
-    firsts = [one.tokens[0] for one in everything(LM.generate([1, 2], sampler=diverse, **chosen))]
+    firsts = [
+        result.tokens[0] for result in everything(LM.generate([1, 2], sampler=diverse, **chosen))
+    ]
     assert len(set(firsts)) == 4
 
 
@@ -151,11 +153,11 @@ def dola(model, tokens, layers, alpha):
             )
         else:
             x = x + model.embed_positions(torch.arange(len(tokens)))
-        at = [x[0]]
+        hidden = [x[0]]
         for block in model.blocks:
-            at.append(block(at[-1], 1, rope, None))
-        q_n = model.logits(model.norm(at[-1]))[-1].double().softmax(-1)
-        qs = {j: model.logits(at[j])[-1].double().softmax(-1) for j in layers}
+            hidden.append(block(hidden[-1], 1, rope, None))
+        q_n = model.logits(model.norm(hidden[-1]))[-1].double().softmax(-1)
+        qs = {j: model.logits(hidden[j])[-1].double().softmax(-1) for j in layers}
 
     def jsd(p, q):
         m = (p + q) / 2
@@ -206,7 +208,7 @@ def test_dola_names_the_layers_there_are():
 
 
 def perturbed(model, prompt, seed, steps):
-    """Kool et al. 2019, section 3: G of every sequence there is, top-down, in float64."""
+    """Kool et al. 2019, section 3: G of all sequences, computed top-down, in float64."""
     stream = RandomStream.of(seed, prompt)
     level = {(): (0.0, -math.log(-math.log(stream.uniform(0, 1))))}
     for _ in range(steps):
@@ -232,8 +234,10 @@ def test_stochastic_beams_are_the_largest_perturbed_sequences_of_all(seed, width
     want = sorted(everywhere.items(), key=lambda item: item[1], reverse=True)[:width]
     sampler = f"stochastic-beam:width={width}"
     out = TINY.generate(prompt, sampler=sampler, n=width, seed=seed, max_new_tokens=3)
-    assert [tuple(one.tokens) for one in everything(out)] == [tokens for tokens, _ in want]
-    assert [one.score for one in everything(out)] == pytest.approx([g for _, g in want], abs=1e-3)
+    assert [tuple(result.tokens) for result in everything(out)] == [tokens for tokens, _ in want]
+    assert [result.score for result in everything(out)] == pytest.approx(
+        [g for _, g in want], abs=1e-3
+    )
     close_scores(everything(out), TINY.model, prompt)
 
 
@@ -261,12 +265,12 @@ def test_stochastic_beams_are_drawn_without_replacement_at_the_right_rates():
     )
     counted = Counter()
     for out in outs:
-        found = [tuple(one.tokens) for one in everything(out)]
+        found = [tuple(result.tokens) for result in everything(out)]
         assert len(set(found)) == width
         counted.update(found)
-    # Each count is a sum of `runs` draws of yes or no; 24 of them vary freely.
+    # Each count is a sum of `runs` Bernoulli variables; 24 of the counts vary freely.
     value = sum((counted[s] - runs * p) ** 2 / (runs * p * (1 - p)) for s, p in inclusion.items())
-    assert value < 25 * 2.2  # 1 in 10,000 for as many squares of normal numbers
+    assert value < 25 * 2.2  # exceeded with probability 1e-4 by as many squared normal variables
 
 
 # --- beam sampling, best of n -------------------------------------------------------------------
@@ -285,7 +289,7 @@ def test_one_beam_draws_from_the_distribution():
         [[1, 2]] * runs, sampler="beam-sample:width=1", seed=0, max_new_tokens=1, ignore_eos=True
     )
     counted = Counter(out.tokens[0] for out in outs)
-    # Of two candidates drawn the likelier goes on: chances of a pair, either order.
+    # Two candidates are drawn and the likelier goes on: the probability of a pair, in either order.
     p = logprobs(TINY.model, [1, 2]).exp().tolist()
     want = Counter()
     for i, j in itertools.permutations(range(5), 2):
@@ -300,14 +304,14 @@ def test_one_beam_draws_from_the_distribution():
 def test_best_of_n_is_the_best_of_the_samples(base):
     chosen = {"seed": 4, "max_new_tokens": 10}
     samples = everything(LM.generate([1, 2], sampler=base, n=5, **chosen))
-    means = [sum(one.token_logprobs) / len(one.token_logprobs) for one in samples]
+    means = [sum(result.token_logprobs) / len(result.token_logprobs) for result in samples]
     ranked = sorted(range(5), key=lambda i: means[i], reverse=True)
     out = LM.generate([1, 2], sampler=f'best-of-n:n=5,sampler="{base}"', n=2, **chosen)
-    assert [one.tokens for one in everything(out)] == [samples[i].tokens for i in ranked[:2]]
+    assert [result.tokens for result in everything(out)] == [samples[i].tokens for i in ranked[:2]]
     assert out.score == pytest.approx(means[ranked[0]])
 
 
-def test_best_of_n_by_a_scorer_of_ones_own():
+def test_best_of_n_with_a_custom_scorer():
     class Shortest(gptk.Scorer):
         """Prefers short texts."""
 
@@ -327,7 +331,7 @@ def test_best_of_n_by_a_scorer_of_ones_own():
         chosen = {"seed": 1, "max_new_tokens": 40}
         out = LM.generate([1], sampler="best-of-n:n=6,scorer=shortest", **chosen)
         samples = everything(LM.generate([1], sampler="multinomial", n=6, **chosen))
-        assert len(out.tokens) == min(len(one.tokens) for one in samples) == -out.score
+        assert len(out.tokens) == min(len(result.tokens) for result in samples) == -out.score
     finally:
         unregister(Provider)
 

@@ -27,8 +27,8 @@ def test_a_run_and_its_continuation_show_each_step_once(tmp_path):
     Trainer.start(settings, run).train()
     Trainer.resume(run, ["steps=9"]).train()
     reader = events(run / "tensorboard")
-    assert [one.step for one in reader.Scalars("train/loss")] == list(range(1, 10))
-    assert [one.step for one in reader.Scalars("evaluation/validation_loss")] == [0, 3, 6, 9]
+    assert [event.step for event in reader.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.step for event in reader.Scalars("evaluation/validation_loss")] == [0, 3, 6, 9]
     assert {"train/lr", "train/grad_norm", "train/tokens_per_second"} <= set(
         reader.Tags()["scalars"]
     )
@@ -42,7 +42,7 @@ def test_going_back_takes_back_what_came_after(tmp_path):
         for step in steps:
             listener.record({"kind": "step", "step": step, "tokens": step, "loss": loss})
         listener.close()
-    found = [(one.step, one.value) for one in events(tmp_path).Scalars("train/loss")]
+    found = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
     assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2)]
 
 
@@ -50,8 +50,8 @@ def test_a_record_is_there_before_the_run_ends(tmp_path):
     listener = create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)
     listener.record({"kind": "step", "step": 1, "tokens": 64, "loss": 2.5, "lr": 0.1})
     reader = events(tmp_path / "tensorboard")
-    assert [one.value for one in reader.Scalars("train/loss")] == [2.5]
-    assert [one.value for one in reader.Scalars("train/tokens")] == [64]
+    assert [event.value for event in reader.Scalars("train/loss")] == [2.5]
+    assert [event.value for event in reader.Scalars("train/tokens")] == [64]
     listener.close()
 
 

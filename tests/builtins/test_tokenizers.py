@@ -90,7 +90,7 @@ def split(pattern: str, behavior: str = "isolated", invert: bool = False) -> Any
 
 
 def fails(call: Callable[[], object], *words: str) -> None:
-    """The call raises a TokenizerError of one line that holds all these words."""
+    """Check that the call raises a TokenizerError of a single line with all these words."""
     with pytest.raises(gptk.TokenizerError) as caught:
         call()
     message = str(caught.value)
@@ -111,7 +111,7 @@ def test_smollm2_ids_equal_those_of_tokenizers(smollm2, smollm2_oracle, text):
 
 @given(texts)
 def test_smollm2_decodes_to_the_text_without_the_bytes_it_lacks(smollm2, text):
-    absent = bytes(set(range(256)) - {one for (one,) in map(smollm2.token_bytes, range(17, 252))})
+    absent = bytes(set(range(256)) - {byte for (byte,) in map(smollm2.token_bytes, range(17, 252))})
     assert len(absent) == 21
     given = text.encode()
     assert smollm2.decode_bytes(smollm2.encode(text)) == given.translate(None, delete=absent)
@@ -251,7 +251,7 @@ def test_a_gguf_tokenizer_that_cannot_be_read_is_one_line(fields, changes, words
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens over a few letters, each made by one or more merges; some can't come about."""
+    """Tokens over a few letters, each formed by one or more merges; some cannot be formed."""
     vocabulary = {letter: number for number, letter in enumerate("abc")}
     merges = []
     for _ in range(draw(st.integers(1, 10))):
@@ -280,7 +280,11 @@ def test_any_merges_in_order_give_the_ids_of_tokenizers(vocabulary_and_merges, t
 
 
 def test_a_token_that_no_merge_makes_is_only_decoded():
-    merges = [("a", "b"), ("b", "c"), ("a", "bc")]  # "abc" is joined as ab, c: the third is idle
+    merges = [
+        ("a", "b"),
+        ("b", "c"),
+        ("a", "bc"),
+    ]  # "abc" is split as ab, c: the third merge never applies
     vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "bca": 6, "世": 7}
     given = {"vocabulary": vocabulary, "merges": merges, "special": {}, "pattern": r"[\s\S]+"}
     encoding = bpe.byte_level_bpe("x", **given)
@@ -364,7 +368,7 @@ def test_a_changed_gpt2_file_is_a_corrupt_tokenizer(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path) -> Path:
-    """Nothing can be fetched; the path is tiktoken's empty cache."""
+    """No file can be fetched. Returns the path of tiktoken's empty cache."""
 
     def refuse(url: str) -> None:
         raise requests.ConnectionError(f"no route to\n{url}")
@@ -497,7 +501,7 @@ def test_a_tokenizer_json_gives_the_ids_that_tokenizers_gives(make, tmp_path):
     def ids_are_equal_and_decode_to_the_text(text):
         ids = mine.encode(text)
         expected = oracle.encode(text).ids
-        # With a BOS written in the text, `tokenizers` puts a second one before it.
+        # If the text itself begins with BOS, `tokenizers` puts a second one before it.
         assert ids == (expected[1:] if mine.add_bos and expected[:2] == [0, 0] else expected)
         if mine.normalization is None:
             put_first = mine.add_bos and not text.startswith("<|begin_of_text|>")

@@ -16,10 +16,10 @@ from gptk.plugins.registry import provided
 from gptk.testing import logits, tiny_lm
 
 MARGIN = 1e-5
-"""How far rounding may move the options at which the last token stays or goes."""
+"""How far rounding may move the value of an option at which the last token stays or goes."""
 
-# For each the option that decides, its values for x from 0 to 1, and whether more tokens stay as
-# it grows. The values are odd, so that no sum of probabilities meets them but by rounding.
+# For each processor: the option, its values for x from 0 to 1, and whether more tokens stay as it
+# grows. The values are uneven, so that sums of probabilities equal them only by rounding.
 TRUNCATIONS = {
     "top-k": ("k", lambda x: 1 + int(39 * x), True),
     "top-p": ("p", lambda x: 0.01237 + 0.97 * x, True),
@@ -79,7 +79,7 @@ def of_probabilities(*probabilities):
 
 
 def shares(scores):
-    """The probabilities of what is left, of one row."""
+    """The probabilities of the tokens left in a row."""
     p = scores[0].softmax(-1)
     return p[p > 0].tolist()
 
@@ -116,7 +116,7 @@ def realistic():
 
 
 def check_against_transformers(name, x, scores):
-    """Equal but for what is within a margin of the option's value, where rounding decides."""
+    """Equal except for tokens within a margin of the option's value, where rounding decides."""
     got = truncated(name, x, scores)
     assert torch.equal(got[got > -torch.inf], scores[got > -torch.inf])
     for row, stays in zip(scores.split(1), (got > -torch.inf).split(1), strict=True):
@@ -125,7 +125,7 @@ def check_against_transformers(name, x, scores):
             ORACLES[name](value)(torch.zeros(1, 1), row.clone()) > -torch.inf
             for value in ((low, high) if TRUNCATIONS[name][2] else (high, low))
         )
-        if name == "typical":  # which of two tokens is nearer, one on each side, has its own
+        if name == "typical":  # rounding also decides which of two tokens on either side is nearer
             logits = row.double()
             mean = (logits.softmax(-1) * logits).nansum(-1, keepdim=True)
             distance = (logits - mean).abs()
@@ -138,11 +138,14 @@ def check_against_transformers(name, x, scores):
 def margins(name, value, scores):
     if name == "top-k":
         return value, value
-    if name in ("epsilon", "eta"):  # compared with single probabilities, which may be small
+    if name in (
+        "epsilon",
+        "eta",
+    ):  # the option is compared with single probabilities, which may be small
         return value * (1 - MARGIN), value * (1 + MARGIN)
     margin = MARGIN
     if name == "top-h":
-        # A share of the entropy, which has few right digits where one token has nearly all.
+        # A share of the entropy, which is inaccurate if one token has nearly all the probability.
         entropy = torch.special.entr(
             scores.double().topk(min(100, scores.shape[1])).values.softmax(-1)
         )
@@ -356,14 +359,14 @@ def test_top_p_keeps_the_smallest_set_reaching_p(scores, p):
     for row, old in zip(got, scores.double().softmax(-1), strict=True):
         stays = row > -torch.inf
         assert old[stays].sum() >= p - MARGIN
-        # All that are likelier than the least likely kept one fall short; that one may have ties.
+        # The tokens likelier than the least likely kept one do not reach p; that one may have ties.
         assert old[old > old[stays].min()].sum() < p + MARGIN
 
 
 @pytest.mark.parametrize("name", ["top-p", "typical"])
 def test_ties_stay_so_that_a_neighbour_never_matters(name):
     tied = torch.zeros(1, 5000).index_fill(1, torch.arange(4700), -9.0)
-    flat = torch.linspace(0, 1e-3, 5000)[None]  # makes the search widen for both rows
+    flat = torch.linspace(0, 1e-3, 5000)[None]  # so that the search widens for both rows
     alone = apply(f"{name}:p=0.5", tied)
     beside = apply(f"{name}:p=0.5", torch.cat((tied, flat)))
     assert torch.equal(alone[0], beside[0])
@@ -404,7 +407,7 @@ def test_all_stay_where_p_is_one_or_cannot_be_told_from_it(name):
 
 
 def test_typical_takes_out_a_token_too_likely_to_be_typical():
-    """One token of 0.3 beside many of 0.007: the entropy is that of the many."""
+    """One token of 0.3 beside many of 0.007, which determine the entropy."""
     scores = of_probabilities(0.3, *[0.007] * 100)
     stays = apply("typical:p=0.6", scores) > -torch.inf
     assert not stays[0, 0]
@@ -459,7 +462,7 @@ def test_options_out_of_bounds_are_refused(name):
             create("processor", f"{name}:{TRUNCATIONS[name][0]}={value}", LogitsProcessor)
 
 
-# The samplers that rest on them
+# The samplers that use them
 
 LM = tiny_lm()
 
@@ -483,7 +486,7 @@ def test_a_one_word_strategy_is_multinomial_after_temperature_and_truncation(sam
         sampler="multinomial",
     )
     plain = LM.generate([1, 2, 3], sampler="multinomial:temperature=1.3", **asked)
-    for one, other in zip((short, *short.alternatives), (long, *long.alternatives), strict=True):
-        assert one.tokens == other.tokens
-        assert one.token_logprobs == pytest.approx(other.token_logprobs)
+    for want, got in zip((short, *short.alternatives), (long, *long.alternatives), strict=True):
+        assert want.tokens == got.tokens
+        assert want.token_logprobs == pytest.approx(got.token_logprobs)
     assert short.tokens != plain.tokens

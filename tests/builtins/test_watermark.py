@@ -1,4 +1,4 @@
-"""The watermark and its detector: the same as transformers', each finding the other's."""
+"""The watermark and its detector: equal to transformers', and each detects the other's."""
 
 import functools
 import json
@@ -86,7 +86,7 @@ def test_rows_shorter_than_the_context_are_left_alone(scheme):
 
 
 def their_detector(options, *, bos=None, **more):
-    bos = -1 if bos is None else bos  # it takes no None
+    bos = -1 if bos is None else bos  # transformers does not accept None
     config = transformers.GPT2Config(vocab_size=257, bos_token_id=bos)
     return transformers.WatermarkDetector(
         config, "cpu", transformers.WatermarkingConfig(**options), **more
@@ -94,7 +94,7 @@ def their_detector(options, *, bos=None, **more):
 
 
 def judged(options, tokens, *, bos=None, ignore_repeated_ngrams=False, z_threshold=3.0):
-    """Our judgement, after it was found to be theirs."""
+    """gptk's detection, checked to be equal to that of transformers."""
     got = watermark(**options).detect(
         tokens,
         257,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
@@ -69,13 +70,18 @@ def test_epochs_and_a_text_of_its_own_to_validate_on(tmp_path):
     (tmp_path / "train.txt").write_text("abcdefgh" * 100)
     (tmp_path / "validation.txt").write_text("hgfedcba" * 10)
     settings = sets(data=tmp_path / "train.txt", validation_data=tmp_path / "validation.txt")
-    at = settings.index("steps=20")
-    settings[at] = "epochs=1.5"
+    settings[settings.index("steps=20")] = "epochs=1.5"
     out = gptk("train", "--out", tmp_path / "run", *settings)
     lines = out.stdout.splitlines()
     assert lines[1] == "training: 800 tokens, 12 batches of 4 by 16"
     assert lines[2] == "validation: 80 tokens, 1 batches of 4 by 16"
     assert lines[3].startswith("18 steps of 64 tokens, 1.50 epochs")
+
+
+def test_on_a_cpu_it_keeps_freed_memory(tmp_path):
+    with mock.patch("gptk.system.memory.keep_freed_memory") as keep:
+        gptk("train", "--out", tmp_path / "run", *sets(steps=1))
+    keep.assert_called_once_with()
 
 
 def test_show_config_is_a_file_that_says_the_same(tmp_path):

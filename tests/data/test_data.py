@@ -37,8 +37,8 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def tokenizers(gpt2, smollm2_path):
-    """Tokenizers that split texts in different ways; most join any two of some characters that
-    are not split, so that a cut in a wrong place shows."""
+    """Tokenizers that split texts in different ways. Most merge any two of some characters within
+    a part, so that a wrong cut changes the ids."""
     singles = [bytes([byte]) for byte in range(256)]
     pairs = [bytes(pair) for pair in itertools.product(b"ab1!/ \n\r", repeat=2)]
     ranks = {piece: number for number, piece in enumerate(singles + pairs)}
@@ -128,7 +128,7 @@ def test_ids_in_chunks_are_those_of_the_whole_text(tokenizers, name):
     @example("some words here " * 12 + "!\n/ and more\nwords " * 12, 1, 7)
     @example(("word <|a\nb c|> \n<x> <|end|>\nx\n" * 8), 1, 7)
     def ids_are_equal(text, size, piece):
-        pieces = [text[at : at + piece] for at in range(0, len(text), piece)]
+        pieces = [text[start : start + piece] for start in range(0, len(text), piece)]
         ids, count = ids_in_chunks(tokenizer, pieces, size)
         assert ids == tokenizer.encode(text)
         chunks[count > 1] += 1
@@ -139,7 +139,7 @@ def test_ids_in_chunks_are_those_of_the_whole_text(tokenizers, name):
 
 @pytest.mark.parametrize("text", [ENGLISH, "a\n" + ENGLISH[:60000].replace("\n", "")])
 def test_chunks_are_about_as_large_as_asked_for(gpt2, text):
-    pieces = [text[at : at + 1000] for at in range(0, len(text), 1000)]
+    pieces = [text[start : start + 1000] for start in range(0, len(text), 1000)]
     sizes = [len(gpt2.decode(ids)) for _, ids in encode_documents([pieces], gpt2, chunk=9000)]
     assert max(sizes) < 14_000
     assert min(sizes[:-1]) > 4400
@@ -239,7 +239,7 @@ def test_split_is_by_tokens(cache, text_file):
 
 
 class TestReuse:
-    """A token file serves as long as it is whole and its sources are the same."""
+    """A token file is used as long as it is complete and its sources are the same."""
 
     @pytest.fixture
     def prepare(self, cache, text_file):
@@ -256,14 +256,14 @@ class TestReuse:
         return byte_tokenizer().decode(tokens.tokens.tolist())
 
     def test_it_is_made_once(self, prepare):
-        (first, made), (second, again) = prepare(), prepare()
-        assert (made, again) == (True, False)
+        (first, tokenized), (second, again) = prepare(), prepare()
+        assert (tokenized, again) == (True, False)
         assert first.tokens.tolist() == second.tokens.tolist()
         assert vars(first).keys() == vars(second).keys()
         for name in vars(first).keys() - {"tokens"}:
             assert getattr(first, name) == getattr(second, name)
 
-    def test_another_time_of_change_is_looked_into_once(self, prepare, text_file):
+    def test_another_modification_time_has_the_contents_compared_once(self, prepare, text_file):
         prepare()
         os.utime(text_file, ns=(5, 5))
         assert prepare()[1] is False
@@ -276,11 +276,11 @@ class TestReuse:
         old = before.tokens.tolist()
         text_file.write_text(content)
         os.utime(text_file, ns=(7, 7))
-        tokens, made = prepare()
-        assert made
+        tokens, tokenized = prepare()
+        assert tokenized
         assert self.text(tokens) == content
-        assert before.tokens.tolist() == old  # who reads the old file goes on
-        assert len(list(cache.iterdir())) == 2  # and it is gone with them
+        assert before.tokens.tolist() == old  # still mapped
+        assert len(list(cache.iterdir())) == 2  # but no longer in the cache
 
     def test_other_tokenizers_and_sources_have_their_own_files(self, prepare, gpt2, text_file):
         names = {prepare()[0].path, prepare(gpt2)[0].path, prepare(None, str(text_file))[0].path}
@@ -292,8 +292,8 @@ class TestReuse:
         size = tokens.path.stat().st_size
         for cut in (size - 1, 2, 0):
             os.truncate(tokens.path, cut)
-            tokens, made = prepare()
-            assert made
+            tokens, tokenized = prepare()
+            assert tokenized
             assert tokens.path.stat().st_size == size
         tokens.path.unlink()
         assert prepare()[1] is True
@@ -332,7 +332,7 @@ def test_the_fingerprint_follows_from_what_decides_the_tokens(tokenizers):
         replace(llama3, eos=()),
         replace(llama3, normalization=None),
     ]
-    assert len({tokenizer_fingerprint(one) for one in variants}) == len(variants)
+    assert len({tokenizer_fingerprint(variant) for variant in variants}) == len(variants)
     assert tokenizer_fingerprint(replace(llama3, chat_template="x")) == tokenizer_fingerprint(
         llama3
     )
@@ -368,8 +368,8 @@ def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("at", ["encode_documents", "_write_header"])
-def test_a_preparation_that_is_killed_leaves_nothing_that_is_taken(text_file, cache, at):
+@pytest.mark.parametrize("killed_in", ["encode_documents", "_write_header"])
+def test_a_preparation_that_is_killed_leaves_no_file_that_is_used(text_file, cache, killed_in):
     def prepare():
         return prepare_tokens([str(text_file)], byte_tokenizer(), cache=cache)
 
@@ -382,7 +382,7 @@ def test_a_preparation_that_is_killed_leaves_nothing_that_is_taken(text_file, ca
             os.kill(os.getpid(), signal.SIGKILL)
 
         with mock.patch.object(
-            token_files, at, encode if at == "encode_documents" else write_header
+            token_files, killed_in, encode if killed_in == "encode_documents" else write_header
         ):
             prepare()
 
@@ -399,7 +399,7 @@ def test_a_preparation_that_is_killed_at_any_time_is_made_anew(tmp_path, cache, 
         time.sleep(hundredths / 100)
         os.kill(child, signal.SIGKILL)
         ended(child)
-        for header in cache.glob("*.json"):  # it was quicker
+        for header in cache.glob("*.json"):  # it ended before it was killed
             header.unlink()
     assert prepare_tokens([str(path)], gpt2, cache=cache).tokens.tolist() == gpt2.encode(ENGLISH)
 
@@ -423,7 +423,7 @@ def test_what_killed_preparations_left_is_removed_after_a_day(text_file, cache):
         os.utime(cache / name, (then, then))
     prepare_tokens([str(text_file)], byte_tokenizer(), cache=cache)
     assert {".young.new", "other"} == {
-        one.name for one in cache.iterdir() if "text" not in one.name
+        path.name for path in cache.iterdir() if "text" not in path.name
     }
 
 
@@ -507,15 +507,17 @@ def fails(sources, *words, cache):
 
 
 @pytest.mark.parametrize(
-    ("content", "at"),
+    ("content", "byte"),
     [(b"\xff", 0), (b"abc\xe9t\xe9", 3), (b"ab\xe2\x82", 2), (b"x" * 20 + b"\xe2\x82x", 20)],
 )
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
-def test_a_file_that_is_not_utf8_is_told_with_the_byte(tmp_path, cache, content, at, block):
+def test_a_file_that_is_not_utf8_is_an_error_that_names_the_byte(
+    tmp_path, cache, content, byte, block
+):
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
     with mock.patch.object(encoding, "CHUNK", block):
-        fails([str(path)], "latin.txt is not UTF-8", f"byte {at} is 0x", cache=cache)
+        fails([str(path)], "latin.txt is not UTF-8", f"byte {byte} is 0x", cache=cache)
     assert not list(cache.iterdir())
 
 

@@ -234,7 +234,7 @@ BAD_INPUT = {
     "half a step": ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
     "a text for n": ({"n": "3"}, "n is '3'; it must be a whole number"),
     "a seed with a fraction": ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
-    "a stop string no text has": ({"stop": "\ud800"}, "holds what no text"),
+    "a stop string no text has": ({"stop": "\ud800"}, "has a character that no model writes"),
     "a text for max_seconds": ({"max_seconds": "1"}, "max_seconds is '1'; it must be a number"),
     "no time at all": ({"max_seconds": float("nan")}, "max_seconds is nan"),
     "beyond reason": ({"sampler": "beam:length_penalty=400"}, "length_penalty is number ≥ -10"),

@@ -1,6 +1,6 @@
-"""Every sampler with every kind of processor, constraint, draft and batch.
+"""Every sampler with every kind of model, processor, constraint, draft and batch.
 
-Each combination runs, or is refused with a reason that docs/combinations.md gives, too.
+Each combination runs, or is refused with a reason; docs/combinations.md has those for drafts.
 """
 
 import json
@@ -12,22 +12,41 @@ import torch
 
 import gptk
 from gptk import DecodeSession, Follower, IncompatibleError
-from gptk.plugins.creating import create
-from gptk.plugins.registry import provided
+from gptk.plugins import create, provided
 from gptk.testing import tiny_lm
+from toys import byte_tokenizer, table_model
 
-LM = tiny_lm()
-DRAFT = tiny_lm()
-with torch.no_grad():
-    for weight in DRAFT.model.parameters():
-        weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
+def noisy_lm():
+    """The tiny random model with noise on its weights."""
+    lm = tiny_lm()
+    with torch.no_grad():
+        for weight in lm.model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    return lm
+
+
+def table_lm(noise=0.0):
+    return gptk.LanguageModel(table_model(noise=noise), byte_tokenizer())
+
+
+MODELS = {"gpt": tiny_lm(), "table": table_lm()}
+DRAFTING = {"gpt": noisy_lm(), "table": table_lm(noise=0.3)}
+"""For each model one that is a little different, to draft for it."""
 PROMPTS = [[1, 2, 3], [104, 101, 108, 108, 111, 32], [7] * 11]
 SETTINGS = {"max_new_tokens": 9, "seed": 5}
 SAMPLERS = {
-    name: f"{name}:{one.item.example}" if one.item.example else name
-    for name, one in provided("sampler").items()
+    name: f"{name}:{plugin.item.example}" if plugin.item.example else name
+    for name, plugin in provided("sampler").items()
 }
+NEED_HIDDEN_STATES = {"contrastive": "compares hidden states", "dola": "contrasts layers"}
+"""Samplers that refuse a model whose configuration has width 0 or no layers, and why."""
+RUNNING = [
+    (model, name)
+    for model in MODELS
+    for name in SAMPLERS
+    if model == "gpt" or name not in NEED_HIDDEN_STATES
+]
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -49,33 +68,35 @@ PROCESSORS = {
     ],
 }
 LANGUAGES = {"regex": REGEX, "json-schema": r'\{\s*"a"\s*:\s*[1-9]?[0-9]\s*\}'}
-DRAFTS = {"none": None, "lookup": "lookup:ngram=2,tokens=4", "model": DRAFT}
+DRAFTS = ["none", "lookup", "model"]
 COMBINATIONS = Path(__file__).parents[2] / "docs/combinations.md"
 
 
-def everything(out):
-    return [out, *out.alternatives]
+def drafter(draft, model):
+    return {"none": None, "lookup": "lookup:ngram=2,tokens=4", "model": DRAFTING[model]}[draft]
 
 
 def results(outs):
     return [
-        (one.tokens, one.finish_reason, one.complete) for out in outs for one in everything(out)
+        (result.tokens, result.finish_reason, result.complete)
+        for out in outs
+        for result in (out, *out.alternatives)
     ]
 
 
 @torch.inference_mode()
-def teacher_forced(sampler, processors, prompt, tokens):
-    """The log-probability of each token, and of EOS after them, in a run that decides nothing."""
+def teacher_forced(lm, sampler, processors, prompt, tokens):
+    """The log-probability of each token, and of EOS after them, in a run that is given them."""
     session = DecodeSession(
-        LM.model, [prompt], layers=sampler.hidden_layers(LM.model.config), use_cache=False
+        lm.model, [prompt], layers=sampler.hidden_layers(lm.model.config), use_cache=False
     )
-    session.rows.eos, session.rows.tokenizer = LM.tokenizer.eos, LM.tokenizer
-    processes = [one.start(session.rows) for one in (*processors, *sampler.processors())]
+    session.rows.eos, session.rows.tokenizer = lm.tokenizer.eos, lm.tokenizer
+    processes = [part.start(session.rows) for part in (*processors, *sampler.processors())]
     for process in processes:
         if isinstance(process, Follower):
             session.follow(process)
     logprobs = []
-    for token in (*tokens, LM.tokenizer.eos[0]):
+    for token in (*tokens, lm.tokenizer.eos[0]):
         logits = sampler.logits(session)
         for process in processes:
             logits = process(logits, session.rows)
@@ -84,8 +105,8 @@ def teacher_forced(sampler, processors, prompt, tokens):
     return logprobs[:-1], logprobs[-1]
 
 
-def check_scores(out, sampler, processors):
-    want, end = teacher_forced(sampler, processors, out.prompt_tokens, out.tokens)
+def check_scores(lm, out, sampler, processors):
+    want, end = teacher_forced(lm, sampler, processors, out.prompt_tokens, out.tokens)
     assert out.token_logprobs == pytest.approx(want, abs=2e-4)
     if out.finish_reason == "eos":
         want.append(end)
@@ -106,14 +127,15 @@ def check_constraint(out, language):
 
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_combination(name, processor, draft):
+@pytest.mark.parametrize(("model", "name"), RUNNING)
+def test_combination(model, name, processor, draft):
+    lm = MODELS[model]
     sampler = create("sampler", SAMPLERS[name], gptk.Sampler)
     processors = [create("processor", p, gptk.LogitsProcessor) for p in PROCESSORS[processor]]
     chosen = {"sampler": sampler, "processors": processors, **SETTINGS}
 
     def run(prompts, **more):
-        return LM.generate_batch(prompts, **chosen, draft=DRAFTS[draft], **more)
+        return lm.generate_batch(prompts, **chosen, draft=drafter(draft, model), **more)
 
     reason = sampler.refuses_draft()
     if draft != "none" and reason is not None:
@@ -126,13 +148,68 @@ def test_combination(name, processor, draft):
     assert results(batch) == results([run([prompt])[0] for prompt in PROMPTS])
     assert results(batch) == results(run(PROMPTS, use_cache=False))
     if draft != "none":
-        assert results(batch) == results(LM.generate_batch(PROMPTS, **chosen))
+        assert results(batch) == results(lm.generate_batch(PROMPTS, **chosen))
     for out in batch:
-        check_scores(out, sampler, processors)
+        check_scores(lm, out, sampler, processors)
         if processor in LANGUAGES:
             check_constraint(out, LANGUAGES[processor])
         else:
             assert out.complete is None
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", NEED_HIDDEN_STATES)
+def test_a_model_without_hidden_states_is_refused(name, use_cache):
+    for draft in DRAFTS:
+        with pytest.raises(IncompatibleError, match=f"sampler {name} "):
+            MODELS["table"].generate(
+                PROMPTS[0],
+                sampler=SAMPLERS[name],
+                draft=drafter(draft, "table"),
+                use_cache=use_cache,
+                **SETTINGS,
+            )
+    with pytest.raises(IncompatibleError) as refused:
+        MODELS["table"].generate(PROMPTS[0], sampler=SAMPLERS[name], use_cache=use_cache)
+    assert NEED_HIDDEN_STATES[name] in str(refused.value)
+
+
+def by_hand(table, prompt, count):
+    """The tokens that greedy search chooses on a table, and all tokens' log-probabilities."""
+    line, tokens, logprobs = 0, [], []
+    for token in prompt:
+        logprobs.append(table.log_table[line, token].item())
+        line = table.next_line(line, token)
+    for _ in range(count):
+        tokens.append(int(table.log_table[line].argmax()))
+        logprobs.append(table.log_table[line, tokens[-1]].item())
+        line = table.next_line(line, tokens[-1])
+    return tokens, logprobs[1:]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_language_model_of_a_table(draft, use_cache):
+    """generate, generate_batch, stream and score of a model that is no GPT."""
+    lm = MODELS["table"]
+    settings = {
+        "max_new_tokens": 12,
+        "ignore_eos": True,
+        "use_cache": use_cache,
+        "draft": drafter(draft, "table"),
+    }
+    batch = lm.generate_batch(PROMPTS, **settings)
+    for prompt, out in zip(PROMPTS, batch, strict=True):
+        tokens, logprobs = by_hand(lm.model, prompt, 12)
+        assert out.tokens == tokens
+        assert out.token_logprobs == pytest.approx(logprobs[-12:], abs=1e-5)
+        assert lm.generate(prompt, **settings).tokens == tokens
+        stream = lm.stream(prompt, **settings)
+        assert "".join(stream) == stream.result.text == out.text
+        assert stream.result.tokens == tokens
+        if draft == "model":
+            assert stream.acceptance.accepted > 0
+        assert lm.score(prompt + tokens).token_logprobs == pytest.approx(logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["greedy", "multinomial", "mirostat", "dola", "best-of-n"])

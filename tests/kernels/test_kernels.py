@@ -1,4 +1,4 @@
-"""gptk's own kernels beside PyTorch's operations in float64, and what runs where they cannot."""
+"""gptk's kernels, compared with PyTorch's operations in float64; and what runs without them."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ from gptk.model.cache import KVCache
 from gptk.model.gpt import attend, attend_causally, rotate, swiglu
 from gptk.model.levels import GROUP, Levels
 from gptk.model.linear import Linear
-from gptk.model.quantization import Groups, Int4, Int8Groups, pack
+from gptk.model.quantization import KernelGroups, PyTorchInt4, PyTorchInt8Groups, pack
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
 
@@ -26,7 +26,7 @@ NEEDS_KERNELS = pytest.mark.skipif(
     not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
 )
 NEEDS_PRODUCTS = pytest.mark.skipif(
-    not kernels.suit_products(torch.ones(1)), reason="needs AVX512-BF16, and no AMX"
+    not kernels.should_run_product(torch.ones(1)), reason="needs AVX512-BF16, and no AMX"
 )
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**16)
@@ -43,19 +43,22 @@ def numbers(seed, *shape, dtype=torch.float32, size=1.0):
     return (size * torch.randn(shape, generator=generator)).to(dtype)
 
 
-def close(got, want, error=1e-6):
-    """Of the result as a whole, and what bfloat16 rounds off each number: half of 2⁻⁷."""
+def close(got, want, error=1e-6, least_scale=0.0):
+    """Within an error relative to the largest result, and bfloat16's rounding error of 2⁻⁸.
+
+    least_scale: what the error is relative to where all results are smaller.
+    """
     assert got.shape == want.shape
     difference = (got.double() - want).abs()
     rounded = 2**-8 * want.abs() if got.dtype == torch.bfloat16 else 0
-    scale = want.abs().max() if want.numel() else 0
+    scale = max(want.abs().max() if want.numel() else 0, least_scale)
     assert (difference <= rounded + error * scale + 1e-30).all()
 
 
 def as_exact(got, theirs, want):
     """Within twice the error that PyTorch makes in the same precision, and float32's last digit."""
-    own, other = ((some.double() - want).abs().max() for some in (got, theirs))
-    assert own <= 2 * other + 1e-6 * want.abs().max()
+    ours, pytorchs = ((result.double() - want).abs().max() for result in (got, theirs))
+    assert ours <= 2 * pytorchs + 1e-6 * want.abs().max()
 
 
 @st.composite
@@ -79,7 +82,7 @@ def test_products_are_those_with_the_levels(weights, rows, dtype, with_bias, see
     bias = numbers(seed + 1, weights.shape[0], dtype=dtype) if with_bias else None
     exact = weights.dense(torch.float64)
     want = x.double() @ exact.T + (0 if bias is None else bias.double())
-    got = Groups(weights).linear(x, bias)
+    got = KernelGroups(weights).linear(x, bias)
     assert got.dtype == dtype
     # Half a step of x, which has 15 bits and a sign in each group; sums in float32; the result.
     step = (x.double().view(rows, -1, GROUP).abs().amax(2) / 16256).repeat_interleave(GROUP, 1)
@@ -91,8 +94,8 @@ def test_products_are_those_with_the_levels(weights, rows, dtype, with_bias, see
 @NEEDS_KERNELS
 @settings(max_examples=30)
 @given(levels(), st.integers(2, 11), DTYPES, SEEDS)
-def test_a_row_has_the_same_product_in_any_company(weights, rows, dtype, seed):
-    packed = Groups(weights)
+def test_a_rows_product_does_not_depend_on_other_rows(weights, rows, dtype, seed):
+    packed = KernelGroups(weights)
     x = numbers(seed, rows, weights.shape[1], dtype=dtype)
     together = packed.linear(x, None)
     for row in range(rows):
@@ -105,12 +108,12 @@ def test_a_row_has_the_same_product_in_any_company(weights, rows, dtype, seed):
     rows=st.integers(1, 30), outputs=st.integers(1, 70), groups=st.integers(1, 6), dtype=DTYPES,
     with_bias=st.booleans(), seed=SEEDS,
 )  # fmt: skip
-def test_products_with_weights_as_they_are(rows, outputs, groups, dtype, with_bias, seed):
+def test_products_with_plain_weights(rows, outputs, groups, dtype, with_bias, seed):
     layer = gptk.model.linear.Linear(32 * groups, outputs, bias=with_bias).to(dtype)
     layer.load_state_dict(
         {
-            name: numbers(seed + i, *one.shape, dtype=dtype)
-            for i, (name, one) in enumerate(layer.state_dict().items())
+            name: numbers(seed + i, *tensor.shape, dtype=dtype)
+            for i, (name, tensor) in enumerate(layer.state_dict().items())
         }
     )
     x = numbers(seed - 1, rows, 1, 32 * groups, dtype=dtype)
@@ -130,16 +133,16 @@ def test_products_with_weights_as_they_are(rows, outputs, groups, dtype, with_bi
 @settings(max_examples=30)
 @given(levels())
 def test_packed_weights_are_the_levels(weights):
-    assert torch.equal(Groups(weights).dense(), weights.dense().bfloat16())
+    assert torch.equal(KernelGroups(weights).dense(), weights.dense().bfloat16())
 
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e37, 1e-37, 0.0])
-def test_numbers_at_the_ends(value):
+def test_extreme_numbers(value):
     weights = Levels(torch.full((20, 64), 3, dtype=torch.uint8), *2 * [torch.ones(20, 2)], 4)
     x = torch.zeros(2, 64)
     x[0, 40] = value
-    got = Groups(weights).linear(x, None)
+    got = KernelGroups(weights).linear(x, None)
     assert torch.equal(got[1], torch.zeros(20))
     if value != value or value == float("inf"):
         assert not got[0].isfinite().any()
@@ -160,7 +163,7 @@ def test_small_operations(rows, sixteens, dtype, size, seed):
     for rotary in ((1, 3, 5, 64), (rows, 3, 5, 64)):
         x = numbers(seed, rows, 3, 5, 64, dtype=dtype, size=size)
         angles = [numbers(seed + i, *rotary, dtype=dtype) for i in (1, 2)]
-        got, want = rotate(x, *angles), rotate(x.double(), *[one.double() for one in angles])
+        got, want = rotate(x, *angles), rotate(x.double(), *[angle.double() for angle in angles])
         close(got, want)
 
 
@@ -182,10 +185,10 @@ def test_gelu_and_its_gradient(rows, size, dtype, scale, seed):
 
 
 @NEEDS_KERNELS
-def test_gelu_at_the_ends():
-    ends = torch.tensor([-torch.inf, -3e38, -17.0, -0.0, 0.0, 17.0, 3e38, torch.inf, torch.nan])
-    want = F.gelu(ends, approximate="tanh")
-    torch.testing.assert_close(kernels.gelu(ends), want, rtol=0, atol=0, equal_nan=True)
+def test_gelu_of_extreme_numbers():
+    x = torch.tensor([-torch.inf, -3e38, -17.0, -0.0, 0.0, 17.0, 3e38, torch.inf, torch.nan])
+    want = F.gelu(x, approximate="tanh")
+    torch.testing.assert_close(kernels.gelu(x), want, rtol=0, atol=0, equal_nan=True)
 
 
 @NEEDS_PRODUCTS
@@ -199,13 +202,16 @@ def test_products_of_matrices(data, rows, columns, seed):
     y = numbers(seed + 2, rows, columns + 3, dtype=draw(DTYPES))[:, :columns]
     bias = numbers(seed + 3, columns) if draw(st.booleans()) else None
     add = y.dtype == torch.float32 and draw(st.booleans())
-    want = a.double() @ b.bfloat16().double() + (0 if bias is None else bias.double())
+    left, right = a.double(), b.bfloat16().double()
+    want = left @ right + (0 if bias is None else bias.double())
     want += y.double() if add else 0
-    alone = y[-1:].clone()
+    # The size of a result whose terms do not happen to cancel, as those of a single one may.
+    usual_size = (left.square() @ right.square()).sqrt().max()
+    last_row = y[-1:].clone()
     kernels.product(a, b, y, bias, add=add)
-    close(y, want, 2e-6)
-    kernels.product(a[-1:], b, alone, bias, add=add)
-    assert torch.equal(alone, y[-1:])
+    close(y, want, 2e-6, least_scale=usual_size)
+    kernels.product(a[-1:], b, last_row, bias, add=add)
+    assert torch.equal(last_row, y[-1:])
 
 
 @NEEDS_PRODUCTS
@@ -215,7 +221,7 @@ def test_a_product_of_no_rows():
 
 
 def laid_out(draw, x):
-    """The same matrix, part of a larger one, by rows or by columns."""
+    """The same matrix as a part of a larger one, row-major or column-major."""
     larger = x.new_zeros(*(size + 5 for size in x.shape))
     if draw(st.booleans()):
         larger = larger.t().contiguous().t()
@@ -226,8 +232,8 @@ def laid_out(draw, x):
 @NEEDS_PRODUCTS
 def test_a_linear_layer_under_autocast_is_pytorchs(monkeypatch):
     results = []
-    for own in (True, False):
-        monkeypatch.setattr(kernels.checks, "enabled", own)
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels.checks, "enabled", enabled)
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu"):
             torch.manual_seed(0)
             layer, x = Linear(702, 750), numbers(1, 3, 20, 702).requires_grad_()
@@ -258,9 +264,9 @@ def test_cross_entropy_and_its_gradient(rows, vocab, dtype, size, seed):
     exact = logits.double()
     want = F.cross_entropy(exact, targets, reduction="none")
     gradient = (exact.softmax(1) - F.one_hot(targets, vocab)) * 0.3
-    given = logits.clone()
+    before = logits.clone()
     close(kernels.cross_entropy(logits, targets, 0.0), want, 2e-6)
-    assert torch.equal(logits, given)
+    assert torch.equal(logits, before)
     close(kernels.cross_entropy(logits, targets, 0.3), want, 2e-6)
     close(logits, gradient, 2e-6)
 
@@ -272,32 +278,32 @@ def test_cross_entropy_and_its_gradient(rows, vocab, dtype, size, seed):
     head_dim=st.sampled_from(kernels.HEAD_DIMS), rows=st.integers(1, 3), dtype=DTYPES, seed=SEEDS,
 )  # fmt: skip
 def test_attention_over_a_cache(length, heads, head_dim, rows, dtype, seed):
-    """Over one, two and four chunks of keys, of trees alone and of rows forked from them."""
+    """Over one, two and four chunks of keys, with a row for each tree and with forked rows."""
     for forked in (False, True):
         cache = KVCache(
             1, heads[1], head_dim, rows=rows, capacity=length, device=torch.device("cpu"),
             dtype=dtype,
         )  # fmt: skip
         new = numbers(seed, rows, length, 2, heads[1], head_dim, dtype=dtype)
-        at = cache.plan(length)
-        at.write(0, new)
-        cache.advance([length] * rows, at)
+        slots = cache.plan(length)
+        slots.write(0, new)
+        cache.advance([length] * rows, slots)
         if forked:
             cache.select([0, *range(rows)])
-        at = cache.plan(1, heads[0] // heads[1])
+        slots = cache.plan(1, heads[0] // heads[1])
         count = len(cache.lengths)
-        at.write(0, numbers(seed + 1, count, 1, 2, heads[1], head_dim, dtype=dtype))
+        slots.write(0, numbers(seed + 1, count, 1, 2, heads[1], head_dim, dtype=dtype))
         q = numbers(seed + 2, count, 1, heads[0], head_dim, dtype=dtype, size=3)
-        got = attend(q, 0, at)
-        assert kernels.suit(q, at.keys[0])
+        got = attend(q, 0, slots)
+        assert kernels.can_run(q, slots.keys[0])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels.checks, "enabled", False)
-            exact = [[one.double() for one in part] for part in (at.keys, at.values)]
-            mask = None if at.mask is None else at.mask.double()
-            wide = gptk.model.cache.Slots(
-                **{**vars(at), "keys": exact[0], "values": exact[1], "mask": mask}
+            keys, values = ([x.double() for x in part] for part in (slots.keys, slots.values))
+            mask = None if slots.mask is None else slots.mask.double()
+            in_float64 = gptk.model.cache.Slots(
+                **{**vars(slots), "keys": keys, "values": values, "mask": mask}
             )
-            close(got, attend(q.double(), 0, wide), error=2e-6)
+            close(got, attend(q.double(), 0, in_float64), error=2e-6)
 
 
 CAUSAL = {
@@ -305,7 +311,7 @@ CAUSAL = {
     "head_dim": st.sampled_from(kernels.HEAD_DIMS), "rows": st.integers(1, 3), "seed": SEEDS,
     "fused": st.booleans(),
 }  # fmt: skip
-"""One to four chunks; queries, keys and values apart, or `fused`: parts of one tensor."""
+"""One to four chunks; queries, keys and values are separate, or parts of one tensor if `fused`."""
 
 
 @NEEDS_KERNELS
@@ -322,8 +328,8 @@ def test_causal_attention(time, heads, head_dim, rows, dtype, seed, fused):
         theirs = attend_causally(q, k, v)
         want = attend_causally(q.double(), k.double(), v.double())
     as_exact(got, theirs, want)
-    alone = attend_causally(q[-1:], k[-1:], v[-1:])
-    assert torch.equal(alone, got.view(rows, time, -1)[-1])
+    last_row = attend_causally(q[-1:], k[-1:], v[-1:])
+    assert torch.equal(last_row, got.view(rows, time, -1)[-1])
 
 
 @NEEDS_KERNELS
@@ -350,33 +356,34 @@ def test_gradients_of_causal_attention(time, heads, head_dim, rows, seed, fused)
 
 
 @NEEDS_KERNELS
-def test_they_are_what_pytorch_expects_of_operators():
+def test_kernels_are_what_pytorch_expects_of_operators():
     with torch.inference_mode(False), torch.enable_grad():
-        given = [
+        qkv = [
             numbers(seed, 2, 70, 4, 32, dtype=torch.bfloat16).requires_grad_() for seed in range(3)
         ]
-        torch.library.opcheck(torch.ops.gptk.causal_attention.default, given)
+        torch.library.opcheck(torch.ops.gptk.causal_attention.default, qkv)
         torch.library.opcheck(torch.ops.gptk.gelu.default, [numbers(1, 5, 7).requires_grad_()])
         x = numbers(1, 5, 40, dtype=torch.bfloat16).requires_grad_()
         weight, bias = (numbers(2, *shape).requires_grad_() for shape in ((30, 40), (30,)))
-        for single in (True, False):
-            torch.library.opcheck(torch.ops.gptk.product.default, [x, weight.t(), bias, single])
+        for in_float32 in (True, False):
+            arguments = [x, weight.t(), bias, in_float32]
+            torch.library.opcheck(torch.ops.gptk.product.default, arguments)
 
 
 @NEEDS_KERNELS
 def test_second_derivatives_are_refused_as_by_pytorchs_attention(monkeypatch):
-    for own in (True, False):
-        monkeypatch.setattr(kernels.checks, "enabled", own)
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels.checks, "enabled", enabled)
         with torch.inference_mode(False), torch.enable_grad():
             q, k, v = (
                 numbers(seed, 1, 5, 2, 32, dtype=torch.bfloat16).requires_grad_()
                 for seed in range(3)
             )
-            (once,) = torch.autograd.grad(
+            (gradient,) = torch.autograd.grad(
                 attend_causally(q, k, v).square().sum(), q, create_graph=True
             )
             with pytest.raises(RuntimeError, match=r"not implemented|no second derivatives"):
-                once.sum().backward()
+                gradient.sum().backward()
 
 
 @NEEDS_KERNELS
@@ -387,32 +394,32 @@ def test_of_equal_numbers_the_first_are_taken():
 
 
 @NEEDS_KERNELS
-def test_causal_attention_of_less_is_the_same():
+def test_causal_attention_of_a_prefix_is_the_same():
     q, k, v = (numbers(seed, 1, 150, heads, 64) for seed, heads in ((0, 6), (1, 2), (2, 2)))
     whole = attend_causally(q, k, v)
     for time in (1, 2, 63, 64, 65, 130):
-        some = attend_causally(*(x[:, :time] for x in (q, k, v)))
-        assert torch.equal(some, whole[:time])
+        prefix = attend_causally(*(x[:, :time] for x in (q, k, v)))
+        assert torch.equal(prefix, whole[:time])
 
 
 @NEEDS_KERNELS
 def test_attention_does_not_depend_on_threads():
     q, kv = numbers(0, 1, 9, 64), numbers(1, 2, 3, 1, 700, 64)
-    given, results = torch.get_num_threads(), []
+    threads_before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             causal = attend_causally(*numbers(2, 3, 2, 150, 4, 64))
             results.append((kernels.attend(q, *kv.unbind(0), None, 1), causal))
     finally:
-        torch.set_num_threads(given)
-    for one, other, third in zip(*results, strict=True):
-        assert torch.equal(one, other)
-        assert torch.equal(one, third)
+        torch.set_num_threads(threads_before)
+    for by_one, by_two, by_three in zip(*results, strict=True):
+        assert torch.equal(by_one, by_two)
+        assert torch.equal(by_one, by_three)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_without_them_pytorchs_do(name, monkeypatch):
+def test_without_kernels_pytorch_gives_the_same_tokens(name, monkeypatch):
     settings = {"sampler": "beam:width=3", "max_new_tokens": 8}
     with_them = gptk.LanguageModel(tiny_gpt(CONFIGS[name])).generate([1, 2, 3], **settings)
     monkeypatch.setattr(kernels.checks, "enabled", False)
@@ -423,27 +430,27 @@ def test_without_them_pytorchs_do(name, monkeypatch):
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_without_them_quantized_weights_are_pytorchs(name, monkeypatch):
+def test_without_kernels_quantized_weights_are_for_pytorchs(name, monkeypatch):
     ids = torch.tensor([[1, 2, 3, 250]])
     model = tiny_gpt(CONFIGS[name]).quantize("int4")
     monkeypatch.setattr(kernels.checks, "enabled", False)
     other = tiny_gpt(CONFIGS[name]).quantize("int4")
-    assert isinstance(model.head.packed, Groups)
-    assert isinstance(other.head.packed, Int4)
+    assert isinstance(model.head.packed, KernelGroups)
+    assert isinstance(other.head.packed, PyTorchInt4)
     monkeypatch.undo()
     got, want = model.logits(model(ids)), other.logits(other(ids))
-    assert (got - want).norm() < 0.15 * want.norm()  # levels are rounded otherwise, too
+    assert (got - want).norm() < 0.15 * want.norm()  # levels are rounded differently, too
 
 
-def test_eight_bits_too(monkeypatch):
-    one = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 8)
+def test_without_kernels_eight_bits_are_for_pytorchs_too(monkeypatch):
+    levels = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 8)
     monkeypatch.setattr(kernels.checks, "enabled", False)
-    assert isinstance(pack(one), Int8Groups)
+    assert isinstance(pack(levels), PyTorchInt8Groups)
 
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """A cache folder of its own, and nothing loaded from it."""
+    """An empty cache folder, and no loaded kernels."""
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
     kernels.build.load.cache_clear()
     yield tmp_path
@@ -451,42 +458,42 @@ def fresh(tmp_path, monkeypatch):
 
 
 @NEEDS_KERNELS
-def test_they_are_compiled_once(fresh, monkeypatch):
+def test_kernels_are_compiled_once(fresh, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     assert kernels.available()
     assert terminal.getvalue() == "gptk: compiling its kernels for this machine, once…\n"
-    (made,) = fresh.iterdir()
-    before = made.stat().st_mtime_ns
+    (library,) = fresh.iterdir()
+    before = library.stat().st_mtime_ns
     kernels.build.load.cache_clear()
     assert kernels.available()
-    assert [one.stat().st_mtime_ns for one in fresh.iterdir()] == [before]
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
     assert terminal.getvalue().count("\n") == 1
 
 
 @NEEDS_KERNELS
-def test_a_damaged_file_is_made_anew(fresh, monkeypatch):
+def test_a_damaged_library_is_compiled_again(fresh, monkeypatch):
     assert kernels.available()
-    (made,) = fresh.iterdir()
-    damaged = fresh / "another" / made.name  # a path that this process has not loaded
+    (library,) = fresh.iterdir()
+    damaged = fresh / "another" / library.name  # a path that this process has not loaded
     damaged.parent.mkdir()
     damaged.write_bytes(b"\x7fELF and no more")
     monkeypatch.setenv("GPTK_CACHE", str(damaged.parent))
     kernels.build.load.cache_clear()
     assert kernels.available()
-    assert damaged.stat().st_size == made.stat().st_size
+    assert damaged.stat().st_size == library.stat().st_size
 
 
 @pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
-def test_without_a_compiler_they_are_not_there(compiler, fresh, monkeypatch):
+def test_without_a_compiler_kernels_are_not_available(compiler, fresh, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     assert not kernels.available()
     assert compiler in kernels.reason_against()
     assert not list(fresh.iterdir())
 
 
-def test_without_the_instructions_they_are_not_there(fresh, monkeypatch):
+def test_without_the_instructions_kernels_are_not_available(fresh, monkeypatch):
     has = dict.fromkeys(kernels.build._NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
     assert kernels.reason_against() == "the processor has no avx512_vnni"

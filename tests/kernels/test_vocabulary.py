@@ -1,4 +1,4 @@
-"""Passes over a vocabulary, by gptk's kernels and without them, beside float64."""
+"""Passes over a vocabulary, by gptk's kernels and without them, compared with float64."""
 
 import math
 
@@ -17,16 +17,16 @@ SIZES = st.sampled_from([1, 2, 15, 16, 17, 33, 1024, 1030, 5000])
 
 @st.composite
 def logits(draw, size=SIZES):
-    """Of one to three rows, spread as those of models are or otherwise, some taken out."""
+    """Logits of one to three rows, of different spreads, some of them masked with -inf."""
     shape = draw(st.integers(1, 3)), draw(size)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     numbers = draw(st.sampled_from([0.01, 1, 3, 40])) * torch.randn(shape, generator=generator)
     if draw(st.booleans()):
         numbers = numbers.round()  # for ties
     numbers += draw(st.sampled_from([0, -300, 25]))
-    out = torch.rand(shape, generator=generator) < draw(st.sampled_from([0, 0.3, 0.98]))
-    out[:, draw(st.integers(0, shape[1] - 1))] = False
-    return numbers.masked_fill(out, -INF)
+    masked = torch.rand(shape, generator=generator) < draw(st.sampled_from([0, 0.3, 0.98]))
+    masked[:, draw(st.integers(0, shape[1] - 1))] = False
+    return numbers.masked_fill(masked, -INF)
 
 
 @given(logits(), st.integers(1, 200))
@@ -38,7 +38,7 @@ def test_the_largest_are_found(x, k):
     assert all(len(set(row)) == k for row in got.tokens.tolist())
 
 
-def test_what_is_no_number_comes_first():
+def test_nan_comes_first_in_top():
     x = torch.zeros(2, 40)
     x[1, 30] = torch.nan
     values, tokens = top(x, 2)
@@ -66,26 +66,26 @@ def test_a_row_without_tokens_has_no_log_probabilities():
 
 
 @given(logits(), st.floats(-50, 50))
-def test_what_is_below_is_taken_out(x, bound):
+def test_keys_below_the_bound_are_masked(x, bound):
     least = torch.full((len(x), 1), bound)
     least[0] = x[0].max()
     assert torch.equal(keep_from(x, least), torch.where(x < least, -INF, x))
     assert torch.equal(keep_from(x, least, -x), torch.where(-x < least, -INF, x))
 
 
-def test_one_bound_and_one_row_of_keys_do_for_all_rows():
+def test_one_bound_and_one_row_of_keys_are_broadcast_to_all_rows():
     x, keys = torch.zeros(4, 20), torch.arange(20.0)[None] - 10
     for least in (torch.zeros(1, 1), torch.zeros(4, 1)):
         assert (keep_from(x, least, keys) == torch.where(keys < least, -INF, x)).all()
 
 
-def test_what_there_is_not_is_not_found():
+def test_top_of_none_and_of_more_than_there_are():
     assert top(torch.zeros(2, 20), 0).tokens.shape == (2, 0)
     with pytest.raises(RuntimeError, match="out of range"):
         top(torch.zeros(1, 3), 5)
 
 
-def test_what_needs_a_gradient_is_pytorchs():
+def test_logits_that_require_a_gradient_give_the_same_key():
     x = torch.randn(1, 50, requires_grad=True)
     assert torch.equal(last_key(x.detach(), x, 0.5), last_key(x.detach(), x.detach(), 0.5))
 
@@ -95,15 +95,15 @@ def test_a_long_row_without_tokens_has_no_key():
     assert last_key(x, x, 0.9).isneginf().all()
 
 
-def test_what_is_no_number_stays():
+def test_keep_from_keeps_nan():
     x = torch.tensor([[torch.nan, 1.0, 3.0]])
     assert keep_from(x, torch.tensor([[2.0]])).isnan().tolist() == [[True, False, False]]
 
 
 @given(logits(), st.floats(0.01, 0.999), st.booleans())
-def test_the_last_key_completes_the_probability(x, p, apart):
-    """At it the tokens reach p, and without it and its ties they do not."""
-    keys = (x - x.mean(-1, keepdim=True)).abs().neg() if apart else x
+def test_the_last_key_completes_the_probability(x, p, by_distance):
+    """Tokens with at least that key reach the probability p; those with higher keys do not."""
+    keys = (x - x.mean(-1, keepdim=True)).abs().neg() if by_distance else x
     keys = keys.nan_to_num(nan=-INF)
     got = last_key(keys, x, p)
     probabilities = x.double().softmax(-1)
@@ -131,8 +131,8 @@ def test_a_real_vocabulary(p):
     mass = ordered.softmax(-1).cumsum(-1)
     got = last_key(x, x, p)
     for row in range(2):
-        at = int(torch.searchsorted(mass[row], p))
-        near = ordered[row, max(at - 4, 0) : at + 5]  # rounding may move it by a few
+        index = int(torch.searchsorted(mass[row], p))
+        near = ordered[row, max(index - 4, 0) : index + 5]  # rounding may move it by a few
         assert near[-1] <= got[row] <= near[0]
 
 

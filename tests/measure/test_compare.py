@@ -30,7 +30,7 @@ groups = st.lists(text, max_size=5)
 @given(groups, st.integers(1, 4))
 @example([[]], 1)
 def test_measures_are_shares(texts, n):
-    for value in (distinct(texts, n), self_bleu(texts, n), *(seq_rep(one, n) for one in texts)):
+    for value in (distinct(texts, n), self_bleu(texts, n), *(seq_rep(text, n) for text in texts)):
         assert value is None or 0 <= value <= 1
 
 
@@ -43,29 +43,29 @@ def test_the_order_of_texts_does_not_matter(both):
 
 @given(groups, st.permutations(range(5)))
 def test_what_the_tokens_are_called_does_not_matter(texts, names):
-    renamed = [[names[token] for token in one] for one in texts]
+    renamed = [[names[token] for token in text] for text in texts]
     assert distinct(renamed, 2) == distinct(texts, 2)
     assert self_bleu(renamed) == self_bleu(texts)
-    assert [seq_rep(one, 2) for one in renamed] == [seq_rep(one, 2) for one in texts]
+    assert [seq_rep(text, 2) for text in renamed] == [seq_rep(text, 2) for text in texts]
 
 
 @given(text, st.integers(2, 4))
 @example([], 2)
 @example([1], 2)
-def test_equal_texts_have_self_bleu_1(one, n):
-    assert self_bleu([one] * n) == pytest.approx(1, abs=1e-12)
+def test_equal_texts_have_self_bleu_1(tokens, n):
+    assert self_bleu([tokens] * n) == pytest.approx(1, abs=1e-12)
 
 
 @given(text.filter(len), text.filter(len))
-def test_texts_without_a_common_token_have_self_bleu_0(one, two):
-    assert self_bleu([one, [token + 5 for token in two]]) == 0
+def test_texts_without_a_common_token_have_self_bleu_0(tokens, more):
+    assert self_bleu([tokens, [token + 5 for token in more]]) == 0
 
 
 @given(text, st.integers(2, 4))
-def test_copies_divide_distinct_n(one, copies):
-    alone = distinct([one], 2)
-    together = distinct([one] * copies, 2)
-    assert together == (None if alone is None else pytest.approx(alone / copies))
+def test_copies_divide_distinct_n(tokens, copies):
+    single = distinct([tokens], 2)
+    together = distinct([tokens] * copies, 2)
+    assert together == (None if single is None else pytest.approx(single / copies))
 
 
 def test_measures_of_a_text_by_hand():
@@ -102,19 +102,19 @@ def test_bleu_equals_nltks(hypothesis, references):
 def test_self_bleu_is_the_mean_of_nltks_bleus(texts):
     one_by_one = [
         sentence_bleu(
-            texts[:at] + texts[at + 1 :],
+            texts[:number] + texts[number + 1 :],
             hypothesis,
             smoothing_function=SmoothingFunction().method1,
             auto_reweigh=True,
         )
-        for at, hypothesis in enumerate(texts)
+        for number, hypothesis in enumerate(texts)
     ]
     assert self_bleu(texts) == pytest.approx(sum(one_by_one) / len(texts), abs=1e-12)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_teacher_forced_logprobs_equal_those_of_each_text_alone(config, monkeypatch):
-    """In batches, with texts of unlike lengths, one of them empty."""
+    """In batches of texts of different lengths, one of them empty."""
     monkeypatch.setattr("gptk.measure.comparison._BATCH", 20)
     lm = gptk.LanguageModel(tiny_gpt(CONFIGS[config]))
     generator = torch.Generator().manual_seed(0)
@@ -144,27 +144,27 @@ def test_a_comparison_measures_what_generate_makes(lm):
     settings = {"n": 3, "max_new_tokens": 12, "seed": 5, "processors": processors}
     top_k, greedy = compare(lm, PROMPTS, ["top-k:k=5", "greedy"], **settings)
     best = lm.generate_batch(PROMPTS, sampler="top-k:k=5", **settings)
-    everything = [[one, *one.alternatives] for one in best]
-    assert top_k.texts == [[one.text for one in group] for group in everything]
+    groups = [[result, *result.alternatives] for result in best]
+    assert top_k.texts == [[result.text for result in group] for group in groups]
     assert (top_k.sampler, top_k.random, top_k.results) == ("top-k:k=5", True, 3)
-    tokens = [[one.tokens for one in group] for group in everything]
-    flat = [one for group in everything for one in group]
-    assert top_k.tokens == sum(len(one.tokens) for one in flat)
+    tokens = [[result.tokens for result in group] for group in groups]
+    flat = [result for group in groups for result in group]
+    assert top_k.tokens == sum(len(result.tokens) for result in flat)
     assert top_k.distinct_1 == pytest.approx(mean(distinct(group, 1) for group in tokens))
     assert top_k.distinct_2 == pytest.approx(mean(distinct(group, 2) for group in tokens))
     assert top_k.self_bleu == pytest.approx(mean(self_bleu(group) for group in tokens))
-    assert top_k.seq_rep_4 == pytest.approx(mean(seq_rep(one.tokens, 4) for one in flat))
+    assert top_k.seq_rep_4 == pytest.approx(mean(seq_rep(result.tokens, 4) for result in flat))
     assert top_k.tokens_per_second > 0
-    # The model's own probabilities, not those that the sampler chose by.
-    own = [
+    # The model's probabilities, not those from which the sampler chose.
+    logprobs = [
         value
-        for one in flat
-        for value in lm.score(one.prompt_tokens + one.tokens).token_logprobs[
-            len(one.prompt_tokens) - 1 :
+        for result in flat
+        for value in lm.score(result.prompt_tokens + result.tokens).token_logprobs[
+            len(result.prompt_tokens) - 1 :
         ]
     ]
-    assert top_k.mean_logprob == pytest.approx(math.fsum(own) / len(own), abs=1e-5)
-    chosen = [value for one in flat for value in one.token_logprobs]
+    assert top_k.mean_logprob == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-5)
+    chosen = [value for result in flat for value in result.token_logprobs]
     assert abs(top_k.mean_logprob - math.fsum(chosen) / len(chosen)) > 0.1
     assert (greedy.random, greedy.results, greedy.self_bleu) == (False, 1, None)
     assert [len(texts) for texts in greedy.texts] == [1, 1, 1]
@@ -173,8 +173,8 @@ def test_a_comparison_measures_what_generate_makes(lm):
 def test_a_sampler_gives_as_many_results_as_it_can(lm):
     samplers = ["greedy", "beam:width=2", "beam:width=9", "multinomial"]
     compared = compare(lm, ["x"], samplers, n=4, max_new_tokens=3)
-    assert [one.results for one in compared] == [1, 2, 4, 4]
-    assert [len(one.texts[0]) for one in compared] == [1, 2, 4, 4]
+    assert [c.results for c in compared] == [1, 2, 4, 4]
+    assert [len(c.texts[0]) for c in compared] == [1, 2, 4, 4]
 
 
 def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
@@ -185,16 +185,15 @@ def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
     compared = compare(
         lm, ["x"], samplers, n=1, max_new_tokens=2, progress=lambda *step: told.append(step)
     )
-    assert [one.sampler for one in compared] == ["top-k:k=3", "greedy"]
+    assert [c.sampler for c in compared] == ["top-k:k=3", "greedy"]
     assert told == [(1, 2), (2, 2)]
 
 
 def test_results_without_a_token_have_no_measures(lm):
     always_ends = replace(lm.tokenizer, eos=tuple(range(257)))
-    [one] = compare(gptk.LanguageModel(lm.model, always_ends), ["x"], ["greedy"])
-    measures = (one.mean_logprob, one.distinct_1, one.distinct_2, one.seq_rep_4, one.self_bleu)
-    assert measures == (None,) * 5
-    assert (one.tokens, one.texts) == (0, [[""]])
+    [c] = compare(gptk.LanguageModel(lm.model, always_ends), ["x"], ["greedy"])
+    assert (c.mean_logprob, c.distinct_1, c.distinct_2, c.seq_rep_4, c.self_bleu) == (None,) * 5
+    assert (c.tokens, c.texts) == (0, [[""]])
 
 
 @pytest.mark.parametrize(
@@ -267,7 +266,7 @@ def test_where_self_bleu_cannot_tell_diversity_is_distinct_2(figures, tmp_path):
     expected = [(0.7, -1.0, False), (0.4, -2.0, False)]
     assert points(figures[1]) == (expected, "diversity (distinct-2)")
     assert (tmp_path / "plane.png").read_bytes().startswith(SIGNATURES[".png"])
-    assert [one.name for one in tmp_path.iterdir()] == ["plane.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plane.png"]
 
 
 def test_the_same_numbers_give_the_same_file(tmp_path):
@@ -338,8 +337,8 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
 def test_the_texts_are_those_of_generate(model):
     args = ("abc", "--model", model, "--sampler", "top-k:k=9", "--n", 2, "--seed", 3, "--json")
     compared = json.loads(run_gptk("compare", *args).stdout)["samplers"][0]
-    one = json.loads(run_gptk("generate", *args).stdout)
-    assert compared["texts"] == [[one["text"], one["alternatives"][0]["text"]]]
+    generated = json.loads(run_gptk("generate", *args).stdout)
+    assert compared["texts"] == [[generated["text"], generated["alternatives"][0]["text"]]]
 
 
 def test_the_prompt_can_come_from_standard_input(model):

@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_transformers_sliding_window(both, stride, length):
 
 
 def test_the_loss_is_that_of_the_guides_own_code(both):
-    """With its windows of tokens, of which the model's shift leaves one prediction less."""
+    """Its windows hold inputs and targets, so that each makes one prediction less than ours."""
     model, lm = both
     ids, stride, length = random_ids(150)[0][None], 9, WINDOW
     lm = gptk.LanguageModel(_shorter(lm.model, length - 1))
@@ -123,14 +123,14 @@ def test_every_token_is_scored_once_in_the_first_window_that_predicts_it(length,
     window, model = 32, tiny_gpt(GPT2_LIKE)
     ids = torch.arange(length) * 37 % 257
     nats, windows = 0.0, {}
-    for place in range(1, length):
-        begin = max(0, -(-(place - window) // stride)) * stride
-        assert place - begin >= min(place, window - stride + 1)
+    for position in range(1, length):
+        begin = max(0, -(-(position - window) // stride)) * stride
+        assert position - begin >= min(position, window - stride + 1)
         if begin not in windows:
             with torch.inference_mode():
                 windows[begin] = model.logits(model(ids[None, begin : begin + window]))[0]
-        logits = windows[begin][place - begin - 1]
-        nats -= logits.double().log_softmax(-1)[ids[place]].item()
+        logits = windows[begin][position - begin - 1]
+        nats -= logits.double().log_softmax(-1)[ids[position]].item()
     seen = []
     out = evaluate(
         gptk.LanguageModel(model),

@@ -1,4 +1,4 @@
-"""Rows that share a tree of slots: the same results, with the prompt's keys there once."""
+"""Rows that share a tree of slots: the same results, with the prompt's keys stored once."""
 
 import random
 
@@ -16,7 +16,7 @@ MODELS = {name: tiny_gpt(config) for name, config in CONFIGS.items()}
 
 
 def walk(model, prompts, steps, seed):
-    """Many random moves, each row's logits compared with those of the plain model."""
+    """Many random moves, each row's logits compared with those of the model without a cache."""
     choose = random.Random(seed)
     session = DecodeSession(model, prompts)
     window = model.config.context_length
@@ -49,16 +49,16 @@ def walk(model, prompts, steps, seed):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("apart", [1, 4])
-@pytest.mark.parametrize("room", [0, 6])
-def test_squeezing_and_parting_change_no_logits(name, room, apart, monkeypatch):
-    monkeypatch.setattr(cache, "_ROOM", room)
-    monkeypatch.setattr(cache, "_APART", apart)
+@pytest.mark.parametrize("separate_from", [1, 4])
+@pytest.mark.parametrize("spare", [0, 6])
+def test_compacting_and_separating_rows_change_no_logits(name, spare, separate_from, monkeypatch):
+    monkeypatch.setattr(cache, "_SPARE", spare)
+    monkeypatch.setattr(cache, "_SEPARATE_FROM", separate_from)
     for seed in range(6):
         walk(MODELS[name], [[1, 2, 3], [4], [5, 6, 7, 8, 9]], steps=24, seed=seed)
 
 
-def shared(session):
+def trees(session):
     return session._cache.kv.shape[2]
 
 
@@ -81,12 +81,12 @@ def test_beams_share_the_keys_of_their_prompt_and_moving_them_moves_no_memory():
     session.extend(torch.arange(6))
     memory = session._cache.kv.data_ptr()
     session.select([2, 2, 0, 4, 3, 3])
-    assert shared(session) == 2
+    assert trees(session) == 2
     assert session._cache.kv.data_ptr() == memory
 
 
 def test_slots_that_no_beam_sees_are_used_again(monkeypatch):
-    monkeypatch.setattr(cache, "_ROOM", 8)
+    monkeypatch.setattr(cache, "_SPARE", 8)
     model = MODELS["llama-like"]
     session = DecodeSession(model, [[1, 2, 3]], capacity=32)
     session.select([0] * 4)
@@ -102,23 +102,23 @@ def test_slots_that_no_beam_sees_are_used_again(monkeypatch):
     torch.testing.assert_close(session.logits, want.expand(4, -1), **CLOSE)
 
 
-def test_samples_part_once_they_have_little_in_common(monkeypatch):
-    monkeypatch.setattr(cache, "_ROOM", 8)
+def test_samples_get_trees_of_their_own_once_they_have_little_in_common(monkeypatch):
+    monkeypatch.setattr(cache, "_SPARE", 8)
     lm = gptk.LanguageModel(MODELS["llama-like"])
     settings = {"max_new_tokens": 24, "seed": 3, "ignore_eos": True, "sampler": "multinomial"}
     many = lm.generate([1, 2], n=8, **settings)
-    one = lm.generate([1, 2], **settings)
-    assert many.tokens == one.tokens
+    single = lm.generate([1, 2], **settings)
+    assert many.tokens == single.tokens
     session = DecodeSession(MODELS["llama-like"], [[1, 2]], samples=8)
-    assert shared(session) == 1
+    assert trees(session) == 1
     for step in range(24):
         session.extend(torch.arange(8) + step)
-    assert shared(session) == 8
+    assert trees(session) == 8
 
 
-def test_prompts_that_are_done_give_their_memory_back():
+def test_prompts_without_rows_give_their_memory_back():
     session = DecodeSession(MODELS["gpt2-like"], [[1, 2, 3, 4], [5, 6], [7]])
     session.select([0, 0, 2, 2])
-    assert shared(session) == 2
+    assert trees(session) == 2
     session.select([2, 3])
-    assert shared(session) == 1
+    assert trees(session) == 1

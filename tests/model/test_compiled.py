@@ -1,4 +1,4 @@
-"""The compiled step: the same results, one program for models of one shape, kept between runs."""
+"""The compiled step: the same results, and one program on disk for all models of a shape."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def counted(monkeypatch):
     calls = []
     run = compiled.CompiledStep.__call__
     monkeypatch.setattr(
-        compiled.CompiledStep, "__call__", lambda *given: calls.append(1) or run(*given)
+        compiled.CompiledStep, "__call__", lambda *arguments: calls.append(1) or run(*arguments)
     )
     return calls
 
@@ -29,7 +29,7 @@ def is_equal_to_the_plain_model(config, monkeypatch, prepare=lambda model: None,
     prepare(plain), prepare(model)
     gptk.compile_step(model)
     calls = counted(monkeypatch)
-    sessions = [gptk.DecodeSession(one, [[1, 2, 3]], capacity=5) for one in (plain, model)]
+    sessions = [gptk.DecodeSession(gpt, [[1, 2, 3]], capacity=5) for gpt in (plain, model)]
     for token in range(config.context_length - 3):  # past all memory reserved, to a full window
         logits = [session.extend(torch.tensor([token])) for session in sessions]
         torch.testing.assert_close(*logits, **close)
@@ -44,7 +44,7 @@ def test_a_compiled_step_gives_the_logits_of_the_plain_one(monkeypatch):
     is_equal_to_the_plain_model(CONFIGS["llama-like"], monkeypatch)
 
 
-def test_a_program_is_made_once_and_takes_the_weights_of_any_model_of_its_shape():
+def test_a_program_is_compiled_once_and_takes_the_weights_of_any_model_of_its_shape():
     announced = []
     config = CONFIGS["llama-like"]
     for seed in (0, 1):
@@ -56,11 +56,11 @@ def test_a_program_is_made_once_and_takes_the_weights_of_any_model_of_its_shape(
     assert len(announced) <= 1
 
 
-def test_a_damaged_program_is_made_anew(tmp_path, monkeypatch):
+def test_a_damaged_program_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
     config, announced = CONFIGS["llama-like"], []
-    made = compiled.cache_folder() / f"step-{compiled._key(tiny_gpt(config))}.pt2"
-    made.write_bytes(b"PK and no more")
+    program = compiled.cache_folder() / f"step-{compiled._key(tiny_gpt(config))}.pt2"
+    program.write_bytes(b"PK and no more")
     gptk.compile_step(tiny_gpt(config), lambda: announced.append(1))
     assert announced
     gptk.compile_step(tiny_gpt(config), lambda: announced.append(1))
@@ -73,7 +73,7 @@ def test_several_rows_and_guesses_run_without_it(monkeypatch):
     plain = gptk.LanguageModel(tiny_gpt(config))
     calls = counted(monkeypatch)
     for settings in ({"sampler": "beam:width=3"}, {"sampler": "multinomial", "n": 3, "seed": 1}):
-        got, want = (one.generate([1, 2, 3], max_new_tokens=8, **settings) for one in (lm, plain))
+        got, want = (m.generate([1, 2, 3], max_new_tokens=8, **settings) for m in (lm, plain))
         assert got.tokens == want.tokens
     assert not calls
     got = lm.generate([1, 2, 3, 1, 2, 3], max_new_tokens=12, draft="lookup", ignore_eos=True)
@@ -89,11 +89,11 @@ def test_training_drops_it():
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_a_recorded_step_gives_the_logits_of_the_plain_one(name):
-    """What is recorded on CUDA, run anew each time instead."""
+    """With a recorder that, instead of CUDA's, runs the operations each time."""
     config, recorded = CONFIGS[name], []
     model, plain = tiny_gpt(config), tiny_gpt(config)
     model.step = compiled.RecordedStep(model, lambda run: recorded.append(run) or run)
-    sessions = [gptk.DecodeSession(one, [[1, 2, 3]], capacity=5) for one in (plain, model)]
+    sessions = [gptk.DecodeSession(gpt, [[1, 2, 3]], capacity=5) for gpt in (plain, model)]
     for token in range(config.context_length - 3):  # past all memory reserved
         logits = [session.extend(torch.tensor([token])) for session in sessions]
         torch.testing.assert_close(*logits, **CLOSE)
@@ -104,7 +104,7 @@ def test_a_recorded_step_gives_the_logits_of_the_plain_one(name):
     torch.testing.assert_close(*[s.extend(torch.tensor([7])) for s in sessions], **CLOSE)
     # Another text has another cache.
     got, want = (
-        gptk.LanguageModel(one).generate([4, 5], max_new_tokens=8) for one in (model, plain)
+        gptk.LanguageModel(gpt).generate([4, 5], max_new_tokens=8) for gpt in (model, plain)
     )
     assert got.tokens == want.tokens
 

@@ -16,7 +16,14 @@ from gptk import kernels
 from gptk.cli.info import bytes_in_memory
 from gptk.model.levels import GROUP, Levels, to_four_bits
 from gptk.model.linear import Linear
-from gptk.model.quantization import Int4, Int8, Int8Groups, check_device, pack, quantized
+from gptk.model.quantization import (
+    PyTorchInt4,
+    PyTorchInt8,
+    PyTorchInt8Groups,
+    check_device,
+    pack,
+    quantized,
+)
 from gptk.model.torchao import TorchAO
 from gptk.testing import tiny_gpt
 from gptk.weights.saving import save_checkpoint
@@ -27,9 +34,9 @@ from toys import GPT2_LIKE
 PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int4"])
 PACKED = {
     "int8": lambda weight: quantized(weight, "int8"),
-    "PyTorch's int8": Int8,
+    "PyTorch's int8": PyTorchInt8,
     "int4": lambda weight: pack(to_four_bits(weight)),
-    "PyTorch's int4": lambda weight: Int4(to_four_bits(weight)),
+    "PyTorch's int4": lambda weight: PyTorchInt4(to_four_bits(weight)),
 }
 ALL_KERNELS = pytest.mark.parametrize("kernel", list(PACKED))
 
@@ -53,8 +60,8 @@ def weights(draw):
 def test_int8_rounds_to_the_nearest_of_its_steps(kernel, weight):
     got = PACKED[kernel](weight).dense().float()
     step = weight.abs().amax(dim=1, keepdim=True) / 127
-    # Half a step, which is rounded to float16, up, whose numbers are 2⁻²⁴ apart where they are
-    # smallest; and what bfloat16 makes of the scale and of the product, 2⁻⁸ each.
+    # Half a step, rounded up to float16, whose smallest numbers differ by 2⁻²⁴; and the rounding
+    # errors of the scale and of the product in bfloat16, 2⁻⁸ each.
     step = 1.01 * step + 2**-24 * (kernel == "int8" and kernels.available())
     assert ((got - weight).abs() <= 0.5 * step + 2**-7 * weight.abs() + 1e-12).all()
 
@@ -69,7 +76,7 @@ def test_int4_rounds_to_the_nearest_of_its_groups_levels(kernel, weight):
     step = (most - least) / 15
     size = torch.maximum(most.abs(), least.abs())
     error = (got.view_as(groups) - groups).abs()
-    # Offset and scale are bfloat16, so that the levels may miss the ends of the group.
+    # Offset and scale are bfloat16, so the levels may miss the ends of the group.
     assert (error <= 0.5 * step + 2**-7 * (size + 8 * step) + 1e-12).all()
 
 
@@ -95,7 +102,7 @@ def test_products_are_those_with_the_rounded_weights(kernel, weight, rows, bias,
 
 
 @ALL_KERNELS
-def test_a_row_has_the_same_product_alone(kernel):
+def test_a_rows_product_does_not_depend_on_other_rows(kernel):
     torch.manual_seed(0)
     packed = PACKED[kernel](torch.randn(96, 64))
     x = torch.randn(7, 64).bfloat16()
@@ -105,7 +112,7 @@ def test_a_row_has_the_same_product_alone(kernel):
 
 
 @PRECISIONS
-def test_packed_weights_are_let_go_of_when_quantized(precision):
+def test_quantizing_frees_packed_weights(precision):
     model = tiny_gpt().bfloat16().pack()
     model.quantize(precision)
     layer = model.blocks[0].attn.out
@@ -176,14 +183,14 @@ def test_levels_of_a_gguf_file_are_its_numbers(case, kind, tmp_path):
     """gguf's own dequantization is the oracle."""
     path = str(tmp_path / "model.gguf")
     checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
-    stored, expanded = gptk.load_checkpoint(path, stored=True), gptk.load_checkpoint(path)
-    assert stored.config == expanded.config
-    assert stored.state.keys() == expanded.state.keys()
-    kept = {name: one for name, one in stored.state.items() if isinstance(one, gptk.Levels)}
+    stored, dequantized = gptk.load_checkpoint(path, stored=True), gptk.load_checkpoint(path)
+    assert stored.config == dequantized.config
+    assert stored.state.keys() == dequantized.state.keys()
+    kept = {name for name, tensor in stored.state.items() if isinstance(tensor, gptk.Levels)}
     assert len(kept) >= 1 + 4 * stored.config.n_layers
-    for name, one in stored.state.items():
-        numbers = one.dense() if name in kept else one
-        assert torch.allclose(numbers, expanded.state[name], rtol=1e-6, atol=1e-9), name
+    for name, tensor in stored.state.items():
+        numbers = tensor.dense() if name in kept else tensor
+        assert torch.allclose(numbers, dequantized.state[name], rtol=1e-6, atol=1e-9), name
 
 
 @KEPT
@@ -194,34 +201,34 @@ def test_a_model_keeps_what_its_file_has(case, kind, tmp_path):
     lm = gptk.load(path, device="cpu", quantize="stored", tokenizer="bytes")
     sizes = lm.model.bytes_by_kind()
     assert {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}[kind] in sizes
-    expanded = gptk.load(path, device="cpu", dtype="float32", tokenizer="bytes").model
+    dequantized = gptk.load(path, device="cpu", dtype="float32", tokenizer="bytes").model
     for name, module in lm.model.named_modules():
         if isinstance(module, Linear):
-            want = expanded.get_submodule(name).weight
+            want = dequantized.get_submodule(name).weight
             got = module.packed.dense().float()
             # Rounded to bfloat16 are the scale, its product with a code (or with the high half of
             # one), and the number: 2⁻⁸ each.
             assert (got - want).abs().max() <= 3 * 2**-8 * want.abs().max(), name
     ids = checkpoints.random_ids()
     with torch.inference_mode():
-        got, want = lm.model.logits(lm.model(ids)), expanded.logits(expanded(ids))
+        got, want = lm.model.logits(lm.model(ids)), dequantized.logits(dequantized(ids))
     assert (got - want).norm() < 0.03 * want.norm()
 
 
 @KEPT
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen2-untied"])
 @pytest.mark.skipif(not kernels.available(), reason="needs gptk's own kernels")
-def test_in_float32_it_computes_as_the_expanded_model(case, kind, tmp_path):
-    """Token by token and in a pass over more tokens than few."""
+def test_in_float32_it_computes_as_the_dequantized_model(case, kind, tmp_path):
+    """In a pass over few tokens, and in one over more than `matmul_few_rows` is for."""
     path = str(tmp_path / "model.gguf")
     checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
     settings = {"device": "cpu", "dtype": "float32", "tokenizer": "bytes"}
     kept = gptk.load(path, quantize="stored", **settings).model
-    expanded = gptk.load(path, **settings).model
+    dequantized = gptk.load(path, **settings).model
     ids = checkpoints.random_ids()
     with torch.inference_mode():
-        for some in (ids, ids.repeat(1 + 64 // ids.numel(), 1)):
-            got, want = (model.logits(model(some)) for model in (kept, expanded))
+        for batch in (ids, ids.repeat(1 + 64 // ids.numel(), 1)):
+            got, want = (model.logits(model(batch)) for model in (kept, dequantized))
             assert (got - want).norm() < 2e-4 * want.norm()
 
 
@@ -230,11 +237,11 @@ def test_in_float32_it_computes_as_the_expanded_model(case, kind, tmp_path):
     outputs=st.integers(1, 100), groups=st.integers(1, 3), rows=st.sampled_from([1, 3, 64, 70]),
     seed=st.integers(0, 1000), bias=st.booleans(),
 )  # fmt: skip
-def test_eight_bits_by_groups_are_two_times_four(outputs, groups, rows, seed, bias):
+def test_eight_bits_by_groups_are_two_matrices_of_four_bits(outputs, groups, rows, seed, bias):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(256, (outputs, groups * GROUP), generator=generator, dtype=torch.uint8)
     scale = torch.rand(outputs, groups, generator=generator).bfloat16().float()
-    packed = Int8Groups(Levels(codes, scale, -128 * scale, 8))
+    packed = PyTorchInt8Groups(Levels(codes, scale, -128 * scale, 8))
     want = (codes.float() - 128).view(outputs, groups, GROUP) * scale[:, :, None]
     # Both halves and their sum are rounded to bfloat16.
     bound = 2**-8 * (2 * want.abs() + 15 * scale[:, :, None])
@@ -247,14 +254,14 @@ def test_eight_bits_by_groups_are_two_times_four(outputs, groups, rows, seed, bi
     assert ((got - product).abs() <= 3 * 2**-8 * size).all()
 
 
-def test_levels_of_unlike_bits_do_not_stack():
-    one = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 4)
-    assert Levels.stack([one, one]).shape == (4, 32)
+def test_levels_of_different_bits_do_not_stack():
+    four = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 4)
+    assert Levels.stack([four, four]).shape == (4, 32)
     with pytest.raises(RuntimeError, match="4 and of 8"):
-        Levels.stack([one, dataclasses.replace(one, bits=8)])
+        Levels.stack([four, dataclasses.replace(four, bits=8)])
 
 
-def test_on_other_devices_what_is_lacking_is_told(monkeypatch):
+def test_on_other_devices_the_error_says_what_is_missing(monkeypatch):
     cuda = torch.device("cuda")
     with pytest.raises(gptk.DeviceError, match="need the device cpu or cuda, not mps"):
         check_device("int8", torch.device("mps"))
@@ -271,7 +278,7 @@ def test_torchaos_int8_is_near_gptks_own():
     pytest.importorskip("torchao", reason="torchao is not installed")
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 64), torch.randn(96).bfloat16()
-    theirs, ours = TorchAO(weight, "int8"), Int8(weight)
+    theirs, ours = TorchAO(weight, "int8"), PyTorchInt8(weight)
     step = weight.abs().amax(dim=1, keepdim=True) / 127
     assert ((theirs.dense().float() - weight).abs() <= 0.6 * step + 2**-7 * weight.abs()).all()
     assert theirs.kind == ours.kind
@@ -286,7 +293,7 @@ def test_torchaos_int8_is_near_gptks_own():
     model, same = tiny_gpt(GPT2_LIKE).bfloat16(), tiny_gpt(GPT2_LIKE).bfloat16().quantize("int8")
     for layer in model.modules():
         if isinstance(layer, Linear):
-            layer.take(TorchAO(layer.weight, "int8"))
+            layer.use_packed(TorchAO(layer.weight, "int8"))
     with torch.inference_mode():
         got, want = model.logits(model(ids)), same.logits(same(ids))
     assert (got - want).norm() < 0.03 * want.norm()
@@ -302,7 +309,9 @@ def test_a_model_on_cuda_is_quantized_by_torchao(precision):
     model = tiny_gpt(GPT2_LIKE).bfloat16().to("cuda").quantize(precision)
     sizes = model.bytes_by_kind()
     assert set(sizes) == {"bfloat16", precision}
-    rounded = plain.state_dict() | {name: one.cpu() for name, one in model.state_dict().items()}
+    rounded = plain.state_dict() | {
+        name: tensor.cpu() for name, tensor in model.state_dict().items()
+    }
     head = rounded.pop("head.weight").float()
     plain.load_state_dict(rounded, strict=False)
     with torch.inference_mode():
@@ -334,7 +343,7 @@ def losses():
 
 
 @pytest.mark.slow
-def test_what_is_stored_is_kept(losses):
+def test_stored_weights_keep_the_loss(losses):
     assert losses["stored"] == pytest.approx(losses["float32"], rel=0.005)
 
 

@@ -12,7 +12,8 @@ from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
 import gptk
-from gptk.plots.runs import _smoothed, plot_runs
+from gptk.plots.curves import smoothed
+from gptk.plots.runs import plot_runs
 from gptk.runs.metrics import MetricsFile
 from pictures import SIGNATURES, svg_texts
 from program import failing
@@ -21,8 +22,8 @@ from program import gptk as run_gptk
 
 def write(path, records):
     path.mkdir(parents=True)
-    # By json, so that it can be what MetricsFile would not write.
-    (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    # By json itself, which also writes records that MetricsFile would not.
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -63,22 +64,22 @@ def drawn(monkeypatch, tmp_path):
             plot_runs(runs, tmp_path / "drawn.png")
         figure = figures.pop()
         return SimpleNamespace(
-            figure=figure, **{one.get_ylabel().split()[0]: one for one in figure.axes}
+            figure=figure, **{panel.get_ylabel().split()[0]: panel for panel in figure.axes}
         )
 
     return draw
 
 
 def lines(axes):
-    """By label; matplotlib makes up a label that begins with _ where there is none."""
-    return {one.get_label(): one for one in axes.lines}
+    """By label; matplotlib labels other lines itself, beginning with _."""
+    return {line.get_label(): line for line in axes.lines}
 
 
 def tick_labels(axis):
     low, high = axis.get_view_interval()
     texts = axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
     inside = zip(texts, axis.get_majorticklocs(), strict=True)
-    return [text for text, at in inside if text and low <= at <= high]
+    return [text for text, value in inside if text and low <= value <= high]
 
 
 @pytest.mark.parametrize("suffix", SIGNATURES)
@@ -92,7 +93,7 @@ def test_formats_by_suffix_and_the_same_bytes_whatever_the_settings(suffix, tmp_
     data = (tmp_path / f"one{suffix}").read_bytes()
     assert data.startswith(SIGNATURES[suffix])
     assert data == (tmp_path / f"other{suffix}").read_bytes()
-    assert {one.name for one in tmp_path.iterdir()} == {"run", f"one{suffix}", f"other{suffix}"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", f"one{suffix}", f"other{suffix}"}
 
 
 def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -106,7 +107,7 @@ def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="no space left"):
         plot_runs([run], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes() == b"old"
-    assert {one.name for one in tmp_path.iterdir()} == {"run", "plot.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "plot.png"}
 
 
 def test_the_figure_says_names_and_units(tmp_path):
@@ -143,7 +144,7 @@ def test_several_runs_have_a_colour_and_a_marker_each(drawn, tmp_path):
     keys = [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
     assert len(set(keys)) == 8
     for axes in (panels.perplexity, panels.learning):
-        assert [(one.get_color(), one.get_marker()) for one in axes.lines] == keys
+        assert [(line.get_color(), line.get_marker()) for line in axes.lines] == keys
 
 
 class TestLines:
@@ -194,7 +195,7 @@ class TestLines:
     def test_of_a_single_point_show_it(self, steps, every, drawn, tmp_path):
         panels = drawn(make_run(tmp_path / "run", steps, every, grad_norm=1.0))
         for axes in panels.figure.axes:
-            visible = [one for one in axes.lines if one.get_marker() != "None"]
+            visible = [line for line in axes.lines if line.get_marker() != "None"]
             assert visible, axes.get_ylabel()
 
     def test_leave_out_what_is_no_number(self, drawn, tmp_path):
@@ -207,7 +208,7 @@ class TestLines:
             {"grad_norm": 0.0},
             {"tokens": None},
         ]
-        records = [good | {"step": n, "tokens": n} | one for n, one in enumerate(bad, start=1)]
+        records = [good | {"step": n, "tokens": n} | more for n, more in enumerate(bad, start=1)]
         panels = drawn(write(tmp_path / "run", records))
         assert panels.loss.lines[0].get_xdata().tolist() == [5, 6]
         assert panels.gradient.lines[0].get_xdata().tolist() == [1, 2, 3, 4, 6]
@@ -223,7 +224,7 @@ class TestSmoothing:
     @given(st.integers(1, 2000), st.integers(0, 99))
     def test_is_a_line_fitted_to_the_neighbours(self, n, seed):
         y = np.random.default_rng(seed).normal(size=n)
-        smooth = _smoothed(y)
+        smooth = smoothed(y)
         for i in {0, 1, n // 3, n // 2, n - 2, n - 1} & set(range(n)):
             half = min(i, n // 50)
             near = np.arange(i - half, min(i + half + 1, n))
@@ -236,7 +237,7 @@ class TestSmoothing:
         running_mean = np.convolve(falling, np.ones(41) / 41)[:1000]  # of as many, all before
         lag = np.abs(running_mean - falling)[41:].max()
         assert lag > 1
-        assert np.abs(_smoothed(falling) - falling).max() < lag / 10
+        assert np.abs(smoothed(falling) - falling).max() < lag / 10
 
 
 class TestPanels:
@@ -250,7 +251,7 @@ class TestPanels:
 
     def test_name_only_lines_that_are_there(self, drawn, tmp_path):
         panels = drawn(make_run(tmp_path / "a", every=0), make_run(tmp_path / "b", every=0))
-        assert [one.get_text() for one in panels.loss.get_legend().get_texts()] == ["training"]
+        assert [text.get_text() for text in panels.loss.get_legend().get_texts()] == ["training"]
 
     @pytest.mark.parametrize(
         "norms", [(1.0, 1.0), (0.41, 0.46), (1.1, 1.9), (4, 6), (0.3, 3.0), (1e-3, 1e4)]

@@ -1,4 +1,4 @@
-"""The benchmarks run, and make a page and a plot of what they measured."""
+"""The benchmarks run, and write a page and a plot of their results."""
 
 import importlib.util
 import os
@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    """`pytest benchmarks` with these."""
+    """The output of `pytest benchmarks` with these arguments."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
-    kept = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
+    environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
     out = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
-        env=kept | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -40,30 +40,30 @@ def table():
     del sys.modules[spec.name]
 
 
-def test_every_row_that_is_asked_for_is_measured_by_a_benchmark(table):
-    named = [
+def test_every_row_of_the_table_is_measured_by_one_benchmark(table):
+    measured = [
         key
         for file in (ROOT / "benchmarks").glob("test_*.py")
         for marker in re.findall(r"mark\.peers\(([^)]*)\)", file.read_text())
         for key in re.findall(r'"(.+?)"', marker)
     ]
-    assert sorted(named) == sorted(table.ROWS)
+    assert sorted(measured) == sorted(table.ROWS)
 
 
-def test_peers_and_the_whole_grid_are_run_only_when_asked_for():
+def test_peers_and_the_whole_grid_are_run_only_on_request():
     quick, peers = (
-        {line for line in run("--collect-only", *more).splitlines() if "::" in line}
-        for more in ([], ["-m", "peers", "--full"])
+        {line for line in run("--collect-only", *options).splitlines() if "::" in line}
+        for options in ([], ["-m", "peers", "--full"])
     )
-    assert any("gpt2-124M" in one for one in quick)
-    assert not any("gpt2-355M" in one or "beside" in one for one in quick)
+    assert any("gpt2-124M" in test for test in quick)
+    assert not any("gpt2-355M" in test or "beside" in test for test in quick)
     assert peers
-    assert all("beside" in one for one in peers)
+    assert all("beside" in test for test in peers)
 
 
 def test_a_run_writes_its_speeds_and_their_share_of_the_limits(tmp_path):
-    chosen = "test_forward and cpu-tiny-float32 or test_training_step and tiny-float32"
-    printed = run("-k", chosen, "--write", str(tmp_path))
+    selected = "test_forward and cpu-tiny-float32 or test_training_step and tiny-float32"
+    printed = run("-k", selected, "--write", str(tmp_path))
     page = (tmp_path / "results.md").read_text()
     for name in ("cpu-tiny-float32-4x32-prompt", "cpu-tiny-float32-1x32-token", "tiny-float32"):
         line = re.compile(rf"{name}.*\b\d[\d,.]* .*\d+ % of (memory|arithmetic)")
@@ -72,28 +72,28 @@ def test_a_run_writes_its_speeds_and_their_share_of_the_limits(tmp_path):
     assert "GB/s" in page
 
 
-def test_a_table_says_what_is_reached_and_what_is_missing(table, tmp_path):
-    made = table.Table()
+def test_a_table_says_which_goals_are_reached_and_what_is_missing(table, tmp_path):
+    results = table.Table()
     times = {"gptk": 2.0, "other": 1.0, "peer": 4.0}
-    made.row("q41", times, ["gptk", "other"], ["peer"], tokens=8)
-    made.row("bf16", times, ["peer"], ["gptk"])
-    made.skip("batch", "transformers is not installed")
-    made.bound("memory", "650 MB", "under 700 MB", True)
-    cells = {row[0]: row[1:] for row in made.cells()}
+    results.row("q41", times, ["gptk", "other"], ["peer"], tokens=8)
+    results.row("bf16", times, ["peer"], ["gptk"])
+    results.skip("batch", "transformers is not installed")
+    results.bound("memory", "650 MB", "under 700 MB", True)
+    cells = {row[0]: row[1:] for row in results.cells()}
     assert cells[table.ROWS["q41"].work] == (
         *("8.0 tokens/s", "llama.cpp, same file", "2.0 tokens/s", "4.00", "1", "yes"),
     )
     assert cells[table.ROWS["bf16"].work][-3:] == ("0.50", "1.5", "no")
     assert cells[table.ROWS["batch"].work][-1] == "transformers is not installed"
-    assert "other 8.0 tokens/s" in made.measured["q41"].note
-    assert "| memory | 650 MB | under 700 MB | yes |" in made.markdown()
+    assert "other 8.0 tokens/s" in results.measured["q41"].note
+    assert "| memory | 650 MB | under 700 MB | yes |" in results.markdown()
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
-    made.plot(first)
-    made.plot(second)
+    results.plot(first)
+    results.plot(second)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_section_of_the_page_is_replaced_and_the_other_stays(table, tmp_path):
+def test_writing_a_section_of_the_page_keeps_the_other_section(table, tmp_path):
     page = tmp_path / "results.md"
     table.write_section(page, "peers", "the first")
     table.write_section(page, "suite", "two")

@@ -1,4 +1,4 @@
-"""The example package, as anybody would have it: installed, found, used, and tested there."""
+"""The example package as a user has it: installed, found by gptk, used, and its tests run."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "gptk-lz-penalty"
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A copy, so that nothing that runs in it leaves anything in the repository."""
+    """A copy of the package, so that tests write nothing to the repository."""
     folder = tmp_path_factory.mktemp("example") / "gptk-lz-penalty"
     ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".hypothesis", ".venv", "dist")
     return Path(shutil.copytree(EXAMPLE, folder, ignore=ignored))
@@ -34,7 +34,7 @@ def environment(package):
 
 @pytest.fixture
 def example_module(monkeypatch):
-    """The plug-in as a module that no distribution names."""
+    """The plug-in, registered as a module without being installed."""
     monkeypatch.syspath_prepend(str(EXAMPLE / "src"))
     module = importlib.import_module("gptk_lz_penalty")
     gptk.plugins.register(module)
@@ -42,15 +42,15 @@ def example_module(monkeypatch):
     gptk.plugins.unregister(module)
 
 
-def test_the_example_works_as_a_module_by_hand(example_module):
+def test_the_example_works_as_a_registered_module(example_module):
     lm = tiny_lm()
-    chosen = {"sampler": "beam:width=3", "max_new_tokens": 12, "seed": 0}
-    plain = lm.generate("abababab", **chosen)
-    assert lm.generate("abababab", processors=["lz-penalty:strength=0"], **chosen) == plain
-    assert lm.generate("abababab", processors=["lz-penalty:strength=3"], **chosen) != plain
+    settings = {"sampler": "beam:width=3", "max_new_tokens": 12, "seed": 0}
+    plain = lm.generate("abababab", **settings)
+    assert lm.generate("abababab", processors=["lz-penalty:strength=0"], **settings) == plain
+    assert lm.generate("abababab", processors=["lz-penalty:strength=3"], **settings) != plain
 
 
-def test_the_example_uses_only_what_gptk_makes_public():
+def test_the_example_uses_only_public_names_of_gptk():
     for file in (EXAMPLE / "src").rglob("*.py"):
         code = file.read_text()
         assert not re.search(r"^\s*(from|import) gptk(\.|_plugins)", code, re.MULTILINE)
@@ -79,7 +79,7 @@ def test_the_installed_example_decodes(environment, smollm2_path):
 
 
 @pytest.mark.slow
-def test_the_examples_own_tests_pass_where_it_is_installed(environment, package):
+def test_the_tests_of_the_installed_example_pass(environment, package):
     out = environment.run("pytest", "-q", "-p", "no:cacheprovider", cwd=package)
     assert " passed" in out.stdout
     assert "skipped" not in out.stdout

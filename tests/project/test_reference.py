@@ -1,4 +1,4 @@
-"""The reference pages are those that docs/build.py makes, and what they show runs."""
+"""The reference pages are up to date with docs/build.py, and their examples run."""
 
 import importlib.util
 import inspect
@@ -15,10 +15,10 @@ from gptk.plugins.registry import provided
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
-    pytest.param(kind, one, id=f"{kind}-{one.name}")
+    pytest.param(kind, plugin, id=f"{kind}-{plugin.name}")
     for kind in ("sampler", "processor", "drafter")
-    for one in provided(kind).values()
-    if one.distribution.startswith("gptk ")
+    for plugin in provided(kind).values()
+    if plugin.distribution.startswith("gptk ")
 ]
 
 
@@ -34,14 +34,14 @@ def test_the_pages_are_up_to_date(build, capsys):
     assert build.main(["--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "one"), PAGES)
-def test_a_page_has_formula_options_and_a_run(kind, one):
-    text = (DOCS / f"{kind}s" / f"{one.name}.md").read_text(encoding="utf-8")
-    document = inspect.getmodule(one.item).__doc__
-    assert document.strip() in text
+@pytest.mark.parametrize(("kind", "plugin"), PAGES)
+def test_a_page_has_formula_options_and_a_run(kind, plugin):
+    text = (DOCS / f"{kind}s" / f"{plugin.name}.md").read_text(encoding="utf-8")
+    docstring = inspect.getmodule(plugin.item).__doc__
+    assert docstring.strip() in text
     if kind != "drafter":
-        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|logit -|-inf", document), "it lacks a formula"
-    for option in one.item.model_fields:
+        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|logit -|-inf", docstring), "no formula"
+    for option in plugin.item.model_fields:
         assert f"| `{option}` |" in text
     assert re.search(r"\n    gptk generate .*\n\n(    .*\n|\n)+\d+ tokens, score ", text)
 
@@ -64,10 +64,10 @@ def test_the_page_of_hooks_says_what_a_class_may_override(kind):
         if base.__module__.startswith("gptk.") and inspect.isfunction(value) and name[0] != "_":
             assert f"| `{name}(" in section
             needed = "raise NotImplementedError" in inspect.getsource(value)
-            assert (f"| `{name}{_shape(value)}` (needed) |" in section) == needed
+            assert (f"| `{name}{_parameters(value)}` (needed) |" in section) == needed
 
 
-def _shape(function):
+def _parameters(function):
     return "(" + ", ".join(inspect.signature(function).parameters) + ")"
 
 
@@ -84,9 +84,9 @@ def lm():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "one"), PAGES)
-def test_what_a_page_shows_runs(kind, one, build, lm):
-    settings = build.arguments(kind, one.name, build.example(one))
-    prompt = build.PROMPTS.get((kind, one.name), build.STORY)
+@pytest.mark.parametrize(("kind", "plugin"), PAGES)
+def test_the_example_of_a_page_runs(kind, plugin, build, lm):
+    settings = build.arguments(kind, plugin.name, build.example(plugin))
+    prompt = build.PROMPTS.get((kind, plugin.name), build.STORY)
     text = build.result(lm, prompt, settings)
     assert text.replace("    ", "").startswith(prompt.splitlines()[0].rstrip())

@@ -1,4 +1,4 @@
-"""The site's own additions: pages from elsewhere in the repository, and links that lead to them."""
+"""docs/mkdocs_hooks.py: pages from elsewhere in the repository, and links that lead to them."""
 
 import importlib.util
 from pathlib import Path
@@ -19,7 +19,7 @@ def hooks():
 
 
 @pytest.mark.parametrize(
-    ("page", "given", "wanted"),
+    ("page", "markdown", "wanted"),
     [
         ("index.md", "[a](../CHANGELOG.md)", "[a](changelog.md)"),
         ("samplers/beam.md", "[a](../../README.md#use-it)", "[a](../index.md#use-it)"),
@@ -31,17 +31,17 @@ def hooks():
         ("index.md", "```py\nx[0](../README.md)\n```\n", "```py\nx[0](../README.md)\n```\n"),
     ],
 )
-def test_links_lead_to_what_a_file_has_become(page, given, wanted, hooks):
-    there = SimpleNamespace(file=SimpleNamespace(src_uri=page))
-    assert hooks.on_page_markdown(given, there, None, None) == wanted
+def test_links_to_files_lead_to_their_pages(page, markdown, wanted, hooks):
+    on_site = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    assert hooks.on_page_markdown(markdown, on_site, None, None) == wanted
 
 
 def test_links_of_an_example_lead_to_the_docs(hooks):
-    (source, page), *_ = [one for one in hooks.outside().items() if "examples" in one[0]]
+    source = "examples/gptk-lz-penalty/README.md"
     assert (ROOT / source).exists()
-    there = SimpleNamespace(file=SimpleNamespace(src_uri=page))
-    link = "[a](../../docs/hooks.md) [b](../../CHANGELOG.md)"
-    got = hooks.on_page_markdown(link, there, None, None)
+    on_site = SimpleNamespace(file=SimpleNamespace(src_uri=hooks.outside()[source]))
+    links = "[a](../../docs/hooks.md) [b](../../CHANGELOG.md)"
+    got = hooks.on_page_markdown(links, on_site, None, None)
     assert got == "[a](../hooks.md) [b](../changelog.md)"
 
 

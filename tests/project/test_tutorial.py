@@ -1,8 +1,8 @@
-"""What docs/tutorial.md shows is what happens: its files are written, its commands run in order.
+"""docs/tutorial.md is run: its files are written, its commands executed in order and compared.
 
-In a block `console` a line after `$ ` is a command, and the rest is what it says, on standard
-output or error. `…` stands for anything within a line, and a line of its own for any lines. A block
-with a title is a file. Blocks of other kinds are only shown.
+In a `console` block, `$ ` begins a command, and the other lines are its output (standard output and
+error). `…` stands for any text within a line, and a line with `…` alone for any lines. A block with
+a title is a file. Other blocks are not run.
 """
 
 import os
@@ -20,18 +20,18 @@ TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
 FENCE = re.compile(
     r'^```(?:console|\w+ title="(?P<file>[^"]+)")\n(?P<body>.*?)^```', re.MULTILINE | re.DOTALL
 )
-COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<said>(?:(?!\$ ).*\n)*)", re.MULTILINE)
+COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 
 
 class Reader:
-    """Somebody who does what the tutorial says, in a folder of their own."""
+    """Follows the tutorial in a folder."""
 
     def __init__(self, folder: Path, programs: Path, **settings: str) -> None:
         self.folder = folder
         self.settings = {
             **os.environ,
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONUNBUFFERED": "1",  # so that output and errors come in their order
+            "PYTHONUNBUFFERED": "1",  # so that output and errors come in order
             **settings,
         }
 
@@ -43,8 +43,8 @@ class Reader:
                 path.write_text(fence["body"], encoding="utf-8")
                 continue
             for step in COMMAND.finditer(fence["body"]):
-                said = self.run(step["command"])
-                assert matches(step["said"], said), f"$ {step['command']}\n{said}"
+                output = self.run(step["command"])
+                assert matches(step["output"], output), f"$ {step['command']}\n{output}"
 
     def run(self, command: str) -> str:
         if command.startswith("cd "):
@@ -63,11 +63,11 @@ class Reader:
         return out.stdout
 
 
-def matches(shown: str, said: str) -> bool:
-    """Whether what was said is what is shown, but for what `…` stands for and spaces at ends."""
+def matches(shown: str, output: str) -> bool:
+    """Whether the output is as shown, except for `…` and trailing spaces."""
     pattern = "".join(_patterns(shown.rstrip().splitlines()))
     return (
-        re.fullmatch(pattern, "".join(f"{line.rstrip()}\n" for line in said.splitlines()))
+        re.fullmatch(pattern, "".join(f"{line.rstrip()}\n" for line in output.splitlines()))
         is not None
     )
 
@@ -80,7 +80,7 @@ def _patterns(shown: list[str]) -> Iterator[str]:
             yield ".*".join(map(re.escape, line.rstrip().split("…"))) + r"\n"
 
 
-def test_what_is_shown_is_compared():
+def test_shown_output_is_compared():
     assert matches("a …z\n…\nend\n", "a b z\n1\n2\nend\n")
     assert matches("", "")
     assert not matches("a\n", "a\nb\n")
@@ -88,15 +88,15 @@ def test_what_is_shown_is_compared():
     assert not matches("a …z\n", "a b y\n")
 
 
-def test_every_block_of_the_tutorial_is_run_or_known_to_be_only_shown():
+def test_every_block_of_the_tutorial_is_run_or_marked_as_text():
     text = TUTORIAL.read_text(encoding="utf-8")
     openings = re.findall(r"^```(\w+.*)$", text, re.MULTILINE)
     run = [fence[0].splitlines()[0][3:] for fence in FENCE.finditer(text)]
-    assert [one for one in openings if one not in run and one != "text"] == []
+    assert [opening for opening in openings if opening not in run and opening != "text"] == []
     assert text.count("\n$ ") >= 8
 
 
-def test_a_single_file_is_a_plug_in(tmp_path):
+def test_a_single_file_works_as_a_plug_in(tmp_path):
     Reader(tmp_path, Path(sys.executable).parent).follow(parts()["One file"])
 
 
@@ -110,13 +110,13 @@ def test_the_whole_tutorial(tmp_path):
         script = f'#!/bin/sh\nexec "{environment.python}" -m {name} "$@"\n'
         (bin_ / name).write_text(script)
         (bin_ / name).chmod(0o755)
-    # Nothing is fetched: what a build needs is there.
+    # Nothing is downloaded: the build requirements are installed.
     reader = Reader(
         folder,
         bin_,
         VIRTUAL_ENV=str(environment.folder),
         PIP_NO_INDEX="1",
-        PIP_NO_BUILD_ISOLATION="0",  # pip's way of saying yes
+        PIP_NO_BUILD_ISOLATION="0",  # for this variable of pip, 0 means yes
         PIP_DISABLE_PIP_VERSION_CHECK="1",
     )
     text = TUTORIAL.read_text(encoding="utf-8")
@@ -124,6 +124,6 @@ def test_the_whole_tutorial(tmp_path):
 
 
 def parts() -> dict[str, str]:
-    """The text below each heading of the second level."""
+    """The text below each second-level heading."""
     _, *found = re.split(r"^## (.*)\n", TUTORIAL.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return dict(zip(found[::2], found[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Interrupted saves, damaged files, full disks: a run always goes on, bit for bit."""
+"""A run goes on bit for bit after interrupted saves, damaged files and full disks."""
 
 import contextlib
 import errno
@@ -27,21 +27,21 @@ STATEFUL = SMALL | {
 }
 
 
-def same_state(one, other):
+def same_state(run, other):
     """Whether two runs ended with the same bits: weights, optimizer, averages, metrics."""
     for name in ("model.safetensors", "training.safetensors", "averaged/model.safetensors"):
-        a = load_file(one / "checkpoints/step-00000020" / name)
+        a = load_file(run / "checkpoints/step-00000020" / name)
         b = load_file(other / "checkpoints/step-00000020" / name)
         assert a.keys() == b.keys()
         for key in a:
             assert torch.equal(a[key], b[key]), (name, key)
     drop = {"tokens_per_second": 0, "seconds": 0}
     metrics = [
-        [json.loads(line) | drop for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, other)
+        [json.loads(line) | drop for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (run, other)
     ]
     assert metrics[0] == metrics[1]
-    assert (one / "samples.txt").read_text() == (other / "samples.txt").read_text()
+    assert (run / "samples.txt").read_text() == (other / "samples.txt").read_text()
 
 
 @pytest.mark.parametrize("killed_at", [10, 13])
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_bit_for_bit(killed_at, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_of_saving_never_leaves_a_run_that_cannot_go_on(tmp_path):
-    """Every step saves; 50 kills that cut a save, and the run still ends as one left in peace."""
+    """Every step saves, 50 kills interrupt a save; the run ends as if it had not been killed."""
     settings = SMALL | {
         "steps": 100_000,  # more than any machine gets to
         "save_every": 1,
@@ -92,13 +92,15 @@ def test_sigkill_at_random_moments_of_saving_never_leaves_a_run_that_cannot_go_o
     assert trainer.train() == "finished"
     assert not unfinished(run)
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in found if one["kind"] == "step"] == list(range(1, steps + 3))
+    assert [record["step"] for record in found if record["kind"] == "step"] == list(
+        range(1, steps + 3)
+    )
 
 
 def wait_for_step_after(run, step):
     """Older checkpoints are deleted meanwhile, so any newer one will do."""
     end = time.monotonic() + 60
-    while not any(int(one.name[5:]) > step for one in run.glob("checkpoints/step-????????")):
+    while not any(int(path.name[5:]) > step for path in run.glob("checkpoints/step-????????")):
         assert time.monotonic() < end, f"no checkpoint after step {step}"
         time.sleep(0.01)
 
@@ -115,9 +117,9 @@ def wait_for_save(run, files):
 def unfinished(run):
     """The number of files in each checkpoint that is being written or removed."""
     counts = []
-    for one in run.glob("checkpoints/.step-*"):
-        with contextlib.suppress(FileNotFoundError):  # ended between two looks
-            counts.append(len(list(one.iterdir())))
+    for folder in run.glob("checkpoints/.step-*"):
+        with contextlib.suppress(FileNotFoundError):  # removed after glob found it
+            counts.append(len(list(folder.iterdir())))
     return counts
 
 
@@ -156,26 +158,26 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(damage, three, t
     trainer.step()
     saved = trainer.save()
     assert gptk.best_checkpoint(run) is not None
-    names = sorted(one.name for one in (run / "checkpoints").iterdir())
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names[-1] == saved.name == "step-00000005"  # the damaged one does not outrank it
     assert trainer.train() == "finished"
 
 
 def test_a_run_of_nothing_but_damaged_checkpoints_is_an_error(three, tmp_path):
     run = shutil.copytree(three, tmp_path / "run")
-    for one in (run / "checkpoints").iterdir():
-        flip(one / "model.safetensors")
+    for folder in (run / "checkpoints").iterdir():
+        flip(folder / "model.safetensors")
     with pytest.raises(gptk.TrainingError, match="has no intact checkpoint"):
         Trainer.resume(run, warn=lambda line: None)
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing is put in order on the way out."""
+    """Imitates a kill: no handler of Exception catches it."""
 
 
 @pytest.mark.parametrize("moment", range(8))
 def test_a_step_saved_twice_has_a_good_checkpoint_at_every_moment(moment, tmp_path, monkeypatch):
-    """Killed before any of the renames and removals, with one checkpoint and no other."""
+    """Killed before each of the renames and removals, with a single checkpoint."""
     run = tmp_path / "run"
     trainer = Trainer.start(config(keep=1), run)
     trainer.step()
@@ -199,23 +201,23 @@ def test_a_step_saved_twice_has_a_good_checkpoint_at_every_moment(moment, tmp_pa
     assert gptk.load(str(run)).model.config == trainer.model.config
     again = Trainer.resume(run, warn=pytest.fail)
     assert again.step_count == 1
-    assert [one.name for one in (run / "checkpoints").iterdir()] == ["step-00000001"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_want_of_memory_in_resuming_is_told_in_one_line(three, tmp_path, monkeypatch):
+def test_too_little_memory_to_resume_is_an_error_of_one_line(three, tmp_path, monkeypatch):
     run = shutil.copytree(three, tmp_path / "run")
-    monkeypatch.setattr("gptk.training.trainer.build_model", lambda *_: torch.empty(2**60))
+    monkeypatch.setattr("gptk.training.preparation.build_model", lambda *_: torch.empty(2**60))
     with pytest.raises(gptk.TrainingError, match=r"^out of memory for the model"):
         Trainer.resume(run)
 
 
-def test_what_is_no_run_is_an_error(tmp_path):
+def test_a_directory_without_a_run_is_an_error(tmp_path):
     with pytest.raises(gptk.TrainingError, match="is not a training run"):
         Trainer.resume(tmp_path)
 
 
 def fill_disk_at(monkeypatch, step):
-    """From that step on nothing can be written any more, as on a full disk."""
+    """From the checkpoint of that step on nothing can be written, as on a full disk."""
     write = checkpoints.write_text
 
     def full(path, text):
@@ -237,23 +239,23 @@ def test_a_full_disk_ends_with_a_clear_error_and_the_last_checkpoint(tmp_path, m
         f"good checkpoint is {run}/checkpoints/step-00000003"
     )
     monkeypatch.undo()
-    assert [one.name for one in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert Trainer.resume(run).train() == "finished"
 
 
 @pytest.mark.parametrize(("limit", "shard"), [(1000, False), (60_000, False), (60_000, True)])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_file_that_cannot_grow_is_told_too(limit, shard, tmp_path):
-    """The kernel itself refuses to write on, first in the settings or in a checkpoint."""
+def test_a_file_that_cannot_grow_is_an_error(limit, shard, tmp_path):
+    """The operating system limits the size of files, for the settings or for a checkpoint."""
     run = tmp_path / "run"
     trainer = Trainer.start(config(save_every=3, eval_every=20), run)
-    # In one process nothing is sharded, but the tensors are written in that way.
+    # A single process has no shards, but can write in their format.
     trainer.shard = shard
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        # torch.distributed.checkpoint has words of its own for it.
+        # torch.distributed.checkpoint has another message.
         what = "checkpoint of step 3 cannot be written" if shard else "File too large"
         with pytest.raises(gptk.TrainingError, match=what):
             trainer.train()

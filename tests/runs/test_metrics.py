@@ -24,8 +24,8 @@ RECORDS = st.lists(
 
 def write(path, records):
     file = MetricsFile(path)
-    for one in records:
-        file.record(one)
+    for record in records:
+        file.record(record)
     file.close()
 
 
@@ -40,7 +40,7 @@ def test_a_cut_last_line_is_dropped_and_later_steps_are_truncated(
         file.write(rest)
     assert read_metrics(path) == records
     truncate_metrics(path, step)
-    assert read_metrics(path) == [one for one in records if one["step"] <= step]
+    assert read_metrics(path) == [record for record in records if record["step"] <= step]
 
 
 def test_each_record_is_on_disk_at_once(tmp_path):

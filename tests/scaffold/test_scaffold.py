@@ -211,8 +211,8 @@ class TestTheCommand:
     def test_names_of_other_forms(self, name, module, cls, tmp_path, taken_in):
         folder = write_package(name, "scheduler", tmp_path / "p")
         assert source(folder).parent.name == module
-        made = getattr(taken_in(source(folder)), cls)
-        assert plugins.create("scheduler", name, gptk.LRScheduler) == made()
+        plugin = getattr(taken_in(source(folder)), cls)
+        assert plugins.create("scheduler", name, gptk.LRScheduler) == plugin()
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -223,10 +223,10 @@ class TestTheCommand:
             ("up-", "ends with a letter or digit"),
             ("größe", "cannot be a plug-in's name"),
             ("x" * 41, "has 41 characters; use 40 at most"),
-            ("none", "would be a class None, which is another thing there already"),
+            ("none", "would be a class None, which its module uses already"),
             ("2nd", "would be a class 2nd, which is no name in Python"),
-            ("tensor", "would be a class Tensor, which is another thing there already"),
-            ("sampler-contract", "would be a class SamplerContract, which is another"),
+            ("tensor", "would be a class Tensor, which its module uses already"),
+            ("sampler-contract", "would be a class SamplerContract, which its module"),
             ("greedy", f"there is a sampler greedy already, in gptk {gptk.__version__}"),
             ("plugins", "there is a module gptk_plugins already"),
             ("test-me", "would be TestMe, a test's name"),
@@ -247,9 +247,9 @@ class TestTheCommand:
     def test_a_folder_that_is_there_is_left_alone(self, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-        for there in list(tmp_path.iterdir()):
-            line = failing("plugins", "new", "x", "--kind", "sampler", "--out", there, code=1)
-            assert f"{there} is there already" in line
+        for path in list(tmp_path.iterdir()):
+            line = failing("plugins", "new", "x", "--kind", "sampler", "--out", path, code=1)
+            assert f"{path} exists already" in line
         assert {path.name for path in tmp_path.iterdir()} == {"empty", "dangling"}
 
     def test_a_folder_that_cannot_be(self, tmp_path):
@@ -313,7 +313,7 @@ def coldest(tmp_path):
 
 @pytest.fixture
 def forgotten():
-    """Takes out, after the test, the files that the program registered in this process."""
+    """Unregisters, after the test, the files that the program registered in this process."""
     before = list(plugins.manager().get_plugins())
     yield
     for plugin in plugins.manager().get_plugins():
@@ -449,7 +449,7 @@ class TestAFile:
 def use(kind, environment, folder, data):
     """Generate or train with the installed plug-in, by its name, from the command line."""
     tiny = [f"{key}={json.dumps(value)}" for key, value in TINY_RUN.items()] + [f"data={data}"]
-    settings = [part for one in tiny for part in ("--set", one.replace('"', ""))]
+    settings = [part for line in tiny for part in ("--set", line.replace('"', ""))]
     model = folder / "model"
     if kind in ("scheduler", "regularizer", "tokenizer"):
         key = "regularizers" if kind == "regularizer" else kind

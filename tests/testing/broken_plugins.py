@@ -1,7 +1,7 @@
 """Plug-ins that are broken on purpose, each tested with the contract for its kind.
 
-No test module: tests/test_broken_promises.py runs it and expects that each class fails the promise
-that it names in `breaks`, and so shows what the author of such a plug-in sees.
+Not a test module by its name: test_broken_promises.py runs it and expects that each class fails
+the promise that it names in `breaks`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class ReadsItsNeighbour(gptk.LogitsProcessor):
 
 
 class Resurrects(gptk.LogitsProcessor):
-    """Gives a token a chance."""
+    """Sets the logits of two tokens, masked or not."""
 
     name = "resurrects"
 
@@ -52,7 +52,7 @@ class MutatesInPlace(gptk.LogitsProcessor):
 
 
 class Counting:
-    """Counts the tokens 1 of each row, but for what a subclass forgets."""
+    """Counts the tokens 1 of each row. Each subclass has a fault in one of the moves."""
 
     def __init__(self, rows):
         self.counts = [0] * len(rows)
@@ -99,7 +99,7 @@ class ForgetsRewind(gptk.LogitsProcessor):
 
 
 class SharesAState(gptk.LogitsProcessor):
-    """Counts, and rows that are forked share what they count."""
+    """Counts, and a row and its forks share a list."""
 
     name = "shares-a-state"
 
@@ -146,7 +146,7 @@ class TakesTheFirst(gptk.LogitsProcessor):
 
 
 class LeavesNothing(gptk.LogitsProcessor):
-    """Takes out all."""
+    """Removes all tokens."""
 
     name = "leaves-nothing"
 
@@ -181,7 +181,7 @@ class Undocumented(gptk.LogitsProcessor):
 
 
 class TakesAnything(gptk.LogitsProcessor):
-    """Takes options that there are not."""
+    """Accepts unknown options."""
 
     name = "takes-anything"
     model_config = {"extra": "allow"}  # noqa: RUF012
@@ -340,7 +340,7 @@ class TakesMasked(gptk.Sampler):
 
 
 class FlattersItself(gptk.Sampler):
-    """Greedy, and says that it is surer."""
+    """Greedy, with log-probabilities of 0."""
 
     name = "flatters-itself"
 
@@ -351,7 +351,7 @@ class FlattersItself(gptk.Sampler):
 
 
 class ScalesInPlace(gptk.Sampler):
-    """Greedy, on logits that it changes."""
+    """Greedy, and changes the logits."""
 
     name = "scales-in-place"
 
@@ -360,7 +360,7 @@ class ScalesInPlace(gptk.Sampler):
 
 
 class DrawsSecretly(gptk.Sampler):
-    """Draws, and does not say so."""
+    """Draws, but `random` is False."""
 
     name = "draws-secretly"
 
@@ -380,7 +380,7 @@ class DrawsFromTorch(gptk.Sampler):
 
 
 class AsksTheNeighbour(gptk.Sampler):
-    """Takes what the first row would."""
+    """Takes the first row's token for all rows."""
 
     name = "asks-the-neighbour"
 
@@ -398,7 +398,7 @@ class NeedsFiveTokens(gptk.Sampler):
 
 
 class Rotates(gptk.Sampler):
-    """Takes the likeliest and the second likeliest in turns, for each row."""
+    """Takes each row's likeliest and second likeliest token in turns."""
 
     name = "rotates"
 
@@ -500,7 +500,7 @@ class TestRotates(testing.SamplerContract):
 
 
 class JumpsOnResume(gptk.LRScheduler):
-    """Falls with every call."""
+    """Its factor falls with every call."""
 
     name = "jumps-on-resume"
     _calls: list[int] = []  # noqa: RUF012
@@ -511,7 +511,7 @@ class JumpsOnResume(gptk.LRScheduler):
 
 
 class Overshoots(gptk.LRScheduler):
-    """Goes up to twice the rate."""
+    """Its factor rises to 2."""
 
     name = "overshoots"
 
@@ -530,7 +530,7 @@ class TestOvershoots(testing.SchedulerContract):
 
 
 class IgnoresWarmup(gptk.LRScheduler):
-    """The full rate at once."""
+    """The full rate from the first step on."""
 
     name = "ignores-warmup"
 
@@ -544,7 +544,7 @@ class TestIgnoresWarmup(testing.SchedulerContract):
 
 
 class WithoutGradient(gptk.Regularizer):
-    """A number."""
+    """A penalty without a gradient."""
 
     name = "without-gradient"
 
@@ -553,7 +553,7 @@ class WithoutGradient(gptk.Regularizer):
 
 
 class Misspells(gptk.Regularizer):
-    """An option that no optimizer has."""
+    """Returns an option that no optimizer has."""
 
     name = "misspells"
 
@@ -572,7 +572,7 @@ class TestMisspells(testing.RegularizerContract):
 
 
 class Rewards(gptk.Regularizer):
-    """A penalty below zero."""
+    """A negative penalty."""
 
     name = "rewards"
 
@@ -581,7 +581,7 @@ class Rewards(gptk.Regularizer):
 
 
 class Detaches(gptk.Regularizer):
-    """A loss that leads nowhere."""
+    """A loss without a path to the weights."""
 
     name = "detaches"
 
@@ -590,7 +590,7 @@ class Detaches(gptk.Regularizer):
 
 
 class RemembersElsewhere(gptk.Regularizer):
-    """Shrinks the weights more at each step of this process."""
+    """Shrinks the weights more at each step, and keeps the count outside of `state`."""
 
     name = "remembers-elsewhere"
     _steps: list[int] = []  # noqa: RUF012
@@ -617,7 +617,7 @@ class TestRemembersElsewhere(testing.RegularizerContract):
 
 
 class DropsATensor(gptk.WeightLoader):
-    """Reads safetensors, and makes up what it has not read."""
+    """Reads safetensors, and fills missing tensors with zeros."""
 
     name = "drops-a-tensor"
     path: str = Field(description="the file")
@@ -634,7 +634,7 @@ class DropsATensor(gptk.WeightLoader):
 
 
 class FillsIn(DropsATensor):
-    """Reads all that there is, and makes up what there is not."""
+    """Ignores no tensor, but still fills missing ones with zeros."""
 
     name = "fills-in"
     dropped: str = ""
@@ -647,7 +647,7 @@ class Loader(testing.LoaderContract):
 
 
 class AnotherConfiguration(gptk.WeightLoader):
-    """Reads all tensors, for a model of other heads."""
+    """Reads all tensors, with a configuration of other heads."""
 
     name = "another-configuration"
     path: str = Field(description="the file")
@@ -685,7 +685,7 @@ class TestDoesNotCatch(Loader):
 
 
 class LosesSpaces(gptk.TokenizerLoader):
-    """Bytes, but no spaces."""
+    """All bytes but spaces, which it drops."""
 
     name = "loses-spaces"
 

@@ -1,4 +1,4 @@
-"""Every built-in plug-in keeps the promises of its kind, as anybody's must."""
+"""Every built-in plug-in keeps the promises of its kind, and so do the models."""
 
 import dataclasses
 import functools
@@ -12,15 +12,12 @@ import torch
 
 import gptk
 from gptk import testing
-from gptk.plugins.creating import create
-from gptk.plugins.kinds import KINDS
-from gptk.plugins.registry import provided
-from gptk.testing import tiny_lm
-
-# Options that show more than the defaults, or that a plug-in needs.
-from toys import PROCESSOR_OPTIONS
+from gptk.plugins import KINDS, create, provided
+from gptk.testing import tiny_gpt, tiny_lm
+from toys import GPT2_LIKE, LLAMA_LIKE, PROCESSOR_OPTIONS, table_model
 
 NEEDS_TEXT = {"choice", "grammar", "json-schema", "regex"}
+# Options that some plug-ins need, or that show more than the defaults.
 SAMPLERS = {
     "beam": "width=3",
     "best-of-n": "n=2",
@@ -53,11 +50,15 @@ class Spec:
 
 
 def cover(kind, contract, options, **more):
-    """A test class for each built-in plug-in of a kind."""
+    """A test class for each built-in plug-in of a kind.
+
+    options: by the plug-in's name. more: attributes of the class, each a dict by the plug-in's
+    name.
+    """
     for name in provided(kind):
-        own = {key: values[name] for key, values in more.items() if name in values}
+        extra = {key: values[name] for key, values in more.items() if name in values}
         title = "".join(part.title() for part in name.replace("_", "-").split("-"))
-        attributes = {"make": Spec(kind, name, options.get(name, "")), **own}
+        attributes = {"make": Spec(kind, name, options.get(name, "")), **extra}
         test = type(f"Test{title}{kind.title().replace('-', '')}", (contract,), attributes)
         globals()[test.__name__] = test
 
@@ -101,23 +102,23 @@ class TestModelDrafter(testing.DrafterContract):
 
 
 class Edited(testing.LoaderContract):
-    """A loader of safetensors files, of which the tests take tensors out and put some in."""
+    """A loader of safetensors files, which are edited to lack a tensor or have one too many."""
 
     names: ClassVar[dict[str, str]]
-    """The file's names of the tensors that are taken out."""
+    """The file's names of the tensors that are removed."""
 
     def write_whole(self, folder: Path, model: gptk.GPT) -> Path:
         raise NotImplementedError
 
     def write(self, folder, config, state):
-        given = {name: one for name, one in state.items() if not name.startswith("surplus")}
-        model = testing.tiny_gpt(config)
-        model.load_state_dict(given, strict=False)
+        known = {name: tensor for name, tensor in state.items() if name[:7] != "surplus"}
+        model = tiny_gpt(config)
+        model.load_state_dict(known, strict=False)
         path = self.write_whole(folder, model)
         tensors = safetensors.torch.load_file(path)
-        for name in set(dict(model.named_parameters())) - set(given):
+        for name in set(dict(model.named_parameters())) - set(known):
             del tensors[self.names[name]]
-        tensors |= {name: one for name, one in state.items() if name.startswith("surplus")}
+        tensors |= {name: tensor for name, tensor in state.items() if name not in known}
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
         return str(folder / "model")
 
@@ -150,7 +151,7 @@ class TestNanoGPTLoader(testing.LoaderContract):
     config = dataclasses.replace(testing.LoaderContract.config, mlp="gelu")
 
     def write(self, folder, config, state):
-        theirs = {
+        names = {
             "embed": "transformer.wte", "embed_positions": "transformer.wpe",
             "norm": "transformer.ln_f", "attn_norm": "ln_1", "mlp_norm": "ln_2",
             "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj",
@@ -163,12 +164,12 @@ class TestNanoGPTLoader(testing.LoaderContract):
             if name.startswith("blocks."):
                 block, layer, part = module.split(".", 2)
                 block = f"transformer.h.{layer}."
-            model[f"{block}{theirs.get(part, part)}.{parameter}"] = tensor
+            model[f"{block}{names.get(part, part)}.{parameter}"] = tensor
         arguments = {
             "n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.width,
             "block_size": config.context_length, "vocab_size": config.vocab_size, "bias": True,
         }  # fmt: skip
-        # Others than nanoGPT's checkpoints have other numbers of steps.
+        # nanoGPT's checkpoints also have the number of steps.
         torch.save({"model": model, "model_args": arguments, "iter_num": 1}, folder / "ckpt.pt")
         return str(folder / "ckpt.pt")
 
@@ -205,8 +206,8 @@ class TestTensorBoardTrainingObserver(testing.PluginContract):
     make = Spec("training-observer", "tensorboard")
 
 
-# What has files that are made elsewhere is tested with them in test_weights.py, test_openai.py and
-# test_tokenizers.py; here it shows what plug-ins of every kind promise.
+# The formats below are tested with their files in test_weights.py, test_openai.py and
+# test_tokenizers.py; here only the promises of every plug-in are.
 
 
 class TestGGUFLoader(testing.PluginContract):
@@ -243,3 +244,25 @@ def test_every_built_in_plugin_is_held_to_a_contract():
         ):
             held.add((test().plugin().kind, test().plugin().name))
     assert held >= {(kind, name) for kind in KINDS if kind != "command" for name in provided(kind)}
+
+
+def with_dropout(config):
+    model = tiny_gpt(config)
+    model.set_dropout(0.3)
+    return model
+
+
+class TestGPT2LikeModel(testing.ModelContract):
+    make = staticmethod(lambda: with_dropout(GPT2_LIKE))
+
+
+class TestLlamaLikeModel(testing.ModelContract):
+    make = staticmethod(lambda: with_dropout(LLAMA_LIKE))
+
+
+class TestTableModel(testing.ModelContract):
+    make = staticmethod(table_model)
+
+
+class TestTableModelOfTwoTokens(testing.ModelContract):
+    make = staticmethod(lambda: table_model(2))

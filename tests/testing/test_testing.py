@@ -1,4 +1,4 @@
-"""The kit's own models, and its fixtures as pytest gives them to others."""
+"""The kit's models, and the fixtures that it gives to pytest."""
 
 import subprocess
 import sys
@@ -14,16 +14,16 @@ from gptk.testing._promises import check, examples, promise
 
 
 def rows(size):
-    chance = st.integers(0, 9)
-    row = st.lists(chance, min_size=size, max_size=size).filter(any)
+    weight = st.integers(0, 9)
+    row = st.lists(weight, min_size=size, max_size=size).filter(any)
     return st.lists(row, min_size=size, max_size=size)
 
 
 @given(st.integers(1, 7).flatmap(rows), st.data())
-def test_a_markov_model_has_the_probabilities_it_was_given(chances, data):
-    matrix = torch.tensor(chances, dtype=torch.float64)
+def test_a_markov_model_has_the_probabilities_it_was_given(weights, data):
+    matrix = torch.tensor(weights, dtype=torch.float64)
     matrix /= matrix.sum(dim=1, keepdim=True)
-    token = st.integers(0, len(chances) - 1)
+    token = st.integers(0, len(weights) - 1)
     ids = torch.tensor([data.draw(st.lists(token, min_size=1, max_size=20))])
     model = markov_lm(matrix).model
     with torch.inference_mode():
@@ -41,14 +41,14 @@ def test_other_matrices_are_refused(wrong):
 
 def test_tiny_models_are_always_the_same_and_leave_the_generator_alone():
     before = torch.get_rng_state()
-    one, same, other = testing.tiny_gpt(), testing.tiny_gpt(), testing.tiny_gpt(seed=1)
+    model, same, other = testing.tiny_gpt(), testing.tiny_gpt(), testing.tiny_gpt(seed=1)
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(one(ids), same(ids))
-    assert not torch.equal(one(ids), other(ids))
+    assert torch.equal(model(ids), same(ids))
+    assert not torch.equal(model(ids), other(ids))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_of_two_faults_in_a_promise_one_is_told_with_its_example():
+def test_of_two_faults_in_a_promise_one_is_reported_with_its_example():
     class Two(testing.PluginContract):
         @promise
         @examples(100)
@@ -92,7 +92,7 @@ def test_without_smollm2_its_tests_are_skipped(without_smollm2):
 
 @pytest.fixture
 def without_smollm2(tmp_path):
-    """A folder with a test that wants SmolLM2, where the package cannot be found."""
+    """A folder with a test that needs SmolLM2, where the package cannot be found."""
     (tmp_path / "conftest.py").write_text(
         "import gptk_plugins.loaders.smollm2 as loader\nloader.installed_file = lambda: None\n"
     )

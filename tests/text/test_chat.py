@@ -23,7 +23,7 @@ from toys import GPT2_LIKE, byte_tokenizer
 
 USER = [{"role": "user", "content": "Hello"}]
 
-# In the manner of the models they are named after.
+# In the style of the models that they are named after.
 TEMPLATES = {
     "chatml": """
 {%- for message in messages %}
@@ -121,7 +121,7 @@ message = st.fixed_dictionaries({"role": roles, "content": content})
 
 @st.composite
 def alternating(draw):
-    """A conversation as most templates want it."""
+    """A conversation that most templates accept."""
     turns = [
         {"role": ("user", "assistant")[number % 2], "content": text}
         for number, text in enumerate(draw(st.lists(content, min_size=1, max_size=5)))
@@ -171,10 +171,10 @@ def test_texts_and_refusals_equal_those_of_transformers(name):
         except jinja2.TemplateError as error:
             refusal = error
         if refusal is None:
-            made = render_chat(
+            rendered = render_chat(
                 tokenizer, messages, template, add_generation_prompt=add_generation_prompt
             )
-            assert made == expected
+            assert rendered == expected
         else:
             with pytest.raises(gptk.PromptError) as caught:
                 render_chat(tokenizer, messages, template)
@@ -202,7 +202,7 @@ def test_smollm2_tokens_equal_those_of_transformers(smollm2, smollm2_oracle, mes
 def test_a_directorys_bos_and_eos_reach_the_template_as_in_transformers(
     in_config, in_map, newer, tmp_path
 ):
-    """Not those that generation_config.json names, which end a text but are others."""
+    """Not those that generation_config.json names: they end a text, but can be other tokens."""
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
     if in_config != "absent":
         config["bos_token"] = in_config
@@ -282,13 +282,13 @@ def test_without_names_for_the_template_bos_and_the_first_eos_count():
 
 def test_a_reply_is_what_generate_makes_of_the_rendered_text():
     lm = tiny_lm()
-    own = gptk.LanguageModel(lm.model, replace(lm.tokenizer, chat_template=TEMPLATES["chatml"]))
+    chat_lm = gptk.LanguageModel(lm.model, replace(lm.tokenizer, chat_template=TEMPLATES["chatml"]))
     chosen = {"sampler": "top-p:p=0.9", "seed": 3, "n": 2, "max_new_tokens": 9}
-    expected = lm.generate(render_chat(own.tokenizer, USER), **chosen)
-    assert own.chat(USER, **chosen) == expected
+    expected = lm.generate(render_chat(chat_lm.tokenizer, USER), **chosen)
+    assert chat_lm.chat(USER, **chosen) == expected
     assert lm.chat(USER, template=TEMPLATES["chatml"], **chosen) == expected
-    stream = own.stream_chat(USER, max_new_tokens=9)
-    assert "".join(stream) == stream.result.text == own.chat(USER, max_new_tokens=9).text
+    stream = chat_lm.stream_chat(USER, max_new_tokens=9)
+    assert "".join(stream) == stream.result.text == chat_lm.chat(USER, max_new_tokens=9).text
 
 
 def test_smollm2_replies_and_ends_its_turn():
@@ -426,11 +426,11 @@ def model(tmp_path_factory):
 
 
 def asked(*args, **settings):
-    """The prompts that the program made, as texts."""
+    """The prompts that the program built, as texts."""
     out = run_gptk("generate", "--chat", "--max-new-tokens", 3, "--json", *args, **settings)
     assert out.returncode == 0, out.stderr
     objects = [json.loads(line) for line in out.stdout.splitlines()]
-    return [(one["prompt"], bytes(one["prompt_tokens"]).decode()) for one in objects]
+    return [(line["prompt"], bytes(line["prompt_tokens"]).decode()) for line in objects]
 
 
 def test_chat_takes_a_message_from_the_command_line_or_standard_input(model):
@@ -471,7 +471,7 @@ def test_what_chat_cannot_do_is_said_in_one_line(model, tmp_path):
         (b"{% if %}", "not valid jinja2: line 1", 1),
     ):
         file.write_bytes(data)
-        # Told before the model is looked for.
+        # Reported before the model is searched.
         line = failing(*chat, "--chat-template", file, "--model", "no/such/model", code=code)
         assert words in line
     file.write_text("{{ raise_exception('no system message, please') }}")

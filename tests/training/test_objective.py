@@ -15,7 +15,7 @@ from gptk.training.trainer import Trainer
 from toys import GPT2_LIKE
 from training_runs import config, tokens
 
-LOOKING = ["label-smoothing:strength=0.2", "z-loss:strength=0.01", "confidence-penalty"]
+ON_LOGITS = ["label-smoothing:strength=0.2", "z-loss:strength=0.01", "confidence-penalty"]
 
 
 def states(n=23, width=32, vocabulary=101):
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, piece, monkey
         assert relative(chunked_loss(hidden, weight, targets)[0], want[0]) < 1e-6
 
 
-def test_gradients_are_times_what_comes_from_outside():
+def test_gradients_are_scaled_by_the_outer_gradient():
     hidden, weight, targets = states()
     once = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
     thrice = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1] * 3)
@@ -66,27 +66,27 @@ def test_under_autocast_products_are_in_bfloat16_and_sums_in_float32(monkeypatch
         with torch.autocast("cpu", torch.bfloat16):
             loss = chunked_loss(hidden, weight, targets)[1]
         got = gradients(hidden, weight, loss)
-        assert [one.dtype for one in got] == [torch.float32] * 3
+        assert [tensor.dtype for tensor in got] == [torch.float32] * 3
         errors[chunk] = [relative(a, b) for a, b in zip(got, exact, strict=True)]
     assert max(errors[2**20]) < 0.01
-    assert max(errors[1]) < 0.01  # 23 sums lose no more than one
+    assert max(errors[1]) < 0.01  # a sum over 23 chunks is as precise as over one
 
 
 def test_weights_in_bfloat16_are_summed_in_it(monkeypatch):
     monkeypatch.setattr(objective, "_CHUNK", 101 * 6)
     hidden, weight, targets = states()
     exact = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
-    hidden, weight = (one.detach().bfloat16().requires_grad_() for one in (hidden, weight))
+    hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
     got = gradients(hidden, weight, chunked_loss(hidden, weight, targets)[1])
-    assert [one.dtype for one in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert [tensor.dtype for tensor in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_dtypes_are_pytorchs(dtype):
+def test_losses_in_other_dtypes_are_pytorchs(dtype):
     hidden, weight, targets = states()
     want = F.cross_entropy(hidden @ weight.t(), targets)
-    hidden, weight = (one.detach().to(dtype).requires_grad_() for one in (hidden, weight))
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
     got = chunked_loss(hidden, weight, targets)[1]
     assert relative(got, want) < 1e-3
 
@@ -127,15 +127,18 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch):
     assert max(logits) == 4
 
 
-def trainer(**changes):
-    model = tiny_gpt(GPT2_LIKE)
+def trainer_of(model, **changes):
     data = tokens(2000, model.config.vocab_size)
     return Trainer(model, Windows(data, 16), Windows(data, 16), config(**changes))
 
 
-def steps(one, n=3):
-    records = [one.step() for _ in range(n)]
-    return records, [p.detach().clone() for p in one.model.parameters()]
+def make_trainer(**changes):
+    return trainer_of(tiny_gpt(GPT2_LIKE), **changes)
+
+
+def steps(trainer, n=3):
+    records = [trainer.step() for _ in range(n)]
+    return records, [p.detach().clone() for p in trainer.model.parameters()]
 
 
 def same(got, want, tolerance):
@@ -147,22 +150,20 @@ def same(got, want, tolerance):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("regularizers", [[], [*LOOKING, "l1:strength=1e-5"]])
+@pytest.mark.parametrize("regularizers", [[], [*ON_LOGITS, "l1:strength=1e-5"]])
 def test_steps_are_those_of_a_trainer_that_makes_all_logits(regularizers, tied, monkeypatch):
     def run():
         model = tiny_gpt(replace(GPT2_LIKE, tied_head=tied))
-        data = tokens(2000, model.config.vocab_size)
-        settings = config(regularizers=regularizers, accumulate=2, eps=1e-4)
-        return steps(Trainer(model, Windows(data, 16), Windows(data, 16), settings))
+        return steps(trainer_of(model, regularizers=regularizers, accumulate=2, eps=1e-4))
 
     monkeypatch.setattr(objective, "_CHUNK", 257 * 5)
     chunked = run()
-    monkeypatch.setattr("gptk.training.trainer._has_plain_head", lambda _: False)
+    monkeypatch.setattr("gptk.training.loss._has_plain_head", lambda _: False)
     same(chunked, run(), 1e-6)
 
 
 class Whole(gptk.Regularizer):
-    """Looks at the largest logit of a batch, which is no mean over positions."""
+    """Penalizes the largest logit of a batch, which is no mean over positions."""
 
     name = "whole"
 
@@ -171,22 +172,22 @@ class Whole(gptk.Regularizer):
         return 0.1 * logits.max().clamp(min=0)
 
 
-def test_a_regularizer_that_says_nothing_is_given_the_logits_of_the_whole_batch(monkeypatch):
-    made = {"whole": Whole()}
-    create = gptk.training.trainer.create
+def test_by_default_a_regularizer_is_given_the_logits_of_the_whole_batch(monkeypatch):
+    plugins = {"whole": Whole()}
+    create = gptk.training.plugins.create
     monkeypatch.setattr(
-        "gptk.training.trainer.create",
-        lambda kind, spec, base: made.get(spec) or create(kind, spec, base),
+        "gptk.training.plugins.create",
+        lambda kind, spec, base: plugins.get(spec) or create(kind, spec, base),
     )
-    record = trainer(regularizers=["whole", "z-loss"]).step()
+    record = make_trainer(regularizers=["whole", "z-loss"]).step()
     assert record["objective"] > record["loss"]
-    assert record["loss"] == pytest.approx(trainer(regularizers=[]).step()["loss"], rel=1e-6)
+    assert record["loss"] == pytest.approx(make_trainer(regularizers=[]).step()["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("regularizers", [[], ["dropout:p=0.2"]])
 def test_activation_checkpointing_changes_no_bit(regularizers):
-    kept = steps(trainer(regularizers=regularizers))
-    again = steps(trainer(regularizers=regularizers, activation_checkpointing=True))
+    kept = steps(make_trainer(regularizers=regularizers))
+    again = steps(make_trainer(regularizers=regularizers, activation_checkpointing=True))
     assert kept[0] == again[0]
     assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 
@@ -194,20 +195,45 @@ def test_activation_checkpointing_changes_no_bit(regularizers):
 def test_activation_checkpointing_runs_blocks_twice_and_keeps_less():
     counts, kept = {}, {}
     for option in (False, True):
-        one = trainer(activation_checkpointing=option)
+        trainer = make_trainer(activation_checkpointing=option)
         calls = []
-        for block in one.model.blocks:
+        for block in trainer.model.blocks:
             block.attn_norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
         ):
-            one.step()
+            trainer.step()
         counts[option], kept[option] = len(calls), sum(sizes)
     assert counts[True] == 2 * counts[False]
     assert kept[True] < kept[False]
 
 
 def test_evaluation_recomputes_nothing():
-    one = trainer(activation_checkpointing=True)
-    assert one.evaluate() | {"seconds": 0} == trainer().evaluate() | {"seconds": 0}
+    trainer = make_trainer(activation_checkpointing=True)
+    assert trainer.evaluate() | {"seconds": 0} == make_trainer().evaluate() | {"seconds": 0}
+
+
+def test_activation_checkpointing_leaves_the_blocks_as_they_were():
+    """After steps, an evaluation, and a forward pass that failed."""
+    model = tiny_gpt(GPT2_LIKE)
+    first, second = model.blocks
+    calls = []
+
+    def callers_forward(*args):
+        calls.append(args)
+        return type(first).forward(first, *args)
+
+    def failing(*args):
+        raise ZeroDivisionError
+
+    first.forward = callers_forward
+    trainer = trainer_of(model, activation_checkpointing=True)
+    trainer.step()
+    assert len(calls) == 2  # in the backward pass again
+    trainer.evaluate()
+    second.mlp.register_forward_pre_hook(failing)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+    assert first.forward is callers_forward
+    assert "forward" not in vars(second)

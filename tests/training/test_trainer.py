@@ -1,5 +1,6 @@
 """The training loop: the book's, step for step; accumulation; faults; what a run leaves behind."""
 
+import ctypes
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ BOOK_124M = {
 BOOK_SMALL = {**BOOK_124M, "context_length": 64, "emb_dim": 64, "n_heads": 4, "n_layers": 3}
 
 
-def trainer(model=None, train_tokens=2000, *, tokenizer=None, **changes):
+def make_trainer(model=None, train_tokens=2000, *, tokenizer=None, **changes):
     """A trainer in memory, on random tokens."""
     model = model or tiny_gpt(GPT2_LIKE)
     length = changes.pop("context_length", 16)
@@ -68,7 +69,7 @@ def test_five_steps_are_the_books(settings, tmp_path):
     loader = f'llms-from-scratch:path="{tmp_path}/model.pth",n_heads={settings["n_heads"]}'
     length = settings["context_length"]
     batches = book_batches(5, length)
-    # Windows that stand apart, each with the token after its last, are the book's in its order.
+    # The book's batches in its order, as windows that share no token, each with its last target.
     tokens = [torch.cat((inputs, targets[:, -1:]), 1).flatten() for inputs, targets in batches]
     windows = Windows(torch.cat(tokens).numpy(), length, stride=length + 1)
     ours = Trainer(
@@ -110,7 +111,7 @@ def book_batches(count, length):
 
 
 def book_losses(model, batches):
-    """What the book's own loop has as its losses, one step a batch, without its evaluations."""
+    """The losses in the book's training loop, a step for each batch, without its evaluations."""
     losses = []
 
     def calc_and_note(*args):
@@ -158,35 +159,35 @@ def test_an_untrained_gpt2_is_as_unsure_as_its_vocabulary_is_large():
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_accumulating_k_batches_of_b_equals_one_batch_of_k_times_b(k):
-    # An epsilon above the gradients' rounding, which Adam would otherwise blow up to whole steps.
-    one = trainer(batch_size=4 * k, eps=1e-4)
-    accumulated = trainer(batch_size=4, accumulate=k, eps=1e-4)
+    # An epsilon above the rounding errors of gradients, which Adam would otherwise scale up to lr.
+    at_once = make_trainer(batch_size=4 * k, eps=1e-4)
+    accumulated = make_trainer(batch_size=4, accumulate=k, eps=1e-4)
     for _ in range(3):
-        a, b = one.step(), accumulated.step()
+        a, b = at_once.step(), accumulated.step()
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-6)
-    for p, q in zip(one.model.parameters(), accumulated.model.parameters(), strict=True):
+    for p, q in zip(at_once.model.parameters(), accumulated.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 def test_the_last_short_batch_counts_by_its_size():
     """With drop_last off, an epoch's last step is that of a smaller batch."""
-    one = trainer(train_tokens=16 * 10 + 1, batch_size=8, drop_last=False)
-    parts = trainer(train_tokens=16 * 10 + 1, batch_size=4, accumulate=2, drop_last=False)
+    whole = make_trainer(train_tokens=16 * 10 + 1, batch_size=8, drop_last=False)
+    parts = make_trainer(train_tokens=16 * 10 + 1, batch_size=4, accumulate=2, drop_last=False)
     for _ in range(4):
-        assert one.step()["loss"] == pytest.approx(parts.step()["loss"], abs=1e-6)
-    assert one.steps_per_epoch == 2
-    assert one.epoch == 1
+        assert whole.step()["loss"] == pytest.approx(parts.step()["loss"], abs=1e-6)
+    assert whole.steps_per_epoch == 2
+    assert whole.epoch == 1
 
 
 def test_an_epoch_takes_each_window_once_and_the_next_another_order():
     data = np.arange(16 * 20 + 1)
-    one = Trainer(tiny_gpt(), Windows(data % 257, 16), Windows(data % 257, 16), config())
+    trainer = Trainer(tiny_gpt(), Windows(data % 257, 16), Windows(data % 257, 16), config())
     seen = []
-    step = one._loader.take(0, 0)
-    for _ in range(2 * one.steps_per_epoch):
+    step = trainer._loader.take(0, 0)
+    for _ in range(2 * trainer.steps_per_epoch):
         seen.append(step.windows.tolist())
-        step = one._loader.take(step.epoch, step.position + 4)
+        step = trainer._loader.take(step.epoch, step.position + 4)
     first, second = (list(chain(*half)) for half in (seen[:5], seen[5:]))
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
@@ -197,42 +198,54 @@ def test_dropout_and_order_follow_from_the_seed_not_from_the_global_generator():
     for noise in range(2):
         torch.manual_seed(noise)
         before = torch.random.get_rng_state()
-        one = trainer(regularizers=["dropout:p=0.2"])
-        records.append([one.step()["loss"] for _ in range(3)])
+        trainer = make_trainer(regularizers=["dropout:p=0.2"])
+        records.append([trainer.step()["loss"] for _ in range(3)])
         assert torch.equal(torch.random.get_rng_state(), before)
     assert records[0] == records[1]
-    one = trainer(regularizers=["dropout:p=0.2"], seed=1)
-    assert [one.step()["loss"] for _ in range(3)] != records[0]
+    trainer = make_trainer(regularizers=["dropout:p=0.2"], seed=1)
+    assert [trainer.step()["loss"] for _ in range(3)] != records[0]
 
 
 def test_evaluation_is_over_a_fixed_set_and_leaves_training_as_it_was():
-    one, undisturbed = trainer(), trainer()
+    trainer, undisturbed = make_trainer(), make_trainer()
     for _ in range(2):
-        assert one.evaluate() | {"seconds": 0} == one.evaluate() | {"seconds": 0}
-        assert one.step() == undisturbed.step()
+        assert trainer.evaluate() | {"seconds": 0} == trainer.evaluate() | {"seconds": 0}
+        assert trainer.step() == undisturbed.step()
 
 
 def test_the_evaluation_loss_is_the_mean_over_the_windows():
-    one = trainer(eval_batches=100, batch_size=5)
-    windows = one.validation_windows
+    trainer = make_trainer(eval_batches=100, batch_size=5)
+    windows = trainer.validation_windows
     inputs, targets = windows.batch(np.arange(len(windows)))
     with torch.no_grad():
-        logits = one.model.logits(one.model(inputs))
+        logits = trainer.model.logits(trainer.model(inputs))
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert one.evaluate()["validation_loss"] == pytest.approx(want.item(), abs=1e-6)
+    assert trainer.evaluate()["validation_loss"] == pytest.approx(want.item(), abs=1e-6)
 
 
 def test_the_learning_rate_is_the_schedulers():
-    one = trainer(scheduler="linear:warmup=4", lr=0.01, steps=10)
-    rates = [one.step()["lr"] for _ in range(10)]
+    trainer = make_trainer(scheduler="linear:warmup=4", lr=0.01, steps=10)
+    rates = [trainer.step()["lr"] for _ in range(10)]
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     assert rates[-1] == 0
 
 
 def test_penalties_count_in_the_objective_not_in_the_loss():
-    record = trainer(regularizers=["z-loss:strength=0.1"]).step()
+    record = make_trainer(regularizers=["z-loss:strength=0.1"]).step()
     assert record["objective"] > record["loss"]
-    assert record["loss"] == trainer(regularizers=[]).step()["loss"]
+    assert record["loss"] == make_trainer(regularizers=[]).step()["loss"]
+
+
+def test_a_trainer_leaves_the_settings_of_malloc_alone(monkeypatch):
+    """They are set through the C library, which nothing opens in a training step."""
+    opened, load = [], ctypes.CDLL
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda name, *more: opened.append(name) or load(name, *more)
+    )
+    trainer = make_trainer()
+    trainer.step()
+    trainer.evaluate()
+    assert None not in opened
 
 
 def test_one_process_cannot_shard():
@@ -242,47 +255,47 @@ def test_one_process_cannot_shard():
 
 def test_a_regularizer_given_twice_is_refused():
     with pytest.raises(gptk.OptionError, match="l1 is given twice"):
-        trainer(regularizers=["l1:strength=0.1", "l1:strength=0.2"])
+        make_trainer(regularizers=["l1:strength=0.1", "l1:strength=0.2"])
 
 
 class TestNotFinite:
     def broken(self, **changes):
-        one = trainer(**changes)
+        trainer = make_trainer(**changes)
         with torch.no_grad():
-            one.model.blocks[0].mlp.up.weight[0, 0] = math.nan
-        return one
+            trainer.model.blocks[0].mlp.up.weight[0, 0] = math.nan
+        return trainer
 
     def test_a_loss_that_is_not_finite_stops_and_names_step_and_batch(self):
-        one = self.broken(shuffle=False)
+        trainer = self.broken(shuffle=False)
         with pytest.raises(gptk.TrainingError) as caught:
-            one.step()
+            trainer.step()
         assert str(caught.value).startswith(
             "step 1: the loss is nan; its batch are the windows at the tokens 0, 16, 32, 48 of "
         )
-        assert one.step_count == 0
+        assert trainer.step_count == 0
 
     def test_or_the_step_is_skipped_and_changes_nothing(self):
-        one = self.broken(on_nan="skip")
-        before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
-        record = one.step()
+        trainer = self.broken(on_nan="skip")
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        record = trainer.step()
         assert record["skipped"]
         assert math.isnan(record["loss"])
-        assert (one.step_count, one.position) == (1, 4)
-        for name, p in one.model.named_parameters():
+        assert (trainer.step_count, trainer.position) == (1, 4)
+        for name, p in trainer.model.named_parameters():
             assert torch.equal(p.nan_to_num(), before[name].nan_to_num())
 
     def test_a_penalty_that_is_not_finite_is_named_as_such(self):
-        one = trainer(regularizers=["l1:strength=1e38"])
+        trainer = make_trainer(regularizers=["l1:strength=1e38"])
         with pytest.raises(gptk.TrainingError, match="with what the regularizers add inf"):
-            one.step()
+            trainer.step()
 
     def test_a_gradient_that_is_not_finite_is_found_before_the_step(self):
-        one = trainer()
-        handle = one.model.embed.weight.register_hook(lambda g: g * math.inf)
+        trainer = make_trainer()
+        handle = trainer.model.embed.weight.register_hook(lambda g: g * math.inf)
         with pytest.raises(gptk.TrainingError, match="step 1: the gradient's norm is"):
-            one.step()
+            trainer.step()
         handle.remove()
-        assert math.isfinite(one.step()["loss"])
+        assert math.isfinite(trainer.step()["loss"])
 
 
 class TestRun:
@@ -291,7 +304,7 @@ class TestRun:
     @pytest.fixture(scope="class")
     @staticmethod
     def run(tmp_path_factory):
-        run = tmp_path_factory.mktemp("runs") / "one"
+        run = tmp_path_factory.mktemp("runs") / "run"
         settings = config(
             steps=30,
             keep=1,
@@ -302,7 +315,7 @@ class TestRun:
         return run
 
     def test_holds_settings_metrics_checkpoints_samples_and_a_plot(self, run):
-        assert {one.name for one in run.iterdir()} == {
+        assert {path.name for path in run.iterdir()} == {
             "config.toml",
             "metrics.jsonl",
             "checkpoints",
@@ -313,24 +326,24 @@ class TestRun:
 
     def test_metrics_tell_steps_evaluations_and_samples(self, run):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [one for one in records if one["kind"] == "step"]
-        assert [one["step"] for one in steps] == list(range(1, 31))
+        steps = [record for record in records if record["kind"] == "step"]
+        assert [record["step"] for record in steps] == list(range(1, 31))
         assert steps[-1]["tokens"] == 30 * 4 * 16
         assert {"loss", "lr", "grad_norm", "tokens_per_second"} <= set(steps[0])
-        evaluations = [one for one in records if one["kind"] == "evaluation"]
-        assert [one["step"] for one in evaluations] == [0, 10, 20, 30]
+        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        assert [record["step"] for record in evaluations] == [0, 10, 20, 30]
         assert evaluations[-1]["validation_loss"] < evaluations[0]["validation_loss"]
         assert "averaged_validation_loss" in evaluations[-1]
-        assert sum(one["kind"] == "sample" for one in records) == 4
+        assert sum(record["kind"] == "sample" for record in records) == 4
         assert (run / "samples.txt").read_text().count("--- step") == 4
 
     def test_keeps_the_last_checkpoints_and_the_best(self, run):
         best = gptk.best_checkpoint(run)
-        names = {one.name for one in (run / "checkpoints").iterdir()}
+        names = {path.name for path in (run / "checkpoints").iterdir()}
         assert names == {"step-00000030", best.name}
 
     def test_loads_as_a_model(self, run):
-        """With the weights whose loss made it the best: here the averaged ones."""
+        """With the weights whose validation loss is the best, here the averaged weights."""
         lm = gptk.load(str(run))
         assert lm.generate("The", max_new_tokens=5).tokens
         best = gptk.best_checkpoint(run)
@@ -344,10 +357,10 @@ class TestRun:
             Trainer.start(config(), run)
 
     def test_a_finished_one_goes_on_with_more_steps(self, run):
-        one = Trainer.resume(run, ["steps=32"])
-        assert (one.step_count, one.total_steps) == (30, 32)
-        assert one.train() == "finished"
-        assert one.step_count == 32
+        trainer = Trainer.resume(run, ["steps=32"])
+        assert (trainer.step_count, trainer.total_steps) == (30, 32)
+        assert trainer.train() == "finished"
+        assert trainer.step_count == 32
 
     def test_its_shape_cannot_change(self, run):
         with pytest.raises(gptk.OptionError, match="width cannot change in a run"):
@@ -355,17 +368,17 @@ class TestRun:
 
 
 def test_too_large_a_batch_is_told_with_the_settings_to_change(tmp_path):
-    one = Trainer.start(config(save_every=2), tmp_path / "run")
-    step = one.step
+    trainer = Trainer.start(config(save_every=2), tmp_path / "run")
+    step = trainer.step
 
     def step_that_takes_too_much():
-        if one.step_count == 3:
+        if trainer.step_count == 3:
             torch.empty(2**50)
         return step()
 
-    one.step = step_that_takes_too_much
+    trainer.step = step_that_takes_too_much
     with pytest.raises(gptk.TrainingError) as caught:
-        one.train()
+        trainer.train()
     assert str(caught.value).startswith(
         "out of memory on cpu: lower batch_size (and raise accumulate) or context_length; the last "
         f"good checkpoint is {tmp_path}/run/checkpoints/step-00000002"
@@ -373,10 +386,12 @@ def test_too_large_a_batch_is_told_with_the_settings_to_change(tmp_path):
 
 
 def test_patience_ends_a_run_that_gets_no_better(tmp_path):
-    one = Trainer.start(config(lr=1e-9, eval_every=2, patience=2, scheduler="constant"), tmp_path)
-    one.best_loss = 0.0
-    assert one.train() == "patience"
-    assert one.step_count == 4
+    trainer = Trainer.start(
+        config(lr=1e-9, eval_every=2, patience=2, scheduler="constant"), tmp_path
+    )
+    trainer.best_loss = 0.0
+    assert trainer.train() == "patience"
+    assert trainer.step_count == 4
     again = Trainer.resume(tmp_path)
     assert again.train() == "patience"
     assert again.step_count == 4
@@ -384,23 +399,23 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_saves_and_ends(tmp_path):
-    one = Trainer.start(config(), tmp_path / "run")
+    trainer = Trainer.start(config(), tmp_path / "run")
     before = signal.getsignal(signal.SIGINT)
-    step = one.step
+    step = trainer.step
 
     def step_and_interrupt():
-        if one.step_count == 6:
+        if trainer.step_count == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return step()
 
-    one.step = step_and_interrupt
-    assert one.train() == "interrupted"
-    assert one.step_count == 7
+    trainer.step = step_and_interrupt
+    assert trainer.train() == "interrupted"
+    assert trainer.step_count == 7
     assert gptk.best_checkpoint(tmp_path / "run").name == "step-00000007"
     assert signal.getsignal(signal.SIGINT) is before
-    one.step = step
-    assert one.train() == "finished"
-    assert one.step_count == 20
+    trainer.step = step
+    assert trainer.train() == "finished"
+    assert trainer.step_count == 20
 
 
 def test_a_text_that_changed_is_warned_of(tmp_path):
@@ -435,9 +450,9 @@ def test_a_directory_with_a_configuration_of_its_own_is_left_alone(tmp_path):
 
 
 def test_steps_taken_by_hand_can_be_saved_and_resumed(tmp_path):
-    one = Trainer.start(config(), tmp_path / "run")
-    one.step()
-    one.save()
+    trainer = Trainer.start(config(), tmp_path / "run")
+    trainer.step()
+    trainer.save()
     assert Trainer.resume(tmp_path / "run").step_count == 1
 
 
@@ -450,7 +465,7 @@ def test_epochs_take_the_place_of_steps_on_the_way(tmp_path):
 def test_bfloat16_autocast_learns_as_float32_does(architecture):
     settings = SMALL | {"architecture": architecture, "n_kv_heads": 1}
     shape = gptk.TrainConfig(**settings).new_model_config(257)
-    exact, rounded = (trainer(tiny_gpt(shape), dtype=d) for d in ("float32", "bfloat16"))
+    exact, rounded = (make_trainer(tiny_gpt(shape), dtype=d) for d in ("float32", "bfloat16"))
     for _ in range(10):
         a, b = exact.step()["loss"], rounded.step()["loss"]
         assert a == pytest.approx(b, abs=0.01)
@@ -465,7 +480,7 @@ def test_compiling_changes_no_loss(architecture):
     settings = SMALL | {"architecture": architecture, "n_kv_heads": 1}
     shape = gptk.TrainConfig(**settings).new_model_config(257)
     plain, compiled = (
-        trainer(tiny_gpt(shape), compile=compile, eval_batches=3) for compile in (False, True)
+        make_trainer(tiny_gpt(shape), compile=compile, eval_batches=3) for compile in (False, True)
     )
     for _ in range(3):
         assert plain.step()["loss"] == pytest.approx(compiled.step()["loss"], abs=1e-5)
@@ -476,7 +491,7 @@ def test_compiling_changes_no_loss(architecture):
 
 @pytest.mark.slow
 def test_without_settings_it_learns_english_below_145_hundredths_nats_a_byte(tmp_path):
-    one = Trainer.start(run=tmp_path / "run")
-    one.train()
-    print(f"validation loss {one.best_loss:.4f} nats a byte")
-    assert one.best_loss < 1.45
+    trainer = Trainer.start(run=tmp_path / "run")
+    trainer.train()
+    print(f"validation loss {trainer.best_loss:.4f} nats a byte")
+    assert trainer.best_loss < 1.45

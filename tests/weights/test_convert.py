@@ -226,7 +226,7 @@ def learned(pattern: str, special: tuple[str, ...] = ("<|endoftext|>",)) -> tikt
         "learned",
         pat_str=pattern,
         mergeable_ranks=ranks,
-        special_tokens={name: len(ranks) + 7 * at for at, name in enumerate(special)},
+        special_tokens={name: len(ranks) + 7 * index for index, name in enumerate(special)},
     )
 
 
@@ -237,21 +237,23 @@ def llama3_like() -> gptk.Tokenizer:
     words = [b"world", "한국어".encode(), "👩\u200d👧".encode(), b" dogs and cats"]
     for word in words:
         assert word not in ranks
-    made = bpe.ByteLevelBPE(
+    with_words = bpe.ByteLevelBPE(
         "llama3-like",
         pat_str=bpe.LLAMA3,
-        mergeable_ranks=ranks | {word: 400 + at for at, word in enumerate(words)},
+        mergeable_ranks=ranks | {word: 400 + index for index, word in enumerate(words)},
         special_tokens=encoding._special_tokens,
         decode_only={500: "▁x".encode()},
     )
-    bos, eos = (encoding._special_tokens[one] for one in ("<s>", "<|im_end|>"))
-    return gptk.Tokenizer(made, bos=bos, eos=(eos, 500), add_bos=True, chat_template="{{ x }}")
+    bos, eos = (encoding._special_tokens[name] for name in ("<s>", "<|im_end|>"))
+    return gptk.Tokenizer(
+        with_words, bos=bos, eos=(eos, 500), add_bos=True, chat_template="{{ x }}"
+    )
 
 
 def qwen2_like() -> gptk.Tokenizer:
     """A normal form, and tokens that only decode: one absent from all text, one spelled oddly."""
     encoding = learned(bpe.QWEN2, ("<|im_end|>", "<|endoftext|>"))
-    made = bpe.ByteLevelBPE(
+    with_decode_only = bpe.ByteLevelBPE(
         "qwen2-like",
         pat_str=bpe.QWEN2,
         mergeable_ranks=encoding._mergeable_ranks,
@@ -259,7 +261,7 @@ def qwen2_like() -> gptk.Tokenizer:
         decode_only={450: b"never merged", 451: "▁x".encode(), 452: b"\xff\x00"},
     )
     ends = tuple(encoding._special_tokens.values())
-    return gptk.Tokenizer(made, bos=ends[1], eos=ends, normalization="NFC")
+    return gptk.Tokenizer(with_decode_only, bos=ends[1], eos=ends, normalization="NFC")
 
 
 def compatibility_form() -> gptk.Tokenizer:
@@ -292,8 +294,8 @@ def written(tokenizer: gptk.Tokenizer, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(one, marks=[pytest.mark.slow] if one in ("gpt2", "smollm2") else [])
-        for one in TOKENIZERS
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("gpt2", "smollm2") else [])
+        for name in TOKENIZERS
     ],
 )
 def test_transformers_tokenizer_gives_the_same_ids_and_texts(case, tmp_path):
@@ -329,7 +331,7 @@ def test_transformers_tokenizer_gives_the_same_ids_and_texts(case, tmp_path):
 def rankings(draw: st.DrawFn) -> dict[bytes, int]:
     """Any tokens in any order: merges make some of them, others only a whole piece or detours."""
     tokens = draw(st.lists(st.text("abc", min_size=2, max_size=5), unique=True, max_size=12))
-    return {one.encode(): rank for rank, one in enumerate([*"abc", *tokens])}
+    return {token.encode(): rank for rank, token in enumerate([*"abc", *tokens])}
 
 
 @settings(max_examples=400)
@@ -438,15 +440,13 @@ def test_the_precision_is_the_stored_one_or_the_one_asked_for(format_, tmp_path)
 
 def test_a_mixture_of_precisions_is_stored_in_one_that_holds_all(tmp_path):
     model = tiny_gpt(replace(LLAMA_LIKE, qk_norm=False))
-    state = {
-        name: one.bfloat16() if one.dim() == 2 else one for name, one in model.state_dict().items()
-    }
+    state = {name: x.bfloat16() if x.dim() == 2 else x for name, x in model.state_dict().items()}
     (tmp_path / "mixed").mkdir()
     write_model(tmp_path / "mixed", model.config, state, None)
     run("convert", tmp_path / "mixed", tmp_path / "out", "--to", "gptk")
     out = load_checkpoint(str(tmp_path / "out")).state
-    assert {one.dtype for one in out.values()} == {torch.float32}
-    assert all(torch.equal(out[name], one.float()) for name, one in state.items())
+    assert {x.dtype for x in out.values()} == {torch.float32}
+    assert all(torch.equal(out[name], x.float()) for name, x in state.items())
 
 
 def test_another_tokenizer_or_none_can_be_written(source, tmp_path):
@@ -477,11 +477,11 @@ def test_only_a_directory_of_the_format_is_overwritten(format_, source, tmp_path
     assert run(*convert, "--dtype", "float16").returncode == 0
     (out / "README.md").write_text("mine")
     assert "(README.md); it is not overwritten" in failing(*convert, code=1)
-    assert {one.dtype for one in load_checkpoint(str(out)).state.values()} == {torch.float16}
+    assert {x.dtype for x in load_checkpoint(str(out)).state.values()} == {torch.float16}
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "model.safetensors").write_text("mine")
     line = failing("convert", source, tmp_path / "notes", "--to", format_, code=1)
-    assert f"is there and is no {format_} model; it is not overwritten" in line
+    assert f"exists and is no {format_} model; it is not overwritten" in line
     file = tmp_path / "notes" / "model.safetensors"
     line = failing("convert", source, file, "--to", format_, code=1)
     assert "it is not overwritten" in line
@@ -494,7 +494,7 @@ def test_a_model_can_be_converted_in_its_place(source, tmp_path):
     gptk.LanguageModel(model, None).save(tmp_path / "here")
     assert run("convert", tmp_path / "here", tmp_path / "here", "--to", "gptk").returncode == 0
     state = load_checkpoint(str(tmp_path / "here")).state
-    assert all(torch.equal(state[name], one) for name, one in model.named_parameters())
+    assert all(torch.equal(state[name], x) for name, x in model.named_parameters())
 
 
 def test_mistakes_are_one_line_and_leave_nothing(source, tmp_path):
@@ -547,7 +547,7 @@ def test_a_plugin_can_bring_a_format(source, tmp_path):
 
         def write(self, path, model, tokenizer):
             (path / "deep").mkdir()
-            lines = [f"{name} {tuple(one.shape)}" for name, one in model.named_parameters()]
+            lines = [f"{name} {tuple(x.shape)}" for name, x in model.named_parameters()]
             (path / "deep" / "shapes.txt").write_text("\n".join(lines))
 
     class Module:
@@ -579,11 +579,11 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path):
 
 def test_averaged_weights_are_written_by_parameter_names(tmp_path):
     model = tiny_gpt(GPT2_LIKE)
-    averaged = {name: one.detach() / 2 for name, one in model.named_parameters()}
+    averaged = {name: x.detach() / 2 for name, x in model.named_parameters()}
     write_model(tmp_path, model.config, averaged, byte_tokenizer())
     checkpoint = load_checkpoint(str(tmp_path))
     assert dataclasses.asdict(checkpoint.config) == dataclasses.asdict(model.config)
-    assert all(torch.equal(checkpoint.state[name], one) for name, one in averaged.items())
+    assert all(torch.equal(checkpoint.state[name], x) for name, x in averaged.items())
 
 
 @pytest.mark.slow
@@ -591,11 +591,11 @@ def test_smollm2_is_what_transformers_reads(tmp_path, hf_smollm2):
     assert run("convert", "smollm2", tmp_path / "out", "--to", "huggingface").returncode == 0
     model = build_model(load_checkpoint("smollm2"), "cpu", torch.float32)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    for (name, one), (other_name, other) in zip(
+    for (name, want), (other_name, got) in zip(
         hf_smollm2.state_dict().items(), oracle.state_dict().items(), strict=True
     ):
         assert name == other_name
-        assert torch.allclose(one, other, rtol=0, atol=1e-6), name
+        assert torch.allclose(want, got, rtol=0, atol=1e-6), name
     prompt = "The capital of France is"
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(prompt, return_tensors="pt")
     lm = gptk.LanguageModel(model, load_checkpoint("smollm2").tokenizer())

@@ -1,4 +1,4 @@
-"""What loading a model takes: the model, and the one tensor at work."""
+"""The memory that loading a model takes: the model's, and that of one tensor being converted."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ LARGEST = LARGE.vocab_size * LARGE.width
 SMALL = dataclasses.replace(LARGE, vocab_size=64, n_layers=1)
 
 ROOM = 20e6 if kernels.available() else 40e6
-"""For what is between, in chunks, and holes in the heap, more where each matrix is packed anew."""
+"""For intermediate results, in chunks, and holes in the heap; more if each matrix is repacked."""
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="peak memory is told by Linux's /proc"
 )
 
-# The small model first, so that what is loaded and kept only once does not count.
+# The small model first, so that what is loaded once for all models does not count.
 PROGRAM = """
 import json, pathlib, sys
 import gptk
@@ -49,7 +49,7 @@ print(json.dumps([peak, sum(lm.model.bytes_by_kind().values())]))
 
 
 def loaded(small, large, **options):
-    """Bytes: the peak while loading, beyond what was there before, and the model's own."""
+    """In bytes: the peak of memory while loading, less that before, and the model's size."""
     out = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(small), str(large), json.dumps(options)],
         check=True, capture_output=True, text=True,
@@ -78,17 +78,17 @@ def saved(tmp_path_factory):
         ("bfloat16", {"quantize": "int8"}),
         ("float32", {"quantize": "int4"}),
     ],
-    ids=lambda one: one if isinstance(one, str) else "-".join(one.values()),
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
 )
-def test_a_model_is_never_there_twice(stored, options, saved):
+def test_a_model_is_never_in_memory_twice(stored, options, saved):
     peak, model = loaded(saved("small", stored), saved("large", stored), **options)
     assert model > 90e6
-    at_work = LARGEST * (2 if stored == "bfloat16" else 4)
-    assert peak < model + at_work + ROOM
+    tensor = LARGEST * (2 if stored == "bfloat16" else 4)
+    assert peak < model + tensor + ROOM
 
 
-def test_smollm2_as_it_is_stored_takes_little(smollm2_path):
-    """All told: Python, PyTorch, the tokenizer, the model and a generation."""
+def test_smollm2_with_stored_weights_takes_little_memory(smollm2_path):
+    """In all: Python, PyTorch, the tokenizer, the model and a generation."""
     program = """
 import pathlib
 import gptk

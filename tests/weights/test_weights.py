@@ -151,7 +151,7 @@ def test_huggingface_names_may_lack_their_prefix_and_old_buffers_are_dropped(
     oracle = checkpoints.random_model(case)
     oracle.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    state = {name.removeprefix(prefix): one.clone() for name, one in state.items()}
+    state = {name.removeprefix(prefix): x.clone() for name, x in state.items()}
     for layer in range(2):
         if case == "gpt2":
             state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
@@ -167,7 +167,7 @@ def test_huggingface_bfloat16_is_kept_until_the_model_is_built(tmp_path):
     checkpoints.random_model("llama").bfloat16().save_pretrained(tmp_path)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     checkpoint = HuggingFace(path=str(tmp_path)).load()
-    assert {one.dtype for one in checkpoint.state.values()} == {torch.bfloat16}
+    assert {x.dtype for x in checkpoint.state.values()} == {torch.bfloat16}
     assert checkpoint.notes["stored as"] == "bfloat16"
     assert furthest(build(checkpoint), oracle.eval(), checkpoints.random_ids()) < 1e-4
 
@@ -496,7 +496,7 @@ def test_book_checkpoints_that_do_not_fit_are_refused(tmp_path):
 
     torch.save(state | {"more": torch.ones(1)}, path)
     assert "nothing in the model uses the tensors more" in refusal(loader)
-    torch.save({name: one for name, one in state.items() if "out_head" not in name}, path)
+    torch.save({name: x for name, x in state.items() if "out_head" not in name}, path)
     assert "out_head.weight is missing" in refusal(loader)
     torch.save(state | {"out_head.weight": torch.ones(2, 128)}, path)
     assert "out_head.weight of shape (2, 128)" in refusal(loader)
@@ -516,9 +516,10 @@ def test_book_checkpoints_that_do_not_fit_are_refused(tmp_path):
 
 
 def same_tokenizer(a: gptk.Tokenizer, b: gptk.Tokenizer) -> bool:
-    def known(one: gptk.Tokenizer) -> dict[str, object]:
-        encoding = one.encoding
-        rest = {f.name: getattr(one, f.name) for f in dataclasses.fields(one)} | {"encoding": 0}
+    def known(tokenizer: gptk.Tokenizer) -> dict[str, object]:
+        encoding = tokenizer.encoding
+        fields = dataclasses.fields(tokenizer)
+        rest = {f.name: getattr(tokenizer, f.name) for f in fields} | {"encoding": 0}
         return rest | {
             "pattern": encoding._pat_str,
             "ranks": encoding._mergeable_ranks,
@@ -542,10 +543,10 @@ def test_a_saved_model_is_loaded_bit_for_bit(case, dtype, tmp_path):
     assert checkpoint.config == model.config
     assert checkpoint.tokenizer is None
     again = build_model(checkpoint, "cpu", dtype)
-    for (name, one), (_, other) in zip(
+    for (name, want), (_, got) in zip(
         model.named_parameters(), again.named_parameters(), strict=True
     ):
-        assert torch.equal(one, other), name
+        assert torch.equal(want, got), name
     stored = load_file(tmp_path / "saved" / "model.safetensors")
     assert ("head.weight" in stored) is not model.config.tied_head
     assert sorted(os.listdir(tmp_path)) == ["hf", "saved"], "nothing is left beside it"
@@ -682,7 +683,7 @@ def test_a_gpts_own_state_dict_builds_it_again(tmp_path):
 )
 def test_a_checkpoint_that_does_not_fit_its_configuration_is_named(changes, message, tmp_path):
     checkpoint = small_checkpoint("qwen3", tmp_path)
-    state = {name: one for name, one in {**checkpoint.state, **changes}.items() if one is not None}
+    state = {name: x for name, x in {**checkpoint.state, **changes}.items() if x is not None}
     with pytest.raises(gptk.SourceError, match=re.escape(message)):
         build(dataclasses.replace(checkpoint, state=state))
 

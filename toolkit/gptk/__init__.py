@@ -1,4 +1,4 @@
-"""gptk: decoding strategies for GPT models, each with every other, exactly.
+"""gptk: decoding strategies for GPT models, each combines with every other, exactly.
 
     import gptk
 
@@ -17,11 +17,11 @@ import pluggy
 __version__ = "0.1.0"
 
 hookimpl = pluggy.HookimplMarker("gptk")
-"""Marks a plug-in's implementation of a hook from `gptk.hookspecs`."""
+"""Marks a plug-in's implementation of a hook from `gptk.hooks.hookspecs`."""
 
-# Public name -> the module that defines it. The same names stand below for type checkers.
+# Public name -> the module that defines it. For type checkers they are imported below.
 _HOMES = {
-    "Acceptance": "decoding.run",
+    "Acceptance": "decoding.speculation",
     "best_checkpoint": "runs.checkpoints",
     "build_model": "weights.building",
     "CausalModel": "model.protocol",
@@ -54,6 +54,7 @@ _HOMES = {
     "KVCache": "model.cache",
     "LanguageModel": "language_model",
     "Levels": "model.levels",
+    "keep_freed_memory": "system.memory",
     "load": "language_model",
     "load_checkpoint": "weights.loading",
     "load_tokenizer": "weights.tokenizers",
@@ -76,8 +77,8 @@ _HOMES = {
     "Settings": "language_model",
     "SourceError": "errors",
     "SpecError": "errors",
-    "StopCondition": "decoding.run",
-    "Stream": "language_model",
+    "StopCondition": "decoding.limits",
+    "Stream": "decoding.stream",
     "Tensors": "weights.tensors",
     "TokenFile": "data.token_files",
     "Tokenizer": "text.tokenizer",
@@ -108,9 +109,10 @@ if TYPE_CHECKING:
     from gptk.data.token_files import TokenFile as TokenFile
     from gptk.data.token_files import prepare_tokens as prepare_tokens
     from gptk.data.windows import Windows as Windows
-    from gptk.decoding.run import Acceptance as Acceptance
+    from gptk.decoding.limits import StopCondition as StopCondition
     from gptk.decoding.run import Decoding as Decoding
-    from gptk.decoding.run import StopCondition as StopCondition
+    from gptk.decoding.speculation import Acceptance as Acceptance
+    from gptk.decoding.stream import Stream as Stream
     from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
@@ -147,7 +149,6 @@ if TYPE_CHECKING:
     from gptk.hooks.weights import WeightWriter as WeightWriter
     from gptk.language_model import LanguageModel as LanguageModel
     from gptk.language_model import Settings as Settings
-    from gptk.language_model import Stream as Stream
     from gptk.language_model import load as load
     from gptk.measure.comparison import Comparison as Comparison
     from gptk.measure.comparison import compare as compare
@@ -167,6 +168,7 @@ if TYPE_CHECKING:
     from gptk.session.rows import Follower as Follower
     from gptk.session.rows import Rows as Rows
     from gptk.session.session import DecodeSession as DecodeSession
+    from gptk.system.memory import keep_freed_memory as keep_freed_memory
     from gptk.text.tokenizer import Tokenizer as Tokenizer
     from gptk.training.config import TrainConfig as TrainConfig
     from gptk.training.gradients import gradient_norm as gradient_norm

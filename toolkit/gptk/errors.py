@@ -1,6 +1,6 @@
-"""Errors for the person who gave the input: what was given, what is allowed, what to do.
+"""gptk's errors. A message says what was given, what is allowed, and what to do.
 
-Each is one line of text. The CLI prints it and exits 1, or 2 where the command line is at fault.
+It is one line of text. The CLI prints it and exits 1, or 2 where the command line is at fault.
 """
 
 import difflib
@@ -48,7 +48,7 @@ class PromptError(GptkError):
 
 
 class DeviceError(GptkError):
-    """The device is not there, or does not support what was asked."""
+    """The device does not exist, or does not support what was asked."""
 
     exit_code = 2
 
@@ -72,7 +72,7 @@ class TrainingError(GptkError):
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: torch tells so of a CPU in a bare RuntimeError.
+    """Whether an error says that memory ran out; on a CPU torch raises a bare RuntimeError then.
 
     >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("mat1 and mat2 do not fit"))
     (True, False)
@@ -85,7 +85,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def suggest(name: str, known: Iterable[str], *, what: str) -> str:
-    """The sentence that follows an unknown name: the nearest names, else all there are.
+    """The sentence that follows an unknown name: the nearest names, if any, then all names.
 
     >>> suggest("bean", ["beam", "greedy"], what="samplers")
     'did you mean beam? samplers: beam, greedy'
@@ -103,7 +103,7 @@ def suggest(name: str, known: Iterable[str], *, what: str) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An error in a line: what gptk raised on purpose in its words, others by their type, too."""
+    """An error in one line: its message, after its type unless gptk raised it on purpose."""
     text = str(error) if isinstance(error, GptkError) else ""
     text = text or f"{type(error).__name__}: {error}"
     return text.splitlines()[0].removesuffix(": ")

@@ -1,4 +1,4 @@
-"""Typed options, declared once: from that come validation, parsing and help."""
+"""Typed options: validation, parsing and help follow from one declaration of a class's fields."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ AnyOptions = TypeVar("AnyOptions", bound="Options")
 class Options(pydantic.BaseModel):
     """Typed, bounded options: pydantic fields with default, bounds and a `description`.
 
-    From that one declaration come validation, parsing and help. Instances are frozen, compare by
+    Validation, parsing and help follow from that declaration. Instances are frozen, compare by
     value and can be shared. Wrong options raise OptionError.
     """
 
@@ -31,12 +31,12 @@ class Options(pydantic.BaseModel):
 
     @classmethod
     def title(cls) -> str:
-        """Whose options these are, as messages say it."""
+        """What has these options, for messages: `sampler beam`."""
         raise NotImplementedError
 
 
 def from_options(options_class: type[AnyOptions], options: Mapping[str, str]) -> AnyOptions:
-    """An instance of a class from its options as a spec string has them. Raises OptionError."""
+    """An instance of a class from options as text, as in a spec string. Raises OptionError."""
     fields = options_class.model_fields
     typed = {
         key: from_text(text) if key in fields and fields[key].annotation is not str else text
@@ -46,24 +46,24 @@ def from_options(options_class: type[AnyOptions], options: Mapping[str, str]) ->
 
 
 def from_text(text: str) -> object:
-    """An option's value as it was typed: JSON for lists, objects and null."""
+    """The value of an option written as text; lists, objects and null are JSON."""
     if text[:1] in "[{" or text == "null":
         try:
-            # A spec string's own escapes may have made line breaks of \n already.
+            # Unescaping a spec string may have turned \n into a line break already.
             return json.loads(text, strict=False)
         except ValueError:
             pass
-    return text  # pydantic makes numbers and the like of it
+    return text  # pydantic converts it to a number, a bool, …
 
 
-def option_help(plugin: type[Options]) -> list[tuple[str, str, str, str]]:
+def option_help(options_class: type[Options]) -> list[tuple[str, str, str, str]]:
     """The options of a class as (name, type and bounds, default, line of help)."""
     try:
-        schema = plugin.model_json_schema(by_alias=False)
+        schema = options_class.model_json_schema(by_alias=False)
     except pydantic.errors.PydanticInvalidForJsonSchema:
         schema = {}
     rows = []
-    for name, option in plugin.model_fields.items():
+    for name, option in options_class.model_fields.items():
         allowed = _allowed(schema.get("properties", {}).get(name, {}), schema.get("$defs", {}))
         default = "required"
         if not option.is_required():
@@ -105,10 +105,10 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _explain(plugin: type[Options], error: pydantic.ValidationError) -> str:
+def _explain(options_class: type[Options], error: pydantic.ValidationError) -> str:
     """A pydantic error as one line: what was given and what is allowed."""
-    options = {name: (allowed, default) for name, allowed, default, _ in option_help(plugin)}
-    who = plugin.title()
+    options = {name: (allowed, default) for name, allowed, default, _ in option_help(options_class)}
+    who = options_class.title()
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
@@ -118,6 +118,6 @@ def _explain(plugin: type[Options], error: pydantic.ValidationError) -> str:
     if key not in options:
         return f"{who}: {first['msg'].removeprefix('Value error, ')}"
     allowed, default = options[key]
-    given = _text(first["input"])
-    otherwise = "" if plugin.model_fields[key].is_required() else f" (default {default})"
-    return f"{who}: {key}={given} is not allowed; {key} is {allowed}{otherwise}"
+    value = _text(first["input"])
+    otherwise = "" if options_class.model_fields[key].is_required() else f" (default {default})"
+    return f"{who}: {key}={value} is not allowed; {key} is {allowed}{otherwise}"

@@ -1,4 +1,4 @@
-"""Spec strings: the one way to name a plug-in with options.
+"""Spec strings, which name a plug-in with its options.
 
 `name` or `name:key=value,key=value`. A value with a comma, a space or a quote at its start is
 quoted, `"…"` or `'…'`; inside quotes a backslash escapes (`\\n`, `\\t`, `\\"`, `\\\\`). Lists and
@@ -24,34 +24,34 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]*)=")
 _QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'""", re.DOTALL)
 _PLAIN = re.compile(r"""(?!["'])[^,\s]+""")
-_JSON = json.JSONDecoder(strict=False)  # in texts, line breaks themselves are fine
+_JSON = json.JSONDecoder(strict=False)  # strict=False: strings may hold raw line breaks
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0"}
 _FORM = 'expected name or name:key=value,key=value, with quotes round a value such as "a, b"'
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """Split a spec string into its name and its options, still as text.
+    """Split a spec string into its name and its options, whose values stay text.
 
-    Raises SpecError, with the place that could not be read, for any other form.
+    Raises SpecError, which quotes the part that cannot be read.
     """
     name = NAME.match(spec)
     if not name:
         raise SpecError(f"not a spec: {spec!r}; {_FORM}")
-    at = name.end()
+    position = name.end()
     options: dict[str, str] = {}
-    while at < len(spec):
-        if spec[at] != (":" if not options else ","):
-            raise SpecError(f"cannot read {spec!r} from {spec[at:]!r} on; {_FORM}")
-        key = _KEY.match(spec, at + 1)
+    while position < len(spec):
+        if spec[position] != (":" if not options else ","):
+            raise SpecError(f"cannot read {spec!r} from {spec[position:]!r} on; {_FORM}")
+        key = _KEY.match(spec, position + 1)
         if not key:
-            raise SpecError(f"cannot read {spec!r} from {spec[at:]!r} on; {_FORM}")
+            raise SpecError(f"cannot read {spec!r} from {spec[position:]!r} on; {_FORM}")
         value = _value(spec, key.end())
         if not value:
             raise SpecError(f"{spec!r} gives no value for {key[1]}; {_FORM}")
-        name_of_option = key[1].replace("-", "_")  # names have hyphens, so people write them
-        if name_of_option in options:
+        option = key[1].replace("-", "_")  # plug-in names have hyphens, so people write them here
+        if option in options:
             raise SpecError(f"{spec!r} gives {key[1]} twice")
-        options[name_of_option], at = value
+        options[option], position = value
     return name[0], options
 
 

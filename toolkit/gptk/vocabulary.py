@@ -1,9 +1,9 @@
 """Passes over the logits of a whole vocabulary, for samplers and processors.
 
 A vocabulary has 50,000 to 250,000 tokens, and on a CPU each of PyTorch's passes over it takes as
-long as a good part of a layer of a small model. Here each function is one or two passes of
-gptk's own, see gptk.kernels; elsewhere, and for what needs a gradient, PyTorch's. All take float32
-and treat each row by itself. None changes what it is given.
+long as a good part of a layer of a small model. Each function here is one or two passes of gptk's
+kernels; or PyTorch's operations, where these kernels cannot run, and for tensors that need a
+gradient. All take float32 and compute each row on its own. None modifies its arguments.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from gptk import kernels
 
 
 class Top(NamedTuple):
-    """Of each row the largest numbers, in falling order, and where they are."""
+    """The largest numbers of each row, in falling order, and their token ids. (rows, k) each."""
 
     values: Tensor
     tokens: Tensor
@@ -29,40 +29,40 @@ def top(x: Tensor, k: int) -> Top:
     x: (rows, vocab). Returns (rows, k) each. Raises RuntimeError for k beyond vocab.
     """
     if (
-        0 < k <= min(_FEW_OF_TOP, x.shape[-1])
-        and _suits(x)
+        0 < k <= min(_MAX_K, x.shape[-1])
+        and _can_run(x)
         and (found := kernels.top(x, k)) is not None
     ):
         return Top(*found)
     return Top(*x.topk(k, dim=-1))
 
 
-def logprobs_of(some: Tensor, logits: Tensor) -> Tensor:
-    """The log-probabilities of some logits: some - log Σ exp(logits), to the last digits.
+def logprobs_of(selected: Tensor, logits: Tensor) -> Tensor:
+    """The log-probabilities of selected logits: selected - log Σ exp(logits).
 
-    some: (rows, n), of the rows of logits (rows, vocab). Returns (rows, n).
+    selected: (rows, n), logits of the same rows of logits (rows, vocab). Returns (rows, n).
     """
     highest, weight, _ = _sums(logits)
-    return some - highest - weight.log()
+    return selected - highest - weight.log()
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """-Σ p·log p of each row, (rows, 1), in nats; tokens that were taken out count as 0."""
+    """-Σ p·log p of each row, (rows, 1), in nats. Masked tokens, with logit -inf, count as 0."""
     _, weight, weighted = _sums(logits)
     return weight.log() - weighted / weight
 
 
 def mean(logits: Tensor) -> Tensor:
-    """Σ p·logit of each row, (rows, 1): log Σ exp(logits) less the entropy."""
+    """Σ p·logit of each row, (rows, 1). This is log Σ exp(logits) - entropy(logits)."""
     highest, weight, weighted = _sums(logits)
     return highest + weighted / weight
 
 
 def permutation(size: int, seed: int, count: int) -> Tensor:
-    """A random list of tokens: the first of torch.randperm(size) by a CPU's generator.
+    """Distinct random tokens: the first `count` of torch.randperm(size) on a CPU.
 
-    size: of the vocabulary; seed: the generator's, at least 0. Returns (count,) int32, on the CPU.
-    Where gptk's kernels run, the rest of the permutation is not made.
+    size: of the vocabulary; seed: for the random generator, at least 0. Returns (count,) int32,
+    on the CPU. gptk's kernel does not compute the rest of the permutation.
     """
     if size < 2**27 and kernels.available():
         return kernels.permutation(size, seed, count)
@@ -72,8 +72,8 @@ def permutation(size: int, seed: int, count: int) -> Tensor:
 
 def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The highest logit, Σ w and Σ w · (logit - highest), where w = exp(logit - highest)."""
-    if _suits(logits):
-        return kernels.sums(logits)
+    if _can_run(logits):
+        return kernels.softmax_sums(logits)
     highest = logits.amax(dim=-1, keepdim=True)
     below = logits - highest
     weights = below.exp()
@@ -82,25 +82,25 @@ def _sums(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_from(logits: Tensor, least: Tensor, keys: Tensor | None = None) -> Tensor:
-    """Logits whose keys are at least `least` as they are, -inf for the others.
+    """The logits, with -inf for tokens whose keys are below `least`. Returns (rows, vocab).
 
     least: (rows, 1), or (1, 1) for all rows; keys: (rows, vocab), by default the logits themselves.
     """
     keys = logits if keys is None else keys
-    if _suits(logits) and _suits(least) and _suits(keys):
+    if _can_run(logits) and _can_run(least) and _can_run(keys):
         return kernels.keep_from(logits, least, keys)
     return torch.where(keys < least, -torch.inf, logits)
 
 
 def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
-    """The key of the token at which tokens in the order of falling keys reach probability p.
+    """The key at which the tokens, taken by falling keys, first have probability p together.
 
-    keys: (rows, vocab), log-probabilities or differences of such, or the logits; p: below 1.
-    Returns (rows, 1): what has at least that key is the smallest set, and ties with its last token.
-    Which of tied tokens comes first is an accident of the sort, so it must not decide. Where
-    rounding keeps a row short of p it is the lowest key.
+    keys: (rows, vocab): the logits, log-probabilities, or differences of log-probabilities; logits:
+    (rows, vocab); p: below 1. Returns (rows, 1). Tokens with at least that key are the smallest set
+    that reaches p, and all tokens that tie with its last one, as the order of ties is an accident
+    of sorting. The lowest key if rounding keeps a row short of p.
     """
-    if _suits(keys) and _suits(logits) and keys.shape == logits.shape:
+    if _can_run(keys) and _can_run(logits) and keys.shape == logits.shape:
         return kernels.last_key(keys, logits, p)
     probabilities = logits.softmax(dim=-1)
     if keys.is_cpu and not (keys.requires_grad or logits.requires_grad):
@@ -112,7 +112,7 @@ def last_key(keys: Tensor, logits: Tensor, p: float) -> Tensor:
     return ordered.values.gather(-1, last)
 
 
-def _suits(x: Tensor) -> bool:
+def _can_run(x: Tensor) -> bool:
     return (
         x.is_cpu
         and x.dtype == torch.float32
@@ -123,52 +123,52 @@ def _suits(x: Tensor) -> bool:
     )
 
 
-_FEW_OF_TOP = 128
-"""More are found sooner by PyTorch."""
+_MAX_K = 128
+"""For a larger k, PyTorch's topk is faster."""
 
-# Without gptk's kernels: what is looked for nearly always lies among the few hundred tokens whose
-# keys are near the highest, so those alone are sorted at first. Where they hold less probability
-# than asked for, all tokens are counted into bins by their keys, and the one bin in which the sum
-# reaches it is sorted. A full sort of 50,000 takes as long as several layers of a small model.
+# `last_key` without gptk's kernels. The token is nearly always among the few hundred tokens whose
+# keys are near the highest, so only these are sorted at first. If their probability is below p, all
+# tokens are counted into bins by their keys, and only the bin in which the sum reaches p is sorted.
+# Sorting all 50,000 would take as long as several layers of a small model.
 
 _Floats = npt.NDArray[np.float32]
 
 _DEPTHS = (8, 12)
-"""How far below the highest key to look first. Among those within 8 nats SmolLM2 has 90 % of its
-probability at 59 of 60 places of an English text, with 320 tokens to sort."""
-_FEW = 4096
-"""Tokens that are sorted sooner than counted."""
+"""Distances below the highest key, in nats, to search first. Within 8 nats SmolLM2 has 90 % of the
+probability at 59 of 60 positions of an English text, with 320 tokens to sort."""
+_MAX_SORTED = 4096
+"""Up to so many tokens, sorting is faster than counting into bins."""
 _BINS = 1024
 
 
 def _last_key(keys: _Floats, probabilities: _Floats, p: float) -> float:
-    """`last_key` for one row. Not a number where the keys are none."""
+    """`last_key` for one row. NaN if a key is NaN."""
     highest = keys.max()
     for depth in _DEPTHS:
         near = np.flatnonzero(keys >= highest - np.float32(depth))
-        if len(near) > _FEW:
+        if len(near) > _MAX_SORTED:
             break
         if probabilities[near].sum(dtype=np.float64) >= p:
             return _last_among(near, keys, probabilities, p, 0)
-    # Tokens so unlikely that the others reach p without them are in the last bin, whatever their
-    # keys; the bins before are equally wide.
+    # The last bin is for tokens so improbable that the others reach p without them, whatever their
+    # keys. The bins before it are equally wide.
     lowest = keys[probabilities > (1 - p) / len(keys)].min(initial=highest)
-    if not lowest < highest:  # all that count tie, or there are none
+    if not lowest < highest:  # all tokens that count tie, or a key is NaN
         return float(highest)
     bins = np.minimum((highest - keys) * np.float32((_BINS - 1) / (highest - lowest)), _BINS)
     bins = bins.astype(np.int32)
     mass = np.bincount(bins, weights=probabilities, minlength=_BINS + 1).cumsum()
-    found = int(np.searchsorted(mass, p))
-    if found > _BINS:
+    last_bin = int(np.searchsorted(mass, p))
+    if last_bin > _BINS:
         return float(keys.min())
-    before = mass[found - 1] if found else 0
-    return _last_among(np.flatnonzero(bins == found), keys, probabilities, p, before)
+    before = mass[last_bin - 1] if last_bin else 0
+    return _last_among(np.flatnonzero(bins == last_bin), keys, probabilities, p, before)
 
 
 def _last_among(
     tokens: npt.NDArray[np.intp], keys: _Floats, probabilities: _Floats, p: float, before: float
 ) -> float:
-    """The key of the one of these tokens that completes p; those ahead of them have `before`."""
+    """The key at which these tokens reach p. before: the probability of tokens with higher keys."""
     order = tokens[np.argsort(-keys[tokens])]  # ties in any order: they share the key
     mass = before + np.cumsum(probabilities[order], dtype=np.float64)
     return float(keys[order[min(int(np.searchsorted(mass, p)), len(order) - 1)]])

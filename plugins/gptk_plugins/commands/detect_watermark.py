@@ -23,34 +23,32 @@ if TYPE_CHECKING:
     default="watermark",
     show_default=True,
     metavar="SPEC",
-    help="The processor that the text was made with, with all its options.",
+    help="The processor that the text was generated with, with all its options.",
 )
 @click.option(
     "--model",
     metavar="MODEL",
-    help="What the text was made with, for its tokenizer and the size of its vocabulary: smollm2, "
+    help="The model of the text, for its tokenizer and the size of its vocabulary: smollm2, "
     "a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where installed.",
 )
 @click.option(
     "--tokenizer",
     metavar="SPEC",
-    help="Instead of the model's own, or with no model at all: gpt2, bytes, a file, …",
+    help="Instead of the model's own, or without a model: gpt2, bytes, a file, …",
 )
 @click.option(
     "--vocab-size",
     type=click.IntRange(min=1),
-    help="Of the model, where it is not given, and differs from its tokenizer's.",
+    help="The model's, if no model is named and it differs from the tokenizer's.",
 )
 @click.option(
     "--z-threshold",
     type=float,
     default=3.0,
     show_default=True,
-    help="How many standard deviations above chance is enough.",
+    help="The least z that counts as watermarked, in standard deviations above chance.",
 )
-@click.option(
-    "--ignore-repeated-ngrams", is_flag=True, help="Count sequences that come again once."
-)
+@click.option("--ignore-repeated-ngrams", is_flag=True, help="Count repeated sequences once.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object.")
 def command(
     text: str | None,
@@ -65,8 +63,8 @@ def command(
 ) -> None:
     """Tell whether TEXT carries the watermark of the processor `watermark`.
 
-    Without TEXT it is read from standard input, one trailing newline taken off. Give the text
-    without its prompt, whose tokens are not watermarked. With a bias of 2, some 50 tokens are
+    Without TEXT it is read from standard input, without one trailing newline. Give the text
+    without its prompt, whose tokens are not watermarked. With a bias of 2, about 50 tokens are
     enough.
     """
     import gptk
@@ -76,11 +74,11 @@ def command(
     watermark = gptk.plugins.create("processor", spec, gptk.LogitsProcessor)
     if not isinstance(watermark, Watermark):
         raise click.UsageError(f"--spec is {spec!r}; it must be the processor watermark")
-    cutter, size = _tokenizer(model, tokenizer)
+    text_tokenizer, size = _tokenizer(model, tokenizer)
     found = watermark.detect(
-        cutter.encode(text),
+        text_tokenizer.encode(text),
         vocab_size or size,
-        bos=cutter.bos,
+        bos=text_tokenizer.bos,
         ignore_repeated_ngrams=ignore_repeated_ngrams,
         z_threshold=z_threshold,
     )
@@ -99,7 +97,7 @@ def _read(text: str | None, file: IO[str] | None) -> str:
         raise click.UsageError("give TEXT or --file, not both")
     try:
         if text is None:
-            # A file's or a program's last line break is not the text's.
+            # Files and programs end their output with a line break that is not part of the text.
             text = (file or sys.stdin).read().removesuffix("\n")
     except UnicodeDecodeError:
         raise click.UsageError("the text is not UTF-8") from None
@@ -107,17 +105,17 @@ def _read(text: str | None, file: IO[str] | None) -> str:
 
 
 def _tokenizer(model: str | None, tokenizer: str | None) -> "tuple[gptk.Tokenizer, int]":
-    """The tokenizer, and the size of the model's vocabulary as far as it is known."""
+    """The tokenizer, and the size of the model's vocabulary (without a model: the tokenizer's)."""
     import gptk
 
-    own = gptk.load_tokenizer(tokenizer) if tokenizer is not None else None
-    if own is not None and model is None:
-        return own, own.encoding.n_vocab
+    loaded = gptk.load_tokenizer(tokenizer) if tokenizer is not None else None
+    if loaded is not None and model is None:
+        return loaded, loaded.encoding.n_vocab
     checkpoint = gptk.load_checkpoint(model or gptk.default_source())
-    if own is None and checkpoint.tokenizer is not None:
-        own = checkpoint.tokenizer()
-    if own is None:
+    if loaded is None and checkpoint.tokenizer is not None:
+        loaded = checkpoint.tokenizer()
+    if loaded is None:
         raise gptk.TokenizerError(
             "the model comes without a tokenizer; name one, such as --tokenizer gpt2"
         )
-    return own, checkpoint.config.vocab_size
+    return loaded, checkpoint.config.vocab_size

@@ -1,1 +1,1 @@
-"""Constrained decoding: the new text is always the beginning of a valid one."""
+"""Constrained decoding: the new text is always the beginning of a valid text."""

@@ -1,16 +1,16 @@
-"""Constrained decoding (Willard and Louf 2023): only tokens that a valid text can go on with.
+"""Constrained decoding (Willard and Louf 2023): only tokens that can continue a valid text.
 
     logit'(v) = logit(v) if some valid text begins with text + bytes(v), else -inf
-    EOS may come iff text itself is valid
+    EOS is allowed iff text itself is valid
 
-text is what the row has got since its prompt. What is valid, a Lark grammar says; llguidance
-(https://github.com/guidance-ai/llguidance) walks the vocabulary's trie by it, in 0.02 to 0.5 ms.
-Where the grammar leaves no choice, as between the keys of a JSON object, only the token is
-allowed that the tokenizer itself would take: cut at odd places, a text is strange to the model,
-and SmolLM2 falls for it (`{"`, `n`, `ame` makes worse values than `{"`, `name`).
+text is the row's text after its prompt. A Lark grammar defines which texts are valid; llguidance
+(https://github.com/guidance-ai/llguidance) masks the vocabulary, a trie, by it in 0.02 to 0.5 ms.
+Where the grammar determines the next characters, as between the keys of a JSON object, only the
+token that the tokenizer itself would choose is allowed: models have seen few texts with unusual
+token boundaries, and SmolLM2 continues those worse (`{"`, `n`, `ame` than `{"`, `name`).
 
-The end is a token of our own behind the vocabulary. Its bit in a mask says that the text is
-valid as it stands, whatever ids end a row in the call at hand.
+llguidance's end token has the first id after the vocabulary. Its bit in a mask says that the text
+is valid as it stands; the ids that end a row may differ from call to call.
 """
 
 import contextlib
@@ -34,35 +34,35 @@ if TYPE_CHECKING:
 
 
 class Constraint(gptk.LogitsProcessor):
-    """The base of the constraints. Each says as a Lark grammar which texts are valid."""
+    """The base class of constraints, each of which gives the valid texts as a Lark grammar."""
 
-    grammar_is_given: ClassVar[bool] = False
-    """Whether the person wrote the grammar, so that its lines mean something to them."""
+    shows_positions: ClassVar[bool] = False
+    """Whether messages have a line and column of the grammar: if it is the user's own."""
 
     def grammar_text(self) -> str:
-        """The grammar. Raises ValueError with what is wrong with the options."""
+        """The grammar. Raises ValueError if the options are wrong."""
         raise NotImplementedError(f"{type(self).__name__} does not define grammar_text()")
 
     def subject(self) -> str:
-        """What is at fault if the grammar can't be used, as a message says it."""
+        """What error messages name as the cause if the grammar cannot be used."""
         raise NotImplementedError(f"{type(self).__name__} does not define subject()")
 
     def model_post_init(self, context: Any, /) -> None:
-        self._grammar  # noqa: B018 - so that what is wrong shows here, not at the first prompt
+        self._grammar  # noqa: B018 - so that errors show here, not at the first prompt
 
     @functools.cached_property
     def _grammar(self) -> str:
         with self._option_errors():
             grammar = self.grammar_text()
-            check(grammar, places=self.grammar_is_given)
+            check(grammar, positions=self.shows_positions)
         return grammar
 
-    def start(self, rows: gptk.Rows) -> "Constrained":
+    def start(self, rows: gptk.Rows) -> "RowMatchers":
         """A follower with a matcher for each row.
 
-        Raises TokenizerError without a tokenizer, OptionError if no text of it is valid.
+        Raises TokenizerError without a tokenizer, OptionError if its tokens form no valid text.
         """
-        return Constrained(self._begin(rows), rows)
+        return RowMatchers(self._begin(rows), rows)
 
     def is_complete(self, tokens: Sequence[int], rows: gptk.Rows) -> bool:
         """Whether the tokens' text is valid as it stands."""
@@ -70,7 +70,7 @@ class Constraint(gptk.LogitsProcessor):
         state.extend(tokens)
         return state.may_end()
 
-    def _begin(self, rows: gptk.Rows) -> "_State":
+    def _begin(self, rows: gptk.Rows) -> "_RowState":
         if rows.tokenizer is None:
             raise gptk.TokenizerError(
                 f"{self.title()} needs the text of tokens, and the model comes without a "
@@ -78,7 +78,7 @@ class Constraint(gptk.LogitsProcessor):
             )
         vocabulary = _vocabulary(rows.tokenizer)
         with self._option_errors():
-            return _State(vocabulary, vocabulary.matcher(self._grammar), frozenset(rows.eos))
+            return _RowState(vocabulary, vocabulary.matcher(self._grammar), frozenset(rows.eos))
 
     @contextlib.contextmanager
     def _option_errors(self) -> Iterator[None]:
@@ -92,15 +92,15 @@ class Constraint(gptk.LogitsProcessor):
             raise gptk.OptionError(f"{self.title()}: {self.subject()}: {error}") from None
 
 
-class Constrained:
-    """The rows' places in the grammar; called, it masks what may not come next.
+class RowMatchers:
+    """A matcher for each row; called, it masks the tokens that may not come next.
 
-    Once a row ended, or got a token that is not allowed, everything is masked until a rewind.
-    Where no ids end a row (EOS is ignored), so it is when the text is valid and nothing can
-    follow.
+    Once a row has ended, or got a token that is not allowed, all tokens are masked until a rewind.
+    If no ids end a row (EOS is ignored), all tokens are also masked once the text is valid and
+    nothing can follow.
     """
 
-    def __init__(self, state: "_State", rows: gptk.Rows) -> None:
+    def __init__(self, state: "_RowState", rows: gptk.Rows) -> None:
         self._end = len(state.vocabulary.tokens)
         self._eos = rows.eos
         self._special = state.vocabulary.special
@@ -112,7 +112,7 @@ class Constrained:
             if not state.outside:
                 state.write_mask(bits[row])
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-        ended = allowed[:, self._end].copy()
+        may_end = allowed[:, self._end].copy()
         allowed[:, self._end :] = 0
         width = logits.shape[-1]
         if width > allowed.shape[1]:  # a model's vocabulary may be padded to a round size
@@ -120,22 +120,22 @@ class Constrained:
         for token in self._eos:
             if token < width:
                 if token not in self._special:
-                    allowed[:, token] = 0  # it ends the row, whatever text it would be
-                allowed[:, token] |= ended
+                    allowed[:, token] = 0  # it ends the row, even if it has a text
+                allowed[:, token] |= may_end
         mask = torch.from_numpy(allowed[:, :width].view(np.bool_)).to(logits.device)
-        return torch.where(mask, logits, -torch.inf)  # masked_fill(~mask) takes half as long again
+        return torch.where(mask, logits, -torch.inf)  # masked_fill(~mask) takes 1.5 times as long
 
     def extend(self, tokens: Tensor) -> None:
         for state, new in zip(self._states, tokens.tolist(), strict=True):
             state.extend(new)
 
     def select(self, parents: Sequence[int]) -> None:
-        taken: set[int] = set()
+        moved: set[int] = set()
         states = []
         for parent in parents:
             state = self._states[parent]
-            states.append(state.copy() if parent in taken else state)
-            taken.add(parent)
+            states.append(state.copy() if parent in moved else state)
+            moved.add(parent)
         self._states = states
 
     def rewind(self, counts: Sequence[int]) -> None:
@@ -143,8 +143,8 @@ class Constrained:
             state.rewind(count)
 
 
-class _State:
-    """One row's place in the grammar."""
+class _RowState:
+    """The matcher of a row, and how many tokens it has not consumed."""
 
     __slots__ = ("_eos", "matcher", "outside", "vocabulary")
 
@@ -158,11 +158,11 @@ class _State:
         self.vocabulary = vocabulary
         self.matcher = matcher
         self.outside = outside
-        """Tokens that the matcher has not got: the row's end or a wrong one, and all after it."""
+        """Tokens that the matcher did not consume: EOS or one not allowed, and all after it."""
         self._eos = eos
 
-    def copy(self) -> "_State":
-        return _State(self.vocabulary, self.matcher.deep_copy(), self._eos, self.outside)
+    def copy(self) -> "_RowState":
+        return _RowState(self.vocabulary, self.matcher.deep_copy(), self._eos, self.outside)
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -177,16 +177,16 @@ class _State:
             _check(self.matcher)
 
     def may_end(self) -> bool:
-        """Whether the text is valid, or the grammar itself asks for an EOS token here."""
-        asked_for = self._eos & self.vocabulary.special
+        """Whether the text is valid, or the grammar itself has an EOS token as the next one."""
+        special_eos = self._eos & self.vocabulary.special
         return not self.outside and (
             self.matcher.is_accepting()
-            or any(self.matcher.validate_tokens([token]) for token in asked_for)
+            or any(self.matcher.validate_tokens([token]) for token in special_eos)
         )
 
     def write_mask(self, bits: "np.ndarray[Any, np.dtype[np.int32]]") -> None:
         """Set the bits of the tokens that may come next."""
-        # On a copy, 3 µs: there is no way back for a matcher that finds no token at all.
+        # On a copy (3 µs), because a matcher that finds no allowed token cannot be rolled back.
         matcher = self.matcher.deep_copy()
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if matcher.is_error():
@@ -194,7 +194,7 @@ class _State:
             bits[:] = 0
 
     def _consumes(self, token: int) -> bool:
-        # Of a token without text, and of one that it does not know, a matcher makes a fault.
+        # A matcher fails on a token without text or beyond its vocabulary.
         if not self.vocabulary.has_text(token):
             return False
         consumed = self.matcher.try_consume_tokens([token])
@@ -206,14 +206,14 @@ _NO_TOKEN_FITS = "NoExtensionBias"  # llguidance's name for it
 
 
 def _check(matcher: "LLMatcher") -> None:
-    """Raise DecodingError if a matcher gave up, as it does where a limit is passed."""
+    """Raise DecodingError if a matcher has failed, as when a limit of llguidance is exceeded."""
     error = matcher.get_error()
     if error and not error.startswith(_NO_TOKEN_FITS):
         raise gptk.DecodingError(f"llguidance cannot follow the constraint: {explain(error)}")
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance needs it, and the matchers made for it so far."""
+    """A tokenizer in the form that llguidance needs, with a cache of matchers."""
 
     def __init__(self, tokenizer: gptk.Tokenizer) -> None:
         encoding = tokenizer.encoding
@@ -222,19 +222,19 @@ class _Vocabulary:
         self._tokenizer = llguidance().LLTokenizer(_Wrapper(self, encoding))
         known = set(self.tokens)
         self._absent = {byte for byte in range(256) if bytes([byte]) not in known}
-        # Copies share what their lexer has learnt, so that a second call begins fast.
-        self._first = functools.lru_cache(maxsize=16)(self._new)
+        # Copies share their lexer's cache, so that a second call starts fast.
+        self._cached_new = functools.lru_cache(maxsize=16)(self._new)
 
     def has_text(self, token: int) -> bool:
         return token < len(self.tokens) and bool(self.tokens[token])
 
     def matcher(self, grammar: str) -> "LLMatcher":
         """A matcher before its first token. Raises ValueError if no text is valid."""
-        return self._first(grammar).deep_copy()
+        return self._cached_new(grammar).deep_copy()
 
     def _new(self, grammar: str) -> "LLMatcher":
-        # The tokenizer leaves out bytes that its vocabulary lacks (SmolLM2's six control characters
-        # and some more), so that text with these can't be had in the tokens it would take.
+        # The tokenizer drops bytes that its vocabulary lacks (SmolLM2's: six control characters and
+        # a few others), so text with these bytes must not be forced to the tokenizer's own tokens.
         escaped = re.search(r"\\[xuU]", grammar) is not None
         if self._absent and (escaped or not self._absent.isdisjoint(grammar.encode())):
             grammar += '\n%llguidance {"no_forcing": true}\n'
@@ -242,7 +242,7 @@ class _Vocabulary:
 
 
 class _Wrapper:
-    """What LLTokenizer reads of a tokenizer."""
+    """The attributes of a tokenizer that LLTokenizer reads."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -260,7 +260,7 @@ class _Wrapper:
 def _bytes_of(encoding: "tiktoken.Encoding", token: int) -> bytes:
     try:
         return encoding.decode_single_token_bytes(token)
-    except KeyError:  # the vocabulary leaves the id out
+    except KeyError:  # an id that the vocabulary lacks
         return b""
 
 
@@ -269,7 +269,7 @@ _vocabularies = weakref.WeakKeyDictionary()
 
 
 def _vocabulary(tokenizer: gptk.Tokenizer) -> _Vocabulary:
-    """Made once for each tokenizer: 0.15 s for 50,000 tokens."""
+    """The vocabulary of a tokenizer, cached: making it takes 0.15 s for 50,000 tokens."""
     if tokenizer not in _vocabularies:
         _vocabularies[tokenizer] = _Vocabulary(tokenizer)
     return _vocabularies[tokenizer]
@@ -286,17 +286,20 @@ def llguidance() -> Any:
     return llguidance
 
 
-def check(grammar: str, *, places: bool) -> None:
-    """Raise ValueError if a grammar can't be used, as far as that shows without a vocabulary."""
-    grammar.encode()  # a surrogate by itself would be a fault of another kind below
+def check(grammar: str, *, positions: bool) -> None:
+    """Raise ValueError for errors of a grammar that can be found without the vocabulary.
+
+    positions: whether the message has line and column.
+    """
+    grammar.encode()  # a lone surrogate raises UnicodeEncodeError here, and another error below
     if error := llguidance().LLMatcher.validate_grammar(grammar):
-        raise ValueError(explain(error, places=places))
-    if not re.search(r"<\S+>", grammar):  # a special token, of which bytes have none
+        raise ValueError(explain(error, positions=positions))
+    if not re.search(r"<\S+>", grammar):  # a special token, which the byte tokenizer lacks
         first_matcher(llguidance().LLTokenizer("byte"), grammar)
 
 
 def first_matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
-    """A matcher before its first token. Raises ValueError if it can't be used."""
+    """A matcher before its first token. Raises ValueError if the grammar cannot be used."""
     matcher: LLMatcher = llguidance().LLMatcher(tokenizer, grammar, log_level=0)
     trial = matcher.deep_copy()
     mask = np.unpackbits(np.frombuffer(trial.compute_bitmask(), np.uint8), bitorder="little")
@@ -304,34 +307,39 @@ def first_matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
         token = int(mask.argmax())
         if token != tokenizer.eos_token:
             trial.consume_token(token)
-            trial.rollback(1)  # not every feature of llguidance's dialect can be taken back
+            trial.rollback(1)  # some features of llguidance's dialect do not support rollback
     if trial.is_error():
         raise ValueError(explain(trial.get_error()))
     return matcher
 
 
-def explain(error: str, *, places: bool = False) -> str:
-    """What is wrong, in a line, of llguidance's message with its excerpts from the grammar."""
+def explain(error: str, *, positions: bool = False) -> str:
+    """A message of llguidance in one line, without its excerpts from the grammar."""
     if error.startswith(_NO_TOKEN_FITS):
         return "no text fits"
     if error.startswith("rollback not supported"):
         return "max_tokens and stop of a rule are not supported; suffix and lazy are"
-    place = re.match(r"(?:at )?(\d+)\((\d+)\): ", error)
-    text = error[place.end() :] if place else error
+    position = re.match(r"(?:at )?(\d+)\((\d+)\): ", error)
+    text = error[position.end() :] if position else error
     found = re.search(r"^error: (.*)", text, re.MULTILINE)
     reason = found[1] if found else text.partition("\n")[0]
     reason = re.sub(r'^(invalid regex ".*" \(in regex\)|failed to compile .*?): ', "", reason)
-    return f"line {place[1]}, column {place[2]}: {reason}" if place and places else reason
+    if position and positions:
+        return f"line {position[1]}, column {position[2]}: {reason}"
+    return reason
 
 
-def text_of(given: str, *, literal: bool, form: str) -> str:
-    """The text itself, or that in the file it names. Raises ValueError."""
+def read_option(option: str, *, literal: bool, form: str) -> str:
+    """The text of an option if it is literal, else that of the file which it names.
+
+    form: what a literal text would be, for the message. Raises ValueError.
+    """
     if literal:
-        return given
-    if not os.path.exists(given):
+        return option
+    if not os.path.exists(option):
         raise ValueError(f"there is no such file, and it is not {form}")
     try:
-        return Path(given).read_text(encoding="utf-8-sig")
+        return Path(option).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Choice: the new text is one of some texts.
+"""Choice: the new text is one of a list of texts.
 
 valid(text) = text in choices
 """
@@ -13,7 +13,7 @@ from gptk_plugins.constraints._matcher import Constraint
 
 
 class Choice(Constraint):
-    """The new text is one of the given ones."""
+    """The new text is one of the given texts."""
 
     name = "choice"
     example = """choices='["yes", "no"]'"""
@@ -30,7 +30,7 @@ class Choice(Constraint):
         return choices
 
     def grammar_text(self) -> str:
-        # One terminal: of several, each would be a lexeme of its own.
+        # A single terminal, so that the lexer has a single lexeme.
         texts = [json.dumps(text, ensure_ascii=False) for text in self.choices]
         return f"start: CHOICE\nCHOICE: {' | '.join(texts)}"
 

@@ -11,7 +11,7 @@ import re
 
 from pydantic import Field
 
-from gptk_plugins.constraints._matcher import Constraint, text_of
+from gptk_plugins.constraints._matcher import Constraint, read_option
 
 
 class Grammar(Constraint):
@@ -19,13 +19,13 @@ class Grammar(Constraint):
 
     name = "grammar"
     example = """grammar='start: "yes" | "no" " way"?'"""
-    grammar_is_given = True
+    shows_positions = True
 
     grammar: str = Field(description="a Lark grammar: a file, or the text itself")
 
     def grammar_text(self) -> str:
         form = "a Lark grammar, which has a rule `start: …`"
-        return text_of(self.grammar, literal=self._is_literal(), form=form)
+        return read_option(self.grammar, literal=self._is_literal(), form=form)
 
     def subject(self) -> str:
         return "grammar" if self._is_literal() else repr(self.grammar)

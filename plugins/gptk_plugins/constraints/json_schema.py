@@ -3,11 +3,12 @@
     valid(text) = the schema allows json(text), and text is written as json.dumps writes it
 
 That is: a space after each comma and colon, no other whitespace, and properties in the order of
-the schema. Small models that may choose put whitespace to the last token; the schema's own key
-`x-guidance`, `{"whitespace_flexible": true, "item_separator": ",", "key_separator": ":"}`, lets
-them. A text surely ends only where `maxLength`, `maxItems`, `minimum`, `maximum` and
-`additionalProperties` bound it. Keywords that llguidance cannot follow are an error, unless
-`x-guidance` says `"lenient": true`.
+the schema. With free whitespace small models write only whitespace up to the last token; the
+schema's key `x-guidance`,
+`{"whitespace_flexible": true, "item_separator": ",", "key_separator": ":"}`, allows it.
+A text is certain to end only if `maxLength`, `maxItems`, `minimum`, `maximum` and
+`additionalProperties` bound it. Keywords that llguidance does not support are an error, unless
+`x-guidance` has `"lenient": true`.
 """
 
 import json
@@ -16,11 +17,11 @@ from typing import Any
 
 from pydantic import Field
 
-from gptk_plugins.constraints._matcher import Constraint, text_of
+from gptk_plugins.constraints._matcher import Constraint, read_option
 
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# What is shadowed is pydantic 1's BaseModel.schema, deprecated since 2.0.
+# The option shadows BaseModel.schema of pydantic 1, deprecated since 2.0.
 warnings.filterwarnings("ignore", 'Field name "schema" in "JsonSchema" shadows', UserWarning)
 
 
@@ -38,8 +39,8 @@ class JsonSchema(Constraint):
 
     def grammar_text(self) -> str:
         schema = self.schema if isinstance(self.schema, dict) else self._read(self.schema)
-        own = schema.get("x-guidance", {})
-        style = {**STYLE, **own} if isinstance(own, dict) else own
+        guidance = schema.get("x-guidance", {})
+        style = {**STYLE, **guidance} if isinstance(guidance, dict) else guidance
         return "start: %json " + json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
 
     def subject(self) -> str:
@@ -47,8 +48,8 @@ class JsonSchema(Constraint):
         return repr(self.schema) if is_file else "schema"
 
     @staticmethod
-    def _read(given: str) -> dict[str, Any]:
-        text = text_of(given, literal=_is_literal(given), form="a JSON object")
+    def _read(option: str) -> dict[str, Any]:
+        text = read_option(option, literal=_is_literal(option), form="a JSON object")
         try:
             schema = json.loads(text)
         except ValueError as error:
@@ -58,5 +59,5 @@ class JsonSchema(Constraint):
         return schema
 
 
-def _is_literal(given: str) -> bool:
-    return given.lstrip().startswith("{")
+def _is_literal(option: str) -> bool:
+    return option.lstrip().startswith("{")

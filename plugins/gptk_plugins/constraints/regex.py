@@ -1,4 +1,4 @@
-"""Regular expressions: the new text, all of it, matches the pattern.
+"""Regular expressions: the new text as a whole matches the pattern.
 
     valid(text) = the pattern matches text from its first character to its last
 

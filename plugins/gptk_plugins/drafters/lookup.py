@@ -1,7 +1,7 @@
-"""Prompt lookup (Saxena 2023): what followed the last time is what follows now.
+"""Prompt lookup (Saxena 2023): drafts the tokens that followed the row's last tokens before.
 
-The row's last n tokens are looked for earlier in the row, prompt included, for n = `ngram` down
-to 1; the guess is what came after the latest such place. It costs no model, and pays where texts
+The row's last n tokens are searched earlier in the row, prompt included, for n = `ngram` down to 1;
+the guess is what came after the latest match. It needs no second model, and speeds up texts that
 repeat themselves or their prompt: summaries, code, edits.
 """
 
@@ -13,7 +13,7 @@ import gptk
 
 
 class Lookup(gptk.Drafter):
-    """Guesses what followed the row's last tokens when they stood in it before."""
+    """Guesses the tokens that followed the row's last tokens at their previous occurrence."""
 
     name = "lookup"
     example = "ngram=3,tokens=8"
@@ -35,11 +35,11 @@ class Lookup(gptk.Drafter):
         return guesses.to(rows.tokens.device) if guesses.shape[1] else None
 
     def _continuation(self, tokens: Tensor, count: int) -> Tensor:
-        """Up to `count` tokens that followed the latest like of the last ones. tokens: (length,)"""
+        """Up to `count` tokens after the latest match of the last tokens. tokens: (length,)."""
         for size in range(min(self.ngram, len(tokens) - 1), 0, -1):
             windows = tokens[:-1].unfold(0, size, 1)
-            places = (windows == tokens[-size:]).all(dim=1).nonzero()
-            if len(places):
-                start = int(places[-1]) + size
+            matches = (windows == tokens[-size:]).all(dim=1).nonzero()
+            if len(matches):
+                start = int(matches[-1]) + size
                 return tokens[start : start + count]
         return tokens[:0]

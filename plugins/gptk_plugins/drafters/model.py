@@ -1,7 +1,7 @@
-"""A smaller model of the same vocabulary as draft (Leviathan et al. 2023, Chen et al. 2023).
+"""A smaller draft model with the same vocabulary (Leviathan et al. 2023, Chen et al. 2023).
 
-It guesses by the very rules of the run: the sampler and all processors, on its own logits, with
-the row's own random numbers. Where the two models' distributions agree, so do their tokens.
+It guesses with the run's own sampler, processors and random numbers, on the smaller model's logits.
+Where the two models' distributions agree, so do their tokens.
 """
 
 import functools
@@ -30,7 +30,7 @@ class ModelDrafter(gptk.Drafter):
     tokens: int = Field(5, ge=1, description="the most tokens to guess at a time")
     quantize: Literal["int8", "int4", "stored"] | None = Field(
         None,
-        description="what its weights are rounded to on a CPU; stored: as in its file",
+        description="quantization of its weights on a CPU; stored: as in its file",
     )
 
     @classmethod
@@ -51,12 +51,12 @@ class ModelDraft(gptk.Follower):
     """A session of the smaller model with the same rows."""
 
     def __init__(self, model: gptk.CausalModel, rows: gptk.Rows, tokens: int) -> None:
-        firsts = [rows.prompts.index(prompt) for prompt in range(max(rows.prompts) + 1)]
-        # Tokens that only the other model's padding has: any will do in their place.
+        first_rows = [rows.prompts.index(prompt) for prompt in range(max(rows.prompts) + 1)]
+        # Ids beyond this vocabulary, which pad the other model's, become this one's last id.
         self._last = model.config.vocab_size - 1
-        known = rows.tokens.clamp(max=self._last)
-        prompts = [known[row, : rows.lengths[row]].tolist() for row in firsts]
-        # It never slides: a draft whose window is full guesses no more.
+        clamped = rows.tokens.clamp(max=self._last)
+        prompts = [clamped[row, : rows.lengths[row]].tolist() for row in first_rows]
+        # It never slides: once the window is full, `propose` guesses nothing.
         self._session = gptk.DecodeSession(model, prompts, overflow="slide")
         self._session.select(rows.prompts)
         self._tokens = tokens
@@ -71,9 +71,9 @@ class ModelDraft(gptk.Follower):
 
         def next_logits() -> Tensor:
             logits = session.logits if all(session.known) else session.read()[:, -1]
-            # Vocabularies are padded to round sizes; nothing is drawn from padding.
-            more = vocabulary - logits.shape[-1]
-            return F.pad(logits, (0, more), value=-torch.inf) if more else logits
+            # Vocabularies are padded to round sizes; tokens of the padding are never drawn.
+            missing = vocabulary - logits.shape[-1]
+            return F.pad(logits, (0, missing), value=-torch.inf) if missing else logits
 
         return run.guess(next_logits, count)
 
@@ -91,7 +91,7 @@ class ModelDraft(gptk.Follower):
 def _loaded(
     source: str, device: str, dtype: str, quantize: Literal["int8", "int4", "stored"] | None
 ) -> gptk.LanguageModel:
-    """The draft of the call before is likely that of the next one."""
+    """The model of the last call is cached, because the next call likely uses it again."""
     return gptk.load(source, device=device, dtype=dtype, quantize=quantize)
 
 
@@ -100,24 +100,28 @@ def _check_vocabulary(
 ) -> None:
     sizes = lm.model.config.vocab_size, model.config.vocab_size
     try:
-        own: gptk.Tokenizer | None = lm.tokenizer
+        draft_tokenizer: gptk.Tokenizer | None = lm.tokenizer
     except gptk.TokenizerError:
-        own = None
-    if own is None or tokenizer is None:
+        draft_tokenizer = None
+    if draft_tokenizer is None or tokenizer is None:
         if sizes[0] != sizes[1]:
             raise gptk.OptionError(
                 f"the draft has a vocabulary of {sizes[0]} tokens and the model one of {sizes[1]}; "
                 "a draft needs the model's own"
             )
-    elif own is not tokenizer and (token := _first_difference(own, tokenizer, min(sizes))) >= 0:
+    elif (
+        draft_tokenizer is not tokenizer
+        and (token := _first_difference(draft_tokenizer, tokenizer, min(sizes))) >= 0
+    ):
         raise gptk.OptionError(
             f"the draft's vocabulary is not the model's: token {token} is "
-            f"{own.token_bytes(token)!r} there and {tokenizer.token_bytes(token)!r} here"
+            f"{draft_tokenizer.token_bytes(token)!r} in the draft's and "
+            f"{tokenizer.token_bytes(token)!r} in the model's"
         )
 
 
 @functools.lru_cache(maxsize=8)
-def _first_difference(one: gptk.Tokenizer, other: gptk.Tokenizer, size: int) -> int:
-    """The first token id that two tokenizers read differently, or -1."""
-    different = (id for id in range(size) if one.token_bytes(id) != other.token_bytes(id))
+def _first_difference(first: gptk.Tokenizer, second: gptk.Tokenizer, size: int) -> int:
+    """The first token id below `size` that two tokenizers decode differently, or -1."""
+    different = (id for id in range(size) if first.token_bytes(id) != second.token_bytes(id))
     return next(different, -1)

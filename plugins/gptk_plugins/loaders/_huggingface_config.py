@@ -1,5 +1,5 @@
-"""From a Hugging Face config.json to a GPTConfig: every field that changes the model's function
-is honored or refused."""
+"""From a Hugging Face config.json to a GPTConfig: every field that changes the model's output is
+supported or refused."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import gptk
 
-# Where config.json leaves a field out, transformers takes its class's default.
+# For a field that config.json lacks, transformers takes the default of the configuration's class.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {},
@@ -24,7 +24,7 @@ _GELUS = {
 
 
 def read_config(raw: Mapping[str, Any], source: str) -> tuple[gptk.GPTConfig, dict[str, str]]:
-    """The configuration, and notes for people. Raises SourceError for what is not supported."""
+    """The configuration, and notes for `gptk info`. Raises SourceError for unsupported values."""
     model_type = raw.get("model_type")
     if model_type not in _DEFAULTS:
         raise gptk.SourceError(
@@ -32,7 +32,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[gptk.GPTConfig, di
         )
     raw = {**_DEFAULTS[model_type], **raw}
     try:
-        _refuse(raw, "quantization_config", None)
+        _require(raw, "quantization_config", None)
         if model_type == "gpt2":
             return _gpt2(raw), {}
         return _llama(raw, model_type)
@@ -45,9 +45,9 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[gptk.GPTConfig, di
 
 
 def _gpt2(raw: Mapping[str, Any]) -> gptk.GPTConfig:
-    _refuse(raw, "scale_attn_weights", True)
-    _refuse(raw, "scale_attn_by_inverse_layer_idx", False)
-    _refuse(raw, "add_cross_attention", False)
+    _require(raw, "scale_attn_weights", True)
+    _require(raw, "scale_attn_by_inverse_layer_idx", False)
+    _require(raw, "add_cross_attention", False)
     width, n_heads = raw["n_embd"], raw["n_head"]
     activation = raw.get("activation_function", "gelu_new")
     return gptk.GPTConfig(
@@ -60,18 +60,18 @@ def _gpt2(raw: Mapping[str, Any]) -> gptk.GPTConfig:
         head_dim=width // n_heads,
         mlp_width=raw.get("n_inner") or 4 * width,
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
-        mlp=_one_of("activation_function", activation, _GELUS),
+        mlp=_translated("activation_function", activation, _GELUS),
         tied_head=raw.get("tie_word_embeddings", True),
     )
 
 
 def _llama(raw: Mapping[str, Any], model_type: str) -> tuple[gptk.GPTConfig, dict[str, str]]:
-    _one_of("hidden_act", raw.get("hidden_act", "silu"), {"silu": "silu", "swish": "silu"})
+    _translated("hidden_act", raw.get("hidden_act", "silu"), {"silu": "silu", "swish": "silu"})
     notes = {}
     context = raw["max_position_embeddings"]
     window = _sliding_window(raw, model_type)
     if window is not None and window < context:
-        # Up to the sliding window, attention is what it would be without.
+        # Within the length of the sliding window, it has no effect on attention.
         notes["context"] = f"{window}, limited from {context} by a sliding window"
         context = window
     width, n_heads = raw["hidden_size"], raw["num_attention_heads"]
@@ -103,7 +103,7 @@ def _llama(raw: Mapping[str, Any], model_type: str) -> tuple[gptk.GPTConfig, dic
 
 
 def _sliding_window(raw: Mapping[str, Any], model_type: str) -> int | None:
-    """The window that some layer's attention is limited to, or None."""
+    """The sliding window of the layers that have one, or None if no layer does."""
     window: int | None = raw.get("sliding_window")
     if model_type == "mistral":
         return window
@@ -116,11 +116,11 @@ def _sliding_window(raw: Mapping[str, Any], model_type: str) -> int | None:
 
 
 def _rope(raw: Mapping[str, Any], head_dim: int) -> tuple[float, tuple[float, ...] | None]:
-    """The base of the rotary frequencies, and their divisors where the context was stretched."""
+    """The base of the rotary frequencies, and their divisors if the context was extended."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     for fields in (raw, rope):
-        _refuse(fields, "partial_rotary_factor", 1.0)
+        _require(fields, "partial_rotary_factor", 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     pairs = head_dim // 2
     if kind == "default":
@@ -131,8 +131,8 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> tuple[float, tuple[float, ..
         raise gptk.SourceError(
             f"rotary scaling {kind!r} is not supported; default, linear and llama3 are"
         )
-    # Llama 3.1: wavelengths long for the original context are stretched, short ones are kept,
-    # and between the two the frequencies change over linearly in original / wavelength.
+    # Llama 3.1: frequencies whose wavelength is long relative to the original context are divided
+    # by factor, short ones are kept, with a linear transition in original / wavelength.
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]
     divisors = []
@@ -143,14 +143,15 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> tuple[float, tuple[float, ..
     return theta, tuple(divisors)
 
 
-def _refuse(raw: Mapping[str, Any], key: str, only: Any) -> None:
+def _require(raw: Mapping[str, Any], key: str, supported: Any) -> None:
+    """Raises SourceError if the field is present with another value than `supported`."""
     value = raw.get(key)
-    if value is not None and value != only:
-        allowed = "may not be there" if only is None else f"must be {only}"
-        raise gptk.SourceError(f"{key} in config.json is {value!r}; here it {allowed}")
+    if value is not None and value != supported:
+        allowed = "is not supported" if supported is None else f"must be {supported}"
+        raise gptk.SourceError(f"{key} in config.json is {value!r}; it {allowed}")
 
 
-def _one_of(key: str, value: Any, known: Mapping[str, str]) -> Any:
+def _translated(key: str, value: Any, known: Mapping[str, str]) -> Any:
     if value not in known:
         raise gptk.SourceError(f"{key} {value!r} is not supported; {', '.join(known)} are")
     return known[value]

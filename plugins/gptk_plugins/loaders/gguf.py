@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gptk
 from gptk_plugins.gguf_file import GGUFFile, read_gguf
-from gptk_plugins.loaders._tensors import tie_equal_head
+from gptk_plugins.loaders._tensor_readers import tie_equal_head
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 
@@ -59,11 +59,12 @@ class GGUF(gptk.WeightLoader):
 
 
 def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
-    """Read a GGUF file. stored: quantized matrices as they are. Raises SourceError."""
+    """Read a GGUF file. stored: keep quantized matrices as Levels. Raises SourceError."""
     file = read_gguf(path)
     source = str(path)
     readers: dict[str, Callable[[], Tensor | gptk.Levels]] = {
-        name: (stored and one.read_levels) or one.read for name, one in file.tensors.items()
+        name: (stored and tensor.read_levels) or tensor.read
+        for name, tensor in file.tensors.items()
     }
     tensors = gptk.Tensors(readers, source)
     config, notes = _config(file, tensors, source)
@@ -71,7 +72,7 @@ def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
     state = tensors.assemble(
         config,
         _GPT2_NAMES if architecture == "gpt2" else _NAMES,
-        _half_rotation(config) if architecture == "llama" else None,
+        _undo_permutation(config) if architecture == "llama" else None,
     )
     config, state = tie_equal_head(config, state)
 
@@ -89,12 +90,13 @@ def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
     )
 
 
-def _half_rotation(
+def _undo_permutation(
     config: gptk.GPTConfig,
 ) -> Callable[[str, Tensor | gptk.Levels], Tensor | gptk.Levels]:
-    """Undo the order of rows that llama.cpp gives to Llama's queries and keys.
+    """Undo llama.cpp's permutation of the rows of Llama's query and key weights.
 
-    There a rotary pair is two neighbours of a head; in `gptk.GPT` it is one of each half.
+    In llama.cpp a rotary pair is two adjacent rows of a head; in `gptk.GPT` it is the same row of
+    the head's two halves.
     """
 
     def change(name: str, tensor: Tensor | gptk.Levels) -> Tensor | gptk.Levels:
@@ -126,17 +128,17 @@ def _config(
     gpt2 = architecture == "gpt2"
     width, n_heads = metadata.number("embedding_length"), metadata.number("attention.head_count")
     head_dim = metadata.number("attention.key_length", width // max(n_heads, 1))
-    for key, only in (
+    for key, supported in (
         ("attention.value_length", head_dim),
         ("rope.dimension_count", head_dim),
         ("expert_count", 0),
         ("attention.causal", True),
     ):
-        metadata.require(key, only)
+        metadata.require(key, supported)
     context = metadata.number("context_length")
     sizes: Counter[str] = Counter()
-    for one in file.tensors.values():
-        sizes[one.type] += one.nbytes
+    for tensor in file.tensors.values():
+        sizes[tensor.type] += tensor.nbytes
     notes = {
         "format": "GGUF",
         "stored as": ", ".join(sorted(sizes)),
@@ -145,7 +147,7 @@ def _config(
         ),
     }
     if window := metadata.number("attention.sliding_window", 0):
-        # Up to the sliding window, attention is what it would be without.
+        # Within the length of the sliding window, it has no effect on attention.
         notes["context"] = f"{min(context, window)}, limited from {context} by a sliding window"
         context = min(context, window)
     config = gptk.GPTConfig(
@@ -183,12 +185,12 @@ def _rope_factors(
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     scale = factor if scaling == "linear" or metadata.get("rope.scaling.type") is None else 1.0
     if "rope_freqs.weight" in tensors:
-        return tuple(scale * one for one in tensors.take("rope_freqs.weight").tolist())
+        return tuple(scale * factor for factor in tensors.take("rope_freqs.weight").tolist())
     return None if scale in (0.0, 1.0) else (scale,) * pairs
 
 
 class _Metadata:
-    """The metadata of one architecture, by key without its prefix."""
+    """The metadata of an architecture, by keys without its prefix."""
 
     def __init__(self, fields: Mapping[str, Any], architecture: str, source: str) -> None:
         self._fields, self._architecture, self.source = fields, architecture, source
@@ -197,7 +199,7 @@ class _Metadata:
         return self._fields.get(f"{self._architecture}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A number; one for each layer is the same if all are equal. Raises SourceError."""
+        """A number, or the common value of a list with one per layer. Raises SourceError."""
         value = self.get(key, default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
@@ -208,10 +210,10 @@ class _Metadata:
             f"{self.source}: {self._architecture}.{key} {found}; it must be one number"
         )
 
-    def require(self, key: str, only: Any) -> None:
-        """Raises SourceError if the value is there and another one."""
-        if (value := self.get(key, only)) != only:
+    def require(self, key: str, supported: Any) -> None:
+        """Raises SourceError if the key is present with another value than `supported`."""
+        if (value := self.get(key, supported)) != supported:
             raise gptk.SourceError(
                 f"{self.source}: {self._architecture}.{key} is {value!r}; "
-                f"only {only!r} is supported for this model"
+                f"only {supported!r} is supported for this model"
             )

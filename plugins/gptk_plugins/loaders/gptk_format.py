@@ -1,4 +1,4 @@
-"""gptk's own checkpoints; `gptk.saving` describes the format and writes it."""
+"""gptk's own checkpoints; `gptk.weights.saving` describes the format and writes it."""
 
 import base64
 import json
@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import Field
 
 import gptk
-from gptk_plugins.loaders._tensors import safetensors_readers, stored_as
+from gptk_plugins.loaders._tensor_readers import dtype_names, safetensors_readers
 from gptk_plugins.tokenizers.bpe import ByteLevelBPE
 
 _VERSION = 1
 
 
 class Gptk(gptk.WeightLoader):
-    """What gptk saved: a directory with gptk.json, or a training run, of which the best."""
+    """A directory with gptk.json, or a training run, of which the best checkpoint is loaded."""
 
     name = "gptk"
     example = "path=checkpoint"
@@ -33,7 +33,7 @@ class Gptk(gptk.WeightLoader):
         folder = Path(self.path)
         if not (folder / "gptk.json").exists():
             folder = gptk.best_checkpoint(folder) or folder
-            if (folder / "averaged").is_dir():  # the weights whose loss made it the best
+            if (folder / "averaged").is_dir():  # it was chosen by the averaged weights' loss
                 folder = folder / "averaged"
         about = _read_about(folder)
         try:
@@ -49,7 +49,7 @@ class Gptk(gptk.WeightLoader):
 
         notes = {
             "format": f"gptk {about['version']}",
-            "stored as": stored_as(read() for read in readers.values()),
+            "stored as": dtype_names(read() for read in readers.values()),
         }
         return gptk.Checkpoint(
             config, state, tokenizer if stored is not None else None, str(folder), notes
@@ -74,24 +74,24 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path, stored: Mapping[str, Any]) -> gptk.Tokenizer:
-    rest = dict(stored)
+    fields = dict(stored)
     try:
         ranks = {}
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         encoding = ByteLevelBPE(
-            rest.pop("name"),
-            pat_str=rest.pop("pattern"),
+            fields.pop("name"),
+            pat_str=fields.pop("pattern"),
             mergeable_ranks=ranks,
-            special_tokens=rest.pop("special_tokens"),
+            special_tokens=fields.pop("special_tokens"),
             decode_only={
                 int(number): base64.b64decode(token, validate=True)
-                for number, token in rest.pop("decode_only").items()
+                for number, token in fields.pop("decode_only").items()
             },
         )
-        rest["eos"] = tuple(rest.get("eos", ()))
-        return gptk.Tokenizer(encoding, **rest)
+        fields["eos"] = tuple(fields.get("eos", ()))
+        return gptk.Tokenizer(encoding, **fields)
     except FileNotFoundError:
         raise gptk.TokenizerError(f"{path}: there is no such file") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,16 +13,16 @@ from torch import Tensor
 
 import gptk
 from gptk_plugins.loaders._huggingface_config import read_config
-from gptk_plugins.loaders._tensors import (
+from gptk_plugins.loaders._tensor_readers import (
+    dtype_names,
     safetensors_readers,
-    stored_as,
     tie_equal_head,
 )
 
 LLAMA_NAMES = {
     "embed": "embed_tokens",
     "blocks.{i}.attn_norm": "layers.{i}.input_layernorm",
-    "blocks.{i}.attn.qkv": " ".join(f"layers.{{i}}.self_attn.{one}_proj" for one in "qkv"),
+    "blocks.{i}.attn.qkv": " ".join(f"layers.{{i}}.self_attn.{part}_proj" for part in "qkv"),
     "blocks.{i}.attn.q_norm": "layers.{i}.self_attn.q_norm",
     "blocks.{i}.attn.k_norm": "layers.{i}.self_attn.k_norm",
     "blocks.{i}.attn.out": "layers.{i}.self_attn.o_proj",
@@ -42,7 +42,7 @@ GPT2_NAMES = {
     "blocks.{i}.mlp.down": "h.{i}.mlp.c_proj",
     "norm": "ln_f",
 }
-# Causal masks and rotary frequencies, which some versions stored with the weights.
+# Causal masks and rotary frequencies, which some versions of transformers stored.
 _BUFFERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
 
 
@@ -62,8 +62,8 @@ class HuggingFace(gptk.WeightLoader):
         return _is_hub_id(source) and not os.path.isdir(source.partition("/")[0])
 
     def load(self) -> gptk.Checkpoint:
-        here = Path(self.path)
-        folder = here if here.is_dir() else _download(self.path, self.revision)
+        path = Path(self.path)
+        folder = path if path.is_dir() else _download(self.path, self.revision)
         source = self.path
         raw = _read_json(folder / "config.json")
         config, notes = read_config(raw, source)
@@ -73,11 +73,11 @@ class HuggingFace(gptk.WeightLoader):
         gpt2 = raw["model_type"] == "gpt2"
         table, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
         names = _with_prefix(table, prefix, tensors)
-        # A head that is stored although it should be tied counts if it is another matrix.
+        # A head stored although the config ties it is used if it is not equal to the embedding.
         stored_head = config.tied_head and "lm_head.weight" in tensors
         if stored_head:
             config = replace(config, tied_head=False)
-        stored = stored_as(readers[name]() for name in tensors)
+        stored = dtype_names(readers[name]() for name in tensors)
         state = tensors.assemble(config, names, _transposed if gpt2 else None)
         if stored_head:
             config, state = tie_equal_head(config, state)
@@ -103,13 +103,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
             hub_id,
             revision=revision,
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
-            # Folders hold other formats, and consolidated files the same weights once more.
+            # Subfolders have other formats, and consolidated files the same weights again.
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except Exception as error:  # the hub's client raises its HTTP library's errors, too
+    except Exception as error:  # the hub's client also raises errors of its HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise gptk.SourceError(
-            f"{hub_id}: no such directory, and not to be had from the hub: {reason}"
+            f"{hub_id}: no such directory, and not available from the hub: {reason}"
         ) from None
     return Path(folder)
 
@@ -120,7 +120,7 @@ def _readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
     if single.exists():
         return safetensors_readers(single)
     if not index.exists():
-        pickles = sorted(one.name for one in folder.glob("*.bin"))
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
         instead = f"{pickles[0]} is a pickle, which gptk does not open; " if pickles else ""
         raise gptk.SourceError(
             f"{folder} has no model.safetensors; {instead}save it as safetensors "
@@ -142,7 +142,7 @@ def _with_prefix(names: Mapping[str, str], prefix: str, tensors: gptk.Tensors) -
     if not any(name.startswith(prefix) for name in tensors):
         prefix = ""
     table = {
-        ours: " ".join(prefix + one for one in theirs.split()) for ours, theirs in names.items()
+        ours: " ".join(prefix + name for name in theirs.split()) for ours, theirs in names.items()
     }
     return table | {"head": "lm_head"}
 

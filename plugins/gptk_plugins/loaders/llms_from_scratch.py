@@ -10,18 +10,18 @@ from pathlib import Path
 from pydantic import Field
 
 import gptk
-from gptk_plugins.loaders._tensors import (
+from gptk_plugins.loaders._tensor_readers import (
+    dtype_names,
     read_torch_file,
     state_readers,
-    stored_as,
-    torch_file_names,
+    torch_file_contains,
 )
 
 _NAMES = {
     "embed": "tok_emb",
     "embed_positions": "pos_emb",
     "blocks.{i}.attn.qkv": " ".join(
-        f"trf_blocks.{{i}}.att.W_{one}" for one in ("query", "key", "value")
+        f"trf_blocks.{{i}}.att.W_{part}" for part in ("query", "key", "value")
     ),
     "blocks.{i}.attn.out": "trf_blocks.{i}.att.out_proj",
     "blocks.{i}.mlp.up": "trf_blocks.{i}.ff.layers.0",
@@ -56,12 +56,12 @@ class LLMsFromScratch(gptk.WeightLoader):
 
     path: str = Field(description="the file")
     n_heads: int | None = Field(
-        None, ge=1, description="attention heads, which the file does not tell; default width / 64"
+        None, ge=1, description="attention heads, which are not in the file; default width / 64"
     )
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        return torch_file_names(source, b"tok_emb.weight", b"trf_blocks.0.att.")
+        return torch_file_contains(source, b"tok_emb.weight", b"trf_blocks.0.att.")
 
     def load(self) -> gptk.Checkpoint:
         found = read_torch_file(Path(self.path))
@@ -69,14 +69,14 @@ class LLMsFromScratch(gptk.WeightLoader):
         readers = state_readers(weights) if isinstance(weights, dict) else {}
         if "tok_emb.weight" not in readers:
             raise gptk.SourceError(
-                f"{self.path} is not the book's GPTModel: there is no tok_emb.weight in it"
+                f"{self.path} is not the book's GPTModel: it has no tok_emb.weight"
             )
         tensors = gptk.Tensors(readers, self.path)
         shapes = {name: tuple(read().shape) for name, read in readers.items()}
         config = self._config(shapes)
         tensors.drop(f"trf_blocks.{layer}.att.mask" for layer in range(config.n_layers))
         fast = "final_norm.weight" in tensors
-        stored = stored_as(readers[name]() for name in tensors)
+        stored = dtype_names(readers[name]() for name in tensors)
         state = tensors.assemble(config, _FAST_NAMES if fast else _BOOK_NAMES)
         return gptk.Checkpoint(
             config,
@@ -90,7 +90,8 @@ class LLMsFromScratch(gptk.WeightLoader):
         )
 
     def _config(self, shapes: dict[str, tuple[int, ...]]) -> gptk.GPTConfig:
-        layers = [int(one[1]) for name in shapes if (one := re.match(r"trf_blocks\.(\d+)\.", name))]
+        matches = (re.match(r"trf_blocks\.(\d+)\.", name) for name in shapes)
+        layers = [int(match[1]) for match in matches if match]
         for name in ("tok_emb.weight", "pos_emb.weight", "trf_blocks.0.ff.layers.0.weight"):
             if len(shapes.get(name, ())) != 2:
                 raise gptk.SourceError(f"{self.path}: the matrix {name} is missing")

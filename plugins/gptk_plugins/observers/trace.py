@@ -1,10 +1,10 @@
 """What happened at each step of decoding, as JSON lines: `gptk generate --trace FILE.jsonl`.
 
-The first line has the version of gptk, the sampler and its processors. Then there is a line for
-each row and step, with the entropy of the distribution (in nats, after the processors), what each
-processor took out of it, and the candidates that extend the row: the token, its text, its
-log-probability, the score of the row with it, whether it was taken (candidates of competing rows
-may not be), and why the row ends if it does.
+The first line has the version of gptk, the sampler and its processors. Then each row and step has a
+line, with the entropy of the distribution (in nats, after the processors), how many tokens each
+processor removed, and the candidates that extend the row: the token, its text, its log-probability,
+the score of the row with it, whether it was taken (candidates of competing rows may not be), and
+the reason if the row ends with it.
 """
 
 import json
@@ -22,7 +22,7 @@ class Trace(gptk.DecodingObserver):
     name = "trace"
     example = "path=steps.jsonl"
 
-    path: Path = Field(description="the file to write; what it had is lost")
+    path: Path = Field(description="the file to write; an existing one is overwritten")
 
     @classmethod
     def to_file(cls, path: str) -> "Trace":
@@ -39,7 +39,7 @@ class Trace(gptk.DecodingObserver):
 
 
 class Writer(gptk.DecodingListener):
-    """The file of one run."""
+    """Writes the file of a run."""
 
     def __init__(self, path: Path, run: gptk.Run) -> None:
         self._tokenizer = run.tokenizer
@@ -47,7 +47,7 @@ class Writer(gptk.DecodingListener):
         self._write(
             gptk=gptk.__version__,
             sampler=_spec(run.sampler),
-            processors=[_spec(one) for one in run.processors],
+            processors=[_spec(processor) for processor in run.processors],
         )
 
     def step(self, step: gptk.DecodingStep) -> None:
@@ -87,7 +87,7 @@ class Writer(gptk.DecodingListener):
         self._file.close()
 
     def _write(self, **line: Any) -> None:
-        # JSON has no infinity: a candidate that cannot be has a score of null.
+        # JSON has no infinity: an impossible candidate has the score null.
         finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
         self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -96,5 +96,5 @@ class Writer(gptk.DecodingListener):
 def _spec(plugin: gptk.Plugin) -> str:
     try:
         return plugin.spec
-    except gptk.OptionError:  # one that was made of an object has none
+    except gptk.OptionError:  # a plug-in made in Python from an object has no spec string
         return plugin.name

@@ -1,10 +1,10 @@
-"""Classifier-free guidance (Sanchez et al. 2023): away from what would follow a negative prompt.
+"""Classifier-free guidance (Sanchez et al. 2023): away from a negative prompt's continuation.
 
     log p'(v) = log p(v | negative) + scale · (log p(v | row) - log p(v | negative))
 
-Both sides go on with the row's new tokens. Without a negative prompt the other side knows only
-the last token of the prompt, as in transformers; scale 1 changes nothing. Each step runs the
-model once more.
+The row's new tokens are appended to both prompts. Without a negative prompt, that is the last
+token of the row's own prompt, as in transformers; scale 1 changes nothing. Each step runs the model
+a second time.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import gptk
 
 
 class CFG(gptk.LogitsProcessor):
-    """Strengthens what the prompt adds to a prompt without it, or to a negative one."""
+    """Strengthens the prompt's influence on the text, or avoids a negative prompt's."""
 
     name = "cfg"
     example = "scale=1.5"
@@ -32,10 +32,10 @@ class CFG(gptk.LogitsProcessor):
     def start(self, rows: gptk.Rows) -> "Guidance":
         if rows.model is None:
             raise gptk.OptionError("processor cfg runs the model once more; these rows have none")
-        firsts = [rows.prompts.index(prompt) for prompt in range(max(rows.prompts) + 1)]
+        first_rows = [rows.prompts.index(prompt) for prompt in range(max(rows.prompts) + 1)]
         negative = self._tokens(rows)
         prompts = [
-            negative or [int(rows.tokens[row, rows.prompt_lengths[row] - 1])] for row in firsts
+            negative or [int(rows.tokens[row, rows.prompt_lengths[row] - 1])] for row in first_rows
         ]
         session = gptk.DecodeSession(rows.model, prompts, overflow="slide")
         session.select(rows.prompts)

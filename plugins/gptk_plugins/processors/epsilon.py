@@ -1,4 +1,4 @@
-"""Epsilon sampling (Hewitt et al. 2022): only tokens with p(v) ≥ ε stay, and the likeliest."""
+"""Epsilon sampling (Hewitt et al. 2022): only tokens with p(v) ≥ ε and the likeliest stay."""
 
 from pydantic import Field
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""Eta sampling (Hewitt et al. 2022): only tokens with p(v) ≥ η stay, and the likeliest.
+"""Eta sampling (Hewitt et al. 2022): only tokens with p(v) ≥ η and the likeliest stay.
 
 η = min(ε, √ε·exp(-H)) with the entropy H = -Σ p(v)·log p(v) in nats: where the model is unsure,
-less likely tokens are let in than by epsilon.
+less likely tokens stay than with epsilon sampling.
 """
 
 import math
@@ -31,6 +31,6 @@ class Eta(gptk.LogitsProcessor):
         eta = (math.sqrt(self.epsilon) * (-gptk.vocabulary.entropy(logits)).exp()).clamp(
             max=self.epsilon
         )
-        # η is below the highest probability, which is at least exp(-H), but for rounding.
+        # η is at most the highest probability, which is at least exp(-H); rounding can break that.
         least = torch.minimum(eta, probabilities.amax(dim=-1, keepdim=True))
         return gptk.vocabulary.keep_from(logits, least, probabilities)

@@ -1,6 +1,6 @@
 """Frequency penalty (OpenAI's API): logit - penalty · count.
 
-count is how often the token is among the row's new tokens, as with OpenAI and vLLM; llama.cpp
+count is how often the token occurs in the row's new tokens, as with OpenAI and vLLM; llama.cpp
 counts in the prompt, too.
 """
 
@@ -12,7 +12,7 @@ import gptk
 
 
 class FrequencyPenalty(gptk.LogitsProcessor):
-    """Makes tokens less likely the more often the new text has them."""
+    """Lowers a token's logit for each time that the new text already has it."""
 
     name = "frequency-penalty"
     example = "penalty=0.5"
@@ -21,7 +21,7 @@ class FrequencyPenalty(gptk.LogitsProcessor):
         0.5,
         ge=-1e6,
         le=1e6,
-        description="off the logit for each time; 0 changes nothing, below 0 rewards",
+        description="subtracted for each occurrence; 0 changes nothing, below 0 rewards repetition",
     )
     prompt: bool = Field(False, description="whether to count in the prompt, too")
 
@@ -31,6 +31,6 @@ class FrequencyPenalty(gptk.LogitsProcessor):
 
 
 def token_counts(logits: Tensor, rows: gptk.Rows, *, prompt: bool) -> Tensor:
-    """(rows, vocab): how often each row has each token after its prompt, or in all."""
+    """How often each token occurs in each row: (rows, vocab). prompt: count in the prompt, too."""
     counted = rows.mask if prompt else rows.new_mask
     return torch.zeros_like(logits).scatter_add_(1, rows.tokens, counted.to(logits.dtype))

@@ -1,9 +1,9 @@
-"""Exponential decay length penalty: the longer the text, the likelier its end.
+"""Exponential decay length penalty: EOS becomes likelier with each token past a length.
 
     logit'(EOS) = logit(EOS) + |logit(EOS)| · (factor^(n - after) - 1) after n > after new tokens
 
-It is transformers' ExponentialDecayLengthPenalty. By its definition the effect depends on how far
-the logit is from 0, which softmax alone would not see.
+It is transformers' ExponentialDecayLengthPenalty. Its effect depends on the absolute value of the
+logit, so adding a constant to all logits, which leaves softmax unchanged, changes it.
 """
 
 import math
@@ -15,16 +15,16 @@ from torch import Tensor
 import gptk
 
 LARGEST = 1e30
-"""No growth is larger: in float32, infinite numbers would become none (0 · inf)."""
+"""The largest growth: finite in float32, because 0 · inf would be NaN."""
 
 
 class LengthDecay(gptk.LogitsProcessor):
-    """Raises the logit of EOS more and more once the text has a length."""
+    """Raises the logit of EOS exponentially once the text has a given length."""
 
     name = "length-decay"
     example = "after=30,factor=1.05"
 
-    after: int = Field(ge=0, description="new tokens without an effect")
+    after: int = Field(ge=0, description="new tokens before the effect begins")
     factor: float = Field(
         gt=0, description="growth with each token after that; 1 changes nothing, below 1 prolongs"
     )
@@ -43,7 +43,7 @@ class LengthDecay(gptk.LogitsProcessor):
         return logits.index_copy(1, torch.tensor(eos, device=logits.device), raised)
 
     def _growth(self, steps: int) -> float:
-        """factor^steps - 1, or 0 before there is an effect."""
+        """factor^steps - 1, or 0 before the effect begins."""
         if steps <= 0:
             return 0.0
         return math.expm1(min(steps * math.log(self.factor), math.log(LARGEST)))

@@ -9,7 +9,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._words import Text, Token, check_vocabulary, explained, id_of, pairs
+from gptk_plugins.processors._token_options import (
+    Text,
+    TokenId,
+    as_pairs,
+    check_vocabulary,
+    single_token_id,
+    validated,
+)
 
 FORM = """a JSON object such as '{"50256": -100, " the": 2.5}' (digits name a token id)"""
 
@@ -20,20 +27,21 @@ class LogitBias(gptk.LogitsProcessor):
     name = "logit-bias"
     example = 'bias={"11": -100, "!": 2.5}'
 
-    bias: tuple[tuple[Token | Text, float], ...] = Field(
+    bias: tuple[tuple[TokenId | Text, float], ...] = Field(
         description="what to add by token id, or by text that is one token, as a JSON object; "
-        "a list of pairs keeps texts of digits apart from ids"
+        "in a list of pairs, texts of digits are texts and not ids"
     )
 
     @field_validator("bias", mode="wrap")
     @classmethod
-    def _pairs(cls, given: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
-        return explained(cls, "bias", pairs(given), validate, FORM)
+    def _pairs(cls, value: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        return validated(cls, "bias", as_pairs(value), validate, FORM)
 
     def start(self, rows: gptk.Rows) -> Callable[[Tensor, gptk.Rows], Tensor]:
-        """Raises TokenizerError or OptionError for a text that is not one of the tokens."""
+        """Raises TokenizerError or OptionError for a text that is not a single token."""
         biases = {
-            id_of(token, self, rows, instead="sequence-bias"): bias for token, bias in self.bias
+            single_token_id(token, self, rows, instead="sequence-bias"): bias
+            for token, bias in self.bias
         }
         device = rows.tokens.device
         index = torch.tensor(list(biases), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Minimum length: EOS is taken out as long as the row has fewer than n new tokens.
+"""Minimum length: EOS is masked while the row has fewer than n new tokens.
 
 logit(EOS) = -inf while new tokens < n
 """
@@ -11,7 +11,7 @@ import gptk
 
 
 class MinNewTokens(gptk.LogitsProcessor):
-    """Lets no row end before it has n new tokens."""
+    """Masks EOS until a row has n new tokens."""
 
     name = "min-new-tokens"
     example = "n=20"

@@ -1,6 +1,6 @@
-"""No repeated n-grams (Paulus et al. 2018): no `size` tokens in a row come twice.
+"""No repeated n-grams (Paulus et al. 2018): no sequence of `size` tokens occurs twice.
 
-    logit'(v) = -inf if the row already has its last size - 1 tokens with v next
+    logit'(v) = -inf if v has followed the row's last size - 1 tokens before
 
 The prompt is part of the row.
 """
@@ -13,12 +13,12 @@ import gptk
 
 
 class NoRepeatNgram(gptk.LogitsProcessor):
-    """Takes out tokens that would complete a sequence of `size` tokens for a second time."""
+    """Bans tokens that would complete a sequence of `size` tokens for a second time."""
 
     name = "no-repeat-ngram"
     example = "size=3"
 
-    size: int = Field(3, ge=1, description="of the sequences that may come once; 1: of tokens")
+    size: int = Field(3, ge=1, description="length of the sequences that may occur once")
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         before = self.size - 1
@@ -27,10 +27,10 @@ class NoRepeatNgram(gptk.LogitsProcessor):
             return logits
         lengths = torch.tensor(rows.lengths, device=tokens.device)[:, None]
         last = (lengths - before + torch.arange(before, device=tokens.device)).clamp(min=0)
-        windows = tokens.unfold(1, self.size, 1)  # (rows, places, size)
+        windows = tokens.unfold(1, self.size, 1)  # (rows, positions, size)
         repeats = (windows[..., :before] == tokens.gather(1, last)[:, None]).all(dim=-1)
-        # In a row that is shorter than others, windows with padding are none of its n-grams.
+        # In rows shorter than others, windows that contain padding do not count.
         repeats &= torch.arange(windows.shape[1], device=tokens.device) + before < lengths
-        # The least of what there is and this; several windows may end in the same token.
+        # The minimum, because several windows may end in the same token.
         ceiling = torch.where(repeats, -torch.inf, torch.inf)
         return logits.scatter_reduce(1, windows[..., before], ceiling, "amin")

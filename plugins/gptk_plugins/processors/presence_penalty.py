@@ -12,7 +12,7 @@ from gptk_plugins.processors.frequency_penalty import token_counts
 
 
 class PresencePenalty(gptk.LogitsProcessor):
-    """Makes tokens that the new text has less likely, however often it has them."""
+    """Lowers the logits of tokens that the new text already has, however often."""
 
     name = "presence-penalty"
     example = "penalty=0.5"
@@ -21,7 +21,7 @@ class PresencePenalty(gptk.LogitsProcessor):
         0.5,
         ge=-1e6,
         le=1e6,
-        description="off the logit; 0 changes nothing, below 0 rewards repetition",
+        description="subtracted from the logit; 0 changes nothing, below 0 rewards repetition",
     )
     prompt: bool = Field(False, description="whether the prompt's tokens count, too")
 

@@ -22,7 +22,7 @@ class RepetitionPenalty(gptk.LogitsProcessor):
     )
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
-        # Padding stands for the row's first token: penalizing it again writes the same value.
+        # Padding is replaced by the row's first token: penalizing that twice writes the same value.
         seen = torch.where(rows.mask, rows.tokens, rows.tokens[:, :1])
         old = logits.gather(1, seen)
         new = torch.where(old > 0, old / self.penalty, old * self.penalty)

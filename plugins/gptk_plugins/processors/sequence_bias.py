@@ -1,6 +1,6 @@
 """Sequence bias: logit(v) + bias(s) for each given sequence s that v would complete.
 
-A sequence of one token counts at every step. Its beginning may stand in the prompt. It is
+The bias of a single token applies at every step. A sequence may begin in the prompt. It is
 transformers' SequenceBiasLogitsProcessor.
 """
 
@@ -13,7 +13,13 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._words import Word, check_vocabulary, explained, ids_of, pairs
+from gptk_plugins.processors._token_options import (
+    TokensOrText,
+    as_pairs,
+    check_vocabulary,
+    token_ids,
+    validated,
+)
 
 FORM = """a JSON object such as '{" New York": -2}', or a list of pairs '[[[464, 3290], 1.5]]'"""
 
@@ -24,27 +30,27 @@ class SequenceBias(gptk.LogitsProcessor):
     name = "sequence-bias"
     example = 'biases={" purple": 4, " sky blue": 2.5}'
 
-    biases: tuple[tuple[Word, float], ...] = Field(
+    biases: tuple[tuple[TokensOrText, float], ...] = Field(
         description="what to add by text (with its leading space) as a JSON object, or as a list "
         "of pairs of a list of token ids (or a text) and a number"
     )
 
     @field_validator("biases", mode="wrap")
     @classmethod
-    def _pairs(cls, given: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
-        return explained(cls, "biases", pairs(given), validate, FORM)
+    def _pairs(cls, value: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        return validated(cls, "biases", as_pairs(value), validate, FORM)
 
     def start(self, rows: gptk.Rows) -> "Biases":
-        """Raises TokenizerError for texts where there is no tokenizer."""
-        biases = {tuple(ids_of(word, self, rows)): bias for word, bias in self.biases}
+        """Raises TokenizerError for texts if there is no tokenizer."""
+        biases = {tuple(token_ids(tokens, self, rows)): bias for tokens, bias in self.biases}
         return Biases(biases, self, rows.tokens.device)
 
 
 class Biases:
-    """Sequences of tokens by what comes before the last; called, it adds their biases.
+    """Called, it adds the biases of token sequences to the logits of their last tokens.
 
-    A look-up for each length there is: neither the number of sequences nor the length of the row
-    makes a difference.
+    Sequences are looked up by the tokens before the last, once for each distinct length: the time
+    depends neither on the number of sequences nor on the length of the row.
     """
 
     def __init__(
@@ -63,7 +69,7 @@ class Biases:
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         check_vocabulary(self._largest, logits.shape[-1], self._plugin)
-        places: list[tuple[int, int]] = []
+        biased: list[tuple[int, int]] = []  # row and token
         added: list[float] = []
         for row in range(len(rows) if self._widths else 0):
             end = rows.lengths[row]
@@ -71,12 +77,12 @@ class Biases:
             for width in self._widths:
                 if width <= len(tail):
                     for token, bias in self._after.get(tuple(tail[len(tail) - width :]), ()):
-                        places.append((row, token))
+                        biased.append((row, token))
                         added.append(bias)
         if len(self._index):
             logits = logits.index_add(1, self._index, self._added.expand(len(logits), -1))
-        if places:
-            at = torch.tensor(places, device=logits.device).T
-            more = torch.tensor(added, device=logits.device)
-            logits = logits.index_put((at[0], at[1]), more, accumulate=True)
+        if biased:
+            indices = torch.tensor(biased, device=logits.device).T
+            biases = torch.tensor(added, device=logits.device)
+            logits = logits.index_put((indices[0], indices[1]), biases, accumulate=True)
         return logits

@@ -9,28 +9,34 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._words import Text, Token, check_vocabulary, explained, id_of
+from gptk_plugins.processors._token_options import (
+    Text,
+    TokenId,
+    check_vocabulary,
+    single_token_id,
+    validated,
+)
 
 
 class SuppressTokens(gptk.LogitsProcessor):
-    """Takes out given tokens, everywhere or as the first new one."""
+    """Bans given tokens, at every step or only as the first new token."""
 
     name = "suppress-tokens"
     example = 'tokens=[1, "!"]'
 
-    tokens: tuple[Token | Text, ...] = Field(
+    tokens: tuple[TokenId | Text, ...] = Field(
         description="token ids, or texts that are one token, as a JSON list"
     )
-    begin: bool = Field(False, description="take them out only as the first new token")
+    begin: bool = Field(False, description="ban them only as the first new token")
 
     @field_validator("tokens", mode="wrap")
     @classmethod
-    def _list(cls, given: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
-        return explained(cls, "tokens", given, validate, """a JSON list such as '[1, " the"]'""")
+    def _list(cls, value: Any, validate: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        return validated(cls, "tokens", value, validate, """a JSON list such as '[1, " the"]'""")
 
     def start(self, rows: gptk.Rows) -> Callable[[Tensor, gptk.Rows], Tensor]:
-        """Raises TokenizerError or OptionError for a text that is not one of the tokens."""
-        ids = [id_of(token, self, rows, instead="bad-words") for token in self.tokens]
+        """Raises TokenizerError or OptionError for a text that is not a single token."""
+        ids = [single_token_id(token, self, rows, instead="bad-words") for token in self.tokens]
         index = torch.tensor(ids, dtype=torch.int64, device=rows.tokens.device)
 
         def process(logits: Tensor, rows: gptk.Rows) -> Tensor:

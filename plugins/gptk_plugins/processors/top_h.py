@@ -1,8 +1,8 @@
-"""Top-H (Baradaran Potraj et al. 2025): likely tokens as long as their entropy stays within bounds.
+"""Top-H (Baradaran Potraj et al. 2025): likely tokens up to a share of the entropy.
 
-Of the 100 likeliest tokens, with probabilities p that sum to 1, the likeliest stay while
--Σ p(v)·log p(v) over them is at most h·H, where H is the sum over all hundred. The paper calls
-h alpha; the limit of 100 is that of its authors' code and of transformers.
+Of the 100 likeliest tokens, with probabilities p renormalized to sum to 1, the likeliest stay while
+-Σ p(v)·log p(v) over them is at most h·H, where H is the same sum over all 100. The paper calls h
+alpha; the limit of 100 is that of its authors' code and of transformers.
 """
 
 import torch
@@ -26,7 +26,7 @@ class TopH(gptk.LogitsProcessor):
         top = gptk.vocabulary.top(logits, min(CANDIDATES, logits.shape[-1])).values
         probabilities = top.softmax(dim=-1)
         entropy = torch.special.entr(probabilities).cumsum(dim=-1)
-        # A token of probability 0 adds nothing and would always fit.
+        # A token of probability 0 adds nothing to the entropy and would always stay.
         kept = (entropy <= self.h * entropy[:, -1:]) & (probabilities > 0)
         last = kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1
         return gptk.vocabulary.keep_from(logits, top.gather(-1, last))

@@ -1,7 +1,7 @@
 """Top-nσ (Tang et al. 2024): only tokens with logit(v) ≥ max logit - n·σ stay.
 
-σ is the standard deviation of the row's logits, of those not taken out already (√(Σ(x - mean)²/N),
-as in llama.cpp). Both sides grow with 1/T: the temperature makes no difference to what stays.
+σ is the standard deviation of the row's logits that are not masked yet (√(Σ(x - mean)²/N), as in
+llama.cpp). Both sides scale with 1/T, so the temperature does not change which tokens stay.
 """
 
 import torch
@@ -24,10 +24,10 @@ class TopNSigma(gptk.LogitsProcessor):
         total, count = below.sum(dim=-1, keepdim=True), logits.new_tensor(logits.shape[-1])
         if bool(total.isfinite().all()):
             deviation = below - total / count
-        else:  # some were taken out: a few passes more over the vocabulary
+        else:  # some tokens are masked: a few more passes over the vocabulary
             finite = below > -torch.inf
-            known, count = torch.where(finite, below, 0), finite.sum(dim=-1, keepdim=True)
-            mean = known.sum(dim=-1, keepdim=True) / count
-            deviation = torch.where(finite, known - mean, 0)
+            unmasked, count = torch.where(finite, below, 0), finite.sum(dim=-1, keepdim=True)
+            mean = unmasked.sum(dim=-1, keepdim=True) / count
+            deviation = torch.where(finite, unmasked - mean, 0)
         sigma = (deviation.square_().sum(dim=-1, keepdim=True) / count).sqrt()
         return torch.where(below < -self.n * sigma, -torch.inf, logits)

@@ -1,6 +1,6 @@
 """Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p.
 
-the smallest S with Σ p(v) ≥ p, v in S, that holds whatever is likelier than one of its own
+the smallest S with Σ p(v) ≥ p, v in S, that contains every token likelier than one of its members
 """
 
 from pydantic import Field

@@ -1,7 +1,7 @@
-"""Locally typical sampling (Meister et al. 2022): tokens about as surprising as is to be expected.
+"""Locally typical sampling (Meister et al. 2022): tokens of about the expected surprise.
 
 With the entropy H = -Σ p(v)·log p(v), tokens in the order of |-log p(v) - H| stay until they reach
-mass p. So the likeliest token is the first to go where it is much likelier than the rest.
+mass p. So where the likeliest token is much likelier than the rest, it is the first to be masked.
 """
 
 from pydantic import Field

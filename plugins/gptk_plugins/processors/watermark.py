@@ -1,16 +1,17 @@
-"""Watermark (Kirchenbauer et al. 2023): tokens of a list that the text so far decides on come up
-more often than chance has it.
+"""Watermark (Kirchenbauer et al. 2023): favours a pseudorandom part of the vocabulary, the green
+list, which depends on the tokens before.
 
-    logit(v) + bias for v in the green list of the tokens before: a share of the vocabulary, drawn
-    by a random generator with a seed of hashing_key and
+    logit(v) + bias for v in the green list, a share of the vocabulary drawn by a random generator
+    whose seed depends on hashing_key and
     lefthash: the last token; every token of the list is favoured (algorithm 2)
     selfhash: v and the last context_width - 1 tokens; the 40 likeliest v are tried (algorithm 3)
 
-z = (green - share · n) / sqrt(n · share · (1 - share)) over n tokens tells such a text from others.
+A text with the watermark has a large z = (green - share · n) / sqrt(n · share · (1 - share)), where
+green of its n tokens are in their green lists.
 
-Lists and scores are those of transformers on a CPU, so that one detects what the other wrote; here
-they are drawn on the CPU whatever the model's device. A list of 49,152 tokens takes 0.1 ms to
-draw, so those of 4,096 seeds are kept (25 MB). selfhash needs up to 40 for each row and step.
+Lists and scores equal those of transformers on a CPU, so that each detects texts of the other; here
+they are drawn on the CPU for models on other devices, too. A list of 49,152 tokens takes 0.1 ms to
+draw, so those of 4,096 seeds are cached (25 MB). selfhash needs up to 40 for each row and step.
 """
 
 import functools
@@ -34,21 +35,21 @@ TABLE_SIZE = 1_000_003
 
 @dataclass(frozen=True)
 class Detection:
-    """How green a text is."""
+    """How many tokens of a text are green, and whether it has the watermark."""
 
     tokens_scored: int
     green_tokens: int
     green_fraction: float
     z_score: float
-    """How many standard deviations there are more green tokens than by chance."""
+    """By how many standard deviations the green tokens exceed their expected number."""
     p_value: float
-    """The probability of as many in a text without the watermark."""
+    """The probability that a text without the watermark has at least as many green tokens."""
     prediction: bool
     """Whether the text has the watermark: z_score is above the threshold."""
 
 
 class Watermark(gptk.LogitsProcessor):
-    """Favours tokens of a secret list at each step, so that the text can be told from others."""
+    """Favours tokens of a secret list at each step, so that the text can be detected later."""
 
     name = "watermark"
     example = "bias=2.0"
@@ -56,18 +57,18 @@ class Watermark(gptk.LogitsProcessor):
     greenlist_ratio: float = Field(
         0.25, gt=0, lt=1, description="the share of the vocabulary that is favoured; γ"
     )
-    bias: float = Field(
-        2.0, ge=-1e6, le=1e6, description="what is added to the logits of those tokens; δ"
-    )
+    bias: float = Field(2.0, ge=-1e6, le=1e6, description="added to the logits of those tokens; δ")
     hashing_key: int = Field(
         15485863, ge=0, lt=2**63, description="the secret; choose another and keep it"
     )
     seeding_scheme: Literal["lefthash", "selfhash"] = Field(
         "lefthash",
-        description="whether the list follows from the last token, or from each next one",
+        description="whether the list depends on the last token, or also on the candidate",
     )
     context_width: int = Field(
-        1, ge=1, description="rows with fewer tokens are left alone; how many selfhash looks at"
+        1,
+        ge=1,
+        description="shorter rows stay unchanged; how many tokens selfhash hashes",
     )
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
@@ -78,13 +79,13 @@ class Watermark(gptk.LogitsProcessor):
                 continue
             context = rows.tokens[row, length - self.context_width : length].tolist()
             if self.seeding_scheme == "lefthash":
-                green = self._green(self._seed(context), vocabulary)
+                green = self._green(self._lefthash_seed(context), vocabulary)
                 added[row] = torch.from_numpy(
                     np.unpackbits(green, count=vocabulary, bitorder="little")
                 )
                 continue
             likeliest = logits[row].topk(min(CANDIDATES, vocabulary)).indices.tolist()
-            seeds = self._own_seeds(context, likeliest)
+            seeds = self._selfhash_seeds(context, likeliest)
             chosen = [
                 v
                 for v, seed in zip(likeliest, seeds, strict=True)
@@ -102,11 +103,11 @@ class Watermark(gptk.LogitsProcessor):
         ignore_repeated_ngrams: bool = False,
         z_threshold: float = 3.0,
     ) -> Detection:
-        """Whether tokens have this watermark, judged as transformers' WatermarkDetector does.
+        """Whether tokens have this watermark, as transformers' WatermarkDetector decides it.
 
-        tokens: of the text without its prompt. vocabulary: the size of the model's, to which the
-        lists belong. bos: a token that is left out in front. ignore_repeated_ngrams: sequences
-        that come again count once.
+        tokens: those of the text without its prompt. vocabulary: the size of the model's
+        vocabulary, from which the lists are drawn. bos: skipped if it is the first token.
+        ignore_repeated_ngrams: count repeated sequences once.
 
         Raises DataError if there is no token to score.
         """
@@ -117,7 +118,7 @@ class Watermark(gptk.LogitsProcessor):
                 f"{self.title()}: a text of {len(tokens)} tokens is too short to judge; it takes "
                 f"more than context_width={self.context_width}"
             )
-        # The token itself is part of what selfhash draws a list from.
+        # For selfhash, the token itself is part of the hashed context.
         width = self.context_width + (self.seeding_scheme == "lefthash")
         ngrams = Counter(zip(*(tokens[start:] for start in range(width)), strict=False))
         if ignore_repeated_ngrams:
@@ -136,29 +137,28 @@ class Watermark(gptk.LogitsProcessor):
         )
 
     def _is_green(self, tokens: Sequence[int], vocabulary: int) -> bool:
-        """Whether the last token is in the list of those before it, for selfhash with itself."""
+        """Whether the last token is in the green list that the tokens decide on."""
         last = tokens[-1]
         if self.seeding_scheme == "selfhash":
-            (seed,) = self._own_seeds(tokens[:-1], [last])
+            (seed,) = self._selfhash_seeds(tokens[:-1], [last])
         else:
-            seed = self._seed(tokens[:-1])
+            seed = self._lefthash_seed(tokens[:-1])
         return last < vocabulary and _has(self._green(seed, vocabulary), last)
 
     def _green(self, seed: int, vocabulary: int) -> npt.NDArray[np.uint8]:
         return _green_list(seed, vocabulary, int(vocabulary * self.greenlist_ratio))
 
-    def _seed(self, context: Sequence[int]) -> int:
-        """Of lefthash."""
+    def _lefthash_seed(self, context: Sequence[int]) -> int:
         return self.hashing_key * context[-1] % (2**64 - 1)
 
-    def _own_seeds(self, context: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Of selfhash, for each token that may come after a context."""
+    def _selfhash_seeds(self, context: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """The seed for each of `tokens` as the next token after a context."""
         table = _table(self.hashing_key)
         before = context[len(context) - self.context_width + 1 :]
-        own = table[np.array(tokens) % TABLE_SIZE]
-        hashes = [own, *table[np.array(before, dtype=np.int64) % TABLE_SIZE, None]]
+        token_hashes = table[np.array(tokens) % TABLE_SIZE]
+        hashes = [token_hashes, *table[np.array(before, dtype=np.int64) % TABLE_SIZE, None]]
         # Products overflow 64 bits and wrap around.
-        products = [np.int64(self.hashing_key) * one * own for one in hashes]
+        products = [np.int64(self.hashing_key) * hash_ * token_hashes for hash_ in hashes]
         return [seed % (2**64 - 1) for seed in np.min(products, axis=0).tolist()]
 
 
@@ -168,7 +168,7 @@ def _has(green: npt.NDArray[np.uint8], token: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _green_list(seed: int, vocabulary: int, size: int) -> npt.NDArray[np.uint8]:
-    """A list as one bit for each token, eight to a byte."""
+    """A green list as a bit for each token, eight to a byte."""
     green = gptk.vocabulary.permutation(vocabulary, seed, size)
     bits = np.zeros(vocabulary, dtype=np.uint8)
     bits[green.numpy()] = 1

@@ -1,8 +1,8 @@
-"""XTC, "exclude top choices" (Weidmann 2024): not the obvious token, but one good enough.
+"""XTC, "exclude top choices" (Weidmann 2024): masks the most likely tokens but one.
 
-With a probability, drawn for each row and step: of the tokens with p(v) ≥ threshold only the least
-likely stays, and all tokens below the threshold. As in llama.cpp, and unlike
-text-generation-webui, end of text and line breaks are tokens as any other.
+With a probability, drawn for each row and step, all tokens with p(v) ≥ threshold but the least
+likely of them are masked. As in llama.cpp, and unlike text-generation-webui, end of text and line
+breaks are tokens as any other.
 """
 
 import numpy as np
@@ -14,31 +14,34 @@ import gptk
 
 
 class XTC(gptk.LogitsProcessor):
-    """Takes out the most likely tokens where a less likely one is still good enough."""
+    """Masks the most likely tokens if a less likely one still reaches a threshold."""
 
     name = "xtc"
     example = "probability=0.5,threshold=0.1"
 
-    probability: float = Field(0.5, ge=0, le=1, description="how often it is done")
+    probability: float = Field(0.5, ge=0, le=1, description="probability of masking at a step")
     threshold: float = Field(
-        0.1, gt=0, le=1, description="what is good enough; above 0.5 nothing is taken out"
+        0.1,
+        gt=0,
+        le=1,
+        description="probability of a top choice; above 0.5 nothing is masked",
     )
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         chosen = rows.uniform(draw=1) < self.probability
         if not bool(chosen.any()):
             return logits
-        # The few tokens that are good enough, row by row; the vocabulary is gone over but once.
-        row, token = _places(logits.softmax(dim=-1), self.threshold)
+        # The few tokens that reach the threshold, found in one pass over the vocabulary.
+        row, token = _at_least(logits.softmax(dim=-1), self.threshold)
         scores = logits[row, token]
-        # Infinite where no token is good enough. Ties stay.
+        # Infinite for rows without such a token. Ties stay.
         least = logits.new_full((len(logits),), torch.inf).scatter_reduce(0, row, scores, "amin")
-        out = (scores > least[row]) & chosen[row]
-        return logits.index_put((row[out], token[out]), logits.new_tensor(-torch.inf))
+        masked = (scores > least[row]) & chosen[row]
+        return logits.index_put((row[masked], token[masked]), logits.new_tensor(-torch.inf))
 
 
-def _places(values: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Row and token of each value of at least `least`, row by row. values: (rows, vocab)."""
+def _at_least(values: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Row and token of each value that is at least `least`, in order. values: (rows, vocab)."""
     if values.is_cpu:  # numpy finds them in a third of the time
         flat = torch.from_numpy(np.flatnonzero(values.numpy() >= np.float32(least)))
         return flat // values.shape[1], flat % values.shape[1]

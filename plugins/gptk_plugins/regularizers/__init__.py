@@ -1,1 +1,1 @@
-"""The built-in regularizers, one in each file."""
+"""The built-in regularizers, one per file."""

@@ -1,7 +1,7 @@
 """Confidence penalty (Pereyra et al. 2017): strength · mean (log V - H(p)).
 
-The paper subtracts the entropy H(p). Log V, the most that an entropy over V tokens can be, is
-added here: the gradient is the same, and the penalty is never below zero. It is KL(p ‖ uniform).
+The paper subtracts the entropy H(p). log V, the largest entropy over V tokens, is added here: the
+gradient is the same, and the penalty is never below zero. It equals KL(p ‖ uniform).
 """
 
 import math
@@ -26,5 +26,5 @@ class ConfidencePenalty(gptk.Regularizer):
             return 0.0
         logprobs = logits.log_softmax(dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-        # Rounding may leave a uniform distribution a hair above log V.
+        # By rounding, a uniform distribution's entropy can be slightly above log V.
         return self.strength * (math.log(logits.shape[-1]) - entropy.mean()).clamp(min=0)

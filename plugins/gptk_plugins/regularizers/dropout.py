@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014): x ← x · m / (1 - p) in training, where m is 0 with p, or 1."""
+"""Dropout (Srivastava et al. 2014): x ← x · m / (1 - p) in training, m is 0 with probability p."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ import gptk
 
 
 class Dropout(gptk.Regularizer):
-    """Drops embeddings, attention weights and what blocks add, in training: GPT-2's places."""
+    """Drops embeddings, attention weights and residual updates in training, as GPT-2 does."""
 
     name = "dropout"
     example = "p=0.1"

@@ -21,6 +21,6 @@ class GradClip(gptk.Regularizer):
 
     def before_step(self, model: gptk.GPT) -> Mapping[str, Tensor | float]:
         norm = gptk.gradient_norm(model.parameters())
-        if self.max_norm and not norm + 1e-6 <= self.max_norm:  # else all would be times 1
+        if self.max_norm and not norm + 1e-6 <= self.max_norm:  # otherwise it would multiply by 1
             nn.utils.clip_grads_with_norm_(model.parameters(), self.max_norm, norm)
         return {"grad_norm": norm}

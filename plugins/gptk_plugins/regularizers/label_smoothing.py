@@ -7,13 +7,13 @@ import gptk
 
 
 class LabelSmoothing(gptk.Regularizer):
-    """Cross entropy with targets that share a part ε of their mass among all tokens."""
+    """Cross entropy with targets that spread a share ε of their mass over all tokens."""
 
     name = "label-smoothing"
     logits = "chunks"
     example = "strength=0.1"
 
-    strength: float = Field(0.1, ge=0, le=1, description="ε, the part of the mass that is shared")
+    strength: float = Field(0.1, ge=0, le=1, description="ε, the share of the mass that is spread")
 
     def loss(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         if not self.strength:

@@ -9,7 +9,7 @@ import gptk
 
 
 class WeightDecay(gptk.Regularizer):
-    """Draws weights towards zero a little at each step, apart from the gradient.
+    """Shrinks weights towards zero at each step, independent of the gradient.
 
     Weight matrices always decay; by default embeddings do too, and norms and biases do not, as
     in nanoGPT. A head that is tied to the embedding is an embedding.
@@ -18,10 +18,10 @@ class WeightDecay(gptk.Regularizer):
     name = "weight-decay"
     example = "strength=0.1"
 
-    strength: float = Field(0.1, ge=0, description="share lost in a step, times learning rate")
+    strength: float = Field(0.1, ge=0, description="a step removes lr · strength of a weight")
     norms: bool = Field(False, description="whether the gains of norms decay")
-    biases: bool = Field(False, description="whether biases decay, those of norms too")
-    embeddings: bool = Field(True, description="whether embeddings decay, of positions too")
+    biases: bool = Field(False, description="whether biases decay, including those of norms")
+    embeddings: bool = Field(True, description="whether embeddings decay, positions included")
 
     def parameter_options(
         self, module: nn.Module, name: str, parameter: Tensor
@@ -29,7 +29,7 @@ class WeightDecay(gptk.Regularizer):
         return {"weight_decay": self.strength if self._decays(module, name) else 0.0}
 
     def _decays(self, module: nn.Module, name: str) -> bool:
-        # By name where a module shares its weight: a tied head is a linear layer too.
+        # Embeddings by name, because a tied head, a linear layer, has the same weight.
         if name.startswith("embed"):
             return self.embeddings
         if name.endswith("bias"):

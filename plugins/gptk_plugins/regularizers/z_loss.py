@@ -7,7 +7,7 @@ import gptk
 
 
 class ZLoss(gptk.Regularizer):
-    """Keeps the softmax's normalizer near 1, so that logits do not drift away."""
+    """Keeps the softmax's normalizer near 1, so that logits do not drift."""
 
     name = "z-loss"
     logits = "chunks"

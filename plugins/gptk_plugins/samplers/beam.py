@@ -1,8 +1,8 @@
 """Beam search: keep the `width` likeliest partial sequences at each step.
 
 A result's score is Σ log p(tokenₜ) / lengthᵃ with a = length_penalty and the length of the
-continuation, EOS included. The bookkeeping is that of transformers, so that results are equal
-to its: of the 2·width best candidates those that end within the first `width` become results,
+continuation, EOS included. The bookkeeping follows transformers, so that results are equal: of
+the 2·width best candidates, those that end become results if they are among the first `width`,
 and the first `width` that do not end go on.
 """
 
@@ -13,7 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.samplers._places import best_of_each_prompt, candidates_per_place, choice_at
+from gptk_plugins.samplers._beam_candidates import (
+    best_of_each_prompt,
+    candidates_per_beam,
+    choice_of,
+)
 
 
 class Beam(gptk.Sampler):
@@ -42,13 +46,13 @@ class Beam(gptk.Sampler):
         return self.width
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        count = self.width * candidates_per_place(rows)
-        # The best of a prompt are among the best of its rows.
+        count = self.width * candidates_per_beam(rows)
+        # The best candidates of a prompt are among the best of each of its rows.
         top = gptk.vocabulary.top(logits, min(count, logits.shape[-1]))
         logprobs = gptk.vocabulary.logprobs_of(top.values, logits)
         scores = logprobs + rows.scores[:, None]
-        at = best_of_each_prompt(scores, rows, count)
-        return choice_at(at, top.tokens, logprobs, scores)
+        best = best_of_each_prompt(scores, rows, count)
+        return choice_of(best, top.tokens, logprobs, scores)
 
     def rank(self, score: float, length: int) -> float:
         return float(score / max(length, 1) ** self.length_penalty)
@@ -58,7 +62,7 @@ class Beam(gptk.Sampler):
             return False
         if self.early_stopping is True:
             return True
-        # With a positive penalty a running score, below zero, ranks best at the longest length.
+        # Running scores are below zero: with a positive penalty the longest length ranks best.
         if self.early_stopping == "never" and self.length_penalty > 0:
             length = limit
         return self.rank(best, length) <= finished[-1]

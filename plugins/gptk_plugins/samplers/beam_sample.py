@@ -1,4 +1,4 @@
-"""Beam sampling (beam-search multinomial sampling of transformers): beams drawn, not picked.
+"""Beam sampling (beam-search multinomial sampling of transformers): candidates are drawn.
 
 At each step the candidates of a prompt, all tokens of all its beams, are drawn without
 replacement with probabilities ∝ exp(score / T), where the score is the sum of log-probabilities,
@@ -10,7 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.samplers._places import best_of_each_prompt, candidates_per_place, choice_at
+from gptk_plugins.samplers._beam_candidates import (
+    best_of_each_prompt,
+    candidates_per_beam,
+    choice_of,
+)
 from gptk_plugins.samplers.beam import Beam
 
 
@@ -26,16 +30,16 @@ class BeamSample(Beam):
     )
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        count = self.width * candidates_per_place(rows)
+        count = self.width * candidates_per_beam(rows)
         logprobs = logits.log_softmax(dim=-1)
         scores = logprobs + rows.scores[:, None]
         noise = -rows.exponential(logits.shape[-1], apart=True).log()
         keys = scores / self.temperature + noise
         drawn = gptk.vocabulary.top(keys, min(count, logits.shape[-1]))
         logprobs, scores = logprobs.gather(1, drawn.tokens), scores.gather(1, drawn.tokens)
-        at = best_of_each_prompt(drawn.values, rows, count)
+        chosen = best_of_each_prompt(drawn.values, rows, count)
         # Best score first, prompt by prompt: a stable sort by the score, then by the prompt.
-        at = at[scores.flatten()[at].argsort(descending=True, stable=True)]
-        prompts = at.new_tensor(rows.prompts)[at // scores.shape[1]]
-        at = at[prompts.argsort(stable=True)]
-        return choice_at(at, drawn.tokens, logprobs, scores)
+        chosen = chosen[scores.flatten()[chosen].argsort(descending=True, stable=True)]
+        prompts = chosen.new_tensor(rows.prompts)[chosen // scores.shape[1]]
+        chosen = chosen[prompts.argsort(stable=True)]
+        return choice_of(chosen, drawn.tokens, logprobs, scores)

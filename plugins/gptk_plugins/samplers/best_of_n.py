@@ -1,4 +1,4 @@
-"""Best of n (Stiennon et al. 2020): draw n results, keep those that a scorer likes best.
+"""Best of n (Stiennon et al. 2020): draw n results, keep those with the highest scores.
 
 argmaxᵢ scorer(resultᵢ),   by default  Σ log p(tokenₜ) / length
 """
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pydantic import Field, model_validator
 
 import gptk
-from gptk_plugins.samplers._over import Over
+from gptk_plugins.samplers._wrapping import WrappingSampler
 
 
-class BestOfN(Over):
+class BestOfN(WrappingSampler):
     """The best of several samples, by mean log-probability or by a scorer of your own."""
 
     name = "best-of-n"
@@ -21,20 +21,20 @@ class BestOfN(Over):
     random = True
 
     n: int = Field(8, ge=1, description="how many results to draw")
-    scorer: str = Field("mean-logprob", description="what judges them, a spec")
+    scorer: str = Field("mean-logprob", description="the scorer that ranks the results, a spec")
 
     @model_validator(mode="after")
     def _draws_results(self) -> "BestOfN":
-        _ = self.judge
-        if not self.base.random or self.base.competing or type(self.base) is BestOfN:
+        _ = self._scorer
+        if not self.wrapped.random or self.wrapped.competing or type(self.wrapped) is BestOfN:
             raise ValueError(
-                f"{self.base.name} does not draw results one by one, so there is no best of "
+                f"{self.wrapped.name} does not draw results one by one, so there is no best of "
                 "several; a sampler that does is top-p"
             )
         return self
 
     @functools.cached_property
-    def judge(self) -> gptk.Scorer:
+    def _scorer(self) -> gptk.Scorer:
         return gptk.plugins.create("scorer", self.scorer, gptk.Scorer)
 
     def max_rows(self, n: int) -> int:
@@ -46,5 +46,7 @@ class BestOfN(Over):
         return self.n
 
     def pick(self, results: Sequence[gptk.Generation], n: int) -> Sequence[gptk.Generation]:
-        judged = [dataclasses.replace(result, score=self.judge.score(result)) for result in results]
-        return sorted(judged, key=lambda result: result.score, reverse=True)[:n]
+        scored = [
+            dataclasses.replace(result, score=self._scorer.score(result)) for result in results
+        ]
+        return sorted(scored, key=lambda result: result.score, reverse=True)[:n]

@@ -1,12 +1,12 @@
-"""Diverse beam search (Vijayakumar et al. 2018): groups of beams that avoid each other's tokens.
+"""Diverse beam search (Vijayakumar et al. 2018): groups of beams with a penalty on equal tokens.
 
 At each step the groups choose in turn. Group g takes the candidates y with the largest
 
-    Θ(y) - λ · (how often y's last token was just chosen by groups 1 … g-1)
+    Θ(y) - λ · (how often groups 1 … g-1 have chosen y's last token at this step)
 
 where Θ is the sum of log-probabilities: the Hamming diversity of the paper. Results are ranked
-by Θ / lengthᵃ. As in the paper the penalty decides, and does not stay in the score, which in
-transformers it does.
+by Θ / lengthᵃ. As in the paper, the penalty affects the choice and is not part of the score; in
+transformers it is.
 """
 
 import torch
@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import gptk
-from gptk_plugins.samplers._places import candidates_per_place
+from gptk_plugins.samplers._beam_candidates import candidates_per_beam
 from gptk_plugins.samplers.beam import Beam
 
 
 class DiverseBeam(Beam):
-    """Beam search in groups, each kept from choosing what the groups before it chose."""
+    """Beam search in groups, each penalized for the tokens that earlier groups chose."""
 
     name = "diverse-beam"
     example = "width=6,beam_groups=3,diversity=0.5"
@@ -29,7 +29,7 @@ class DiverseBeam(Beam):
         0.5,
         ge=0,
         le=1e6,
-        description="λ, log-probability lost for a token that a group before chose",
+        description="λ, subtracted for each time that earlier groups chose the token",
     )
 
     @model_validator(mode="after")
@@ -48,11 +48,11 @@ class DiverseBeam(Beam):
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
         logprobs = logits.log_softmax(dim=-1)
         scores = logprobs + rows.scores[:, None]
-        places = self.width // self.beam_groups
-        count = places * candidates_per_place(rows)
+        beams = self.width // self.beam_groups
+        count = beams * candidates_per_beam(rows)
         vocabulary = logits.shape[1]
         eos = torch.tensor(rows.eos, device=logits.device, dtype=torch.int64)
-        chosen = logits.new_zeros(vocabulary)
+        times_chosen = logits.new_zeros(vocabulary)
         picked = []
         first = 0
         while first < len(rows):
@@ -61,20 +61,21 @@ class DiverseBeam(Beam):
             while end < len(rows) and (rows.prompts[end], rows.groups[end]) == (prompt, group):
                 end += 1
             if first == 0 or rows.prompts[first - 1] != prompt:
-                chosen = torch.zeros_like(chosen)
-            keys = (scores[first:end] - self.diversity * chosen).flatten()
-            keys = keys.masked_fill(keys.isnan(), -torch.inf)  # of rows that cannot go on
+                times_chosen = torch.zeros_like(times_chosen)
+            keys = (scores[first:end] - self.diversity * times_chosen).flatten()
+            keys = keys.masked_fill(keys.isnan(), -torch.inf)  # rows without a possible token
             best = keys.topk(min(count, len(keys))).indices
             tokens = best % vocabulary
-            # What the group goes on with; beams that end choose nothing to stay away from.
-            going_on = tokens[~torch.isin(tokens, eos)][:places]
-            chosen = chosen.index_add(0, going_on, torch.ones_like(going_on, dtype=chosen.dtype))
+            # Only the tokens of beams that go on count: other groups may choose EOS, too.
+            counted = tokens[~torch.isin(tokens, eos)][:beams]
+            ones = torch.ones_like(counted, dtype=times_chosen.dtype)
+            times_chosen = times_chosen.index_add(0, counted, ones)
             picked.append(best + first * vocabulary)
             first = end
-        at = torch.cat(picked)
+        candidates = torch.cat(picked)
         return gptk.Choice(
-            tokens=at % vocabulary,
-            logprobs=logprobs.flatten()[at],
-            scores=scores.flatten()[at],
-            parents=at // vocabulary,
+            tokens=candidates % vocabulary,
+            logprobs=logprobs.flatten()[candidates],
+            scores=scores.flatten()[candidates],
+            parents=candidates // vocabulary,
         )

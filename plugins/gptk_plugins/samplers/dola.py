@@ -1,15 +1,17 @@
-"""DoLa (Chuang et al. 2024): what the last layer knows and an earlier one does not know yet.
+"""DoLa (Chuang et al. 2024): contrasts the last layer's predictions with an earlier layer's.
 
-    F(v) = log q_N(v) - log q_M(v)   where q_N(v) ≥ α · max q_N,   and out of the question elsewhere
+    F(v) = log q_N(v) - log q_M(v)   where q_N(v) ≥ α · max q_N,   log q_N(v) - 1000 elsewhere
 
-q_N are the model's probabilities, q_M those that its head makes of an earlier layer's state, as
-it is. M is the candidate layer farthest from the last one, by Jensen-Shannon divergence, for each
-row and step anew. softmax(F) is what processors and the sampler get.
+q_N are the model's probabilities, q_M those that its head computes from an earlier layer's hidden
+state, without the final norm. M is the candidate layer farthest from the last one by
+Jensen-Shannon divergence, chosen anew for each row and step. Processors and the sampler work on
+softmax(F). In the paper F is -inf elsewhere; here it is a penalty instead, so that a constraint
+can still choose these tokens.
 
 Layers are counted as in the paper's code and transformers: 0 are the embeddings. As there, "low"
-are the even layers of the lower half, those up to 2 left out where embeddings and head are one,
-and "high" the even ones of the upper half. The divergence is the paper's for each row; in
-transformers it is a mean over the batch.
+are every second layer of the lower half, from 2 on where the head is tied to the embeddings, and
+"high" every second one of the upper half. The divergence is computed for each row, as in the paper;
+transformers takes its mean over the batch.
 """
 
 import math
@@ -21,15 +23,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import gptk
-from gptk_plugins.samplers._over import Over
+from gptk_plugins.samplers._wrapping import WrappingSampler
 
-OUT = 1000.0
-"""Taken from the log-probability of tokens out of the question: nothing is left of them, unless
-processors take out all others. exp(-1000) is 0, and a constraint still finds a token."""
+IMPLAUSIBLE_PENALTY = 1000.0
+"""Subtracted from the log-probability of tokens with q_N(v) < α · max q_N. exp(-1000) is 0 in
+floating point, so they are never chosen unless processors mask all others."""
 
 
-class DoLa(Over):
-    """Contrasts the last layer with an earlier one: for answers from knowledge."""
+class DoLa(WrappingSampler):
+    """Contrasts the last layer with an earlier one, which favours factual knowledge."""
 
     name = "dola"
     example = "layers=high"
@@ -39,28 +41,29 @@ class DoLa(Over):
         "high", description="the earlier layers: a half of them, or a list such as [8, 10]"
     )
     alpha: float = Field(
-        0.1, gt=0, le=1, description="tokens stay from this share of the highest probability on"
+        0.1,
+        gt=0,
+        le=1,
+        description="tokens below this share of the top probability are ruled out",
     )
 
     @property
     def random(self) -> bool:  # type: ignore[override]
-        return self.base.random
+        return self.wrapped.random
 
     @model_validator(mode="after")
-    def _rests_on_one_that_only_chooses(self) -> "DoLa":
-        base = self.base
+    def _wraps_a_sampler_that_only_chooses(self) -> "DoLa":
+        wrapped = self.wrapped
         if (
-            base.competing
-            or type(base).advance is not gptk.Sampler.advance
-            or isinstance(base, Over)
+            wrapped.competing
+            or type(wrapped).advance is not gptk.Sampler.advance
+            or isinstance(wrapped, WrappingSampler)
         ):
-            raise ValueError(
-                f"{self.base.name} decides by more than logits; greedy and top-p do not"
-            )
+            raise ValueError(f"{wrapped.name} decides by more than logits; greedy and top-p do not")
         return self
 
     def max_rows(self, n: int) -> int:
-        return self.base.max_rows(n)
+        return self.wrapped.max_rows(n)
 
     def hidden_layers(self, config: gptk.ModelConfig) -> Sequence[int]:
         last = config.n_layers
@@ -89,12 +92,14 @@ class DoLa(Over):
 
 
 def contrast(final: Tensor, earlier: Tensor, alpha: float) -> Tensor:
-    """F of the formula above. Log-probabilities, (rows, vocab) and (rows, layers, vocab)."""
-    q = final.exp()[:, None]
-    p = earlier.exp()
-    mean = ((p + q) / 2).log()
-    divergence = (q * (final[:, None] - mean)).nansum(-1) + (p * (earlier - mean)).nansum(-1)
+    """F of the formula above: (rows, vocab).
+
+    final, earlier: log-probabilities, (rows, vocab) and (rows, layers, vocab).
+    """
+    q_n, q_m = final.exp()[:, None], earlier.exp()
+    mean = ((q_m + q_n) / 2).log()
+    divergence = (q_n * (final[:, None] - mean)).nansum(-1) + (q_m * (earlier - mean)).nansum(-1)
     farthest = divergence.argmax(dim=-1)
     difference = final - earlier[torch.arange(len(final), device=final.device), farthest]
     least = final.amax(dim=-1, keepdim=True) + math.log(alpha)
-    return torch.where(final >= least, difference, final - OUT)
+    return torch.where(final >= least, difference, final - IMPLAUSIBLE_PENALTY)

@@ -1,4 +1,4 @@
-"""Min-p sampling (Nguyen et al. 2024): draws from the tokens near enough to the likeliest.
+"""Min-p sampling (Nguyen et al. 2024): multinomial sampling after min-p.
 
 v ~ softmax(logits / T) over the v with p(v) ≥ p · max p
 """
@@ -13,7 +13,7 @@ from gptk_plugins.samplers.multinomial import Multinomial
 
 
 class MinPSampler(Multinomial):
-    """A token drawn from those not far below the likeliest: min-p before multinomial."""
+    """A token drawn from those with a share of the top probability: min-p before multinomial."""
 
     name = "min-p"
     example = "p=0.05,temperature=1.5"

@@ -9,12 +9,12 @@ A token's surprise is S(v) = -log₂ p(v). Each row has an estimate μ, at first
                               tᵢ = ln((i + 1) / i), bᵢ = ln(p(i) / p(i + 1))
     both                      a token is drawn from these, and μ ← μ - η·(S(token) - τ)
 
-S is the surprise before the truncation, as in the paper and in its authors' program: the truncated
-distribution is not what the text's perplexity is measured by. llama.cpp takes the probability
-after the truncation, so that its texts surprise the model more at an equal τ. k is rounded to the
+S is the surprise before the truncation, as in the paper and in its authors' program, because the
+text's perplexity is measured by the full distribution. llama.cpp takes the probability after the
+truncation, so that its texts have a higher perplexity at an equal τ. k is rounded to the
 nearest whole number, at least 1 (llama.cpp rounds down, the authors' program adds 1 more).
 
-"Before the truncation" is after the temperature and all other processors.
+"Before the truncation" means after the temperature and all other processors.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from gptk_plugins.samplers.multinomial import Multinomial
 
 
 class Mirostat(Multinomial):
-    """A token drawn from as many as keep the text's surprise at a target."""
+    """A token drawn after a truncation that keeps the text's mean surprise at a target."""
 
     name = "mirostat"
     example = "tau=4,eta=0.1"
@@ -65,30 +65,33 @@ class MirostatTruncation(gptk.LogitsProcessor):
 class Estimate(gptk.Follower):
     """μ of each row, after each of its new tokens.
 
-    It moves by a token only where the distribution that the token was drawn from was seen: where
-    this was called for the row as it stood right before that token. Tokens that come in any other
-    way (the second and later ones of several at a time, or one that the distribution excludes)
-    leave μ as it is. Rewinding brings back the μ of before; the last distribution seen then
-    counts again, if it was seen at that place.
+    A token updates μ only if the distribution that it was drawn from is known: the processor must
+    have been called for the row right before that token. Other tokens (the second and later ones
+    of several appended at once, or one that the distribution excludes) leave μ unchanged.
+    Rewinding restores the earlier μ, and the last known distribution applies again if it was
+    computed at that position.
     """
 
     def __init__(self, options: MirostatTruncation, rows: int) -> None:
         self._options = options
         self.mu = [[2 * options.tau] for _ in range(rows)]
-        """For each row the estimate at first and after each new token."""
+        """For each row the initial estimate and that after each new token."""
         self._logprobs: Tensor | None = None
-        self._seen_at: list[int | None] = [None] * rows
-        """For each row how many estimates there were when it was last seen, if that holds yet."""
+        self._positions: list[int | None] = [None] * rows
+        """For each row the length of its `mu` when `_logprobs` was computed; None if `_logprobs`
+        do not apply to the row."""
 
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         logprobs = logits.log_softmax(dim=-1)
         self._logprobs = logprobs
-        self._seen_at = [len(mu) for mu in self.mu]
-        most = [mu[-1] * math.log(2) for mu in self.mu]
+        self._positions = [len(mu) for mu in self.mu]
+        limits = [mu[-1] * math.log(2) for mu in self.mu]  # in nats
         least = (
-            self._zipf_cut(logprobs, most)
+            self._zipf_cut(logprobs, limits)
             if self._options.version == 1
-            else torch.minimum(-logprobs.new_tensor(most)[:, None], logprobs.amax(-1, keepdim=True))
+            else torch.minimum(
+                -logprobs.new_tensor(limits)[:, None], logprobs.amax(-1, keepdim=True)
+            )
         )
         return gptk.vocabulary.keep_from(logits, least, logprobs)
 
@@ -97,15 +100,15 @@ class Estimate(gptk.Follower):
         if self._logprobs is not None:
             first = self._logprobs.gather(1, tokens[:, :1])[:, 0]
             surprises = (first / -math.log(2)).tolist()
-        for mu, seen_at, surprise in zip(self.mu, self._seen_at, surprises, strict=True):
+        for mu, position, surprise in zip(self.mu, self._positions, surprises, strict=True):
             new = mu[-1]
-            if seen_at == len(mu) and math.isfinite(surprise):
+            if position == len(mu) and math.isfinite(surprise):
                 new -= self._options.eta * (surprise - self._options.tau)
             mu += [new] * tokens.shape[1]
 
     def select(self, parents: Sequence[int]) -> None:
         self.mu = [list(self.mu[parent]) for parent in parents]
-        self._seen_at = [self._seen_at[parent] for parent in parents]
+        self._positions = [self._positions[parent] for parent in parents]
         if self._logprobs is not None:
             self._logprobs = self._logprobs[list(parents)]
 
@@ -113,17 +116,17 @@ class Estimate(gptk.Follower):
         for row, count in enumerate(counts):
             mu = self.mu[row]
             del mu[len(mu) - count :]
-            seen_at = self._seen_at[row]
-            # What was seen after tokens that are gone says nothing of others in their place.
-            if seen_at is not None and seen_at > len(mu):
-                self._seen_at[row] = None
+            position = self._positions[row]
+            # A distribution computed after tokens that were dropped does not apply to others.
+            if position is not None and position > len(mu):
+                self._positions[row] = None
 
-    def _zipf_cut(self, logprobs: Tensor, most: Sequence[float]) -> Tensor:
-        """The log-probability of each row's k-th token, (rows, 1). most: μ in nats."""
+    def _zipf_cut(self, logprobs: Tensor, limits: Sequence[float]) -> Tensor:
+        """The log-probability of each row's k-th token, (rows, 1). limits: μ in nats."""
         vocabulary = logprobs.shape[-1]
         top = gptk.vocabulary.top(logprobs, min(self._options.m, vocabulary)).values
         counts = [
-            _zipf_count(row, mu, vocabulary) for row, mu in zip(top.tolist(), most, strict=True)
+            _zipf_count(row, mu, vocabulary) for row, mu in zip(top.tolist(), limits, strict=True)
         ]
         cut = logprobs.new_full((len(counts), 1), -torch.inf)
         truncated = [row for row, k in enumerate(counts) if k < vocabulary]
@@ -137,18 +140,18 @@ class Estimate(gptk.Follower):
 
 
 def _zipf_count(logprobs: Sequence[float], mu: float, vocabulary: int) -> int:
-    """How many tokens Zipf's law allows. logprobs: the likeliest, falling; mu: in nats."""
+    """k, how many tokens stay. logprobs: of the m likeliest, descending; mu: in nats."""
     steps = [
-        (math.log((i + 1) / i), one - next_)
-        for i, (one, next_) in enumerate(itertools.pairwise(logprobs), start=1)
+        (math.log((i + 1) / i), current - next_)
+        for i, (current, next_) in enumerate(itertools.pairwise(logprobs), start=1)
         if next_ > -math.inf
     ]
     if not steps:
         return 1
     s = sum(t * b for t, b in steps) / sum(t * t for t, _ in steps)
-    if s == 0:  # all are equally likely, and ties stay
+    if s == 0:  # all are equally likely, and ties with the k-th token stay
         return 1
-    # In logarithms, for 2^μ outgrows any float; the fraction's limit for ε → 0 is 1 / ln N.
+    # In logarithms, because 2^μ would overflow; the fraction's limit for ε → 0 is 1 / ln N.
     epsilon, log_n = s - 1, math.log(vocabulary)
     fraction = epsilon / -math.expm1(-epsilon * log_n) if epsilon else 1 / log_n
     log_k = (math.log(fraction) + mu) / s

@@ -2,11 +2,10 @@
 
     argminᵥ E(v) / p(v)
 
-where each row, position and token has an exponential random number E of its own: a race in which
-tokens win as often as they are likely (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014).
-So a row's text depends on its own random stream alone; a small change of the logits, by another
-batch or a draft model's, seldom changes the token; and a truncation changes it only if it cuts
-it off.
+where E(v) ~ Exp(1) is drawn independently for each row, position and token: a race that each token
+wins with its probability (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014). So a row's text
+depends on its own random stream alone; a small change of the logits, as by another batch size or by
+a draft model, seldom changes the token; and a truncation changes it only if it removes it.
 """
 
 from collections.abc import Sequence

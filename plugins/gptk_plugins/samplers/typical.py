@@ -1,8 +1,8 @@
-"""Locally typical sampling (Meister et al. 2022): draws from the tokens as surprising as expected.
+"""Locally typical sampling (Meister et al. 2022): draws tokens of about the expected surprise.
 
     v ~ softmax(logits / T) over the v with the smallest |-log p(v) - H| that reach p together
 
-H is the entropy; see the processor.
+H is the entropy; see the processor `typical`.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""The built-in LR schedulers, one in each file."""
+"""The built-in LR schedulers, one per file."""

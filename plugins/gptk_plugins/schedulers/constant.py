@@ -1,4 +1,4 @@
-"""Constant: η(step) = 1, after the warmup if there is one."""
+"""Constant: η(step) = 1, after an optional warmup."""
 
 import gptk
 

@@ -5,14 +5,14 @@
 
 import math
 
-from gptk_plugins.schedulers._falling import Falling
+from gptk_plugins.schedulers._decay_to_floor import DecayToFloor
 
 
-class Cosine(Falling):
+class Cosine(DecayToFloor):
     """Half a cosine wave from the peak to the floor."""
 
     name = "cosine"
     example = "floor=0.1"
 
-    def fall(self, t: float) -> float:
+    def curve(self, t: float) -> float:
         return (1 + math.cos(math.pi * t)) / 2

@@ -2,16 +2,16 @@
 
 from pydantic import Field
 
-from gptk_plugins.schedulers._falling import Falling
+from gptk_plugins.schedulers._decay_to_floor import DecayToFloor
 
 
-class Polynomial(Falling):
+class Polynomial(DecayToFloor):
     """From the peak to the floor, steep at first with a power above 1."""
 
     name = "polynomial"
     example = "power=2"
 
-    power: float = Field(2.0, gt=0, description="1 is a straight line; below 1 it is steep at last")
+    power: float = Field(2.0, gt=0, description="1 is a straight line; below 1 it ends steeply")
 
-    def fall(self, t: float) -> float:
+    def curve(self, t: float) -> float:
         return float((1 - t) ** self.power)

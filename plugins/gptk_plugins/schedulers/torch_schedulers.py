@@ -1,9 +1,9 @@
 """PyTorch's own schedulers: `torch:scheduler=StepLR,options='{"step_size": 30}'`.
 
-A torch scheduler knows one step from the step before. Here it runs beside an optimizer of its
-own with a learning rate of 1, and what it makes of that is remembered, so that any step can be
-asked for: step n costs n steps of it once, some 2 µs each. Rates in its options (`max_lr`,
-`eta_min`) are shares of the peak rate. Momentum, which some of them change too, stays as it is.
+A torch scheduler computes each step's rate from the last one. Here it runs on an optimizer of its
+own with a learning rate of 1, and all rates are recorded, so that any step can be asked for: the
+first call for step n runs n scheduler steps of about 2 µs. Rates in its options (`max_lr`,
+`eta_min`) are shares of the peak rate. Momentum, which some of them also change, stays as it is.
 """
 
 import difflib
@@ -20,13 +20,15 @@ from torch.optim import lr_scheduler
 import gptk
 
 LOOK_AHEAD = 10_000
-"""Steps replayed at the first call, so that nearly every mistake shows before training begins."""
+"""Steps run by the first call, so that most errors show before training."""
 
-_OWN = "needs a function, which a spec cannot hold; make it factor() of a gptk.LRScheduler"
+_NEEDS_A_FUNCTION = (
+    "needs a function, which a spec cannot hold; write it as factor() of a gptk.LRScheduler"
+)
 _UNUSABLE = {
     "LRScheduler": "is the base class of torch's schedulers",
-    "LambdaLR": _OWN,
-    "MultiplicativeLR": _OWN,
+    "LambdaLR": _NEEDS_A_FUNCTION,
+    "MultiplicativeLR": _NEEDS_A_FUNCTION,
     "ReduceLROnPlateau": "follows a loss, and a learning rate here is a function of the step",
 }
 _USABLE = sorted(set(lr_scheduler.__all__) - set(_UNUSABLE))
@@ -39,7 +41,7 @@ class Torch(gptk.LRScheduler):
     SequentialLR and ChainedScheduler take {"schedulers": [{"scheduler": "LinearLR"}, ...]}.
 
     Raises UnknownNameError for a class that torch does not have, and OptionError for options
-    that torch refuses, or under which a rate leaves the range from 0 to 1.
+    that torch refuses, or with which a rate is not between 0 and 1.
     """
 
     name = "torch"
@@ -49,7 +51,7 @@ class Torch(gptk.LRScheduler):
     options: dict[str, JsonValue] = Field({}, description="its options, as JSON")
 
     def model_post_init(self, _context: Any) -> None:
-        self._replay.factor(1)  # torch sees some mistakes only at the first step
+        self._replay.factor(1)  # torch finds some errors only at the first step
 
     def factor(self, step: int, total_steps: int) -> float:
         return self._replay.factor(step, ahead=min(total_steps - 1, LOOK_AHEAD))
@@ -60,30 +62,30 @@ class Torch(gptk.LRScheduler):
 
 
 class _Replay:
-    """A torch scheduler at work on a learning rate of 1, and the rates it gave."""
+    """A torch scheduler on a learning rate of 1, and the rates that it has computed."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         self._name = name
-        # With momentum: torch's cyclic schedulers refuse optimizers without.
+        # With momentum, because torch's cyclic schedulers refuse optimizers without it.
         self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0, momentum=0.9)
         self._factors = array("d")
         with warnings.catch_warnings(action="ignore"):
             self._scheduler = _make(name, options, self._optimizer)
-        self._remember()
+        self._record()
 
     def factor(self, step: int, ahead: int = 0) -> float:
-        with warnings.catch_warnings(action="ignore"):  # that no optimizer took a step before
+        with warnings.catch_warnings(action="ignore"):  # of a missing optimizer.step()
             while len(self._factors) <= max(step, ahead):
                 try:
                     self._scheduler.step()
-                except Exception as error:  # torch does not say which
+                except Exception as error:  # torch does not document which
                     raise _refused(self._name, error, f" at step {len(self._factors)}") from None
-                self._remember()
+                self._record()
         return self._factors[step]
 
-    def _remember(self) -> None:
+    def _record(self) -> None:
         rate = float(self._optimizer.param_groups[0]["lr"])
-        if not -1e-6 <= rate <= 1 + 1e-6:  # rounding apart
+        if not -1e-6 <= rate <= 1 + 1e-6:  # with a tolerance for rounding
             raise gptk.OptionError(
                 f"scheduler torch: {self._name} with these options gives {rate:g} at step "
                 f"{len(self._factors)}; a share of the peak rate is from 0 to 1, and so are rates "
@@ -111,7 +113,7 @@ def _make(name: str, options: Mapping[str, Any], optimizer: torch.optim.Optimize
         return getattr(lr_scheduler, name)(optimizer=optimizer, **options)
     except gptk.GptkError:
         raise
-    except Exception as error:  # torch does not say which
+    except Exception as error:  # torch does not document which
         raise _refused(name, error) from None
 
 

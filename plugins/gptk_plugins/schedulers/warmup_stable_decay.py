@@ -1,9 +1,9 @@
 """Warmup, stable, decay (WSD; MiniCPM, Hu et al. 2024): constant, then a short fall at the end.
 
-Over the last `decay` share of all steps, warmup included, η = floor + (1 - floor) · fall(t) with
-t up to 1 at the last step. fall(t) = 1 - √t is the shape and a fifth the share that Hägele et
-al. 2024 found to reach what cosine does. Before the fall nothing depends on the length of the
-run, so a checkpoint from there serves runs of any length.
+Over the last `decay` share of all steps, warmup included, η = floor + (1 - floor) · curve(t), where
+t is 1 at the last step. curve(t) = 1 - √t and a share of a fifth are what Hägele et al. 2024 found
+to match cosine. Before the decay nothing depends on the length of the run, so a checkpoint from
+there can be continued to runs of any length.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from gptk_plugins.schedulers._falling import Falling
-from gptk_plugins.schedulers._warming import Warming
+from gptk_plugins.schedulers._decay_to_floor import DecayToFloor
+from gptk_plugins.schedulers._default_warmup import DefaultWarmup
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: 1 - t,
@@ -22,10 +22,10 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-class WarmupStableDecay(Warming, Falling):
+class WarmupStableDecay(DefaultWarmup, DecayToFloor):
     """A linear rise, the peak for most of the run, and a fall to the floor at its end.
 
-    The rise takes 100 steps unless told otherwise, and never more than half of the run.
+    The warmup takes 100 steps by default, and at most half of the run.
     """
 
     name = "warmup-stable-decay"
@@ -33,13 +33,13 @@ class WarmupStableDecay(Warming, Falling):
 
     decay: float = Field(0.2, gt=0, le=1, description="share of all steps in which the rate falls")
     shape: Literal["linear", "cosine", "sqrt"] = Field(
-        "sqrt", description="of the fall; sqrt is 1 - √t, steep at first"
+        "sqrt", description="of the decay; sqrt is 1 - √t, steep at first"
     )
 
-    def fall(self, t: float) -> float:
+    def curve(self, t: float) -> float:
         return _SHAPES[self.shape](t)
 
     def factor(self, step: int, total_steps: int) -> float:
         last = total_steps - 1
-        falling = min(max(round(self.decay * (self.warmup + total_steps)), 1), last)
-        return super().factor(max(step - (last - falling), 0), falling + 1)
+        decay_steps = min(max(round(self.decay * (self.warmup + total_steps)), 1), last)
+        return super().factor(max(step - (last - decay_steps), 0), decay_steps + 1)

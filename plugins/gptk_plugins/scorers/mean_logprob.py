@@ -1,15 +1,15 @@
-"""Mean log-probability: Σ log p(tokenₜ) / length, after all processors, EOS left out."""
+"""Mean log-probability: Σ log p(tokenₜ) / length, after all processors, without EOS."""
 
 import math
 
 import gptk
 
 LEAST = -1e9
-"""Of a result without tokens, which would else be the best of all at 0."""
+"""The score of a result without tokens: as an empty sum, 0, it would be the best of all."""
 
 
 class MeanLogprob(gptk.Scorer):
-    """How likely the model finds a result, a token."""
+    """The mean log-probability of a result's tokens."""
 
     name = "mean-logprob"
 

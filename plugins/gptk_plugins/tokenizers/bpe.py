@@ -1,13 +1,13 @@
-"""Byte-level byte-pair encoding: a vocabulary, its merges and a split pattern as a tiktoken one.
+"""Byte-level byte-pair encoding: a `tiktoken.Encoding` from a vocabulary, merges and a pattern.
 
 A text is split by a pattern, each piece becomes bytes, and the pair of neighbours that comes
 first in the list of merges is joined until no pair is left (Sennrich et al. 2016; on bytes,
 Radford et al. 2019).
 
 tiktoken keeps no list of merges: it joins any two neighbours whose bytes together are a token,
-the token with the lowest id first. The two agree when ids rise with the list of merges and every
-token that may be joined is what the merges make of its own bytes. The first is checked here; a
-token that fails the second can't come out of any text, and is kept for decoding only.
+the token with the lowest id first. Both give the same tokens if ids ascend in the order of the
+merges and every token that can be joined results from merging its own bytes. The first is checked
+here; a token that fails the second cannot come from any text, and is kept for decoding only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,8 +18,8 @@ import tiktoken
 
 import gptk
 
-# How the text between special tokens is split, by the name of the model that had it first. `++`
-# (no backtracking) changes nothing but time: what follows a run can't begin within it.
+# How the text between special tokens is split, by the model that used it first. `++` (possessive)
+# changes the time only: what follows such a run cannot begin within it.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s"
 _CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
@@ -35,9 +35,10 @@ TEKKEN = (
 
 
 def digits_then_gpt2(*, individual: bool) -> str:
-    """GPT-2's pattern for what lies between digits, which are split off first.
+    """Digits are split off first, then GPT-2's pattern splits the text between them.
 
-    To GPT-2's pattern a digit is then the end of the text: whitespace before it stays whole.
+    For GPT-2's pattern a digit is then the end of the text: whitespace before it stays whole.
+    individual: each digit is a piece, rather than each run of digits.
     """
     digits = r"\p{N}" if individual else r"\p{N}++"
     return (
@@ -59,22 +60,22 @@ def byte_level_bpe(
 ) -> "ByteLevelBPE":
     """An encoding from a vocabulary whose tokens are written in GPT-2's alphabet for bytes.
 
-    `special` are the tokens that are matched in a text as they stand, with their ids; they may
-    be in the vocabulary too. `whole_words` (`ignore_merges` in a tokenizer.json): a piece that
-    is in the vocabulary is that token, whatever the merges make of it; this is for vocabularies
-    that came from tiktoken, whose merges are all the ways to halve each token.
+    `special` are the special tokens, matched verbatim in a text, with their ids; they may also be
+    in the vocabulary. `whole_words` (`ignore_merges` in a tokenizer.json): a piece that is in the
+    vocabulary is that token, without merging; this is for vocabularies converted from tiktoken,
+    whose merges are all the ways to split each token in two.
 
-    Raises TokenizerError, naming `source`, where tiktoken would not do what the merges say.
+    Raises TokenizerError, naming `source`, if tiktoken would give other tokens than the merges.
     """
     if len(set(vocabulary.values())) < len(vocabulary):
         raise gptk.TokenizerError(f"{source}: two tokens of the vocabulary have the same id")
-    made = _made_by_merges(source, vocabulary, merges, keep_all=whole_words)
+    merged = _formed_by_merges(source, vocabulary, merges, keep_all=whole_words)
     special_ids = set(special.values())
     ranks, decode_only = {}, {}
     for token, number in vocabulary.items():
         piece = _token_bytes(token)
         kept_whole = whole_words and number not in special_ids
-        if piece and (len(piece) == 1 or number in made or kept_whole):
+        if piece and (len(piece) == 1 or number in merged or kept_whole):
             ranks[piece] = number
         elif number not in special_ids:
             decode_only[number] = token.encode() if piece is None else piece
@@ -95,10 +96,10 @@ def byte_level_bpe(
 
 
 class ByteLevelBPE(tiktoken.Encoding):
-    """A `tiktoken.Encoding` for vocabularies that are not as complete as tiktoken's own.
+    """A `tiktoken.Encoding` for vocabularies that lack bytes or have tokens that only decode.
 
-    A byte that the vocabulary lacks is left out of its piece before the merges, as `tokenizers`
-    does (tiktoken alone panics). Tokens in `decode_only` have bytes, but no text is encoded so.
+    A byte that the vocabulary lacks is dropped from its piece before the merges, as `tokenizers`
+    does (tiktoken itself panics). Tokens in `decode_only` are decoded, but never encoded.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class ByteLevelBPE(tiktoken.Encoding):
             [*mergeable_ranks.values(), *special_tokens.values(), *decode_only], default=-1
         )
         absent = [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]
-        # Ids beyond the vocabulary stand for the absent bytes, so that their pieces are noticed.
+        # Absent bytes get ids beyond the vocabulary, by which `encode_ordinary` notices them.
         stand_ins = {bytes([byte]): highest + 1 + i for i, byte in enumerate(absent)}
         super().__init__(
             name,
@@ -128,7 +129,7 @@ class ByteLevelBPE(tiktoken.Encoding):
         self._absent = bytes(absent)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Token ids of a text in which no special token is looked for."""
+        """Token ids of a text, with special tokens encoded as ordinary text."""
         ids = super().encode_ordinary(text)
         if not self._absent or max(ids, default=0) <= self.max_token_value:
             return ids
@@ -148,11 +149,11 @@ class ByteLevelBPE(tiktoken.Encoding):
         return super().decode_single_token_bytes(token)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of some tokens. Raises KeyError for an id that the vocabulary lacks."""
+        """The bytes of tokens. Raises KeyError for an id that the vocabulary lacks."""
         return b"".join(map(self.decode_single_token_bytes, tokens))
 
     def decode(self, tokens: Iterable[int], errors: str = "replace") -> str:
-        """The text of some tokens."""
+        """The text of tokens."""
         return self.decode_bytes(tokens).decode("utf-8", errors)
 
     def __getstate__(self) -> object:
@@ -165,81 +166,84 @@ class ByteLevelBPE(tiktoken.Encoding):
         }
 
 
-def _made_by_merges(
+def _formed_by_merges(
     source: str,
     vocabulary: Mapping[str, int],
     merges: Iterable[tuple[str, str]],
     *,
     keep_all: bool,
 ) -> Mapping[int, tuple[int, int]]:
-    """The tokens that merges make of their own bytes, each with the two it is last joined from."""
+    """The tokens that result from merging their own bytes, each with its two halves.
+
+    keep_all: include tokens whose merge never applies to their own bytes, see `whole_words`.
+    """
     pairs: dict[tuple[int, int], int] = {}
-    made: dict[int, tuple[int, int]] = {}
+    merged: dict[int, tuple[int, int]] = {}
     formed = {number for token, number in vocabulary.items() if len(token) == 1}
     early: list[tuple[int, int, int]] = []
     last = -1
-    for place, (left, right) in enumerate(merges, 1):
+    for index, (left, right) in enumerate(merges, 1):
         try:
             halves = vocabulary[left], vocabulary[right]
             product = vocabulary[left + right]
         except KeyError as error:
             raise gptk.TokenizerError(
-                f"{source}: merge {place} ({left} {right}) needs the token {error}, "
+                f"{source}: merge {index} ({left} {right}) needs the token {error}, "
                 "which is not in the vocabulary"
             ) from None
         if product < last:
             raise gptk.TokenizerError(
-                f"{source}: merge {place} ({left} {right}) makes token {product} after token "
+                f"{source}: merge {index} ({left} {right}) makes token {product} after token "
                 f"{last}; only vocabularies in the order of their merges are supported"
             )
         last = product
         pairs[halves] = product
-        if product in made:
+        if product in merged:
             continue
         if not formed.issuperset(halves):
-            early.append((place, *halves))
-        elif keep_all or _stay_apart(*halves, product, pairs, made):
-            made[product] = halves
+            early.append((index, *halves))
+        elif keep_all or _reach_merge(*halves, product, pairs, merged):
+            merged[product] = halves
             formed.add(product)
-    for place, one, other in early:
-        if not keep_all and {one, other} <= formed:
+    for index, left_id, right_id in early:
+        if not keep_all and {left_id, right_id} <= formed:
             raise gptk.TokenizerError(
-                f"{source}: merge {place} joins a token that only a later merge makes"
+                f"{source}: merge {index} joins a token that only a later merge makes"
             )
-    return made
+    return merged
 
 
-def _stay_apart(
+def _reach_merge(
     left: int,
     right: int,
     limit: int,
     pairs: Mapping[tuple[int, int], int],
-    made: Mapping[int, tuple[int, int]],
+    merged: Mapping[int, tuple[int, int]],
 ) -> bool:
-    """Whether two neighbours are there at all when the merge that makes token `limit` comes.
+    """Whether two neighbours still exist when the merge that makes token `limit` is applied.
 
-    They are not if an earlier merge joins something across the border between them. So this
-    goes back in time from the pair, undoing the half that was made later, and asks of each pair
-    that stood at the border whether a merge joins it before it is gone.
+    They do not if an earlier merge joins tokens across the border between them. So this undoes
+    merges backwards, always that of the half made later, and checks for each pair of tokens at the
+    border whether an earlier merge joins it.
     """
     while pairs.get((left, right), limit) >= limit:
-        if left in made and (right not in made or left > right):
-            limit, left = left, made[left][1]
-        elif right in made:
-            # Of two equal merges the left one is first, and that is the one across the border.
-            limit, right = right + 1, made[right][0]
+        if left in merged and (right not in merged or left > right):
+            limit, left = left, merged[left][1]
+        elif right in merged:
+            # Of two equal merges the left one is applied first: the one across the border.
+            limit, right = right + 1, merged[right][0]
         else:
             return True
     return False
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: a byte is the character with its number if that is visible in Latin-1,
-    the others are the characters from 256 on, in their order."""
+    """GPT-2's alphabet, from characters to bytes: a byte that is a visible character of Latin-1 is
+    that character, the others are the characters from 256 on, in order."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
+        chr(256 + index): byte for index, byte in enumerate(others)
     }
 
 

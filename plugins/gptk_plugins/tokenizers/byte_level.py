@@ -1,4 +1,4 @@
-"""Bytes as tokens: 256 of them and an end of text. Every text and every file can be encoded."""
+"""Bytes as tokens: 256 of them and an end of text, so that any text or file can be encoded."""
 
 import gptk
 
@@ -6,7 +6,7 @@ END_OF_TEXT = 256
 
 
 class Bytes(gptk.TokenizerLoader):
-    """The 256 bytes and <|endoftext|>, for tiny models that are trained from nothing."""
+    """The 256 bytes and <|endoftext|>, for tiny models trained from scratch."""
 
     name = "bytes"
 

@@ -1,8 +1,8 @@
 """The tokenizer in a GGUF file: its metadata under `tokenizer.ggml`.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which split pattern a name
-in `tokenizer.ggml.pre` means is what llama.cpp makes of it, with the models' own patterns where
-llama.cpp's are adapted.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names in `tokenizer.ggml.pre`
+select the same split patterns as in llama.cpp, in the models' original form where llama.cpp has
+adapted them.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class GGUFTokenizer(gptk.TokenizerLoader):
 
 
 class _Pre(NamedTuple):
-    """How a model prepares a text."""
+    """How a text is prepared and split before the merges."""
 
     pattern: str
     """Its name in `gptk_plugins.tokenizers.bpe`."""
@@ -75,7 +75,8 @@ _PRE = {
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
-# Files name one token that ends a text, chat models have two; llama.cpp knows these by sight too.
+# Files name only one token that ends a text, and chat models have two. llama.cpp, too, recognizes
+# these by their text.
 _ENDS = {
     "<|endoftext|>",
     "<|im_end|>",
@@ -89,10 +90,10 @@ _ENDS = {
 
 
 def tokenizer_from_gguf(fields: Mapping[str, Any], source: str) -> gptk.Tokenizer:
-    """The tokenizer described by GGUF metadata, as `key -> Python value`.
+    """The tokenizer described by GGUF metadata, from keys to Python values.
 
     `source` is for messages. Raises TokenizerError if the tokenizer is of an unsupported kind,
-    or if what it needs is missing or contradicts itself.
+    or if its metadata are incomplete or inconsistent.
     """
     from gptk_plugins.tokenizers import bpe
 
@@ -120,13 +121,13 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], source: str) -> gptk.Tokenize
         if types[number] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     }
 
-    def one(role: str) -> int | None:
+    def token_of(role: str) -> int | None:
         number = fields.get(f"tokenizer.ggml.{role}_token_id")
         return int(number) if number is not None and 0 <= number < len(tokens) else None
 
-    named = [one("eos"), one("eot"), one("eom")]
+    named = [token_of("eos"), token_of("eot"), token_of("eom")]
     known = [number for token, number in special.items() if token in _ENDS]
-    bos = one("bos")
+    bos = token_of("bos")
     return gptk.Tokenizer(
         bpe.byte_level_bpe(
             source,
@@ -159,14 +160,14 @@ def _lists(
         )
     named = [token for token in tokens if token]
     if len(set(named)) < len(named):
-        twice = next(token for token in named if named.count(token) > 1)
+        repeated = next(token for token in named if named.count(token) > 1)
         raise gptk.TokenizerError(
-            f"{source}: corrupt tokenizer: the token {twice!r} is there twice"
+            f"{source}: corrupt tokenizer: the token {repeated!r} occurs twice"
         )
     merges = []
-    for place, line in enumerate(fields["tokenizer.ggml.merges"], 1):
+    for index, line in enumerate(fields["tokenizer.ggml.merges"], 1):
         left, _, right = line.partition(" ")
         if not left or not right:
-            raise gptk.TokenizerError(f"{source}: corrupt tokenizer: merge {place} is {line!r}")
+            raise gptk.TokenizerError(f"{source}: corrupt tokenizer: merge {index} is {line!r}")
         merges.append((left, right))
     return tokens, merges, types

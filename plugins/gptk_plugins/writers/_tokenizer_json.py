@@ -1,10 +1,11 @@
-"""A tokenizer as tokenizer.json and tokenizer_config.json, as transformers reads them.
+"""A tokenizer as tokenizer.json and tokenizer_config.json, for transformers.
 
-`tokenizers` wants a list of merges, and tiktoken keeps none: it joins the two neighbours whose
-bytes together are the token of lowest rank. A token's merge is found again by having its own bytes
-merged by the tokens before it, which leaves its two halves. Where more than two are left, as in
-vocabularies that were not made by merging alone, only another order of merges or a piece that is
-the whole token gives it; then all the ways to halve it are merges, and `ignore_merges` is set.
+`tokenizers` needs a list of merges, and tiktoken keeps none: it joins the two neighbours whose
+bytes together are the token of lowest rank. A token's merge is recovered by merging its own bytes
+with the tokens of lower rank, which leaves its two halves. If more than two parts are left, as in
+vocabularies that were not made by merging alone, this order of merges never forms the token; then
+every way to split it in two becomes a merge, and `ignore_merges` is set, so that a piece that is a
+token stays whole.
 """
 
 import json
@@ -19,21 +20,21 @@ from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
 
 
 def write_tokenizer(folder: Path, tokenizer: gptk.Tokenizer, context_length: int) -> None:
-    """Write the two files.
+    """Write the two files to `folder`, which has generation_config.json already.
 
-    Raises TokenizerError for a tokenizer that they cannot hold: the one that is read from them
-    must be the same. `folder` has what transformers reads beside them: generation_config.json.
+    Raises TokenizerError for a tokenizer that they cannot hold: the tokenizer that is read back
+    from them must be the same.
     """
     write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, context_length))
     again = load_tokenizer_json(folder / "tokenizer.json")
-    for what, value in _aspects(tokenizer).items():
-        if _aspects(again)[what] != value:
-            raise _refusal(f"its {what} would be others")
+    for part, value in _parts(tokenizer).items():
+        if _parts(again)[part] != value:
+            raise _refusal(f"reading it back would change its {part}")
 
 
 def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
-    """What tokenizer.json holds. Raises TokenizerError for what it cannot hold."""
+    """The content of tokenizer.json. Raises TokenizerError for what it cannot hold."""
     encoding = tokenizer.encoding
     ranks: Mapping[bytes, int] = encoding._mergeable_ranks
     merges, all_merged = _merges(ranks)
@@ -77,24 +78,24 @@ def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
 
 # --- Vocabulary and merges -------------------------------------------------------------------
 
-_LETTERS = {byte: letter for letter, byte in bpe.ALPHABET.items()}
+_CHARACTERS = {byte: character for character, byte in bpe.ALPHABET.items()}
 
 
 def _spelled(token: bytes) -> str:
     """Bytes in GPT-2's alphabet."""
-    return "".join(_LETTERS[byte] for byte in token)
+    return "".join(_CHARACTERS[byte] for byte in token)
 
 
 def _vocabulary(encoding: Any, all_merged: bool) -> dict[str, int]:
     vocabulary = {_spelled(token): rank for token, rank in encoding._mergeable_ranks.items()}
-    # Tokens that only decode. No merge makes them, but whole pieces are looked up where not all
-    # is merged; so there they are spelled as no piece is, which decodes to the same bytes.
+    # Tokens that only decode. No merge forms them, but `ignore_merges` looks whole pieces up in the
+    # vocabulary; so they get a spelling that no piece has and that decodes to their bytes.
     for number, token in getattr(encoding, "decode_only", {}).items():
         name = _spelled(token)
         if not all_merged or name in vocabulary:
             name = token.decode("utf-8", errors="replace")
             if name.encode() != token or name in vocabulary or set(name) <= bpe.ALPHABET.keys():
-                raise _refusal(f"token {number} is not to be told from another")
+                raise _refusal(f"token {number} cannot be distinguished from another")
         vocabulary[name] = number
     for name, number in encoding._special_tokens.items():
         if vocabulary.setdefault(name, number) != number:
@@ -103,7 +104,7 @@ def _vocabulary(encoding: Any, all_merged: bool) -> dict[str, int]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool]:
-    """The list of merges, and whether they make all tokens."""
+    """The list of merges, and whether they form all tokens."""
     merges: list[tuple[bytes, bytes]] = []
     all_merged = True
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -114,21 +115,21 @@ def _merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], bool
             merges.append((halves[0], halves[1]))
             continue
         all_merged = False
-        ways = ((token[:at], token[at:]) for at in range(1, len(token)))
-        merges += [way for way in ways if way[0] in ranks and way[1] in ranks]
+        splits = ((token[:end], token[end:]) for end in range(1, len(token)))
+        merges += [split for split in splits if split[0] in ranks and split[1] in ranks]
     return merges, all_merged
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
-    """What the tokens of a rank below `limit` make of some bytes, as tiktoken merges them."""
-    parts = [token[at : at + 1] for at in range(len(token))]
+    """A token's bytes merged as tiktoken does it, by tokens of a rank below `limit`."""
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        found = [ranks.get(parts[at] + parts[at + 1], limit) for at in range(len(parts) - 1)]
+        found = [ranks.get(parts[i] + parts[i + 1], limit) for i in range(len(parts) - 1)]
         best = min(found)
         if best >= limit:
             break
-        at = found.index(best)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        i = found.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
@@ -148,12 +149,12 @@ _KNOWN = {
         _GPT2_SPLIT,
     ],
 }
-"""Patterns that have pre-tokenizers of their own, which all readers of tokenizer.json know."""
+"""Patterns that correspond to built-in pre-tokenizers of tokenizer.json."""
 
 
 def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     steps = _KNOWN.get(pattern) or [
-        # Pieces are what the pattern matches, and nothing else.
+        # A piece is what the pattern matches; everything else is dropped.
         {
             "type": "Split",
             "pattern": {"Regex": _portable(pattern)},
@@ -178,26 +179,26 @@ _LEXEME = re.compile(
 
 
 def _portable(pattern: str) -> str:
-    """A pattern of tiktoken's for Oniguruma, the library of `tokenizers`.
+    """A split pattern of tiktoken translated for Oniguruma, the regex library of `tokenizers`.
 
-    There `^` and `$` are the ends of a line, and `{1,3}+` is many times `{1,3}`. Raises
-    TokenizerError for a construct that is not known to mean the same in both.
+    In Oniguruma `^` and `$` match at line ends, and `{1,3}+` repeats `{1,3}` instead of making it
+    possessive. Raises TokenizerError for a construct not known to mean the same in both.
     """
-    portable, at = "", 0
-    while at < len(pattern):
-        lexeme = _LEXEME.match(pattern, at)
+    portable, start = "", 0
+    while start < len(pattern):
+        lexeme = _LEXEME.match(pattern, start)
         if not lexeme:
-            raise _refusal(f"its split pattern has {pattern[at : at + 12]!r}")
+            raise _refusal(f"its split pattern has {pattern[start : start + 12]!r}")
         match lexeme.lastgroup:
             case "whole":
-                portable += lexeme["whole"]  # at the end of an alternative nothing is given back
+                portable += lexeme["whole"]  # nothing backtracks into the end of an alternative
             case "end":
                 portable += r"(?![\s\S])"
             case "start":
                 portable += r"(?<![\s\S])"
             case _:
                 portable += lexeme[0]
-        at = lexeme.end()
+        start = lexeme.end()
     return portable
 
 
@@ -219,14 +220,14 @@ def _post_processor(
     }
 
 
-# --- Beside it -------------------------------------------------------------------------------
+# --- tokenizer_config.json --------------------------------------------------------------------
 
 
 def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[str, Any]:
-    # Named only if special: transformers makes special tokens of those that it reads here.
+    # Only special tokens: transformers makes every token that is named here a special one.
     names = {number: name for name, number in tokenizer.encoding._special_tokens.items()}
     bos = None if tokenizer.bos is None else names.get(tokenizer.bos)
-    eos = next((names[one] for one in tokenizer.eos if one in names), None)
+    eos = next((names[token] for token in tokenizer.eos if token in names), None)
     if tokenizer.template_tokens is not None:
         special = tokenizer.encoding._special_tokens
         named = {role: t for role, t in tokenizer.template_tokens.items() if t in special}
@@ -241,8 +242,8 @@ def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[st
     }
 
 
-def _aspects(tokenizer: gptk.Tokenizer) -> dict[str, object]:
-    """What two equal tokenizers have in common, split patterns apart, by what it is called."""
+def _parts(tokenizer: gptk.Tokenizer) -> dict[str, object]:
+    """The parts that two tokenizers must share to be equal, by name, without the split pattern."""
     encoding = tokenizer.encoding
     return {
         "tokens": encoding._mergeable_ranks,

@@ -1,4 +1,4 @@
-"""gptk's own format, as `LanguageModel.save` writes it; `gptk.saving` describes it."""
+"""gptk's own format, as `LanguageModel.save` writes it; see `gptk.weights.saving`."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """A Hugging Face directory: config.json, model.safetensors and a tokenizer, for transformers.
 
-The family is the simplest that holds the configuration: gpt2, or llama, qwen2 (biases on queries,
-keys and values alone) or qwen3 (a norm on each head). Biases that a family always has, and this
-model lacks, are written as zeros, which changes no prediction.
+The family is the simplest that can hold the configuration: gpt2, llama, qwen2 (biases on queries,
+keys and values only) or qwen3 (a norm on each head). Biases that the family always has and the
+model lacks are written as zeros, which changes no prediction.
 """
 
 import math
@@ -47,12 +47,12 @@ class HuggingFace(gptk.WeightWriter):
         if tokenizer is not None:
             write_tokenizer(path, tokenizer, model.config.context_length)
         save_file(dict(_tensors(model, raw)), path / "model.safetensors", metadata={"format": "pt"})
-        # Safetensors' files are their owner's alone; they shall be whose the others are.
+        # safetensors makes files that only their owner can read; use the other files' mode.
         (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
 
 
 def config_json(config: gptk.GPTConfig) -> dict[str, Any]:
-    """config.json for a configuration. Raises SourceError for one that no family can hold."""
+    """config.json for a configuration. Raises SourceError if no family can hold it."""
     kind = (config.norm, config.positions, config.mlp)
     if config.norm == "layer" and config.positions == "learned" and config.mlp != "swiglu":
         family, raw = "gpt2", _gpt2(config)
@@ -104,7 +104,7 @@ def _llama(config: gptk.GPTConfig) -> tuple[str, dict[str, Any]]:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        # In the form that transformers 4 reads, too.
+        # At the top level, where transformers 4 reads it, too.
         "rope_theta": config.rope_theta,
     }
     raw["rope_scaling"] = _rope_scaling(config.rope_factors, raw)
@@ -115,8 +115,8 @@ def _llama(config: gptk.GPTConfig) -> tuple[str, dict[str, Any]]:
                 "Hugging Face's qwen3 cannot hold this model: it has biases in its MLPs"
             )
         return "qwen3", raw | {"attention_bias": attention_bias}
-    whole = config.head_dim * config.n_heads == config.width
-    if config.qkv_bias and whole and not config.out_bias and not config.mlp_bias:
+    heads_fill_width = config.head_dim * config.n_heads == config.width
+    if config.qkv_bias and heads_fill_width and not config.out_bias and not config.mlp_bias:
         return "qwen2", raw
     return "llama", raw | {"attention_bias": attention_bias, "mlp_bias": config.mlp_bias}
 
@@ -124,7 +124,7 @@ def _llama(config: gptk.GPTConfig) -> tuple[str, dict[str, Any]]:
 def _rope_scaling(
     factors: tuple[float, ...] | None, raw: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What makes the divisors of the rotary frequencies: one for all, or Llama 3.1's rule."""
+    """rope_scaling for the divisors of the rotary frequencies: linear, or Llama 3.1's rule."""
     if factors is None:
         return None
     if min(factors) == max(factors):
@@ -137,8 +137,8 @@ def _rope_scaling(
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 2**exponent,
         }
-        made = read_config({"model_type": "llama", **raw, "rope_scaling": rule}, "")[0]
-        pairs = zip(factors, made.rope_factors or (), strict=True)
+        config = read_config({"model_type": "llama", **raw, "rope_scaling": rule}, "")[0]
+        pairs = zip(factors, config.rope_factors or (), strict=True)
         if all(math.isclose(*pair, rel_tol=1e-5) for pair in pairs):
             return rule
     raise gptk.SourceError(
@@ -148,7 +148,7 @@ def _rope_scaling(
 
 
 def _tensors(model: gptk.GPT, raw: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The weights by the names that Hugging Face has for them."""
+    """The weights by their names at Hugging Face."""
     config, state = model.config, model.state_dict()
     if config.tied_head:
         del state["head.weight"]
@@ -160,26 +160,26 @@ def _tensors(model: gptk.GPT, raw: Mapping[str, Any]) -> Iterator[tuple[str, Ten
     gpt2 = raw["model_type"] == "gpt2"
     names, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
     names = {
-        ours: " ".join(prefix + one for one in theirs.split()) for ours, theirs in names.items()
+        ours: " ".join(prefix + name for name in theirs.split()) for ours, theirs in names.items()
     }
     names["head"] = "lm_head"
-    heads = [
-        one * config.head_dim for one in (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    qkv_widths = [
+        heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)
     ]
     for ours, tensor in state.items():
         module, _, parameter = ours.rpartition(".")
         number = re.search(r"\d+", module)
         theirs = names[re.sub(r"\d+", "{i}", module)].replace("{i}", number[0] if number else "")
         split = theirs.split()
-        parts = tensor.split(heads) if len(split) == 3 else tensor.chunk(len(split))
+        parts = tensor.split(qkv_widths) if len(split) == 3 else tensor.chunk(len(split))
         for name, part in zip(split, parts, strict=True):
             # GPT-2's linear layers are stored (in, out), as 1x1 convolutions.
-            turned = part.T if gpt2 and ".c_" in name and part.dim() == 2 else part
-            yield f"{name}.{parameter}", turned.contiguous()
+            transposed = part.T if gpt2 and ".c_" in name and part.dim() == 2 else part
+            yield f"{name}.{parameter}", transposed.contiguous()
 
 
 def _always_biased(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Modules that have a bias in the family, whether or not the model has one."""
+    """Modules that always have a bias in the family, as patterns of gptk's names."""
     if raw["model_type"] == "gpt2":
-        return tuple(one for one in GPT2_NAMES if not one.startswith("embed"))
+        return tuple(name for name in GPT2_NAMES if not name.startswith("embed"))
     return _ATTENTION if raw.get("attention_bias") else ()

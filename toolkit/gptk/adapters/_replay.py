@@ -1,54 +1,52 @@
 """gptk's logits processors inside a decoding loop that is not gptk's.
 
-Such a loop comes at each step with all tokens of its rows and their logits, and does not tell how
-the rows have moved since. But they are the rows of its last call, reordered (beams), shortened
-(rejected drafts) and extended: comparing the tokens gives the verbs `select`, `rewind` and
-`extend` back, and the rows and every follower are told of them as a `DecodeSession` would.
+At each step such a loop passes all tokens of its rows and their logits, and does not say how the
+rows have moved since the last call. But they are the rows of that call, reordered (beams),
+shortened (rejected drafts) and extended: comparing the tokens tells which `select`, `rewind` and
+`extend` lead from the old rows to the new, and all followers are told of these, as in a
+`DecodeSession`.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gptk.errors import OptionError
-from gptk.hooks.sampling import LogitsProcessor
-from gptk.model.gpt import GPT
-from gptk.plugins.creating import create
-from gptk.session.rows import Follower, Rows
-from gptk.text.tokenizer import Tokenizer
+import gptk
 
-if TYPE_CHECKING:
-    from gptk.hooks.sampling import Process
+Process = Callable[[Tensor, gptk.Rows], Tensor]
+"""What a processor's `start` returns."""
 
 
 class Replay:
-    """Processors, and the rows as they stood at the last call.
+    """Processors, and the rows of the last call.
 
-    prompt_length: how many of the first columns are the prompt; None, those of the first call.
-    pad_token_id: what stands before shorter prompts, in no row's tokens.
-    num_beams: rows of each prompt; None, every row may come from any, and has a prompt of its own.
+    prompt_length: how many of the first columns are the prompt; None: the columns of the first
+    call. pad_token_id: the padding on the left of shorter prompts, which belongs to no row.
+    num_beams: rows of each prompt; None: each row has its own prompt, and may come from any row.
     """
 
     def __init__(
         self,
-        processors: "str | LogitsProcessor | Sequence[str | LogitsProcessor]",
+        processors: str | gptk.LogitsProcessor | Sequence[str | gptk.LogitsProcessor],
         *,
         prompt_length: int | None = None,
         pad_token_id: int | None = None,
         num_beams: int | None = None,
-        tokenizer: Tokenizer | None = None,
-        model: GPT | None = None,
+        tokenizer: gptk.Tokenizer | None = None,
+        model: gptk.CausalModel | None = None,
         eos: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
-        if isinstance(processors, str | LogitsProcessor):
+        if isinstance(processors, str | gptk.LogitsProcessor):
             processors = [processors]
-        self.processors = [create("processor", one, LogitsProcessor) for one in processors]
+        self.processors = [
+            gptk.plugins.create("processor", processor, gptk.LogitsProcessor)
+            for processor in processors
+        ]
         for name, number in (("prompt_length", prompt_length), ("num_beams", num_beams)):
             if number is not None and number < 1:
-                raise OptionError(f"{name} is {number}; it must be 1 or more")
+                raise gptk.OptionError(f"{name} is {number}; it must be 1 or more")
         if eos is None:
             eos = tokenizer.eos if tokenizer is not None else ()
         self._prompt_length = prompt_length
@@ -72,45 +70,45 @@ class Replay:
         Returns new logits of the same type. Rows that have ended keep theirs.
         """
         try:
-            tokens = tokens.long().clone()  # the caller may write on in his own
+            tokens = tokens.long().clone()  # the caller may write into its tensor later
             self._follow(tokens)
             self._tokens = tokens
             if not self._live:
                 return logits
-            every = len(self._live) == len(logits)
-            processed = (logits if every else logits[self._live]).float()
+            none_ended = len(self._live) == len(logits)
+            processed = (logits if none_ended else logits[self._live]).float()
             for process in self._processes:
                 processed = process(processed, self._rows)
         except BaseException:
-            self.reset()  # some followers may have moved and others not
+            self.reset()  # only some of the followers may have moved
             raise
         processed = processed.to(logits.dtype)
-        if processed.is_inference():  # which others could not write into
+        if processed.is_inference():  # the caller could not write into an inference tensor
             processed = processed.clone()
-        if every:
+        if none_ended:
             return processed
         return logits.index_put((torch.tensor(self._live, device=logits.device),), processed)
 
     def _follow(self, tokens: Tensor) -> None:
-        """Move the rows to where `tokens` says they are, or begin anew."""
+        """Move the rows so that their tokens are `tokens`, or start new rows."""
         origin = self._origin(tokens)
         if origin is None:
             prompt = tokens.shape[1] if self._prompt_length is None else self._prompt_length
             if prompt > tokens.shape[1]:
-                raise OptionError(
+                raise gptk.OptionError(
                     f"prompt_length is {prompt}, but the rows have {tokens.shape[1]} tokens"
                 )
             self._start(tokens, prompt)
             return
         parents, kept = origin
         live = self._unended(tokens, self._prompt)
-        places = {row: place for place, row in enumerate(self._live)}
-        if any(parents[row] not in places for row in live):  # its end was taken back
+        index_of = {row: index for index, row in enumerate(self._live)}
+        if any(parents[row] not in index_of for row in live):  # the caller removed its EOS
             self._start(tokens, self._prompt)
             return
         assert self._tokens is not None
         dropped = self._tokens.shape[1] - kept
-        selected = [places[parents[row]] for row in live]
+        selected = [index_of[parents[row]] for row in live]
         if live and selected != list(range(len(self._live))):
             self._select(selected)
         if live and dropped:
@@ -121,10 +119,10 @@ class Replay:
         self._live = live
 
     def _origin(self, tokens: Tensor) -> tuple[list[int], int] | None:
-        """Which old row each row comes from, and how many columns all of them have kept.
+        """Which old row each row comes from, and how many of its columns every row has kept.
 
-        None if they do not go on from the last call: a loop adds one token a call at most, and
-        keeps the prompts.
+        None if the rows do not continue those of the last call: a loop adds at most one token a
+        call, and keeps the prompts.
         """
         old = self._tokens
         if old is None or old.device != tokens.device or len(old) != len(tokens):
@@ -145,18 +143,19 @@ class Replay:
         return None if kept < self._prompt else (parents, kept)
 
     def _possible_parents(self, row: int, count: int) -> list[int]:
-        """The old rows that a row may come from, itself first, then by distance.
+        """The old rows that a row may come from, by distance, beginning with itself.
 
-        Equal rows differ in their random streams: the nearest is likely of the same prompt.
+        Rows of equal tokens may have different random streams; the nearest is most likely of the
+        same prompt.
         """
         beams = self._beams or count
         first = row - row % beams
         return sorted(range(first, first + beams), key=lambda other: abs(other - row))
 
     def _start(self, tokens: Tensor, prompt: int) -> None:
-        """Begin with the first `prompt` columns as prompts, and replay what comes after."""
+        """Start new rows with the first `prompt` columns as prompts, and add the other tokens."""
         if self._beams is not None and len(tokens) % self._beams:
-            raise OptionError(
+            raise gptk.OptionError(
                 f"num_beams is {self._beams}, which does not divide the {len(tokens)} rows"
             )
         self._prompt = prompt
@@ -169,7 +168,7 @@ class Replay:
             starts = padding.sum(dim=1).tolist()
         prompts = [row[start:prompt] for row, start in zip(tokens.tolist(), starts, strict=True)]
         beams = self._beams or 1
-        self._rows = Rows(
+        self._rows = gptk.Rows(
             prompts[::beams],
             seed=self._seed,
             device=tokens.device,
@@ -178,10 +177,12 @@ class Replay:
             model=self._model,
         )
         self._rows.select([row // beams for row in range(len(tokens))])
-        self._processes: list[Process] = [one.start(self._rows) for one in self.processors]
-        self._followers: list[Follower] = [self._rows]
+        self._processes: list[Process] = [
+            processor.start(self._rows) for processor in self.processors
+        ]
+        self._followers: list[gptk.Follower] = [self._rows]
         for process in self._processes:
-            if isinstance(process, Follower):
+            if isinstance(process, gptk.Follower):
                 self._followers.append(process)
         if len(self._live) < len(tokens):
             self._select(self._live)
@@ -197,7 +198,7 @@ class Replay:
             follower.extend(tokens)
 
     def _unended(self, tokens: Tensor, prompt: int) -> list[int]:
-        """The rows without EOS after the prompt: others are only padded to the end of a batch."""
+        """The rows without EOS after the prompt: the loop only pads the others."""
         if not self._eos or prompt == tokens.shape[1]:
             return list(range(len(tokens)))
         eos = torch.tensor(self._eos, device=tokens.device)

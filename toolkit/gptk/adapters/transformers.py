@@ -13,46 +13,41 @@ import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from gptk.adapters._replay import Replay
-from gptk.decoding.run import StopCondition
-from gptk.errors import IncompatibleError, OptionError, PluginError, TokenizerError
-from gptk.hooks.sampling import LogitsProcessor
-from gptk.model.gpt import GPT
-from gptk.session.rows import Follower, Rows
-from gptk.text.tokenizer import Tokenizer
-from gptk.weights.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    from gptk.hooks.sampling import Process
+import gptk
+from gptk.adapters._replay import Process, Replay
 
 try:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation import logits_process, stopping_criteria
 except ImportError:
-    raise PluginError(
+    raise gptk.PluginError(
         "gptk.adapters.transformers needs a package: pip install 'gptk[transformers]'"
     ) from None
 
 __all__ = ["from_stopping_criteria", "from_transformers", "to_transformers"]
 
-Theirs = logits_process.LogitsProcessor | logits_process.LogitsProcessorList
+Processors = logits_process.LogitsProcessor | logits_process.LogitsProcessorList
+"""What transformers takes as processors."""
 
 
-def from_transformers(processor: Theirs, *, stateful: bool | None = None) -> LogitsProcessor:
-    """A transformers LogitsProcessor, or a list of them, as one of gptk's.
+def from_transformers(
+    processor: Processors, *, stateful: bool | None = None
+) -> gptk.LogitsProcessor:
+    """A transformers LogitsProcessor, or a list of them, as a logits processor of gptk.
 
-    Every row is processed by itself, without padding, so that it gets exactly what it would get
+    Each row is processed separately, without padding, so that it gets exactly what it would get
     alone. `PrefixConstrainedLogitsProcessor` is told the index of the row's prompt as batch_id.
 
-    stateful: the processor remembers its earlier calls. Each row then has a copy of its own, that
-    is copied along where a row forks; samplers that take tokens back are refused. None: as is
-    known of transformers' own processors; others are taken for functions of tokens and scores.
+    stateful: the processor remembers its earlier calls. Each row then has its own copy, which is
+    copied when the row forks; drafts and samplers that take tokens back raise IncompatibleError.
+    None: gptk knows which of transformers' processors are stateful; all others are taken for
+    functions of tokens and scores.
 
     Raises OptionError for processors that are bound to one batch or to an audio model.
     """
@@ -61,7 +56,7 @@ def from_transformers(processor: Theirs, *, stateful: bool | None = None) -> Log
     parts = _parts(processor)
     for part in parts:
         if problem := _problem(part):
-            raise OptionError(f"{type(part).__name__} cannot be used in gptk: {problem}")
+            raise gptk.OptionError(f"{type(part).__name__} cannot be used in gptk: {problem}")
     if stateful is None:
         stateful = any(isinstance(part, _STATEFUL) for part in parts)
     return FromTransformers(processor=processor, stateful=stateful)
@@ -69,22 +64,22 @@ def from_transformers(processor: Theirs, *, stateful: bool | None = None) -> Log
 
 def from_stopping_criteria(
     criteria: "stopping_criteria.StoppingCriteria | stopping_criteria.StoppingCriteriaList",
-) -> StopCondition:
+) -> gptk.StopCondition:
     """A transformers StoppingCriteria, or a list of them, for `stop=[...]`.
 
-    It is asked about each row alone, with all its tokens, prompt included, and scores=None.
-    `MaxTimeCriteria` counts from when it was made.
+    It is called for each row separately, with all its tokens, prompt included, and scores=None.
+    `MaxTimeCriteria` counts from its creation.
 
     Raises OptionError for ConfidenceCriteria, which needs scores.
     """
     parts = list(criteria) if isinstance(criteria, list) else [criteria]
     for part in parts:
         if not isinstance(part, stopping_criteria.StoppingCriteria):
-            raise OptionError(f"{part!r} is not a transformers StoppingCriteria")
+            raise gptk.OptionError(f"{part!r} is not a transformers StoppingCriteria")
         if isinstance(part, stopping_criteria.ConfidenceCriteria):
-            raise OptionError(
-                "ConfidenceCriteria needs the scores of each step, and a stop condition is given "
-                "tokens only; it is made for the draft model of assisted decoding"
+            raise gptk.OptionError(
+                "ConfidenceCriteria needs the scores of each step, and a stop condition gets "
+                "only tokens; it is meant for the draft model of assisted decoding"
             )
 
     def stop(tokens: list[int]) -> bool:
@@ -95,34 +90,37 @@ def from_stopping_criteria(
 
 
 def to_transformers(
-    processors: str | LogitsProcessor | Sequence[str | LogitsProcessor],
+    processors: str | gptk.LogitsProcessor | Sequence[str | gptk.LogitsProcessor],
     *,
     prompt_length: int | None = None,
     pad_token_id: int | None = None,
     num_beams: int | None = None,
-    tokenizer: Tokenizer | PreTrainedTokenizerBase | None = None,
-    model: GPT | None = None,
+    tokenizer: gptk.Tokenizer | PreTrainedTokenizerBase | None = None,
+    model: gptk.CausalModel | None = None,
     eos: Sequence[int] | None = None,
     seed: int = 0,
 ) -> "ToTransformers":
     """One or more of gptk's processors, for `generate(logits_processor=[...])`.
 
     It follows the rows through greedy search, sampling, beam search and assisted decoding by
-    comparing input_ids with those of the last call. Make one for each call of generate, or
-    `reset()` it between: only a prompt that does not go on from the last rows is seen to be new.
+    comparing input_ids with those of the last call. Make a new one for each call of generate, or
+    call `reset()` between two. Without that, a prompt that continues the last rows is taken for
+    their next step.
 
-    prompt_length: columns of input_ids that are the prompt; default, those of the first call.
-    pad_token_id: the padding at the left of shorter prompts, which is no part of them.
-    num_beams: generate's, where processors draw or ask which prompt a row is of: beams of one
-    prompt share its index and its random numbers, as in gptk. Default, each row has its own.
-    tokenizer: for processors that need texts; a fast tokenizer of transformers serves too.
-    model: for processors that run it once more, as cfg does: gptk's copy, `gptk.load(…).model`.
-    eos: tokens that end a row, after which it is left alone; default, the tokenizer's.
+    prompt_length: how many columns of input_ids are the prompt; default: those of the first call.
+    pad_token_id: the padding on the left of shorter prompts, which belongs to no row.
+    num_beams: that of `generate`, for processors that draw or ask for a row's prompt: beams of a
+    prompt share its index and its random numbers, as in gptk. Default: each row has its own.
+    tokenizer: for processors that need texts; a fast tokenizer of transformers will do.
+    model: for processors that run the model themselves, as cfg does: the same model in gptk,
+    `gptk.load(…).model`.
+    eos: tokens that end a row, whose scores are not processed any more; default: the tokenizer's.
     seed: for processors that draw.
 
-    Raises what spec strings raise, and TokenizerError for a tokenizer that cannot be read.
+    Raises what `gptk.plugins.create` raises for a wrong spec, and TokenizerError for a tokenizer
+    that cannot be read.
     """
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+    if tokenizer is not None and not isinstance(tokenizer, gptk.Tokenizer):
         tokenizer = _read_tokenizer(tokenizer)
     return ToTransformers(
         Replay(
@@ -139,15 +137,15 @@ def to_transformers(
 
 
 class ToTransformers(logits_process.LogitsProcessor):
-    """gptk's processors as one of transformers'; made by `to_transformers`."""
+    """gptk's processors as a processor of transformers; made by `to_transformers`."""
 
-    supports_continuous_batching = False  # there a row has no tokens of its own
+    supports_continuous_batching = False  # it does not give the tokens of each row
 
     def __init__(self, replay: Replay) -> None:
         self._replay = replay
 
     @property
-    def processors(self) -> list[LogitsProcessor]:
+    def processors(self) -> list[gptk.LogitsProcessor]:
         """gptk's processors, in their order."""
         return self._replay.processors
 
@@ -160,80 +158,82 @@ class ToTransformers(logits_process.LogitsProcessor):
         return self._replay(input_ids, scores)
 
 
-class FromTransformers(LogitsProcessor):
+class FromTransformers(gptk.LogitsProcessor):
     """A processor of transformers; made by `from_transformers`."""
 
     model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
     name = "transformers"
 
-    processor: Theirs = pydantic.Field(description="what to call")
+    processor: Processors = pydantic.Field(description="what to call")
     stateful: bool = pydantic.Field(False, description="whether it remembers earlier calls")
 
-    def start(self, rows: Rows) -> "Process":
+    def start(self, rows: gptk.Rows) -> Process:
         if self.stateful:
             return _Stateful(self.processor, len(rows))
-        # transformers' own prepare tables and seed generators as they go, which calls that run at
-        # the same time must not share. What functions of a user's own hold stays as it is.
+        # transformers' processors fill tables and seed generators while they run, and concurrent
+        # generations must not share these. A user's functions are not copied.
         parts = [
             _copied([part])[0] if type(part).__module__ == logits_process.__name__ else part
             for part in _parts(self.processor)
         ]
 
-        def process(logits: Tensor, rows: Rows) -> Tensor:
+        def process(logits: Tensor, rows: gptk.Rows) -> Tensor:
             return _each_row([parts] * len(rows), logits, rows)
 
         return process
 
-    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
-        """One step by itself."""
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        """A single step."""
         return self.start(rows)(logits, rows)
 
     @property
     def spec(self) -> str:
         """Raises OptionError: an object has no spec string."""
-        raise OptionError(f"{type(self.processor).__name__} of transformers has no spec string")
+        raise gptk.OptionError(
+            f"{type(self.processor).__name__} of transformers has no spec string"
+        )
 
 
-class _Stateful(Follower):
-    """A copy of the processors for each row. They must be called once for each token."""
+class _Stateful(gptk.Follower):
+    """A copy of the processors for each row, which must be called once for each token."""
 
-    def __init__(self, processor: Theirs, rows: int) -> None:
+    def __init__(self, processor: Processors, rows: int) -> None:
         self._name = type(processor).__name__
         self._copies = [_copied(_parts(processor)) for _ in range(rows)]
-        self._ahead = [1] * rows
+        self._unseen = [1] * rows
         """How many tokens each row has got since its copy was called; the prompt counts as 1."""
         self._last: tuple[Tensor, Tensor] | None = None
 
     def extend(self, tokens: Tensor) -> None:
-        self._ahead = [ahead + tokens.shape[1] for ahead in self._ahead]
+        self._unseen = [unseen + tokens.shape[1] for unseen in self._unseen]
 
     def select(self, parents: Sequence[int]) -> None:
         old = self._copies
-        # The first heir takes the copy itself.
+        # The first row that comes of a parent takes its copy, the others copy it.
         self._copies = [
             _copied(old[parent]) if parent in parents[:row] else old[parent]
             for row, parent in enumerate(parents)
         ]
-        self._ahead = [self._ahead[parent] for parent in parents]
+        self._unseen = [self._unseen[parent] for parent in parents]
         self._last = None
 
     def rewind(self, counts: Sequence[int]) -> None:
-        self._ahead = [ahead - n for ahead, n in zip(self._ahead, counts, strict=True)]
-        if min(self._ahead) < 0:
+        self._unseen = [unseen - n for unseen, n in zip(self._unseen, counts, strict=True)]
+        if min(self._unseen) < 0:
             raise self._lost("taken back")
 
-    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
-        if max(self._ahead) == 0 and self._last and torch.equal(self._last[0], logits):
-            return self._last[1]  # asked again, to explain an error
-        if set(self._ahead) != {1}:
-            raise self._lost("tried out" if min(self._ahead) == 0 else "added several at a time")
-        self._ahead = [0] * len(rows)
+    def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
+        if max(self._unseen) == 0 and self._last and torch.equal(self._last[0], logits):
+            return self._last[1]  # decoding repeats a call to explain an error
+        if set(self._unseen) != {1}:
+            raise self._lost("tried out" if min(self._unseen) == 0 else "added several at a time")
+        self._unseen = [0] * len(rows)
         self._last = logits, _each_row(self._copies, logits, rows)
         return self._last[1]
 
-    def _lost(self, what: str) -> IncompatibleError:
-        return IncompatibleError(
+    def _lost(self, what: str) -> gptk.IncompatibleError:
+        return gptk.IncompatibleError(
             f"{self._name} keeps state that can only follow one token a step, and tokens were "
             f"{what}; use a sampler that does not look ahead and no draft, or stateful=False if "
             "the processor is a function of tokens and scores"
@@ -256,7 +256,7 @@ _STATEFUL = (
 
 
 def _problem(part: Any) -> str | None:
-    """Why a processor cannot work on single rows, or None."""
+    """Why a processor cannot process rows separately, or None."""
     name = type(part).__name__
     if not isinstance(part, logits_process.LogitsProcessor):
         return "it is not a transformers LogitsProcessor"
@@ -280,12 +280,12 @@ def _problem(part: Any) -> str | None:
     return None
 
 
-def _parts(processor: Theirs) -> list[Any]:
+def _parts(processor: Processors) -> list[Any]:
     return list(processor) if isinstance(processor, list) else [processor]
 
 
 def _copied(parts: list[Any]) -> list[Any]:
-    """Copies with a state of their own; models and tokenizers in them stay the same objects."""
+    """Copies that share no state with the originals but models and tokenizers."""
     shared = {
         id(value): value
         for part in parts
@@ -296,16 +296,16 @@ def _copied(parts: list[Any]) -> list[Any]:
         return copy.deepcopy(parts, shared)
     except Exception as error:
         names = ", ".join(type(part).__name__ for part in parts)
-        raise OptionError(
+        raise gptk.OptionError(
             f"{names}: its state cannot be copied for each row ({type(error).__name__}: {error})"
         ) from None
 
 
-def _each_row(parts: Sequence[list[Any]], logits: Tensor, rows: Rows) -> Tensor:
-    """The logits after parts[i] on row i, without the padding."""
+def _each_row(parts: Sequence[list[Any]], logits: Tensor, rows: gptk.Rows) -> Tensor:
+    """The logits of each row i after the processors parts[i], called without padding."""
     tokens = rows.tokens
     processed = []
-    # A copy, since some processors write into the scores they are given.
+    # A copy, since some processors write into their scores.
     for row, scores in enumerate(torch.split(logits.clone(), 1)):
         ids = tokens[row : row + 1, : rows.lengths[row]]
         for part in parts[row]:
@@ -323,12 +323,12 @@ def _allowed(
     return allowed(prompt, tokens)
 
 
-def _read_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _read_tokenizer(tokenizer: PreTrainedTokenizerBase) -> gptk.Tokenizer:
     if not getattr(tokenizer, "is_fast", False):
-        raise TokenizerError(
+        raise gptk.TokenizerError(
             f"{type(tokenizer).__name__} has no tokenizer.json to read; give a fast tokenizer of "
-            "transformers, or one of gptk's"
+            "transformers, or a gptk.Tokenizer"
         )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return load_tokenizer(folder)
+        return gptk.load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""The `gptk` program: one command a file, imported when it is run.
+"""The `gptk` program: each command is a file, imported when the command is run.
 
 `gptk --help` imports neither torch nor plug-ins; commands that plug-ins add are looked up when
 a name is not one of gptk's own.
@@ -71,9 +71,9 @@ class _Commands(click.Group):
         formatter.write_text("Plug-ins may add commands: `gptk plugins` lists them.")
 
 
-def _take_in(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> None:
-    """Register the files of --plugin. A callback: before commands, which they may add, are
-    looked up."""
+def _register_files(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> None:
+    """Register the files of --plugin. As a callback it runs before commands are looked up, which
+    the files may add."""
     if files and not ctx.resilient_parsing:
         from gptk.plugins.files import register_file
 
@@ -89,7 +89,7 @@ def _take_in(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> 
     metavar="FILE.py",
     multiple=True,
     expose_value=False,
-    callback=_take_in,
+    callback=_register_files,
     help="Take in the plug-in in this file, for this one command. Repeatable.",
 )
 def cli(debug: bool) -> None:
@@ -126,18 +126,20 @@ def main() -> NoReturn:
             traceback.print_exc()
         _fail(str(error), error.exit_code)
     finally:
-        # Python looks for garbage as it ends: 0.3 s among all that PyTorch has made.
+        # At exit Python collects garbage, which takes 0.3 s with all of PyTorch's objects.
         gc.freeze()
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **to: Any) -> None:
-    """A plug-in's warning as a line of gptk's own; any other as Python shows it."""
+def _show_warning(
+    message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
+) -> None:
+    """Show a PluginWarning as a line `gptk: …`, and any other warning as Python does."""
     from gptk.plugins.registry import PluginWarning
 
     if issubclass(category, PluginWarning):
         click.echo(f"gptk: {message}", err=True)
     else:
-        _show_any_warning(message, category, *place, **to)
+        _show_any_warning(message, category, *args, **kwargs)
 
 
 _show_any_warning = warnings.showwarning
@@ -149,9 +151,9 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
-    """A line on stderr for each plug-in that could not be loaded.
+    """Print a line on stderr for each plug-in that could not be loaded.
 
-    kinds: those that a command uses; others are then not looked at, which takes time.
+    kinds: those that a command uses; the hooks of others are then not called, which saves time.
     """
     from gptk.plugins.kinds import KINDS
     from gptk.plugins.registry import failures, reserve_commands

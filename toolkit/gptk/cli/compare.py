@@ -1,10 +1,9 @@
 """`gptk compare`: samplers side by side on the same prompts."""
 
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -12,14 +11,15 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.generate import read_prompts
+from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
 
 if TYPE_CHECKING:
     from gptk.measure.comparison import Comparison
 
 _NOTE = (
     "log p: mean log-probability of the new tokens under the model itself, nats a token. "
-    "distinct-n: different n-grams by n-grams of a prompt's results. seq-rep-4: share of repeated "
-    "4-grams in a text. self-BLEU: how alike the results of a prompt are."
+    "distinct-n: distinct n-grams / all n-grams of a prompt's results. seq-rep-4: share of "
+    "repeated 4-grams in a text. self-BLEU: how alike the results of a prompt are."
 )
 _SAMPLE = 160  # characters
 
@@ -55,28 +55,9 @@ _SAMPLE = 160  # characters
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same for all samplers.")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
-    "installed.",
-)
-@click.option(
-    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["int8", "int4", "stored"]),
-    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
-    "faster on a CPU.",
-)
+@model_option
+@tokenizer_option
+@precision_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with all texts.")
 @click.option(
     "--plot",
@@ -118,7 +99,7 @@ def command(
     from gptk.plots.style import check_format
     from gptk.plugins.creating import create
 
-    # Mistakes are told before the model is loaded.
+    # Report mistakes before the model is loaded.
     check_samplers(samplers, n)
     for processor in processors:
         create("processor", processor, LogitsProcessor)
@@ -130,7 +111,7 @@ def command(
 
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed}
-    with _progress() as progress:
+    with progress_bar("Comparing") as progress:
         compared = compare(
             lm, prompts, samplers, processors=processors, progress=progress, **settings
         )
@@ -153,8 +134,8 @@ def _as_object(
     compared: "Sequence[Comparison]",
 ) -> dict[str, Any]:
     listed = []
-    for one in compared:
-        metrics = dataclasses.asdict(one)
+    for comparison in compared:
+        metrics = dataclasses.asdict(comparison)
         about = {key: metrics.pop(key) for key in ("sampler", "random", "results")}
         texts = metrics.pop("texts")
         listed.append({**about, "metrics": metrics, "texts": texts})
@@ -178,40 +159,26 @@ def _print(compared: "Sequence[Comparison]", n: int) -> None:
     ):  # fmt: skip
         table.add_column(column, justify="right")
     table.add_column("Text", overflow="fold", min_width=20)
-    for one in compared:
-        given = max(map(len, one.texts), default=0)
-        sample = " ".join(one.texts[0][0].split())
+    for c in compared:
+        results = max(map(len, c.texts), default=0)
+        sample = " ".join(c.texts[0][0].split())
         table.add_row(
-            Text(one.sampler),
-            str(given) if given == n else f"{given} of {n}",
-            *map(_number, (one.mean_logprob, one.distinct_1, one.distinct_2)),
-            *map(_number, (one.seq_rep_4, one.self_bleu)),
-            f"{one.tokens_per_second:.1f}",
+            Text(c.sampler),
+            str(results) if results == n else f"{results} of {n}",
+            *map(_number, (c.mean_logprob, c.distinct_1, c.distinct_2)),
+            *map(_number, (c.seq_rep_4, c.self_bleu)),
+            f"{c.tokens_per_second:.1f}",
             Text(sample if len(sample) <= _SAMPLE else sample[: _SAMPLE - 1] + "…"),
         )
-    # As wide as the terminal; piped, wide enough to be read.
+    # As wide as the terminal; in a pipe wide enough for a table.
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    for one in compared:
-        if one.results < n:
-            many = "one result" if one.results == 1 else f"at most {one.results} results"
-            console.print(Text(f"{one.sampler} has {many} for a prompt."))
+    for c in compared:
+        if c.results < n:
+            many = "one result" if c.results == 1 else f"at most {c.results} results"
+            console.print(Text(f"{c.sampler} has {many} for a prompt."))
     console.print(Text(_NOTE, style="dim"))
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """On a terminal, a progress bar on standard error."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Comparing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

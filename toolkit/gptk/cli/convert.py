@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     type=click.Choice(["stored", "float32", "bfloat16", "float16"]),
     default="stored",
     show_default=True,
-    help="stored: one that holds the stored weights exactly.",
+    help="stored: the smallest type that holds the stored weights exactly.",
 )
 @click.option(
     "--tokenizer",
     metavar="SPEC",
-    help="Instead of the model's own: gpt2, bytes, a file, … or none to write none.",
+    help="Instead of the model's own: gpt2, bytes, a file, … or none to write no tokenizer.",
 )
 def command(source: str, target: Path, format_: str, dtype: str, tokenizer: str | None) -> None:
-    """Write the model SOURCE, whatever `gptk generate --model` takes, to the directory TARGET.
+    """Write the model SOURCE, anything that `gptk generate --model` takes, to the directory TARGET.
 
-    TARGET is there whole or not at all; only what is a directory of that format and holds nothing
-    else is overwritten.
+    TARGET is written completely or not at all. An existing TARGET is overwritten only if it is a
+    directory of that format with no other files.
     """
     warn_of_failures()
     from gptk.hooks.weights import WeightWriter
@@ -53,24 +53,24 @@ def command(source: str, target: Path, format_: str, dtype: str, tokenizer: str 
     writer = create("writer", format_, WeightWriter)
     _check_target(target, writer.name)
     checkpoint = load_checkpoint(source)
-    stored_with = _tokenizer(checkpoint, tokenizer)
+    written_tokenizer = _tokenizer(checkpoint, tokenizer)
     model = build_model(checkpoint, "cpu", _dtype(checkpoint, dtype))
     write_directory(
         target,
-        lambda folder: writer.write(folder, model, stored_with),
+        lambda folder: writer.write(folder, model, written_tokenizer),
         what=f"{writer.name} model",
     )
-    files = [one for one in target.rglob("*") if one.is_file()]
+    files = [path for path in target.rglob("*") if path.is_file()]
     click.echo(
-        f"{target}: {writer.name}, {sum(one.numel() for one in model.parameters()):,} parameters "
+        f"{target}: {writer.name}, {sum(p.numel() for p in model.parameters()):,} parameters "
         f"in {str(model.dtype).removeprefix('torch.')}, "
-        f"{'without tokenizer' if stored_with is None else 'with tokenizer'}, {len(files)} files, "
-        f"{sum(one.stat().st_size for one in files):,} bytes"
+        f"{'without' if written_tokenizer is None else 'with'} tokenizer, {len(files)} files, "
+        f"{sum(path.stat().st_size for path in files):,} bytes"
     )
 
 
 def _check_target(target: Path, format_: str) -> None:
-    """Tell at once what the writing would find out at its end."""
+    """Raises SourceError if the target may not be overwritten, before the model is read."""
     from gptk.errors import SourceError
     from gptk.plugins.registry import provided
 
@@ -78,7 +78,7 @@ def _check_target(target: Path, format_: str) -> None:
         return
     loader = provided("loader").get(format_)
     if not target.is_dir() or (loader and not loader.item.matches(str(target))):
-        raise SourceError(f"{target} is there and is no {format_} model; it is not overwritten")
+        raise SourceError(f"{target} exists and is no {format_} model; it is not overwritten")
 
 
 def _tokenizer(checkpoint: "Checkpoint", spec: str | None) -> "Tokenizer | None":
@@ -99,13 +99,13 @@ def _tokenizer(checkpoint: "Checkpoint", spec: str | None) -> "Tokenizer | None"
 
 
 def _dtype(checkpoint: "Checkpoint", name: str) -> "torch.dtype":
-    """By name; `stored` is what holds all the stored weights, float32 at most."""
+    """A dtype by name; `stored` is one that holds all stored weights, float32 at most."""
     import torch
 
     from gptk.system.devices import DTYPES
 
     if name in DTYPES:
         return DTYPES[name]
-    stored = {one.dtype for one in checkpoint.state.values()}
+    stored = {tensor.dtype for tensor in checkpoint.state.values()}
     dtype = functools.reduce(torch.promote_types, stored)
     return dtype if dtype in DTYPES.values() else torch.float32

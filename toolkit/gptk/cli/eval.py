@@ -1,28 +1,22 @@
 """`gptk eval`: loss, perplexity and bits per byte of a text."""
 
-import contextlib
 import dataclasses
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
 
 if TYPE_CHECKING:
     from gptk.measure.evaluation import Evaluation
 
 
 @click.command("eval")
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
-    "installed.",
-)
+@model_option
 @click.option(
     "--data",
     "sources",
@@ -31,9 +25,7 @@ if TYPE_CHECKING:
     required=True,
     help="A text file, a folder, or builtin:python-docs. Repeat for several.",
 )
-@click.option(
-    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
-)
+@tokenizer_option
 @click.option(
     "--stride",
     type=click.IntRange(min=1),
@@ -49,19 +41,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2),
     help="Evaluate only so many tokens, from the beginning.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["int8", "int4", "stored"]),
-    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
-    "faster on a CPU.",
-)
+@precision_options
 @click.option("--json", "as_json", is_flag=True, help="A JSON object.")
 def command(
     model: str | None,
@@ -87,11 +67,11 @@ def command(
     from gptk.language_model import load
     from gptk.measure.evaluation import evaluate
 
-    find_sources(sources)  # mistakes are told before the model is loaded
+    find_sources(sources)  # report mistakes before the model is loaded
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     tokens = prepare_tokens(sources, lm.tokenizer).tokens[:max_tokens]
     start = time.perf_counter()
-    with _progress() as progress:
+    with progress_bar("Evaluating") as progress:
         result = evaluate(lm, tokens, stride=stride, batch_size=batch_size, progress=progress)
     speed = result.tokens / (time.perf_counter() - start)
     if as_json:
@@ -113,17 +93,3 @@ def _print(result: "Evaluation", speed: float) -> None:
         ("speed", f"{speed:,.1f} tokens/s"),
     ):
         click.echo(f"{label:<13}  {value}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """On a terminal, a progress bar on standard error."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Evaluating")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,31 +5,27 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.shared import model_option, precision_options, tokenizer_option
 from gptk.errors import DecodingError, OptionError
 from gptk.spec import unescape
 
 if TYPE_CHECKING:
+    from gptk.decoding.prompts import Prompt
+    from gptk.decoding.stream import Stream
     from gptk.hooks.observing import DecodingObserver
     from gptk.hooks.results import Generation
-    from gptk.language_model import LanguageModel, Prompt, Stream
+    from gptk.language_model import LanguageModel
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@click.option(
-    "--model",
-    metavar="MODEL",
-    help="smollm2, a path, a hub id, or a loader spec. Default: $GPTK_MODEL, else SmolLM2 where "
-    "installed.",
-)
-@click.option(
-    "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
-)
+@model_option
+@tokenizer_option
 @click.option(
     "--sampler",
     metavar="SPEC",
@@ -66,25 +62,13 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help=r"Text that ends the continuation; \n and \t mean what they do in C. Repeatable.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-)
-@click.option(
-    "--quantize",
-    type=click.Choice(["int8", "int4", "stored"]),
-    help="Round the weights of linear layers, or keep them as a GGUF file has them: less memory, "
-    "faster on a CPU.",
-)
+@precision_options
 @click.option(
     "--compile",
     "compiled",
     is_flag=True,
     help="Compile the step that decodes one row: on a CPU a minute the first time, then a third or "
-    "more faster; on CUDA a graph. For a single text; beams and batches run as ever.",
+    "more faster; on CUDA a graph. For a single text; beams and batches run uncompiled.",
 )
 @click.option(
     "--overflow",
@@ -155,61 +139,53 @@ def command(
         raise click.UsageError("--chat needs a message")
     used = {"processor": settings["processors"], "drafter": settings["draft"]}
     used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
-    warn_of_failures(["sampler", "loader", *(kind for kind, given in used.items() if given)])
-    from gptk.decoding.drafters import make_drafter
-    from gptk.decoding.run import check_draft
-    from gptk.hooks.observing import DecodingObserver
-    from gptk.hooks.sampling import LogitsProcessor, Sampler
+    warn_of_failures(["sampler", "loader", *(kind for kind, value in used.items() if value)])
+    from gptk.decoding.settings import check_settings
     from gptk.language_model import load
-    from gptk.plugins.creating import create
 
-    # Mistakes are told before the model is loaded.
-    sampler = create("sampler", settings["sampler"], Sampler)
-    sampler.max_rows(settings["n"])
-    if settings["draft"] is not None:
-        make_drafter(settings["draft"])
-        check_draft(sampler)
-    for processor in settings["processors"]:
-        create("processor", processor, LogitsProcessor)
-    watching = [create("decoding-observer", spec, DecodingObserver) for spec in observers]
-    if trace is not None:
-        watching.append(_writing_to(trace))
+    settings["stop"] = [unescape(text) for text in stop]
+    settings["observers"] = [*observers, *([] if trace is None else [_trace_observer(trace)])]
+    check_settings(**settings)  # mistakes are told before the model is loaded
     template = _read_template(chat_template)
+
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     if compiled:
         _compile(lm)
-    given: Sequence[Prompt] = prompts
+    inputs: Sequence[Prompt] = prompts
     if chat:
         from gptk.text.chat import conversation, encode_chat
 
-        given = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
-    stream = lm.stream_batch(
-        given, stop=[unescape(text) for text in stop], observers=watching, **settings
-    )
-    print_pieces = stream.live and not (as_json or no_stream)
+        inputs = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
+    stream = lm.stream_batch(inputs, **settings)
+    _print_stream(stream, prompts, settings, as_json=as_json, at_the_end=as_json or no_stream)
+
+
+def _print_stream(
+    stream: "Stream",
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    *,
+    as_json: bool,
+    at_the_end: bool,
+) -> None:
+    """Run a stream to its end and print the results, even if Ctrl-C or an error ends it.
+
+    Exits with 130 after Ctrl-C. Raises the DecodingError that ended it.
+    """
+    print_pieces = stream.live and not at_the_end
     start = time.perf_counter()
-    interrupted = False
-    failure: DecodingError | None = None
+    ended_by: KeyboardInterrupt | DecodingError | None = None
     try:
         for piece in _with_progress(stream, settings["max_new_tokens"]):
             if print_pieces and piece:
                 click.echo(piece, nl=False)
                 sys.stdout.flush()
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, DecodingError) as error:
+        ended_by = error
         try:
             rest = stream.interrupt()
-        except DecodingError:  # there is nothing yet
-            sys.exit(130)
-        if print_pieces:
-            click.echo(rest, nl=False)
-    except DecodingError as error:
-        # What there is until then is printed all the same.
-        failure = error
-        try:
-            rest = stream.interrupt()
-        except DecodingError:
-            raise error from None
+        except DecodingError:  # there are no results yet
+            _end(ended_by)
         if print_pieces:
             click.echo(rest, nl=False)
     seconds = time.perf_counter() - start
@@ -218,13 +194,18 @@ def command(
     else:
         _print_results(prompts, stream.results, settings, as_json=as_json)
     _print_closing_line(stream, seconds, seed_given=settings["seed"] is not None)
-    if interrupted:
+    if ended_by is not None:
+        _end(ended_by)
+
+
+def _end(error: KeyboardInterrupt | DecodingError) -> NoReturn:
+    """Exit with 130 after Ctrl-C; otherwise raise the error."""
+    if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
-    if failure is not None:
-        raise failure
+    raise error from None
 
 
-def _writing_to(path: str) -> "DecodingObserver":
+def _trace_observer(path: str) -> "DecodingObserver":
     """The first observer that writes a trace to a file. Raises OptionError if there is none."""
     from gptk.plugins.blame import ask
     from gptk.plugins.registry import provided
@@ -237,9 +218,11 @@ def _writing_to(path: str) -> "DecodingObserver":
 
 
 def _compile(lm: "LanguageModel") -> None:
-    """Compile the model's step, with a word about it where that takes time."""
+    """Compile the model's step; print a line before and after if that takes time."""
     from gptk.model.compiled import compile_step
+    from gptk.model.gpt import GPT
 
+    assert isinstance(lm.model, GPT)  # as `load` makes it
     start = time.perf_counter()
     announced = []
 
@@ -290,7 +273,7 @@ def _read_template(file: IO[str] | None) -> str | None:
 
 
 def _with_progress(stream: "Stream", steps: int) -> Any:
-    """The stream's pieces; on a terminal with a progress bar where no text comes meanwhile."""
+    """The stream's pieces; on a terminal with a progress bar unless they have text."""
     if stream.live or not sys.stderr.isatty():
         yield from stream
         return
@@ -316,25 +299,25 @@ def _print_results(
         for prompt, result in zip(prompts, results, strict=True):
             click.echo(json.dumps({"prompt": prompt, **used, **dataclasses.asdict(result)}))
         return
-    alone = len(prompts) == 1 and not results[0].alternatives
+    is_only_text = len(prompts) == 1 and not results[0].alternatives
     for prompt, result in zip(prompts, results, strict=True):
-        for number, one in enumerate((result, *result.alternatives), start=1):
-            if not alone:
-                click.echo(f"--- {prompt!r} [{number}] score {one.score:.4f}")
-            click.echo(one.text)
+        for number, generation in enumerate((result, *result.alternatives), start=1):
+            if not is_only_text:
+                click.echo(f"--- {prompt!r} [{number}] score {generation.score:.4f}")
+            click.echo(generation.text)
 
 
 def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -> None:
-    everything = [one for best in stream.results for one in (best, *best.alternatives)]
-    tokens = sum(len(one.tokens) for one in everything)
-    reasons = ", ".join(sorted({one.finish_reason for one in everything}))
+    generations = [g for best in stream.results for g in (best, *best.alternatives)]
+    tokens = sum(len(g.tokens) for g in generations)
+    reasons = ", ".join(sorted({g.finish_reason for g in generations}))
     line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"
-    if any(one.complete is False for one in everything):
+    if any(g.complete is False for g in generations):
         line += ", incomplete"
     if stream.acceptance is not None:
         right, guessed = stream.acceptance.accepted, stream.acceptance.guessed
         share = f" ({right / guessed:.0%})" if guessed else ""
         line += f", {right} of {guessed} guesses accepted{share}"
     if stream.draws and not seed_given:
-        line += f", seed: {everything[0].seed}"
+        line += f", seed: {generations[0].seed}"
     click.echo(line, err=True)

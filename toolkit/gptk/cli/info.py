@@ -1,4 +1,4 @@
-"""`gptk info`: what a model is made of."""
+"""`gptk info`: configuration, size and tokenizer of a model."""
 
 import dataclasses
 from collections import Counter
@@ -46,8 +46,8 @@ def command(model: str | None) -> None:
         click.echo(f"  {option}: {_sizes(bytes_in_memory(checkpoint, option.split()[1], {}))}")
     if bits:
         click.echo(f"  --quantize stored: {_sizes(bytes_in_memory(checkpoint, 'bfloat16', bits))}")
-    against = kernels.reason_against()
-    click.echo(f"kernels: {'gptk and PyTorch' if against is None else f'PyTorch ({against})'}")
+    reason = kernels.reason_against()
+    click.echo(f"kernels: {'gptk and PyTorch' if reason is None else f'PyTorch ({reason})'}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
@@ -71,8 +71,11 @@ def command(model: str | None) -> None:
 def bytes_in_memory(
     checkpoint: "Checkpoint", precision: str, bits: "Mapping[str, int]"
 ) -> "Counter[str]":
-    """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` has them once it is
-    loaded. bits: of the matrices that stay as they are stored, by name."""
+    """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` gives them after loading.
+
+    precision: float32, bfloat16, int8 or int4. bits: the bits of the matrices that stay quantized
+    as stored, by name.
+    """
     from gptk import kernels
     from gptk.model.levels import GROUP
     from gptk.model.linear import Linear
@@ -87,12 +90,12 @@ def bytes_in_memory(
             kind, shape = plain, parameter.shape
             tied = module is model.head and checkpoint.config.tied_head
             if isinstance(module, Linear) and name == "weight":
-                kept = bits.get("embed.weight" if tied else f"{path}.weight")
-                if kept is not None:
-                    kind = f"int{kept}"
+                stored_bits = bits.get("embed.weight" if tied else f"{path}.weight")
+                if stored_bits is not None:
+                    kind = f"int{stored_bits}"
                 elif precision.startswith("int") and shape[1] % GROUP == 0:
                     kind = precision
-            # The embedding itself, unless PyTorch's kernel has it packed once more.
+            # A tied head is the embedding itself, unless PyTorch's kernel has a packed copy of it.
             if tied and (kind == "float32" or (kind == plain and kernels.available())):
                 continue
             groups = kind == "int8" and bool(bits)

@@ -1,4 +1,4 @@
-"""`gptk plugins`: what there is, whose it is, and how to use it."""
+"""`gptk plugins`: list the installed plug-ins, show one, or begin a new one."""
 
 import inspect
 import shlex
@@ -19,7 +19,7 @@ from gptk.plugins.registry import Provided, provided, summary
 from gptk.scaffold import SCAFFOLDS, first_command, write_package
 
 # How a plug-in of each kind is used; {} is its spec string.
-_USES = {
+USES = {
     "sampler": 'gptk generate "Once upon a time" --sampler {}',
     "processor": 'gptk generate "Once upon a time" --sampler multinomial --processor {}',
     "drafter": 'gptk generate "one two three one two" --draft {}',
@@ -46,14 +46,16 @@ def command(ctx: click.Context) -> None:
     for column in ("Kind", "Name", "Distribution", "What it does"):
         table.add_column(column, overflow="fold")
     for kind in KINDS:
-        for one in provided(kind).values():
-            table.add_row(kind, one.name, one.distribution, Text(summary(one.item)))
+        for plugin in provided(kind).values():
+            table.add_row(kind, plugin.name, plugin.distribution, Text(summary(plugin.item)))
     _console().print(table)
 
 
 @command.command("show")
 @click.argument("name")
-@click.option("--kind", type=click.Choice(list(KINDS)), help="Where several kinds share a name.")
+@click.option(
+    "--kind", type=click.Choice(list(KINDS)), help="If several kinds have a plug-in of that name."
+)
 def show(name: str, kind: str | None) -> None:
     """Show the options of plug-ins called NAME, with bounds, defaults and an example."""
     if name in COMMANDS and kind in (None, "command"):
@@ -67,15 +69,15 @@ def show(name: str, kind: str | None) -> None:
         raise UnknownNameError(
             f"no {kind or 'plug-in'} is called {name!r}; {suggest(name, names, what=what)}"
         )
-    for index, one in enumerate(found):
+    for index, plugin in enumerate(found):
         if index:
             click.echo()
-        _show(one)
+        _show(plugin)
 
 
 @command.command("new")
 @click.argument("name")
-@click.option("--kind", type=click.Choice(SCAFFOLDS), required=True, help="What it provides.")
+@click.option("--kind", type=click.Choice(SCAFFOLDS), required=True, help="The kind of plug-in.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -83,9 +85,9 @@ def show(name: str, kind: str | None) -> None:
     help="The folder to write. Default: gptk-NAME.",
 )
 def new(name: str, kind: str, out: Path | None) -> None:
-    """Write a package with a plug-in called NAME: code that works, tests, and all it needs.
+    """Write a package with a plug-in called NAME: working code, tests and packaging.
 
-    The plug-in is an example of its kind, in a few lines, to put your own in place of.
+    The plug-in is a short example of its kind, to be replaced by your own.
     """
     folder = write_package(name, kind, out)
     click.echo(f"{folder}: a package with the {kind} {name}. Go on with:\n")
@@ -98,11 +100,11 @@ def new(name: str, kind: str, out: Path | None) -> None:
         click.echo(f"  {line}")
 
 
-def _show(one: Provided) -> None:
+def _show(plugin: Provided) -> None:
     console = _console()
-    console.print(f"[bold]{one.kind} {one.name}[/] ({one.distribution})", highlight=False)
-    item: Any = one.item
-    if one.kind == "command":
+    console.print(f"[bold]{plugin.kind} {plugin.name}[/] ({plugin.distribution})", highlight=False)
+    item: Any = plugin.item
+    if plugin.kind == "command":
         click.echo(summary(item))
     else:
         click.echo(inspect.getdoc(item) or "")
@@ -116,12 +118,12 @@ def _show(one: Provided) -> None:
             console.print(table)
         else:
             click.echo("No options.")
-    if one.kind in _USES:
+    if plugin.kind in USES:
         example = getattr(item, "example", "")
-        spec = f"{one.name}:{example}" if example else one.name
-        click.echo(f"Example: {_USES[one.kind].format(shlex.quote(spec))}")
+        spec = f"{plugin.name}:{example}" if example else plugin.name
+        click.echo(f"Example: {USES[plugin.kind].format(shlex.quote(spec))}")
 
 
 def _console() -> Console:
-    """As wide as the terminal; piped, wide enough that no line is folded."""
+    """As wide as the terminal; if piped, wide enough that no line is folded."""
     return Console(width=None if sys.stdout.isatty() else 1000)

@@ -1,4 +1,4 @@
-"""`gptk train`: train a model from nothing, or go on from loaded weights or an interrupted run."""
+"""`gptk train`: train a new model, a loaded one, or go on with an interrupted run."""
 
 import os
 import shlex
@@ -75,6 +75,7 @@ def command(
         return
     warn_of_failures()
     settings = None if resume is not None else read_config(config, changes)
+    from gptk.system.memory import keep_freed_memory
     from gptk.training.trainer import Trainer
 
     progress = _Progress()
@@ -82,9 +83,11 @@ def command(
         assert resume is not None
         trainer = Trainer.resume(resume, changes, shard=shard, listeners=[progress])
     else:
-        # Runs that are started in the same second have names of their own.
+        # With the process id, since two runs may be started in the same second.
         run = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{os.getpid()}"
         trainer = Trainer.start(settings, run, shard=shard, listeners=[progress])
+    if trainer.model.device.type == "cpu":
+        keep_freed_memory()
     try:
         ending = _train(trainer, progress)
     finally:
@@ -146,8 +149,8 @@ class _Progress(TrainingListener):
             )
         elif kind == "sample":
             text = " ".join((record["prompt"] + record["text"]).split())
-            # An untrained model says control characters, too.
-            self._line("  " + "".join(one if one.isprintable() else "\ufffd" for one in text))
+            # An untrained model writes control characters, too.
+            self._line("  " + "".join(c if c.isprintable() else "\ufffd" for c in text))
 
     def close(self) -> None:
         self._clear()
@@ -157,8 +160,8 @@ class _Progress(TrainingListener):
             self._line(f"step {record['step']:,}: skipped, loss {record['loss']}")
             return
         speed = record["tokens_per_second"]
-        tokens_a_step = record["tokens"] / record["step"]
-        left = (self.total_steps - record["step"]) * tokens_a_step / max(speed, 1e-9)
+        tokens_per_step = record["tokens"] / record["step"]
+        left = (self.total_steps - record["step"]) * tokens_per_step / max(speed, 1e-9)
         text = (
             f"step {record['step']:,}/{self.total_steps:,}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.2e}  {speed:,.0f} tokens/s  {_duration(left)} left"

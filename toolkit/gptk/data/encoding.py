@@ -1,9 +1,9 @@
 """Text of any length to token ids, a chunk at a time.
 
-A chunk ends only where the tokenizer splits the text anyway, so the ids are those of the whole
-text at once: after a line break or before a space that stands between two characters that are no
-spaces, and only if the tokenizer's own split pattern, special tokens and normalization say so of
-that very place. Where there is none, the chunk grows.
+A chunk ends only where the tokenizer itself splits the text, so the ids are those of the whole
+text. Candidates are positions after a line break, or before a space, with a character that is no
+space on either side; the tokenizer's split pattern, special tokens and normalization then decide
+about each. A chunk without such a position grows.
 """
 
 import os
@@ -21,19 +21,19 @@ from gptk.text.tokenizer import Tokenizer
 CHUNK = 1 << 20
 """Characters in a chunk, roughly."""
 
-_CONTEXT = 64  # characters looked at on both sides of a place to cut
-_TRIES = 100  # places of a kind looked at in a chunk, from its end
+_CONTEXT = 64  # characters examined on both sides of a cut
+_TRIES = 100  # candidates of a kind examined in a chunk, from its end
 
 
 def encode_documents(
     documents: Iterable[Iterable[str]], tokenizer: Tokenizer, *, chunk: int = CHUNK
 ) -> Iterator[tuple[bool, np.ndarray]]:
-    """The token ids of documents, in order: whether a document begins, and some of its ids.
+    """The token ids of documents, chunk by chunk: whether the chunk begins a document, and its ids.
 
-    A document comes as pieces of text cut anywhere, of which about `chunk` characters for each
-    processor are held at a time. Its ids are `tokenizer.encode(text)` of all its pieces joined;
-    one without text is left out. Encoding runs in threads: tiktoken works outside the
-    interpreter's lock.
+    A document is an iterable of pieces of text, cut anywhere; about `chunk` characters for each
+    processor are in memory at a time. A document's ids are those of `tokenizer.encode` of its
+    pieces joined; documents without text are left out. Encoding runs in threads: tiktoken releases
+    the interpreter's lock.
     """
     inner = replace(tokenizer, add_bos=False)
 
@@ -46,8 +46,8 @@ def encode_documents(
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[tuple[bool, np.ndarray]]] = deque()
         for document in documents:
-            for place, text in enumerate(cutter.chunks(document, chunk)):
-                pending.append(pool.submit(encode, text, place == 0))
+            for number, text in enumerate(cutter.chunks(document, chunk)):
+                pending.append(pool.submit(encode, text, number == 0))
                 if len(pending) > threads:
                     yield pending.popleft().result()
         while pending:
@@ -55,7 +55,7 @@ def encode_documents(
 
 
 class _Cutter:
-    """Finds the places where cutting a text does not change its tokens."""
+    """Finds positions where cutting a text does not change its tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = list(tokenizer.encoding._special_tokens)
@@ -63,10 +63,11 @@ class _Cutter:
         self._normalization = tokenizer.normalization
         try:
             self._pattern = regex.compile(tokenizer.encoding._pat_str)
-        except regex.error:  # a dialect that only tiktoken knows: then nothing is cut
+        except regex.error:  # a dialect that only tiktoken reads: then nothing is cut
             self._pattern = regex.compile(r"[\s\S]+")
 
     def chunks(self, texts: Iterable[str], size: int) -> Iterator[str]:
+        """The texts joined, in chunks of `size` characters or more."""
         held, searched, wanted = "", 0, size
         for text in texts:
             held += text
@@ -82,36 +83,36 @@ class _Cutter:
             yield held
 
     def _last_cut(self, text: str, start: int) -> int | None:
-        """The last place after `start` to cut at; line breaks come first if one is not far."""
-        far = max(start, len(text) // 2)
-        for character, after, least in (("\n", 1, far), (" ", 0, start), ("\n", 1, start)):
-            at = len(text) - self._right
+        """The last position after `start` to cut at; line breaks in the second half come first."""
+        half = max(start, len(text) // 2)
+        for character, after, least in (("\n", 1, half), (" ", 0, start), ("\n", 1, start)):
+            found = len(text) - self._right
             for _ in range(_TRIES):
-                at = text.rfind(character, max(least, 1), max(at, 0))
-                if at < 0:
+                found = text.rfind(character, max(least, 1), max(found, 0))
+                if found < 0:
                     break
-                alone = not (text[at - 1].isspace() or text[at + 1].isspace())
-                if alone and self._splits(text, at + after):
-                    return at + after
+                single = not (text[found - 1].isspace() or text[found + 1].isspace())
+                if single and self._splits(text, found + after):
+                    return found + after
         return None
 
-    def _splits(self, text: str, at: int) -> bool:
-        """Whether the tokens of text[:at] and text[at:] are those of the text."""
+    def _splits(self, text: str, cut: int) -> bool:
+        """Whether the tokens of text[:cut] and text[cut:] together are those of the text."""
         for token in self._special:
-            if text.find(token, max(at - len(token) + 1, 0), at + len(token) - 1) >= 0:
+            if text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1) >= 0:
                 return False
-        left, right = text[max(at - _CONTEXT, 0) : at], text[at : at + self._right]
-        if self._normalization:  # which neither composes nor reorders anything across a space
+        left, right = text[max(cut - _CONTEXT, 0) : cut], text[cut : cut + self._right]
+        if self._normalization:  # it neither composes nor reorders characters across a space
             left = unicodedata.normalize(self._normalization, left)
             right = unicodedata.normalize(self._normalization, right)
         both = left + right
-        # From wherever the pattern begins to match, the cut changes nothing and is not crossed.
+        # Wherever a match begins, it ends at the same character with and without the cut.
         return all(self._end(both, i) == self._end(left, i) for i in range(len(left))) and all(
             self._end(both, len(left) + i) == self._end(right, i) + len(left)
             for i in range(len(right))
         )
 
     def _end(self, text: str, start: int) -> int:
-        """Where the match at `start` ends, or the character that no match begins with."""
+        """Where the match at `start` ends; without a match, the character after `start`."""
         match = self._pattern.match(text, start)
         return start + 1 if match is None else int(match.end())

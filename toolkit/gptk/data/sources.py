@@ -1,4 +1,4 @@
-"""Texts to train on or to evaluate on: files, folders, and those that come with Python."""
+"""Texts to train on or to evaluate on: files, folders, and texts that come with Python."""
 
 import codecs
 import hashlib
@@ -14,27 +14,25 @@ from gptk.data import encoding
 from gptk.errors import DataError, suggest
 
 TEXT_SUFFIXES = (".markdown", ".md", ".rst", ".text", ".txt")
-"""What counts as text in a folder, in small or capital letters."""
-
-
-# --- Sources
+"""The suffixes of text files in a folder, in small or capital letters."""
 
 BUILTIN = "builtin:"
+"""Begins the name of a text that comes with Python."""
 
 
 def find_sources(names: Sequence[str]) -> list["Source"]:
-    """The files that sources stand for, see `prepare_tokens`.
+    """The files that are named, and those of folders that are named; see `prepare_tokens`.
 
-    Raises DataError for a source that is missing, and if there is none at all.
+    Raises DataError for a file or folder that is missing or empty, and if nothing is named.
     """
     if not names:
         raise DataError("no data is given; name text files, folders, or builtin:python-docs")
-    return [one for name in names for one in _find(name)]
+    return [source for name in names for source in _find(name)]
 
 
 @dataclass
 class Source:
-    """A file, or a text that comes with Python; what is in it is known once it is read."""
+    """A file, or a text that comes with Python."""
 
     name: str
     open: Callable[[], IO[bytes]]
@@ -42,11 +40,12 @@ class Source:
     """In bytes."""
     mtime_ns: int
     n_bytes: int = 0
-    """Without a byte order mark."""
+    """The text's size without a byte order mark; known once `texts` has been read."""
     sha256: str = ""
+    """Of the content; known once `texts` has been read."""
 
     def texts(self) -> Iterator[str]:
-        """The text in pieces, while its sum is taken."""
+        """The text in pieces; sets n_bytes and sha256 at the end."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         digest, read, begun = hashlib.sha256(), 0, False
         for block in self._blocks():
@@ -78,7 +77,7 @@ class Source:
         return digest.hexdigest()
 
     def _blocks(self) -> Iterator[bytes]:
-        """The content in blocks, the last of them empty."""
+        """The content in blocks, then an empty block."""
         try:
             with self.open() as file:
                 while block := file.read(encoding.CHUNK):
@@ -88,28 +87,32 @@ class Source:
             raise DataError(f"{self.name} cannot be read: {error.strerror or error}") from None
 
 
-def _find(source: str) -> list[Source]:
-    """The files that a source stands for."""
-    if source.startswith(BUILTIN):
-        name = source.removeprefix(BUILTIN)
-        if name not in _BUILTINS:
-            raise DataError(
-                f"no text called {source!r} comes with gptk; "
-                f"{suggest(name, _BUILTINS, what='texts')}; files and folders are named by path"
-            )
-        content = _BUILTINS[name]().encode()
-        return [Source(source, lambda: io.BytesIO(content), len(content), 0)]
-    if not source:
+def _find(name: str) -> list[Source]:
+    """The text of that name, the file, or the files of the folder."""
+    if name.startswith(BUILTIN):
+        return [_builtin(name)]
+    if not name:
         raise DataError("a source of data is empty; name a text file, a folder, or a builtin text")
-    path = Path(os.path.expanduser(source)).absolute()
+    path = Path(os.path.expanduser(name)).absolute()
     try:
         if not path.is_dir():
             return [_file(path)]
         if files := _text_files(path):
-            return [_file(one) for one in files]
+            return [_file(file) for file in files]
     except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}") from None
-    raise DataError(f"the folder {source} has no text files ({', '.join(TEXT_SUFFIXES)}) below it")
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from None
+    raise DataError(f"the folder {name} has no text files ({', '.join(TEXT_SUFFIXES)}) below it")
+
+
+def _builtin(name: str) -> Source:
+    text = name.removeprefix(BUILTIN)
+    if text not in _BUILTIN_TEXTS:
+        raise DataError(
+            f"no text called {name!r} comes with gptk; "
+            f"{suggest(text, _BUILTIN_TEXTS, what='texts')}; files and folders are named by path"
+        )
+    content = _BUILTIN_TEXTS[text]().encode()
+    return Source(name, lambda: io.BytesIO(content), len(content), 0)
 
 
 def _file(path: Path) -> Source:
@@ -117,11 +120,12 @@ def _file(path: Path) -> Source:
         what = "is neither a file nor a folder" if path.exists() else "is not there"
         raise DataError(f"the data {path} {what}")
     status = path.stat()
-    name = str(path).encode(errors="backslashreplace").decode()  # of any bytes
+    name = str(path).encode(errors="backslashreplace").decode()  # a path may be any bytes
     return Source(name, lambda: path.open("rb"), status.st_size, status.st_mtime_ns)
 
 
 def _text_files(folder: Path) -> list[Path]:
+    """All text files below a folder, without hidden ones, in the order of their paths."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -138,4 +142,4 @@ def _python_docs() -> str:
     return "".join(topics[key] for key in sorted(topics))
 
 
-_BUILTINS = {"python-docs": _python_docs}
+_BUILTIN_TEXTS = {"python-docs": _python_docs}

@@ -1,14 +1,15 @@
-"""Training data: texts as files of tokens, and windows on them.
+"""Texts as files of tokens, to train on or to evaluate on.
 
 A text is tokenized once, into the folder `tokens` of the user's cache (or of $GPTK_CACHE):
 
-    NAME-KEY.json            the header: tokenizer, counts, and the size, time of change and
+    NAME-KEY.json            the header: tokenizer, counts, and the size, modification time and
                              SHA-256 of each source
     NAME-KEY-SUM.tokens      the token ids, little-endian integers of 2 or 4 bytes, nothing else
 
-KEY stands for the tokenizer and the sources' names, SUM is the start of the tokens' SHA-256. Both
-files are written under another name, synced and renamed, the header last: a preparation that is
-cut off leaves nothing that is taken for whole, and several at once all end with good files.
+KEY is a hash of the tokenizer and the sources' names, SUM the start of the tokens' SHA-256. Both
+files are written under another name, synced and renamed, the header last. So an interrupted
+preparation leaves no incomplete file under these names, and several processes may prepare the same
+text at once.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class TokenFile:
     fingerprint: str
     """A hash of everything that decides how the tokenizer encodes."""
     sha256: str
-    """Of the tokens as they are in the file."""
+    """Of the tokens in the file."""
 
     @property
     def n_tokens(self) -> int:
@@ -63,8 +64,8 @@ class TokenFile:
         """
         if not 0 < ratio < 1:
             raise OptionError(f"train_ratio is {ratio}; it must be between 0 and 1")
-        at = int(ratio * len(self.tokens))
-        return self.tokens[:at], self.tokens[at:]
+        count = int(ratio * len(self.tokens))
+        return self.tokens[:count], self.tokens[count:]
 
 
 def prepare_tokens(
@@ -73,24 +74,24 @@ def prepare_tokens(
     """Tokenize texts into a file in `cache`, or find it there.
 
     sources: text files (UTF-8), folders, or `builtin:python-docs`, the language reference that
-    comes with Python. Of a folder, all files below it that end in one of TEXT_SUFFIXES are taken,
-    in the order of their paths; names that begin with a dot are not. Each file is a document. A
-    document is encoded as `tokenizer.encode` does it (which puts BOS in front where the tokenizer
-    has add_bos); the tokenizer's end-of-text token, eos[0], stands between two documents, and not
-    after the last. A byte order mark is left out; line ends stay as they are.
+    comes with Python. A folder stands for all files below it with one of TEXT_SUFFIXES, in the
+    order of their paths, without names that begin with a dot. Each file is a document. Documents
+    are encoded by `tokenizer.encode` (which puts BOS in front if the tokenizer has add_bos), and
+    separated by the tokenizer's end-of-text token, eos[0]. A byte order mark is left out; line ends
+    stay as they are.
 
-    cache: without, `tokens` in $GPTK_CACHE or in the user's cache folder. A file there serves as
-    long as the sources' sizes and times of change are the same, or their contents.
+    cache: by default `tokens` in $GPTK_CACHE or in the user's cache folder. A file in the cache is
+    used as long as the sources' sizes and modification times, or their contents, are the same.
 
-    Texts may be larger than memory. Raises DataError if a source is missing, cannot be read, is
-    no UTF-8 text, or if there is no text at all; or if the cache cannot be written.
+    Texts may be larger than memory. Raises DataError if a source is missing, cannot be read or is
+    not UTF-8 text, if there is no text at all, or if the cache cannot be written.
     """
-    names = [os.fspath(one) for one in ([sources] if isinstance(sources, str) else sources)]
+    names = [os.fspath(name) for name in ([sources] if isinstance(sources, str) else sources)]
     found = find_sources(names)
     folder = _default_cache() if cache is None else Path(cache)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    key = _digest(json.dumps([fingerprint, [one.name for one in found]]))[:16]
-    stem = re.sub(r"[^\w.-]+", "-", Path(names[0].removeprefix("builtin:")).stem)[:40] or "text"
+    key = _digest(json.dumps([fingerprint, [source.name for source in found]]))[:16]
+    stem = re.sub(r"[^\w.-]+", "-", Path(names[0].removeprefix(BUILTIN)).stem)[:40] or "text"
     base = folder / f"{stem}-{key}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def prepare_tokens(
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of all that decides how a tokenizer encodes a text, and of how documents are set."""
+    """A hash of everything that decides how a tokenizer encodes and separates documents."""
     encoding = tokenizer.encoding
     parts = [
         encoding._pat_str,
@@ -142,11 +143,11 @@ class _Header(pydantic.BaseModel):
 
 
 def _reuse(base: Path, sources: Sequence[Source]) -> TokenFile | None:
-    """The token file that is there, if it is whole and the sources are still the same."""
+    """The token file in the cache, if it is complete and the sources are still the same."""
     header = _read_header(base)
-    if header is None or [one.name for one in header.sources] != [one.name for one in sources]:
+    if header is None or [s.name for s in header.sources] != [s.name for s in sources]:
         return None
-    if [one.size for one in header.sources] != [one.size for one in sources]:
+    if [s.size for s in header.sources] != [s.size for s in sources]:
         return None
     touched = False
     for before, now in zip(header.sources, sources, strict=True):
@@ -164,54 +165,60 @@ def _reuse(base: Path, sources: Sequence[Source]) -> TokenFile | None:
 def _write(
     base: Path, sources: Sequence[Source], tokenizer: Tokenizer, fingerprint: str
 ) -> TokenFile:
+    """Tokenize the sources into a file of tokens and a header."""
     _remove_leftovers(base.parent)
-    dtype = _dtype(tokenizer)
-    digest = hashlib.sha256()
-    n_tokens = documents = 0
-    separator = np.array(tokenizer.eos[:1], dtype=dtype)
     with _temporary(base) as (file, new):
-        texts = (source.texts() for source in sources)
-        for first, ids in encode_documents(texts, tokenizer, chunk=encoding.CHUNK):
-            parts = [separator] if first and documents else []
-            documents += first
-            for part in (*parts, ids.astype(dtype)):
-                data = part.tobytes()
-                digest.update(data)
-                file.write(data)
-                n_tokens += len(part)
-        if not n_tokens:
-            names = ", ".join(one.name for one in sources[:3])
-            raise DataError(f"there is no text in {names}{', …' if len(sources) > 3 else ''}")
-        header = _Header(
-            tokens=f"{base.name}-{digest.hexdigest()[:16]}.tokens",
-            dtype="<u2" if dtype.itemsize == 2 else "<u4",
-            n_tokens=n_tokens,
-            n_bytes=sum(one.n_bytes for one in sources),
-            documents=documents,
-            tokenizer=tokenizer.encoding.name,
-            fingerprint=fingerprint,
-            sha256=digest.hexdigest(),
-            sources=[
-                _SourceHeader(
-                    name=one.name, size=one.size, mtime_ns=one.mtime_ns, sha256=one.sha256
-                )
-                for one in sources
-            ],
-        )
+        header = _write_tokens(file, base.name, sources, tokenizer, fingerprint)
         _finish(file, new, base.parent / header.tokens)
-    # Mapped before the header shows it to others, who may replace it.
+    # Mapped before the header makes it known to other processes, which may replace it.
     if (tokens := _open(base, header)) is None:
         raise DataError(f"another process changed {base.parent}; run this again")
     before = _read_header(base)
     _write_header(base, header)
     if before is not None and before.tokens != header.tokens:
-        with contextlib.suppress(OSError):  # gone already, or in use on Windows
+        with contextlib.suppress(OSError):  # removed already, or in use on Windows
             (base.parent / Path(before.tokens).name).unlink()
     return tokens
 
 
+def _write_tokens(
+    file: IO[bytes], name: str, sources: Sequence[Source], tokenizer: Tokenizer, fingerprint: str
+) -> _Header:
+    """Write the token ids of all sources; name: the start of the files' names."""
+    dtype = _dtype(tokenizer)
+    digest = hashlib.sha256()
+    n_tokens = documents = 0
+    separator = np.array(tokenizer.eos[:1], dtype=dtype)
+    texts = (source.texts() for source in sources)
+    for first, ids in encode_documents(texts, tokenizer, chunk=encoding.CHUNK):
+        parts = [separator] if first and documents else []
+        documents += first
+        for part in (*parts, ids.astype(dtype)):
+            data = part.tobytes()
+            digest.update(data)
+            file.write(data)
+            n_tokens += len(part)
+    if not n_tokens:
+        names = ", ".join(source.name for source in sources[:3])
+        raise DataError(f"there is no text in {names}{', …' if len(sources) > 3 else ''}")
+    return _Header(
+        tokens=f"{name}-{digest.hexdigest()[:16]}.tokens",
+        dtype="<u2" if dtype.itemsize == 2 else "<u4",
+        n_tokens=n_tokens,
+        n_bytes=sum(source.n_bytes for source in sources),
+        documents=documents,
+        tokenizer=tokenizer.encoding.name,
+        fingerprint=fingerprint,
+        sha256=digest.hexdigest(),
+        sources=[
+            _SourceHeader(name=s.name, size=s.size, mtime_ns=s.mtime_ns, sha256=s.sha256)
+            for s in sources
+        ],
+    )
+
+
 def _open(base: Path, header: _Header) -> TokenFile | None:
-    """The file of tokens that a header describes, or None if it is not there whole."""
+    """The file of tokens that a header describes, or None if it is missing or incomplete."""
     path = base.parent / Path(header.tokens).name
     dtype = np.dtype(header.dtype)
     try:
@@ -250,7 +257,7 @@ def _header_path(base: Path) -> Path:
 
 @contextlib.contextmanager
 def _temporary(base: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file beside `base`, which is gone afterwards unless it was renamed."""
+    """A new file beside `base` and its path; removed at the end unless it was renamed."""
     new = base.with_name(f".{base.name}-{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         with new.open("xb") as file:
@@ -263,7 +270,7 @@ _UNFINISHED = ".new"
 
 
 def _finish(file: IO[bytes], new: Path, target: Path) -> None:
-    """Have the disk hold all of a temporary file, and give it its name."""
+    """Sync a temporary file to disk, and rename it to `target`."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -271,7 +278,7 @@ def _finish(file: IO[bytes], new: Path, target: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what preparations that were killed have left, a day after."""
+    """Remove the temporary files of killed preparations, if they are older than a day."""
     for path in folder.glob(f".*{_UNFINISHED}"):
         with contextlib.suppress(OSError):  # another process removed it
             if time.time() - path.stat().st_mtime > 24 * 3600:

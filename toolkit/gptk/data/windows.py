@@ -8,11 +8,11 @@ from gptk.errors import DataError, OptionError
 
 
 class Windows:
-    """Windows of `context_length` tokens, one each `stride` tokens; what follows is the target.
+    """Windows of `context_length` tokens, one every `stride` tokens; targets are the next tokens.
 
     tokens: (n,), integers, perhaps memory-mapped. stride: by default context_length, so that
-    windows do not overlap. There are as many as the book's loader has: a window needs the token
-    after its last, too, and what is left over at the end belongs to none.
+    windows do not overlap. There are as many windows as in the book's loader: a window also needs
+    the token after its last one, and tokens left over at the end are in no window.
 
     Raises OptionError if context_length or stride is under 1.
     """
@@ -29,19 +29,19 @@ class Windows:
         return len(range(0, len(self.tokens) - self.context_length, self.stride))
 
     def start(self, index: int) -> int:
-        """The token where a window begins."""
+        """The index of a window's first token."""
         return index * self.stride
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64, each (len(indices), context_length).
 
-        Raises IndexError for a window that is not there.
+        Raises IndexError for an index out of range.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"there are {len(self)} windows, counted from 0")
-        places = indices[:, None] * self.stride + np.arange(self.context_length + 1)
-        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
+        positions = indices[:, None] * self.stride + np.arange(self.context_length + 1)
+        tokens = torch.from_numpy(self.tokens[positions].astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -49,8 +49,8 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """The order of n windows in one epoch, int64: 0 to n - 1 or, with shuffle, a permutation.
 
     The permutation sorts n raw 64-bit numbers of the Philox generator with the 128-bit key
-    seed + 2**64 * epoch (both modulo 2**64), so it depends on nothing else, and is the same on
-    every machine: numpy keeps the raw streams of its bit generators.
+    seed + 2**64 * epoch (both modulo 2**64). It depends on nothing else, and is the same on every
+    machine: numpy guarantees the raw streams of its bit generators.
     """
     if not shuffle:
         return np.arange(n)
@@ -61,9 +61,9 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 def check_enough(
     windows: Windows, batch: int, *, which: str, context_length: int, train_ratio: float | None
 ) -> None:
-    """Raise DataError unless there are `batch` windows; the message says what to change.
+    """Raise DataError if there are fewer than `batch` windows; the message says what to change.
 
-    which: training or validation. train_ratio: None where the two are different texts.
+    which: training or validation. train_ratio: None if the two are different texts.
     """
     if len(windows) >= batch:
         return

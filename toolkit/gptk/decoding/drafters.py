@@ -1,4 +1,4 @@
-"""A drafter from what a caller names."""
+"""The drafter for the setting `draft`."""
 
 from gptk.errors import OptionError
 from gptk.hooks.drafting import Drafter

@@ -1,66 +1,49 @@
 """The decoding loop, once for every sampler: choose, end rows, move the session, repeat."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gptk.errors import DecodingError, GptkError, IncompatibleError, PluginError
+from gptk.decoding.checks import check_choice, check_draft, check_values
+from gptk.decoding.limits import Extender, Limits
+from gptk.decoding.listeners import Listeners
+from gptk.decoding.processing import Processing
+from gptk.decoding.searches import GoingOn, Searches
+from gptk.decoding.speculation import Acceptance, Speculation
+from gptk.errors import PluginError
 from gptk.hooks.base import Plugin
 from gptk.hooks.choice import Choice
-from gptk.hooks.drafting import Draft, Drafter
-from gptk.hooks.observing import DecodingListener, DecodingObserver, DecodingStep
-from gptk.hooks.results import FinishReason, Hypothesis
+from gptk.hooks.drafting import Drafter
+from gptk.hooks.observing import DecodingObserver
+from gptk.hooks.results import Hypothesis
 from gptk.hooks.sampling import LogitsProcessor, Sampler
-from gptk.plugins.blame import blaming, not_of_a_plugin, warn_of_failure
+from gptk.plugins.blame import blaming
 from gptk.session.rows import Follower
 from gptk.session.session import DecodeSession
 from gptk.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from gptk.hooks.sampling import Process
-
-StopCondition = Callable[[list[int]], bool]
-"""Given a row's tokens, prompt first, whether it ends with the last of them."""
-
 
 @dataclass(frozen=True)
-class Limits:
-    """What ends a row."""
+class Candidates:
+    """A choice's candidates, sorted by what becomes of them."""
 
-    max_new_tokens: int
-    eos: tuple[int, ...] = ()
-    stop: tuple[bytes, ...] = ()
-    conditions: tuple[StopCondition, ...] = ()
-    deadline: float | None = None
-    """In seconds of `time.monotonic`."""
-
-
-@dataclass
-class Search:
-    """The results of one prompt, or of one group of its rows, and what bounds them."""
-
-    limit: int
-    finished: list[Hypothesis] = field(default_factory=list)
-
-
-@dataclass
-class Acceptance:
-    """What became of a draft's guesses."""
-
-    guessed: int = 0
-    accepted: int = 0
+    kept: list[list[GoingOn]]
+    """For each search the rows that can go on."""
+    ended: list[list[Hypothesis]]
+    """For each search the rows that end with this choice."""
+    outcomes: list[Hypothesis | None]
+    """For each candidate the row that it makes; None if it is not taken."""
+    placeholders: dict[int, int]
+    """For each waiting row, by index, the token chosen for it, which is to be discarded."""
 
 
 class Decoding:
-    """One run of a sampler over the rows of a session.
+    """One run of a sampler over the rows of a session. It fulfils the protocol `gptk.Run`.
 
-    Call `step` until `live` is empty, and in the end `close`; `results` can be asked for at any
-    time, also after an error. With a draft, rows run ahead of each other: a row whose next token
-    was not guessed waits until no row has logits left, and then the model reads all at once.
+    Call `step` until `live` is empty, and in the end `close`. `results` may be called at any time,
+    also after an error. With a draft, rows run ahead of each other, see Speculation.
     """
 
     def __init__(
@@ -79,78 +62,48 @@ class Decoding:
         self.sampler = sampler
         self.processors: tuple[LogitsProcessor, ...] = ()
         """In the order they work in, the sampler's own last."""
-        self.limits = limits
         self.tokenizer = tokenizer
-        self._groups = sampler.groups if sampler.competing else 1
-        self._places = sampler.max_rows(n) // self._groups
+        self.steps = 0
+        self.state: object = None
+        """What the sampler's `start` returned."""
         rows = session.rows
         rows.eos, rows.tokenizer = limits.eos, tokenizer
-        window = session.model.config.context_length
         copies = len(rows) // (max(rows.prompts) + 1)
-        self.searches = [
-            Search(
-                limit=limits.max_new_tokens
-                if session.overflow == "slide"
-                else min(limits.max_new_tokens, window - length)
-            )
-            for length in rows.prompt_lengths[::copies]
-            for _ in range(self._groups)
-        ]
-        """For each prompt, and each group of its rows."""
+        self._limits = limits
+        self._searches = Searches(sampler, session, limits, n=n, copies=copies)
+        self._extender = Extender(session, limits, tokenizer)
         self.live = [
-            Hypothesis(
-                prompt=prompt, group=group, sample=0 if self.sampler.competing else row % copies
-            )
+            Hypothesis(prompt=prompt, group=group, sample=0 if sampler.competing else row % copies)
             for row, (prompt, group) in enumerate(zip(rows.prompts, rows.groups, strict=True))
         ]
         """The hypotheses of the session's rows, in their order."""
-        self.steps = 0
-        self.acceptance = Acceptance()
-        self._processes: list[tuple[str, Process]] = []
-        self.state: object = None
-        """What the sampler remembers."""
-        self._drafter = drafter
-        self._draft: Draft | None = None
-        self._offered = [0] * len(rows)
-        """For each row how many guesses are still to be compared."""
-        self._listeners: list[tuple[DecodingObserver, DecodingListener]] = []
-        self._seen: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
-        """For listeners: logits before and after the processors, and what each took out."""
-        self._stand = list(rows.lengths)
-        """The lengths of the rows at the next choice."""
+        self._listeners = Listeners(rows.lengths)
+        self._speculation: Speculation | None = None
         self._choices = 0
         self._plugins: list[Plugin] = [sampler, *processors, *observers]
         self._plugins += [drafter] if drafter is not None else []
         with torch.inference_mode(), blaming(self._plugins):
-            self.processors = (*processors, *sampler.processors())
-            self._plugins += self.processors[len(processors) :]
-            for processor in self.processors:
-                process = processor.start(rows)
-                if not callable(process):
-                    raise PluginError(
-                        f"processor {processor.name}: start() returned {process!r:.80}; it must "
-                        "return what is called at each step"
-                    )
-                self._processes.append((processor.name, process))
-                self._follow(process, f"the state of processor {processor.name}")
-            self.state = sampler.start(self)
-            self._follow(self.state, f"the state of sampler {sampler.name}")
-            if drafter is not None:
-                check_draft(sampler)
-                self._draft = drafter.start(self)
-                if not hasattr(self._draft, "propose"):
-                    raise PluginError(
-                        f"drafter {drafter.name}: start() returned {self._draft!r:.80}; it must "
-                        "return an object with propose()"
-                    )
-                self._follow(self._draft, f"the state of drafter {drafter.name}")
-                self._guess()
-            try:
-                for observer in observers:
-                    self._start_observer(observer)
-            except BaseException:
-                self.close()
-                raise
+            self._start(processors, drafter, observers)
+
+    def _start(
+        self,
+        processors: Sequence[LogitsProcessor],
+        drafter: Drafter | None,
+        observers: Sequence[DecodingObserver],
+    ) -> None:
+        self.processors = (*processors, *self.sampler.processors())
+        self._plugins += self.processors[len(processors) :]
+        self._processing = Processing(self.session.rows, self.processors)
+        for name, process in self._processing.started:
+            self._follow(process, f"the state of processor {name}")
+        self.state = self.sampler.start(self)
+        self._follow(self.state, f"the state of sampler {self.sampler.name}")
+        if drafter is not None:
+            check_draft(self.sampler)
+            self._speculation = Speculation(drafter, self)
+            self._follow(self._speculation.draft, f"the state of drafter {drafter.name}")
+            self._guess()
+        self._listeners.start(self, observers)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -167,161 +120,172 @@ class Decoding:
 
     def close(self) -> None:
         """Tell the observers that the run has ended."""
-        for observer, listener in self._listeners:
-            try:
-                listener.close()
-            except Exception as error:
-                warn_of_failure(observer, error)
-        self._listeners = []
+        self._listeners.close()
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """With a draft, how many tokens it has guessed, and how many of them were accepted."""
+        return None if self._speculation is None else self._speculation.acceptance
+
+    def results(self, prompt: int) -> list[Hypothesis]:
+        """The results of a prompt; its rows that are still live count as interrupted.
+
+        Competing rows come best first, others in the order of their sample index.
+        """
+        return self._searches.results(prompt, self.live)
+
+    def rank(self, row: Hypothesis) -> float:
+        """What the sampler ranks a hypothesis by."""
+        return self._searches.rank(row)
 
     def processed_logits(self) -> Tensor:
         """The logits after all processors, (rows, vocab) float32."""
         return self.process(self.sampler.logits(self.session))
 
     def process(self, logits: Tensor) -> Tensor:
-        """Any logits for the rows' next tokens after all processors. (rows, vocab) float32."""
-        shape = logits.shape
-        given = logits
-        removed: dict[str, Tensor] = {}
-        for name, process in self._processes:
-            before = logits
-            logits = process(logits, self.session.rows)
-            if (
-                not isinstance(logits, Tensor)
-                or logits.shape != shape
-                or not logits.is_floating_point()
-            ):
-                what = (
-                    f"shape {tuple(logits.shape)} and type {logits.dtype}"
-                    if isinstance(logits, Tensor)
-                    else f"{logits!r:.80}"
-                )
-                raise PluginError(
-                    f"processor {name} returned {what}; it must return logits of shape "
-                    f"{tuple(shape)} and type float32"
-                )
-            if self._listeners:
-                count = (logits.isneginf() & ~before.isneginf()).sum(dim=-1)
-                removed[name] = removed[name] + count if name in removed else count
-        # A strategy may look ahead, or ask again: what counts is where the rows stand.
-        if self._listeners and self._seen is None and self.session.rows.lengths == self._stand:
-            self._seen = given, logits, removed
-        return logits
+        """What all processors make of other logits for the rows' next tokens, (rows, vocab)."""
+        if self._listeners:
+            return self._observed_processing(logits)
+        return self._processing(logits)
+
+    def guess(self, next_logits: Callable[[], Tensor], count: int) -> Tensor:
+        """The next tokens that the sampler would choose by other logits: (rows, count).
+
+        For drafts. next_logits: called for each token, once the session and its followers have
+        moved by the tokens before it; in the end they are rewound. Returns (rows, vocab).
+        """
+        session = self.session
+        guesses = []
+        with self._listeners.ignoring():
+            for _ in range(count):
+                choice = self.sampler.step(self.process(next_logits()), session.rows)
+                check_choice(choice, self.sampler, len(self.live))
+                guesses.append(choice.tokens)
+                session.move(choice.tokens)
+            session.rewind(count)
+        return torch.stack(guesses, dim=1)
 
     def commit(self, choice: Choice, *, extended: bool = False) -> None:
         """Make the choice: end the rows that end, and extend the session by the others.
 
-        extended: the session's rows have their tokens already, so that parent i is the row
-        that ends with candidate i, and the rows need only be selected.
+        extended: the session has one row for each candidate, in their order, which already ends
+        with its token; the rows are then only selected.
         """
-        self._check(choice)
-        candidates = _to_lists(choice)
-        self._check_values(*candidates[:2])
-        # A row that waits for the model has had its choice: this one was for show.
+        check_choice(choice, self.sampler, len(self.live))
+        waiting = self._waiting()
+        candidates = self._sorted(choice, waiting, extended=extended)
+        if self._listeners:
+            self._tell(choice, waiting, candidates.outcomes)
+        if self.sampler.competing:
+            self._check_dead_ends(candidates)
+        going_on, finished = self._searches.settled(candidates.kept, candidates.ended)
+        self.live = [row for _, row in going_on]
+        self._searches.store(finished)
+        if self.live:
+            self._move([index for index, _ in going_on], candidates.placeholders, extended)
+        self._listeners.moved(self.session.rows.lengths)
+        self._choices += 1
+
+    def _waiting(self) -> list[bool]:
+        """For each row of the session whether it waits for the model, which happens with a draft.
+
+        The logits of a waiting row are unknown, so the token chosen for it is a placeholder.
+        """
         known = self.session.known
-        waiting = [not one for one in known] if self._draft is not None else [False] * len(known)
-        kept: list[list[tuple[int, Hypothesis]]] = [[] for _ in self.searches]
-        ended: list[list[Hypothesis]] = [[] for _ in self.searches]
-        ranks = [0] * len(self.searches)
-        shown: dict[int, int] = {}
-        late = self.limits.deadline is not None and time.monotonic() >= self.limits.deadline
-        origins = range(len(choice.tokens)) if extended else None
+        return [False] * len(known) if self._speculation is None else [not k for k in known]
+
+    def _sorted(self, choice: Choice, waiting: Sequence[bool], *, extended: bool) -> Candidates:
+        """Sort the candidates into rows that can go on and rows that end.
+
+        Raises PluginError or DecodingError for invalid candidates, before anything moves.
+        """
+        parents, tokens, logprobs, scores = _to_lists(choice)
+        vocab_size = self.session.model.config.vocab_size
+        check_values(self.sampler, parents, tokens, rows=len(self.live), vocab_size=vocab_size)
+        searches, places = self._searches, self._searches.places
+        kept: list[list[GoingOn]] = [[] for _ in range(len(searches))]
+        ended: list[list[Hypothesis]] = [[] for _ in range(len(searches))]
+        ranks = [0] * len(searches)  # of each search's next candidate, best first
         outcomes: list[Hypothesis | None] = []
-        for place, (parent, token, logprob, score) in enumerate(zip(*candidates, strict=True)):
+        placeholders: dict[int, int] = {}
+        late = self._limits.is_late()
+        for number, (parent, token, logprob, score) in enumerate(
+            zip(parents, tokens, logprobs, scores, strict=True)
+        ):
             row = self.live[parent]
-            search = self._search_of(row)
-            source = parent if origins is None else place
+            search = searches.index(row)
+            index = number if extended else parent  # of the session's row with the row's tokens
             outcome = None
-            if waiting[source]:
-                shown[source] = token
-                kept[search].append((source, row))
+            if waiting[index]:
+                placeholders[index] = token
+                kept[search].append((index, row))
             elif score > -torch.inf and logprob == logprob:  # no NaN
-                row = self._extended(row, source, token, logprob, score, late)
-                if row.reason is None and len(kept[search]) < self._places:
-                    kept[search].append((source, row))
-                    outcome = row
-                elif row.reason is not None and ranks[search] < self._places:
-                    ended[search].append(row)
-                    outcome = row
+                longer = self._extender.extend(
+                    row,
+                    index,
+                    token,
+                    logprob=logprob,
+                    score=score,
+                    limit=searches.limit(row),
+                    late=late,
+                )
+                if longer.reason is None and len(kept[search]) < places:
+                    kept[search].append((index, longer))
+                    outcome = longer
+                elif longer.reason is not None and ranks[search] < places:
+                    ended[search].append(longer)
+                    outcome = longer
                 ranks[search] += 1
             elif not self.sampler.competing:
                 self._explain(parent, token)
             outcomes.append(outcome)
-        if self._listeners:
-            self._tell(choice, waiting, outcomes)
-        finished = [
-            search.finished + more for search, more in zip(self.searches, ended, strict=True)
-        ]
-        if self.sampler.competing:
-            self._check_dead_ends(kept, finished)
-            for index, rows in enumerate(kept):
-                finished[index] = sorted(finished[index], key=self.rank, reverse=True)
-                del finished[index][self._places :]
-                if rows and finished[index]:
-                    best = max((row for _, row in rows), key=lambda row: row.score)
-                    if self._is_done(finished[index], best):
-                        rows.clear()
-        going_on = [pair for rows in kept for pair in rows]
-        self.live = [row for _, row in going_on]
-        for entry, results in zip(self.searches, finished, strict=True):
-            entry.finished = results
-        if self.live:
-            sources = [source for source, _ in going_on]
-            self._offered = [] if extended else [self._offered[source] for source in sources]
-            self.session.select(sources)
-            moving = self.session.rows
-            device = moving.tokens.device
-            moving.scores = torch.tensor([row.score for row in self.live], device=device)
-            moving.logprobs = torch.tensor([row.total for row in self.live], device=device)
-            if not extended:
-                tokens = [shown.get(source, row.token) for source, row in going_on]
-                self._move(torch.tensor(tokens, device=device), [s in shown for s in sources])
-        self._stand = list(self.session.rows.lengths)
-        self._choices += 1
+        return Candidates(kept, ended, outcomes, placeholders)
 
-    def guess(self, next_logits: Callable[[], Tensor], count: int) -> Tensor:
-        """What the sampler would choose were the logits those of `next_logits`: (rows, count).
+    def _move(self, parents: list[int], placeholders: dict[int, int], extended: bool) -> None:
+        """Have the session's rows be those that go on, each with its new token.
 
-        For drafts. All followers move along with the guesses, and in the end back.
+        parents: for each live row the session's row that it continues.
         """
-        session = self.session
-        guesses = []
-        stand, self._stand = self._stand, []  # no listener is to take these for the model's logits
-        for _ in range(count):
-            choice = self.sampler.step(self.process(next_logits()), session.rows)
-            self._check(choice)
-            guesses.append(choice.tokens)
-            session.move(choice.tokens)
-        session.rewind(count)
-        self._stand = stand
-        return torch.stack(guesses, dim=1)
+        if self._speculation is not None:
+            self._speculation.select(parents)
+        self.session.select(parents)
+        rows = self.session.rows
+        device = rows.tokens.device
+        rows.scores = torch.tensor([row.score for row in self.live], device=device)
+        rows.logprobs = torch.tensor([row.total for row in self.live], device=device)
+        if extended:
+            return
+        tokens = torch.tensor(
+            [
+                placeholders.get(parent, row.token)
+                for parent, row in zip(parents, self.live, strict=True)
+            ],
+            device=device,
+        )
+        if self._speculation is None:
+            self.session.extend(tokens)
+            return
+        waiting = [parent in placeholders for parent in parents]
+        self._speculation.move(self.session, tokens, waiting)
+        if not any(self.session.known):
+            self._guess()
 
-    def results(self, prompt: int) -> list[Hypothesis]:
-        """The results of a prompt; rows still live count as interrupted.
+    def _guess(self) -> None:
+        """Let the draft guess, and the model read the guesses."""
+        assert self._speculation is not None
+        limits = [self._searches.limit(row) for row in self.live]
+        self._speculation.guess(self, self.live, limits)
 
-        Competing rows come best first, others in the order of their sample index.
-        """
-        finished = [
-            row
-            for search in self.searches[prompt * self._groups : (prompt + 1) * self._groups]
-            for row in search.finished
-        ] + [replace(row, reason="interrupted") for row in self.live if row.prompt == prompt]
-        if self.sampler.competing:
-            return sorted(finished, key=self.rank, reverse=True)
-        return sorted(finished, key=lambda row: row.sample)
+    def _observed_processing(self, logits: Tensor) -> Tensor:
+        """The logits after all processors, kept for the listeners."""
+        removed: dict[str, Tensor] = {}
+        processed = self._processing(logits, removed)
+        self._listeners.observe(self.session.rows.lengths, logits, processed, removed)
+        return processed
 
-    def rank(self, row: Hypothesis) -> float:
-        """What the sampler ranks a hypothesis by."""
-        return self.sampler.rank(row.score, row.length)
-
-    def _start_observer(self, observer: DecodingObserver) -> None:
-        """What gptk raises on purpose, such as for a file that cannot be written, comes through."""
-        try:
-            self._listeners.append((observer, observer.start(self)))
-        except GptkError:
-            raise
-        except Exception as error:
-            warn_of_failure(observer, error)
+    def _tell(self, choice: Choice, waiting: list[bool], outcomes: list[Hypothesis | None]) -> None:
+        logits = None if self._listeners.has_observed else self.session.logits
+        self._listeners.tell(self.steps, self.live, waiting, choice, outcomes, logits)
 
     def _follow(self, state: object, whose: str) -> None:
         if isinstance(state, Follower):
@@ -331,221 +295,19 @@ class Decoding:
                 f"{whose} has {' and '.join(verbs)}, but a follower needs extend, select and rewind"
             )
 
-    def _tell(
-        self, choice: Choice, waiting: list[bool], outcomes: Sequence[Hypothesis | None]
-    ) -> None:
-        """Tell the listeners of a choice; one that fails hears no more."""
-        if self._seen is None:  # the sampler chose without the processors
-            logits = self.session.logits
-            self._seen = logits, logits, {}
-        logits, processed, removed = self._seen
-        step = DecodingStep(
-            number=self.steps,
-            rows=tuple(self.live),
-            waiting=waiting[: len(self.live)],
-            logits=logits,
-            processed=processed,
-            removed=removed,
-            choice=choice,
-            outcomes=outcomes,
-        )
-        self._seen = None
-        for entry in list(self._listeners):
-            try:
-                entry[1].step(step)
-            except Exception as error:
-                self._listeners.remove(entry)
-                warn_of_failure(entry[0], error)
-
-    def _search_of(self, row: Hypothesis) -> int:
-        return row.prompt * self._groups + row.group
-
-    def _move(self, tokens: Tensor, waiting: list[bool]) -> None:
-        """Move the rows, but for those that wait, and run the model when none has logits left."""
-        session = self.session
-        if self._draft is None:
-            session.extend(tokens)
-            return
-        session.move(tokens)
-        if any(waiting):
-            session.rewind([int(wait) for wait in waiting])
-        known = session.known
-        for row, (offered, as_guessed) in enumerate(zip(self._offered, known, strict=True)):
-            self.acceptance.accepted += bool(offered and as_guessed)
-            self._offered[row] = max(offered - 1, 0)
-        if not any(known):
-            self._guess()
-
-    def _guess(self) -> None:
-        """Let the draft guess and the model read the guesses, together with what is unread."""
-        assert self._draft is not None
-        session, rows = self.session, self.session.rows
-        left = [self.searches[self._search_of(row)].limit - row.length - 1 for row in self.live]
-        room = min(max(left), session.model.config.context_length - max(rows.lengths))
-        guesses = self._draft.propose(self, room) if room > 0 else None
-        if guesses is not None:
-            self._check_guesses(guesses, room)
-            self._offered = (guesses >= 0).sum(dim=1).tolist()
-            self.acceptance.guessed += sum(self._offered)
-            guesses = guesses.clamp(min=0)  # what stands where there is no guess is as good as any
-        session.read(guesses)
-
-    def _extended(
-        self, row: Hypothesis, place: int, token: int, logprob: float, score: float, late: bool
-    ) -> Hypothesis:
-        text = row.tail
-        stopped = False
-        limits = self.limits
-        if limits.stop and self.tokenizer is not None:
-            text += self.tokenizer.token_bytes(token)
-            stopped = any(stop in text for stop in limits.stop)
-            keep = max(map(len, limits.stop)) - 1
-            text = text[len(text) - keep :] if len(text) > keep else text
-        if limits.conditions and not stopped:
-            rows = self.session.rows
-            tokens = [
-                *rows.tokens[place, : rows.prompt_lengths[place] + row.length].tolist(),
-                token,
-            ]
-            with not_of_a_plugin():
-                stopped = any(condition(tokens) for condition in limits.conditions)
-        reason: FinishReason | None = None
-        if token in limits.eos:
-            reason = "eos"
-        elif stopped:
-            reason = "stop"
-        elif row.length + 1 >= self.searches[self._search_of(row)].limit:
-            reason = "length"
-        elif late:
-            reason = "time"
-        return Hypothesis(
-            prompt=row.prompt,
-            sample=row.sample,
-            group=row.group,
-            parent=row,
-            token=token,
-            logprob=logprob,
-            total=row.total + logprob,
-            score=score,
-            length=row.length + 1,
-            tail=text,
-            reason=reason,
-        )
-
-    def _is_done(self, finished: Sequence[Hypothesis], best: Hypothesis) -> bool:
-        ranks = [self.rank(row) for row in finished]
-        limit = self.searches[self._search_of(best)].limit
-        return self.sampler.is_done(ranks, best.score, best.length, limit)
-
-    def _check(self, choice: object) -> None:
-        """Raises PluginError for what is no choice for these rows. It does not wait for a GPU."""
-        if not isinstance(choice, Choice):
-            raise PluginError(
-                f"sampler {self.sampler.name} returned {choice!r:.80}; it must return a gptk.Choice"
-            )
-        for what, tensor in vars(choice).items():
-            if not isinstance(tensor, Tensor) and not (what == "parents" and tensor is None):
-                raise PluginError(
-                    f"sampler {self.sampler.name} chose {what} of type {type(tensor).__name__}; "
-                    "they must be tensors"
-                )
-        for what, tensor in (("tokens", choice.tokens), ("parents", choice.parents)):
-            if tensor is not None and not _holds_integers(tensor):
-                raise PluginError(
-                    f"sampler {self.sampler.name} chose {what} of type {tensor.dtype}; they must "
-                    "be whole numbers"
-                )
-        candidates = choice.tokens.shape
-        shapes = {choice.logprobs.shape, choice.scores.shape, candidates}
-        if choice.parents is not None:
-            shapes.add(choice.parents.shape)
-        if len(candidates) != 1 or len(shapes) > 1:
-            raise PluginError(
-                f"sampler {self.sampler.name} chose tensors of unlike shapes or of more than one "
-                f"axis: {', '.join(str(tuple(shape)) for shape in shapes)}"
-            )
-        if not self.sampler.competing and candidates[0] != len(self.live):
-            raise PluginError(
-                f"sampler {self.sampler.name} chose {candidates[0]} tokens for {len(self.live)} "
-                "rows; only competing rows may be dropped or forked"
-            )
-
-    def _check_values(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
-        vocabulary, rows = self.session.model.config.vocab_size, len(self.live)
-        for token in (min(tokens, default=0), max(tokens, default=0)):
-            if not 0 <= token < vocabulary:
-                raise PluginError(
-                    f"sampler {self.sampler.name} chose token {token}; the vocabulary has "
-                    f"{vocabulary}"
-                )
-        for parent in (min(parents, default=0), max(parents, default=0)):
-            if not 0 <= parent < rows:
-                raise PluginError(f"sampler {self.sampler.name} chose for row {parent} of {rows}")
-
-    def _check_guesses(self, guesses: object, most: int) -> None:
-        who = "the draft" if self._drafter is None else f"drafter {self._drafter.name}"
-        if not isinstance(guesses, Tensor):
-            raise PluginError(f"{who} guessed {guesses!r:.80}; it must give a tensor")
-        rows = len(self.live)
-        if guesses.dim() != 2 or len(guesses) != rows or not _holds_integers(guesses):
-            raise PluginError(
-                f"{who} gave guesses of shape {tuple(guesses.shape)} and type {guesses.dtype}; "
-                f"they must be whole numbers of shape ({rows}, at most {most})"
-            )
-        if guesses.shape[1] > most:
-            raise PluginError(
-                f"{who} guessed {guesses.shape[1]} tokens ahead where {most} were asked for"
-            )
-        vocabulary = self.session.model.config.vocab_size
-        wrong = guesses[(guesses < -1) | (guesses >= vocabulary)].tolist()
-        if wrong:
-            raise PluginError(f"{who} guessed token {wrong[0]}; the vocabulary has {vocabulary}")
-
-    def _check_dead_ends(
-        self, kept: Sequence[Sequence[object]], finished: Sequence[Sequence[object]]
-    ) -> None:
+    def _check_dead_ends(self, candidates: Candidates) -> None:
         """Raises DecodingError where all rows of a prompt are at a dead end, with no result."""
-        for place, row in enumerate(self.live):
-            first = row.prompt * self._groups
-            searches = range(first, first + self._groups)
-            if not any(kept[search] or finished[search] for search in searches):
-                self._explain(place)
+        for index, row in enumerate(self.live):
+            if self._searches.is_empty(row.prompt, candidates.kept, candidates.ended):
+                self._explain(index, 0)
 
-    def _explain(self, place: int, token: int = 0) -> NoReturn:
-        """Raises DecodingError that names who left no token to a row, or made it no number."""
-        row = self.live[place]
+    def _explain(self, index: int, token: int) -> None:
+        """Raise a DecodingError that names what left a row without a token to choose, or NaN."""
+        row = self.live[index]
         where = f"after {row.length} new tokens"
-        if len(self.searches) > self._groups:
+        if len(self._searches) > self._searches.groups:
             where += f" of prompt {row.prompt + 1}"
-        logits = self.sampler.logits(self.session)
-        if not _is_distribution(logits[place]):
-            raise DecodingError("the model's logits are not numbers; are its weights damaged?")
-        for name, process in self._processes:
-            logits = process(logits, self.session.rows)
-            if bool((logits[place] == -torch.inf).all()):
-                raise DecodingError(f"processor {name} left no token to choose from {where}")
-            if not _is_distribution(logits[place]):
-                raise DecodingError(f"processor {name} gave logits that are not numbers {where}")
-        if bool(logits[place, token] == -torch.inf):
-            what = "chose a token that the processors had taken out"
-        else:
-            what = "gave its token a score or log-probability that is no number"
-        raise DecodingError(f"sampler {self.sampler.name} {what} {where}")
-
-
-def check_draft(sampler: Sampler) -> None:
-    """Raises IncompatibleError if speculation has no meaning for a sampler."""
-    if reason := sampler.refuses_draft():
-        raise IncompatibleError(f"sampler {sampler.name} does not go with a draft: {reason}")
-
-
-def _is_distribution(logits: Tensor) -> bool:
-    """Whether softmax gives probabilities. logits: (vocab,)."""
-    return bool(logits.amax().isfinite())  # NaN is the largest
-
-
-def _holds_integers(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+        self._processing.explain(self.sampler, self.session, index, token, where)
 
 
 def _to_lists(choice: Choice) -> tuple[list[int], list[int], list[float], list[float]]:

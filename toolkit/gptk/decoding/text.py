@@ -18,11 +18,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, data: bytes) -> str:
-        """The text that `data` makes certain."""
+        """The text that is certain once these bytes have come."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(data)
-        cuts = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        cuts = [index for stop in self._stop if (index := self._held.find(stop)) >= 0]
         if cuts:
             self.stopped = True
             return self._release(min(cuts))
@@ -69,10 +69,10 @@ def make_generation(
         stream = TextStream(stop)
         text = "".join(map(stream.push, data)) + stream.flush()
         if stream.stopped:
-            # Keep the tokens that the text needs: those before it is all there.
+            # Keep the tokens up to the one that completes the text.
             unstopped = TextStream(())
-            there = accumulate((len(unstopped.push(part)) for part in data), initial=0)
-            links = links[: sum(size < len(text) for size in there)]
+            sizes = accumulate((len(unstopped.push(part)) for part in data), initial=0)
+            links = links[: sum(size < len(text) for size in sizes)]
     assert row.reason is not None
     tokens = [link.token for link in links]
     return Generation(

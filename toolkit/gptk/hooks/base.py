@@ -1,4 +1,4 @@
-"""The base class of plug-ins."""
+"""The base class of plug-ins: a name, and typed options."""
 
 from typing import Any, ClassVar
 
@@ -13,9 +13,9 @@ from gptk.spec import format_spec
 
 
 class Plugin(Options):
-    """The base of everything a hook provides but commands: a name, and options.
+    """The base class of everything that hooks return, except commands: a name, and options.
 
-    `gptk plugins show NAME` and the parsing of spec strings rest on the options' declaration.
+    `gptk plugins show NAME` and the parsing of spec strings follow from the declared options.
     """
 
     name: ClassVar[str]
@@ -35,9 +35,9 @@ class Plugin(Options):
 
     @property
     def spec(self) -> str:
-        """The spec string that makes this plug-in again: options at their default left out.
+        """The spec string that makes an equal plug-in; options at their default are left out.
 
-        Raises OptionError if an option is an object that no text stands for.
+        Raises OptionError if an option is an object that cannot be written as text.
         """
         try:
             options = self.model_dump(mode="json", exclude_defaults=True)

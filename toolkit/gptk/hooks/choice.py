@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Choice:
     """What a sampler decides at a step: which tokens extend which rows.
 
-    Candidates stand in order of preference. Those that end (end of text, stop string, length)
-    finish, the others go on as the new rows, as many as the sampler's `max_rows` allows.
+    Candidates are in order of preference. Those that end (end of text, stop string, length)
+    finish; the others become the new rows, as many as the sampler's `max_rows` allows.
     """
 
     tokens: "Tensor"
@@ -24,7 +24,7 @@ class Choice:
     scores: "Tensor"
     """(candidates,) float32: the running score of the row with this token."""
     parents: "Tensor | None" = None
-    """(candidates,) int64: the row that each extends; None where there is one for each row."""
+    """(candidates,) int64: the row that each extends; None: candidate i extends row i."""
 
     @classmethod
     def one_each(cls, tokens: "Tensor", logits: "Tensor", rows: "Rows") -> "Choice":

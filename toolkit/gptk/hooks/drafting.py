@@ -1,12 +1,12 @@
 """Speculative decoding: what a draft is (Leviathan et al. 2023, Chen et al. 2023).
 
 A draft guesses the next tokens, the model reads all guesses in one pass, and the sampler then
-decides token by token as ever. As long as it chooses what was guessed, the next logits are there
-already; where it does not, the rest of the guesses is dropped.
+chooses token by token. As long as it chooses what was guessed, the logits of the next token are
+known already; at the first other choice the remaining guesses are dropped.
 
-A row's draws are keyed by position, so each choice is the one that would have been made without
-a draft: the text is the same, not merely the distribution ("drafter-invariant", Daliri et al.
-2024). A model that drafts draws its guesses by the row's own numbers, too, and so agrees often.
+A row's random numbers are keyed by position, so each choice is the same as without a draft: the
+text is the same, not merely the distribution ("drafter-invariant", Daliri et al. 2024). A draft
+model draws its guesses with the row's random numbers, too, so that it often agrees.
 """
 
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 
 class Draft(Protocol):
-    """A drafter at work on the rows of one run; a `gptk.Follower` too if it remembers rows."""
+    """A drafter that has started on the rows of a run.
+
+    If it is a `gptk.Follower`, too, it is told of every move of the rows.
+    """
 
     def propose(self, run: "Run", count: int) -> "Tensor | None":
         """Guesses of each row's next tokens, (rows, at most `count`) int64.
 
-        -1 where there is none for a row (and none after it); None where there is none at all.
+        -1 in a row means that it has no guess from there on; None: there is no guess for any row.
         """
         raise NotImplementedError
 
@@ -37,7 +40,7 @@ class Drafter(Plugin):
 
     @classmethod
     def matches(cls, source: object) -> bool:
-        """Whether it can draft by `source`, which is a model or a text that names no drafter.
+        """Whether it can draft with `source`, which is a model or a text that names no drafter.
 
         By default never: such a drafter is named by its spec string.
         """
@@ -45,10 +48,10 @@ class Drafter(Plugin):
 
     @classmethod
     def from_source(cls, source: object) -> "Drafter":
-        """The drafter for a source that `matches`; by default its option `source` is the source."""
-        options: dict[str, Any] = {"source": source}  # a field of the drafter's own
+        """The drafter for a source that `matches`; by default its option `source` is it."""
+        options: dict[str, Any] = {"source": source}  # a field that the subclass declares
         return cls(**options)
 
     def start(self, run: "Run") -> Draft:
-        """The drafter at work. Raises OptionError if it does not fit the model."""
+        """Start on the rows of a run. Raises OptionError if it does not fit the model."""
         raise NotImplementedError(f"{type(self).__name__} does not define start()")

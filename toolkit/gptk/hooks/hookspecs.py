@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("gptk")
 
 API_VERSION = 1
-"""The version of these hooks and of the classes they give. A plug-in says in a line `GPTK_API = 1`
-which it was built for, and is refused by a gptk that has another; without that line it is taken."""
+"""The version of these hooks and of the base classes of plug-ins. The line `GPTK_API = 1` in a
+plug-in says which version it was built for; gptk refuses it if its own is another. The line may be
+left out."""
 
 
 @hookspec

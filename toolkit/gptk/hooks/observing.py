@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """What happened at one step: the rows as they stood, their logits, and the choice.
+    """What happened at one step: the rows before it, their logits, and the choice.
 
-    The tensors are those of decoding itself: they must not be changed, and one that is kept
-    beyond the step must be copied.
+    Decoding goes on with these tensors: they must not be changed, and a tensor that is kept beyond
+    the step must be copied.
     """
 
     number: int
@@ -30,12 +30,12 @@ class DecodingStep:
     waiting: Sequence[bool]
     """With a draft: rows that take no part in this step, since they have no logits yet."""
     logits: "Tensor"
-    """(rows, vocab) float32: what the processors were given."""
+    """(rows, vocab) float32: the logits before the processors."""
     processed: "Tensor"
-    """(rows, vocab) float32: what they made of it, and the sampler chose by."""
+    """(rows, vocab) float32: the logits after the processors, by which the sampler chose."""
     removed: "Mapping[str, Tensor]"
-    """For each processor, in order, how many tokens it took out of each row: (rows,) int64. One
-    that is there twice is counted as one."""
+    """For each processor, in order, how many tokens it took out of each row: (rows,) int64. Two of
+    the same name are counted together."""
     choice: "Choice"
     """The tokens chosen with their log-probabilities and scores, as candidates; the parents say
     which of the rows each extends (None: candidate i extends row i)."""
@@ -46,8 +46,8 @@ class DecodingStep:
     @property
     def parents(self) -> list[int]:
         """For each candidate the row that it extends."""
-        given = self.choice.parents
-        return list(range(len(self.choice.tokens))) if given is None else given.tolist()
+        parents = self.choice.parents
+        return list(range(len(self.choice.tokens))) if parents is None else parents.tolist()
 
     @property
     def entropy(self) -> "Tensor":
@@ -63,7 +63,7 @@ class DecodingObserver(Plugin):
 
     @classmethod
     def to_file(cls, path: str) -> "DecodingObserver | None":
-        """An observer that writes every step to a file, for `--trace` [None: it writes none]."""
+        """An observer that writes every step to a file, for `--trace`, or None [None]."""
         return None
 
     def start(self, run: "Run") -> "DecodingListener":
@@ -74,7 +74,8 @@ class DecodingObserver(Plugin):
 class DecodingListener:
     """What `DecodingObserver.start` returns.
 
-    One that raises an error is named in a warning and hears no more; decoding goes on.
+    If it raises an error, a warning names the observer, and it is told of no later step; decoding
+    goes on.
     """
 
     def step(self, step: DecodingStep) -> None:

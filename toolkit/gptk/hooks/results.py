@@ -1,4 +1,4 @@
-"""What becomes of a prompt: hypotheses while it is decoded, generations in the end."""
+"""Results: a hypothesis is a row while it is decoded, a generation is what the caller gets."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +10,7 @@ limit, or the user's interrupt."""
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A row's new tokens, as a chain of links, so that beams share what they have in common."""
+    """A row's new tokens, as a chain of links, so that beams share their common beginning."""
 
     prompt: int
     sample: int = 0
@@ -23,7 +23,7 @@ class Hypothesis:
     score: float = 0.0
     length: int = 0
     tail: bytes = b""
-    """The last bytes of the text, as many as a stop string may begin in."""
+    """The last bytes of the text, which may be the beginning of a stop string."""
     reason: FinishReason | None = None
 
     def chain(self) -> "list[Hypothesis]":
@@ -45,7 +45,7 @@ class Generation:
     """One continuation of a prompt, and the others of the same prompt."""
 
     text: str
-    """The continuation, without the prompt, EOS, and whatever follows from a stop string on."""
+    """The continuation, without the prompt and EOS; it ends before a stop string."""
     tokens: list[int]
     """Its token ids, without EOS; the last may reach into the stop string."""
     token_logprobs: list[float]

@@ -1,4 +1,4 @@
-"""What plug-ins may ask of the decoding run that they take part in."""
+"""What plug-ins can read of the decoding run that they take part in, and do in it."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Run(Protocol):
-    """One run of a sampler over the rows of a session; `gptk.Decoding` is the one that is made."""
+    """One run of a sampler over the rows of a session, as plug-ins see it; see `gptk.Decoding`."""
 
     state: object
     """What the sampler's `start` returned."""
@@ -55,20 +55,21 @@ class Run(Protocol):
         raise NotImplementedError
 
     def process(self, logits: "Tensor") -> "Tensor":
-        """Any logits for the rows' next tokens after all processors. (rows, vocab) float32."""
+        """What all processors make of other logits for the rows' next tokens, (rows, vocab)."""
         raise NotImplementedError
 
     def commit(self, choice: "Choice", *, extended: bool = False) -> None:
         """Make the choice: end the rows that end, and extend the session by the others.
 
-        extended: the session's rows have their tokens already, so that parent i is the row
-        that ends with candidate i, and the rows need only be selected.
+        extended: the session has one row for each candidate, in their order, which already ends
+        with its token; the rows are then only selected.
         """
         raise NotImplementedError
 
     def guess(self, next_logits: "Callable[[], Tensor]", count: int) -> "Tensor":
-        """What the sampler would choose were the logits those of `next_logits`: (rows, count).
+        """The next tokens that the sampler would choose by other logits: (rows, count).
 
-        For drafts. All followers move along with the guesses, and in the end back.
+        For drafts. next_logits: called for each token, once the session and its followers have
+        moved by the tokens before it; in the end they are rewound. Returns (rows, vocab).
         """
         raise NotImplementedError

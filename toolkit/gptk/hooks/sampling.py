@@ -1,4 +1,4 @@
-"""What a sampler is and what a logits processor is: the contracts that plug-ins fill in."""
+"""The contracts of samplers, logits processors and scorers, which plug-ins fill in."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -41,17 +41,17 @@ class LogitsProcessor(Plugin):
         raise NotImplementedError(f"{type(self).__name__} does not define __call__()")
 
     def start(self, rows: "Rows") -> "Process":
-        """What is called at each step of one generation: by default the processor itself.
+        """The function to call at each step of one generation: by default the processor itself.
 
         If the returned object is a `gptk.Follower`, it is told of every move of the rows.
         """
         return self
 
     def is_complete(self, tokens: "Sequence[int]", rows: "Rows") -> bool | None:
-        """Whether a row's new tokens, without EOS, are all that this processor asks for.
+        """Whether a row's new tokens, without EOS, satisfy what this processor asks for.
 
         None, the default: it asks for nothing. A constraint says whether the text is valid as it
-        stands, and not only the beginning of something valid.
+        is, and not only the beginning of a valid text.
         """
         return None
 
@@ -65,13 +65,13 @@ class Sampler(Plugin):
     kind: ClassVar[str] = "sampler"
 
     random: ClassVar[bool] = False
-    """It draws, so that n samples of one prompt differ."""
+    """The strategy draws at random, so that n samples of one prompt differ."""
     competing: ClassVar[bool] = False
     """The rows of a prompt compete for places (beams) instead of each being a result."""
 
     @property
     def groups(self) -> int:
-        """Competing rows of a prompt may be in groups that share the places equally [1].
+        """How many groups the competing rows of a prompt form; they share the places equally [1].
 
         Rows never change their group, `rows.groups`.
         """
@@ -98,9 +98,9 @@ class Sampler(Plugin):
         return n
 
     def refuses_draft(self) -> str | None:
-        """Why speculation has no meaning for the strategy, or None.
+        """Why the strategy cannot be combined with a draft, or None.
 
-        It has where a row's next token follows from the row and its logits alone.
+        A draft is meaningful where the next token depends on the row and its logits alone.
         """
         if self.competing:
             return "its rows compete at every step, so none can run ahead of the others"
@@ -109,7 +109,7 @@ class Sampler(Plugin):
         return None
 
     def start(self, run: "Run") -> object:
-        """What the strategy remembers during one run, kept as `run.state` [None].
+        """What the strategy keeps during one run, found as `run.state` [None].
 
         If it is a `gptk.Follower`, it is told of every move of the rows.
         """
@@ -141,7 +141,7 @@ class Sampler(Plugin):
         return False
 
     def pick(self, results: "Sequence[Generation]", n: int) -> "Sequence[Generation]":
-        """The n results that a prompt gets, best first, of those that its rows came to."""
+        """The n results that a prompt gets, best first, from the results of all its rows."""
         return results[:n]
 
 

@@ -13,7 +13,7 @@ class TokenizerLoader(Plugin):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        """Whether `source`, a name or a path that is no spec string, is one of this kind's."""
+        """Whether it makes the tokenizer for `source`, a name or a path that is no spec string."""
         return source == cls.name
 
     @classmethod

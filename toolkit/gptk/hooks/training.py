@@ -1,6 +1,6 @@
 """What a training plug-in is: LR schedulers, regularizers and observers.
 
-`gptk.trainer` has the loop that calls them.
+The loop that calls them is in `gptk.training`.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class LRScheduler(Plugin):
     warmup: int = Field(0, ge=0, description="steps of linear warmup before the schedule begins")
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The share of the peak learning rate at `step`, 0 to `total_steps` - 1, warmup apart."""
+        """The share of the peak learning rate at `step`, 0 to `total_steps` - 1, without warmup."""
         raise NotImplementedError(f"{type(self).__name__} does not define factor()")
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -57,10 +57,10 @@ class Regularizer(Plugin):
     kind: ClassVar[str] = "regularizer"
 
     logits: ClassVar[Literal["batch", "chunks", "none"]] = "batch"
-    """Which logits `loss` and `penalty` look at, if the class has them: those of a whole
-    `batch`, which then all stand in memory; of some positions at a time (`chunks`), where what
-    they return is a mean over the positions given, and depends on weights by way of the logits
-    only; or `none`: they are called once, with logits of no position."""
+    """Which logits `loss` and `penalty` use, if the class overrides them. `batch`: those of a whole
+    batch, which are then all in memory at once. `chunks`: those of a few positions at a time; what
+    the methods return must be a mean over these positions, and depend on weights through the
+    logits only. `none`: no logits; the methods are called once, with logits of zero positions."""
 
     def setup(self, model: "GPT") -> None:
         """Change the model before training begins or goes on, for example its dropout."""
@@ -79,8 +79,8 @@ class Regularizer(Plugin):
     def loss(self, loss: "Tensor", logits: "Tensor", targets: "Tensor") -> "Tensor":
         """The training loss in place of `loss`, the mean cross entropy.
 
-        logits: (batch, time, vocab), float32; targets: (batch, time). In chunks the batch is 1
-        and the time some positions of any rows.
+        logits: (batch, time, vocab), float32; targets: (batch, time). In chunks, batch is
+        1 and time a number of positions, which may be of several rows.
         """
         return loss
 
@@ -96,7 +96,7 @@ class Regularizer(Plugin):
         return None
 
     def after_step(self, model: "GPT", state: "dict[str, Tensor]") -> None:
-        """See the weights after the optimizer's step; `state` is empty the first time."""
+        """Called after the optimizer's step; `state` is empty the first time."""
 
     def averaged(self, state: "Mapping[str, Tensor]") -> "Mapping[str, Tensor] | None":
         """Weights by parameter name, to be evaluated and saved beside the trained ones."""

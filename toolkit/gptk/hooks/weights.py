@@ -22,14 +22,14 @@ class Checkpoint:
     config: "GPTConfig"
     state: Mapping[str, "Tensor"]
     """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
-    `embed.weight`. They may be in any precision and mapped from a file; `build_model` takes them
+    `embed.weight`. They may be in any precision and memory-mapped; `build_model` takes them
     over without a copy where device and dtype are right. What `Tensors.assemble` returns reads a
     tensor each time it is asked for, so that a model need not be in memory twice. Those of
     `load_stored` may be `gptk.Levels`."""
     tokenizer: "Callable[[], Tokenizer] | None" = None
     """Makes the tokenizer stored with the weights, if there is one; may raise TokenizerError."""
     source: str = ""
-    """Where it came from, for people."""
+    """Where it came from, for messages."""
     notes: Mapping[str, str] | None = None
     """More for `gptk info`: the format, the precision it was stored in."""
 
@@ -41,7 +41,7 @@ class WeightLoader(Plugin):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        """Whether `source` is of this format, told without reading it whole.
+        """Whether `source` is of this format; it must not be read as a whole.
 
         By default never: such a loader is named by its spec string.
         """
@@ -49,13 +49,13 @@ class WeightLoader(Plugin):
 
     @classmethod
     def from_source(cls, source: str) -> "WeightLoader":
-        """The loader for a source that `matches`; by default its option `path` is the source."""
-        options: dict[str, Any] = {"path": source}  # a field of the loader's own
+        """The loader for a source that `matches`; by default its option `path` is it."""
+        options: dict[str, Any] = {"path": source}  # a field that the subclass declares
         return cls(**options)
 
     @classmethod
     def default_source(cls) -> str | None:
-        """A model that is installed and can serve where none is named."""
+        """The source of an installed model, for when the user names none; None if there is none."""
         return None
 
     def load(self) -> Checkpoint:
@@ -76,7 +76,7 @@ class WeightWriter(Plugin):
     kind: ClassVar[str] = "writer"
 
     def write(self, path: Path, model: "GPT", tokenizer: "Tokenizer | None") -> None:
-        """Write into the empty directory `path`, which becomes visible once all is there.
+        """Write into the empty directory `path`, which is moved to its place afterwards.
 
         Raises SourceError for a model, or TokenizerError for a tokenizer, that the format cannot
         hold.

@@ -1,20 +1,27 @@
-"""Attention: over a cache, and of a prompt with itself."""
+"""Attention over a KV cache, and causal attention among the tokens of a prompt, with gradients."""
 
 import torch
 from torch import Tensor
 
 from gptk.kernels.build import library
 
+HEAD_DIMS = (32, 64, 96, 128)
+"""The head sizes that there are kernels for."""
+FEW_QUERIES = 16
+"""The most queries of a key head over a cache that `attend` takes (MAX_QUERIES in cpp/attention.h).
+With more, PyTorch's attention is faster."""
+
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: int) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v for few queries: (rows, heads, d), as q is.
+    """softmax(q kᵀ / √d + mask) v for few queries over a KV cache.
 
-    q: (rows, heads, d), the rows of a tree next to each other, and heads without gaps; keys and
-    values: (trees · kv_heads, 1, length, d), of one layout, the keys of a head without gaps; mask:
-    (1 or trees, rows of a tree, length), for all heads. d: one of HEAD_DIMS.
+    q: (query tokens, heads, d), the tokens of a tree adjacent, each token contiguous; keys, values:
+    (trees · kv_heads, 1, length, d), with equal strides, each head contiguous; mask: (1 or trees,
+    query tokens of a tree, length), for all heads. d: one of HEAD_DIMS; all of one dtype. Returns
+    (query tokens, heads, d), in q's dtype.
     """
-    rows, heads, d = q.shape
-    y = q.new_empty(rows, heads, d)
+    tokens, heads, d = q.shape
+    y = q.new_empty(tokens, heads, d)
     tree_stride = mask_stride = 0
     if mask is not None:
         tree_stride, mask_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
@@ -22,16 +29,17 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
     library().gptk_attend(
         *(q.dtype == torch.bfloat16, q.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(None if mask is None else mask.data_ptr(), y.data_ptr(), d**-0.5),
-        *(trees, rows // trees, heads, batch // trees, length, d),
+        *(trees, tokens // trees, heads, batch // trees, length, d),
         *(q.stride(0), keys.stride(0), tree_stride, mask_stride),
     )
     return y
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """gptk.model.attend_causally, as (rows, time, heads, d). d: one of HEAD_DIMS.
+    """softmax(q kᵀ / √d) v where each token sees itself and those before it.
 
-    With gradients in bfloat16, where they are on.
+    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). d: one of HEAD_DIMS. Returns (rows,
+    time, heads, d), in q's dtype. Has gradients, where these are on, in bfloat16.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y: Tensor = torch.ops.gptk.causal_attention(q, k, v)[0]
@@ -40,29 +48,31 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, logsums: Tensor | None) -> Tensor:
-    q, k, v = _strided(q, k, v)
+    """logsums: where log Σ exp of each query's scores goes, (rows, heads, time), or None."""
+    q, k, v = _with_fitting_strides(q, k, v)
     rows, time, heads, d = q.shape
     y = q.new_empty(rows, time, heads, d)
     library().gptk_attend_causally(
         *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
-        *(None if logsums is None else logsums.data_ptr(), *_causal(q, k)),
+        *(None if logsums is None else logsums.data_ptr(), *_causal_arguments(q, k)),
     )
     return y
 
 
-def _strided(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Without gaps between heads, and keys and values with the same strides."""
+def _with_fitting_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make each token contiguous, and the strides of k and v equal; copy where needed."""
     q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
     return (q, k, v) if k.stride() == v.stride() else (q, k.contiguous(), v.contiguous())
 
 
-def _causal(q: Tensor, k: Tensor) -> tuple[float, *tuple[int, ...]]:
+def _causal_arguments(q: Tensor, k: Tensor) -> tuple[float, *tuple[int, ...]]:
+    """The scale, the sizes and the strides of q and k, as the kernels of C++ take them."""
     rows, time, heads, d = q.shape
     return (d**-0.5, rows, time, heads, k.shape[2], d, *q.stride()[:2], *k.stride()[:2])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The result, and log Σ exp of each query's scores: (rows, heads, time)."""
+    """The result, and log Σ exp of each query's scores: (rows, heads, time) float32."""
     logsums = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     return _attend_causally(q, k, v, logsums), logsums
 
@@ -70,17 +80,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def causal_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsums: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from dy, with y and the sums that `causal_attention` gave."""
-    assert q.dtype == torch.bfloat16, "see suit_causal_attention"
-    q, k, v = _strided(q, k, v)
+    """The gradients of q, k and v from dy, with y and logsums as `causal_attention` gave them."""
+    assert q.dtype == torch.bfloat16, "see should_run_causal_attention"
+    q, k, v = _with_fitting_strides(q, k, v)
     y, logsums, dy = y.contiguous(), logsums.contiguous(), dy.contiguous()
-    made = [x.new_empty(x.shape) for x in (q, k, v)]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     library().gptk_attend_causally_backward(
-        *(x.data_ptr() for x in (q, k, v, y, dy, logsums, *made)), *_causal(q, k)
+        *(x.data_ptr() for x in (q, k, v, y, dy, logsums, dq, dk, dv)), *_causal_arguments(q, k)
     )
-    return made[0], made[1], made[2]
-
-
-HEAD_DIMS = (32, 64, 96, 128)
-FEW_QUERIES = 16
-"""From there on PyTorch's attention is faster, which takes queries together."""
+    return dq, dk, dv

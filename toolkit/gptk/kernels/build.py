@@ -1,8 +1,9 @@
-"""gptk's own kernels, in the folder cpp: compiled once by the machine's compiler, and kept.
+"""gptk's own kernels, the C++ code in the folder cpp: compiled once on a machine, then loaded.
 
 PyTorch's kernels for quantized weights are bound by arithmetic on CPUs with AVX-512: they read
-SmolLM2's int4 layers at 16 GB/s where memory gives 31. Ours read them at 31. They need Linux, a
-processor with AVX-512 and VNNI, and g++ (or what $CXX names); where one is missing, PyTorch's do.
+SmolLM2's int4 layers at 16 GB/s where the memory gives 31. gptk's read them at 31. They need Linux,
+a processor with AVX-512 and VNNI, and a C++ compiler: g++, or the one that $CXX names. Without
+these, PyTorch's operations are used.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ _FLAGS = (
 
 
 def library() -> ctypes.CDLL:
-    """The loaded kernels, where `load` has loaded them."""
+    """The kernels. They must be available: see `load`."""
     loaded = load()
     assert not isinstance(loaded, str), loaded
     return loaded
@@ -40,91 +41,84 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """The kernels, compiled where that was not done before; or the reason why they cannot run."""
+    """The kernels, compiled if this machine has not done so yet; or why they cannot run."""
     if sys.platform != "linux":
         return "they need Linux"
-    has = torch.cpu.get_capabilities()
-    if missing := [one for one in _NEEDED if not has.get(one)]:
+    capabilities = torch.cpu.get_capabilities()
+    if missing := [name for name in _NEEDED if not capabilities.get(name)]:
         return f"the processor has no {', '.join(missing)}"
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         return "there is no C++ compiler: neither g++ nor $CXX"
-    flags = (*_FLAGS, "-mavx512bf16") if has.get("avx512_bf16") else _FLAGS
+    flags = (*_FLAGS, "-mavx512bf16") if capabilities.get("avx512_bf16") else _FLAGS
     sources = [path.read_text() for path in sorted(_SOURCES.iterdir())]
     key = (*sources, torch.__version__, compiler, *flags)
     path = cache_folder() / f"kernels-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.so"
     with contextlib.suppress(OSError):
-        return _open(path)  # raises OSError where the file is missing or damaged
+        return _open(path)  # raises OSError if the file is missing or damaged
     try:
         _compile([*shlex.split(compiler), *flags], path)
         return _open(path)
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return f"{compiler} fails: {said or error}"
+        last_line = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return f"{compiler} fails: {last_line or error}"
     except OSError as error:
         return str(error)
 
 
 def _compile(compiler: list[str], path: Path) -> None:
+    """Compile the sources into a shared library and put it at `path`, atomically."""
     if sys.stderr and sys.stderr.isatty():
         print("gptk: compiling its kernels for this machine, once…", file=sys.stderr)
-    libraries = Path(torch.__file__).parent / "lib"
+    torch_libraries = Path(torch.__file__).parent / "lib"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as pool:
 
-        def run(*words: str) -> None:
-            subprocess.run([*compiler, *words], check=True, capture_output=True)
+        def run(*arguments: str) -> None:
+            subprocess.run([*compiler, *arguments], check=True, capture_output=True)
 
-        parts = {str(one): f"{folder}/{one.stem}.o" for one in _SOURCES.glob("*.cpp")}
-        list(pool.map(lambda part: run("-c", part[0], "-o", part[1]), parts.items()))
-        made = Path(folder) / path.name
-        run(*parts.values(), f"-L{libraries}", "-ltorch_cpu", "-o", str(made))
-        made.replace(path)
+        objects = {str(source): f"{folder}/{source.stem}.o" for source in _SOURCES.glob("*.cpp")}
+        list(pool.map(lambda files: run("-c", files[0], "-o", files[1]), objects.items()))
+        new = Path(folder) / path.name
+        run(*objects.values(), f"-L{torch_libraries}", "-ltorch_cpu", "-o", str(new))
+        new.replace(path)
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    # Global, so that a program by AOTInductor finds them.
+    """Load the shared library and declare what its functions take. They return nothing."""
+    # With global symbols, so that programs compiled by AOTInductor find them.
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    flag, real, to, size = ctypes.c_int, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64
-    takes: dict[str, list[Any]] = {
-        "gptk_linear": [flag, flag, to, to, to, to, size, size, size],
-        "gptk_dense": [flag, to, to, to, to, size, size, size],
-        "gptk_pack": [flag, to, to, to, to, size, size],
-        "gptk_dequantize": [flag, to, to, to, to, size],
-        "gptk_expand": [flag, flag, to, to, size, size],
+    flag, real, double = ctypes.c_int, ctypes.c_float, ctypes.c_double
+    data, size = ctypes.c_void_p, ctypes.c_int64
+    signatures: dict[str, list[Any]] = {
+        "gptk_quantized_linear": [flag, flag, *[data] * 4, *[size] * 3],
+        "gptk_linear": [flag, *[data] * 4, *[size] * 3],
+        "gptk_pack": [flag, *[data] * 4, *[size] * 2],
+        "gptk_dequantize": [flag, *[data] * 4, size],
+        "gptk_dequantize_packed": [flag, flag, data, data, size, size],
         "gptk_product": [
-            to,
-            size,
-            flag,
-            flag,
-            to,
-            size,
-            flag,
-            flag,
-            to,
-            size,
-            to,
-            flag,
-            *[size] * 3,
+            *(data, size, flag),
+            *(flag, data, size, flag),
+            *(flag, data, size, data, flag, *[size] * 3),
         ],
-        "gptk_column_sums": [flag, to, to, size, size],
-        "gptk_cross_entropy": [flag, to, to, to, real, size, size, size],
-        "gptk_rms_norm": [flag, to, to, real, to, size, size],
-        "gptk_swiglu": [flag, to, to, size, size],
-        "gptk_gelu": [flag, to, to, to, size],
-        "gptk_rotate": [flag, to, to, to, to, size, size, size],
-        "gptk_exponential": [to, size, to, to, size],
-        "gptk_sums": [to, to, to, to, size, size],
-        "gptk_last_key": [to, to, ctypes.c_double, to, size, size],
-        "gptk_keep_from": [to, to, to, to, size, size],
-        "gptk_top": [to, to, to, to, size, size, size],
-        "gptk_draw": [to, to, to, to, size, size],
-        "gptk_permutation": [size, size, size, to],
-        "gptk_attend_causally": [flag, *[to] * 5, real, *[size] * 9],
-        "gptk_attend_causally_backward": [*[to] * 9, real, *[size] * 9],
-        "gptk_attend": [flag, to, to, to, to, to, real, *[size] * 10],
+        "gptk_column_sums": [flag, data, data, size, size],
+        "gptk_cross_entropy": [flag, data, data, data, real, *[size] * 3],
+        "gptk_rms_norm": [flag, data, data, real, data, size, size],
+        "gptk_swiglu": [flag, data, data, size, size],
+        "gptk_gelu": [flag, data, data, data, size],
+        "gptk_rotate": [flag, *[data] * 4, *[size] * 3],
+        "gptk_exponential": [data, size, data, data, size],
+        "gptk_softmax_sums": [*[data] * 4, size, size],
+        "gptk_last_key": [data, data, double, data, size, size],
+        "gptk_keep_from": [*[data] * 4, size, size],
+        "gptk_top": [*[data] * 4, *[size] * 3],
+        "gptk_draw": [*[data] * 4, size, size],
+        "gptk_permutation": [*[size] * 3, data],
+        "gptk_attend_causally": [flag, *[data] * 5, real, *[size] * 9],
+        "gptk_attend_causally_backward": [*[data] * 9, real, *[size] * 9],
+        "gptk_attend": [flag, *[data] * 5, real, *[size] * 10],
     }
-    for name, types in takes.items():
+    for name, types in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
     return library

@@ -1,4 +1,7 @@
-"""Whether the kernels can be run, and whether they should be."""
+"""Whether the kernels can be run, on this machine and on these tensors, and whether they should.
+
+They should be run where they are the fastest implementation, and exact enough.
+"""
 
 import functools
 from typing import Any
@@ -11,11 +14,11 @@ from gptk.kernels.attention import HEAD_DIMS
 from gptk.kernels.build import load
 
 enabled = True
-"""False has PyTorch's operations used everywhere, as on a machine that cannot run the kernels."""
+"""If False, PyTorch's operations are used, as on a machine that cannot run the kernels."""
 
 
 def available() -> bool:
-    """Whether this machine can run the kernels; the first call compiles them, in a few seconds."""
+    """Whether this machine can run the kernels. The first call compiles them, in a few seconds."""
     return enabled and reason_against() is None
 
 
@@ -28,10 +31,10 @@ def reason_against() -> str | None:
     return None
 
 
-def suit(x: Tensor, other: Tensor) -> bool:
-    """Whether they can be run on x, for a result that needs no gradient.
+def can_run(x: Tensor, other: Tensor) -> bool:
+    """Whether kernels without gradients can be run on x.
 
-    other: what has to be of x's dtype.
+    other: another operand, which must have x's dtype.
     """
     dtype = x.dtype
     return (
@@ -44,16 +47,16 @@ def suit(x: Tensor, other: Tensor) -> bool:
     )
 
 
-def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_causally` should be run. Under a compiler only once `available` was asked.
+def should_run_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_causally` should be run.
 
-    Not for gradients in float32: there a step is the book's to the last digits that AdamW leaves,
-    with PyTorch's operations a little closer than with ours.
+    Not in float32 with gradients: float32 training stays on PyTorch's operations, to match the
+    book within 1e-5. While a compiler traces, only if `available` was called before.
     """
     dtype = q.dtype
-    alone = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     return (
-        (dtype == torch.bfloat16 or (dtype == torch.float32 and alone))
+        (dtype == torch.bfloat16 or (dtype == torch.float32 and inference))
         and dtype == k.dtype == v.dtype
         and q.is_cpu
         and q.shape[3] in HEAD_DIMS
@@ -61,49 +64,53 @@ def suit_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def suit_products(*given: Tensor) -> bool:
-    """Whether `product` can be run on these, and is the fastest there is: on processors with
-    AVX512-BF16 that have no AMX. Under a compiler only once `available` was asked.
+def should_run_product(*operands: Tensor) -> bool:
+    """Whether `product` can be run on these, and is the fastest there is.
+
+    It is on processors that have AVX512-BF16 and no AMX. While a compiler traces, only if
+    `available` was called before.
     """
     return (
-        all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in given)
-        and _multiplies_bfloat16()
+        all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in operands)
+        and _has_bfloat16_without_amx()
         and (operators.defined() if torch.compiler.is_compiling() else available())
     )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16")) and not has.get("amx_bf16") and not has.get("amx_tile")
+def _has_bfloat16_without_amx() -> bool:
+    capable = torch.cpu.get_capabilities().get
+    return bool(capable("avx512_bf16")) and not capable("amx_bf16") and not capable("amx_tile")
 
 
-def suit_cross_entropy(logits: Tensor) -> bool:
+def can_run_cross_entropy(logits: Tensor) -> bool:
     """Whether `cross_entropy` can be run."""
     return logits.is_cpu and logits.dtype in (torch.bfloat16, torch.float32) and available()
 
 
-def suit_gelu(x: Tensor) -> bool:
-    """Whether `gelu` should be run; a compiler makes as good a one of PyTorch's.
+def should_run_gelu(x: Tensor) -> bool:
+    """Whether `gelu` should be run.
 
-    For float32 see `suit_causal_attention`.
+    Not while a compiler traces, which makes as fast a kernel of PyTorch's operations, and not in
+    float32 with gradients, see `should_run_causal_attention`.
     """
-    alone = not torch.is_grad_enabled()
+    inference = not torch.is_grad_enabled()
     return (
         x.is_cpu
-        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and alone))
+        and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and inference))
         and not torch.compiler.is_compiling()
         and available()
     )
 
 
-def shims() -> dict[Any, list[str]]:
-    """For AOTInductor: how its programs call them without PyTorch's dispatcher between."""
+def aoti_shims() -> dict[Any, list[str]]:
+    """For AOTInductor's option `custom_ops_to_c_shims`: C functions that its programs call in place
+    of operators, without PyTorch's dispatcher."""
     if not available():
         return {}
     function = (
-        "AOTITorchError aoti_torch_cpu_few_rows_linear(AtenTensorHandle x, "
+        "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle x, "
         "AtenTensorHandle weights, int64_t bits, int64_t outputs, AtenTensorHandle* y)"
     )
-    return {torch.ops.gptk.few_rows_linear.default: [function]}
+    return {torch.ops.gptk.quantized_linear.default: [function]}

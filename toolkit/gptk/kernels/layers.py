@@ -1,4 +1,4 @@
-"""Normalization, activations and rotary embeddings."""
+"""Normalization, activations and rotary embeddings. All tensors of a call have one dtype."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from gptk.kernels.build import library
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean x² + eps) · weight over the last axis, of a size that 16 divides."""
+    """x / √(mean x² + eps) · weight over the last axis, whose size is a multiple of 16."""
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     library().gptk_rms_norm(
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) · up. x: (…, gate and up), each of a size that 16 divides."""
+    """silu(gate) · up. x: (…, gate and up), each of a size that is a multiple of 16."""
     x = x.contiguous()
     size = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], size)
@@ -29,7 +29,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by tanh, as GPT-2 has it, with gradients where they are on."""
+    """GELU in its tanh approximation, as in GPT-2. Has gradients, where these are on."""
     if torch.is_grad_enabled():
         y: Tensor = torch.ops.gptk.gelu(x)
         return y
@@ -37,7 +37,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_or_gradient(x: Tensor, dy: Tensor | None) -> Tensor:
-    """GELU of x or, with dy, the gradient of x that belongs to it."""
+    """gelu(x); or, given its gradient dy, the gradient of x."""
     x = x.contiguous()
     if dy is not None:
         dy = dy.contiguous()
@@ -50,7 +50,11 @@ def gelu_or_gradient(x: Tensor, dy: Tensor | None) -> Tensor:
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """gptk.model.rotate, for heads of a size that 32 divides."""
+    """Rotary position embedding, the halves of a head as pairs.
+
+    x: (rows, time, heads, head_dim), head_dim a multiple of 32; cosines, sines: (1 or rows, time,
+    heads, head_dim), the sines of the first half negative.
+    """
     x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     library().gptk_rotate(

@@ -1,4 +1,7 @@
-"""gptk's kernels as operators of PyTorch: what its autograd and its compilers are told of them."""
+"""gptk's kernels as operators of PyTorch, `torch.ops.gptk`, for its autograd and its compilers.
+
+An operator has a schema, an implementation on the CPU, the shapes of its results, and derivatives.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +12,8 @@ from torch import Tensor
 from gptk.kernels import attention, layers, products
 
 _SCHEMAS = {
-    "few_rows_linear": "(Tensor x, Tensor weights, int bits, int outputs) -> Tensor",
-    "product": "(Tensor a, Tensor b, Tensor? bias, bool single) -> Tensor",
+    "quantized_linear": "(Tensor x, Tensor weights, int bits, int outputs) -> Tensor",
+    "product": "(Tensor a, Tensor b, Tensor? bias, bool in_float32) -> Tensor",
     "column_sums": "(Tensor x) -> Tensor",
     "gelu": "(Tensor x) -> Tensor",
     "gelu_backward": "(Tensor x, Tensor dy) -> Tensor",
@@ -21,7 +24,7 @@ _SCHEMAS = {
     ),
 }
 _ON_CPU: dict[str, Callable[..., Any]] = {
-    "few_rows_linear": lambda x, weights, bits, outputs: products.few_rows_linear(
+    "quantized_linear": lambda x, weights, bits, outputs: products.run_quantized_linear(
         x, weights, None, bits, outputs
     ),
     "product": products.new_product,
@@ -32,19 +35,18 @@ _ON_CPU: dict[str, Callable[..., Any]] = {
     "causal_attention_backward": attention.causal_attention_backward,
 }
 _libraries: list[object] = []
-"""Kept, as an operator goes with its library."""
+"""The torch.library.Library of the operators, once defined; freeing it would remove them."""
 
 
 def defined() -> bool:
-    """Whether there are any. A compiler may not define them on the way."""
+    """Whether the operators are defined. While a compiler traces, they cannot be."""
     return bool(_libraries)
 
 
 def define() -> None:
-    """Make the operators of `torch.ops.gptk`, once a process; the kernels must be loaded.
+    """Define the operators, once a process. The kernels must be loaded.
 
-    Their derivatives are here. Those of attention and GELU have no derivatives themselves, as
-    with PyTorch's own attention.
+    Attention and GELU have first derivatives only, as PyTorch's own attention has.
     """
     if _libraries:
         return
@@ -63,9 +65,9 @@ def _like(x: Tensor) -> Tensor:
 
 
 _SHAPES: dict[str, Callable[..., Any]] = {
-    "few_rows_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
-    "product": lambda a, b, bias, single: a.new_empty(
-        a.shape[0], b.shape[1], dtype=torch.float32 if single else torch.bfloat16
+    "quantized_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
+    "product": lambda a, b, bias, in_float32: a.new_empty(
+        a.shape[0], b.shape[1], dtype=torch.float32 if in_float32 else torch.bfloat16
     ),
     "column_sums": lambda x: x.new_empty(x.shape[1], dtype=torch.float32),
     "gelu": _like,
@@ -78,7 +80,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _keep_sides(ctx: Any, inputs: Any, output: Any) -> None:
+def _save_operands(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
@@ -93,7 +95,7 @@ def _product_backward(ctx: Any, dy: Tensor) -> Any:
     )
 
 
-def _keep_inputs(ctx: Any, inputs: Any, output: Any) -> None:
+def _save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -101,7 +103,7 @@ def _gelu_backward(ctx: Any, dy: Tensor) -> Any:
     return torch.ops.gptk.gelu_backward(*ctx.saved_tensors, dy)
 
 
-def _keep_all(ctx: Any, inputs: Any, output: Any) -> None:
+def _save_all(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -109,14 +111,14 @@ def _causal_attention_backward(ctx: Any, dy: Tensor, _: Any) -> Any:
     return torch.ops.gptk.causal_attention_backward(*ctx.saved_tensors, dy)
 
 
-def _not_again(ctx: Any, *_: Any) -> Any:
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise NotImplementedError("gptk's attention and GELU have no second derivatives")
 
 
 _DERIVATIVES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
-    "product": (_keep_sides, _product_backward),
-    "gelu": (_keep_inputs, _gelu_backward),
-    "gelu_backward": (_keep_inputs, _not_again),
-    "causal_attention": (_keep_all, _causal_attention_backward),
-    "causal_attention_backward": (_keep_inputs, _not_again),
+    "product": (_save_operands, _product_backward),
+    "gelu": (_save_inputs, _gelu_backward),
+    "gelu_backward": (_save_inputs, _no_second_derivative),
+    "causal_attention": (_save_all, _causal_attention_backward),
+    "causal_attention_backward": (_save_inputs, _no_second_derivative),
 }

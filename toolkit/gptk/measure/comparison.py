@@ -1,17 +1,17 @@
 """Comparing decoding strategies: how likely their texts are, how diverse, how repetitive, how fast.
 
-No strategy is best at all of it: those that keep to likely tokens repeat themselves, those that
-draw freely wander off (Holtzman et al. 2020). So each is a point of a plane, quality by diversity
-(Caccia et al. 2020, Zhang et al. 2021). Quality is measured for all in one way, whatever they
-chose by:
+No strategy is best in every respect: strategies that choose likely tokens repeat themselves, and
+strategies that sample from the whole distribution become incoherent (Holtzman et al. 2020). So each
+is a point in a plane of quality by diversity (Caccia et al. 2020, Zhang et al. 2021). Quality is
+measured alike for all strategies:
 
     mean log-probability = 1/N Σ log p(token | all tokens before it),  p of the model itself
 
-over all N new tokens of all results, EOS left out, without processors or temperature: the
-sampler's own log-probabilities would be those of another distribution for each.
+over all N new tokens of all results, without EOS, processors and temperature. The log-probabilities
+that samplers themselves report are of a different distribution for each sampler.
 
-The other measures are of sequences of tokens, here the model's. A measure that a text is too
-short for is None.
+The other measures compare sequences of the model's tokens. A measure for which a text is too short
+is None.
 """
 
 import time
@@ -25,37 +25,39 @@ from gptk.errors import OptionError
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.measure.measures import distinct, mean, self_bleu, seq_rep
-from gptk.model.scoring import token_logprobs
+from gptk.model.scoring import final_states, token_logprobs
 from gptk.plugins.creating import create
 
 if TYPE_CHECKING:
-    from gptk.language_model import LanguageModel, Prompt
-    from gptk.model.gpt import GPT
+    from gptk.decoding.prompts import Prompt
+    from gptk.language_model import LanguageModel
+    from gptk.model.protocol import CausalModel
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one sampler made of the prompts."""
+    """The results of one sampler, measured."""
 
     sampler: str
-    """Its spec string, as it was given."""
+    """The sampler's spec string as the caller wrote it."""
     random: bool
+    """Whether the sampler draws random numbers."""
     results: int
-    """The most for a prompt: as many as were asked for, or as the sampler can give."""
+    """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
     texts: list[list[str]]
     """The results of each prompt."""
     mean_logprob: float | None
-    """Nats a token, see above. None if no result has a token."""
+    """Nats a token, under the model itself. None if no result has a token."""
     distinct_1: float | None
     distinct_2: float | None
-    """Of all results of a prompt together, the mean over prompts. They fall as texts grow longer
-    and more: compare them at equal numbers of results."""
+    """distinct-n of all results of a prompt together, the mean over prompts. It falls with the
+    length and number of texts: compare it at equal numbers of results."""
     seq_rep_4: float | None
     """The mean over all results."""
     self_bleu: float | None
     """The mean over prompts with two results or more."""
     tokens: int
-    """New tokens, in all."""
+    """New tokens in all results."""
     tokens_per_second: float
 
 
@@ -72,15 +74,15 @@ def compare(
 ) -> list[Comparison]:
     """Run each sampler on the same prompts with the same seed, and measure the results.
 
-    n: results for each prompt; of a sampler that cannot give as many, the most that it can.
-    progress: called after each sampler with how many are done, and of how many.
+    n: results for each prompt; a sampler that cannot give as many gives the most that it can.
+    progress: called after each sampler with the number of samplers done, and of all.
     Raises what `check_samplers` and `LanguageModel.generate_batch` raise.
     """
     checked = check_samplers(samplers, n)
-    if prompts:  # the first run would pay for warming up
+    if prompts:  # warm up, so that the first sampler is not measured as slower
         lm.generate_batch(prompts[:1], max_new_tokens=1)
     compared = []
-    for given, (sampler, results) in zip(samplers, checked, strict=True):
+    for spec, (sampler, results) in zip(samplers, checked, strict=True):
         start = time.perf_counter()
         best = lm.generate_batch(
             prompts,
@@ -91,33 +93,33 @@ def compare(
             seed=seed,
         )
         seconds = time.perf_counter() - start
-        groups = [[one, *one.alternatives] for one in best]
-        compared.append(_measured(_label(given), sampler, results, groups, lm.model, seconds))
+        groups = [[result, *result.alternatives] for result in best]
+        compared.append(_measured(_label(spec), sampler, results, groups, lm.model, seconds))
         if progress is not None:
             progress(len(compared), len(samplers))
     return compared
 
 
 def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Sampler, int]]:
-    """Each sampler, and how many results of the n it can give for a prompt.
+    """Each sampler, and how many results it can give for a prompt, at most n.
 
-    Raises OptionError if there is none or if two are equal, and what a wrong spec raises.
+    Raises OptionError if there are no samplers or two equal ones, and what a wrong spec raises.
     """
     if not samplers:
         raise OptionError("no sampler to compare was given; name one or more")
     if n < 1:
         raise OptionError(f"n is {n}; it must be 1 or more")
-    made: dict[str, str] = {}
+    labels: dict[str, str] = {}
     checked = []
-    for given in samplers:
-        sampler = create("sampler", given, Sampler)
-        label = _label(given)
-        if sampler.spec in made:
+    for spec in samplers:
+        sampler = create("sampler", spec, Sampler)
+        label = _label(spec)
+        if sampler.spec in labels:
             raise OptionError(
-                f"two samplers to compare are equal: {made[sampler.spec]} and {label}; "
+                f"two samplers to compare are equal: {labels[sampler.spec]} and {label}; "
                 "give each once"
             )
-        made[sampler.spec] = label
+        labels[sampler.spec] = label
         checked.append((sampler, _most_results(sampler, n)))
     return checked
 
@@ -142,22 +144,22 @@ def _measured(
     sampler: Sampler,
     results: int,
     groups: list[list[Generation]],
-    model: "GPT",
+    model: "CausalModel",
     seconds: float,
 ) -> Comparison:
-    everything = [one for group in groups for one in group]
-    tokens = [[one.tokens for one in group] for group in groups]
-    logprobs = continuation_logprobs(model, [(one.prompt_tokens, one.tokens) for one in everything])
-    total = sum(len(one.tokens) for one in everything)
+    flat = [result for group in groups for result in group]
+    tokens = [[result.tokens for result in group] for group in groups]
+    logprobs = continuation_logprobs(model, [(r.prompt_tokens, r.tokens) for r in flat])
+    total = sum(len(result.tokens) for result in flat)
     return Comparison(
         sampler=label,
         random=sampler.random,
         results=results,
-        texts=[[one.text for one in group] for group in groups],
-        mean_logprob=mean(value for one in logprobs for value in one),
+        texts=[[result.text for result in group] for group in groups],
+        mean_logprob=mean(logprob for of_result in logprobs for logprob in of_result),
         distinct_1=mean(distinct(group, 1) for group in tokens),
         distinct_2=mean(distinct(group, 2) for group in tokens),
-        seq_rep_4=mean(seq_rep(one.tokens, 4) for one in everything),
+        seq_rep_4=mean(seq_rep(result.tokens, 4) for result in flat),
         self_bleu=mean(self_bleu(group) for group in tokens),
         tokens=total,
         tokens_per_second=total / seconds if seconds else 0.0,
@@ -166,15 +168,15 @@ def _measured(
 
 @torch.inference_mode()
 def continuation_logprobs(
-    model: "GPT", pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model: "CausalModel", pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[list[float]]:
     """For each (prompt, continuation) the model's log-probability of each continuation token.
 
-    Teacher-forced: one pass over the whole text. Prompt and continuation fit into the window.
+    Teacher-forced, in one pass over both, which must fit into the model's window together.
     """
     logprobs: list[list[float]] = [[] for _ in pairs]
-    # Like lengths go together, so that little is padded; what follows a token does not matter
-    # to it, so padding is on the right.
+    # Texts of similar lengths share a batch, so that there is little padding. It is on the right,
+    # where causal attention does not see it.
     order = sorted(
         (number for number, (_, new) in enumerate(pairs) if new),
         key=lambda number: sum(map(len, pairs[number])),
@@ -187,12 +189,12 @@ def continuation_logprobs(
         for row, number in enumerate(batch):
             prompt, new = pairs[number]
             inputs[row, : len(prompt) + len(new) - 1] = torch.tensor([*prompt, *new][:-1])
-        hidden = model(inputs.to(model.device))  # (rows, longest - 1, width)
+        hidden = final_states(model, inputs.to(model.device))  # (rows, longest - 1, width)
         for row, number in enumerate(batch):
             prompt, new = pairs[number]
-            before = hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(new)]
+            states = hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(new)]
             targets = torch.tensor(list(new), device=model.device)
-            logprobs[number] = token_logprobs(model, before, targets).tolist()
+            logprobs[number] = token_logprobs(model, states, targets).tolist()
     return logprobs
 
 

@@ -4,12 +4,12 @@
     perplexity = exp(loss),    bits per byte = n loss / (ln 2 · bytes)
 
 Windows of the model's context length begin every `stride` tokens, and each token is scored in the
-first window that predicts it. So a token's context is the whole text at the text's beginning, and
-afterwards never under window - stride + 1 tokens. A smaller stride means more context, a lower
-loss and more work; figures are comparable at equal window and stride only. With a stride of half
-the window most of the gain is there at twice the work of disjoint windows. lm-evaluation-harness
-(`loglikelihood_rolling`) has the stride equal to the window by default, transformers' page on the
-perplexity of fixed-length models half of it.
+first window that predicts it. So the first tokens have the whole text before them as context, and
+later ones at least window - stride + 1 tokens. A smaller stride means more context, a lower loss
+and more work; figures are comparable only at equal window and stride. A stride of half the window
+brings most of the gain, at twice the work of disjoint windows. By default the stride of
+lm-evaluation-harness (`loglikelihood_rolling`) is the window; transformers' page on the perplexity
+of fixed-length models takes half of it.
 
 Bits per byte can be compared between tokenizers (Gao et al. 2020, The Pile, section 3.1).
 """
@@ -27,14 +27,14 @@ from gptk.data.token_files import TokenFile, prepare_tokens
 from gptk.data.windows import Windows
 from gptk.errors import DataError, DecodingError, OptionError
 from gptk.model.protocol import evaluating
-from gptk.model.scoring import token_logprobs
+from gptk.model.scoring import final_states, token_logprobs
 
 if TYPE_CHECKING:
     from gptk.language_model import LanguageModel
     from gptk.text.tokenizer import Tokenizer
 
 Data = str | os.PathLike[str] | Sequence[str] | Sequence[int] | TokenFile | np.ndarray
-"""What can be evaluated: texts by name, or tokens."""
+"""What can be evaluated: names of texts, or tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Evaluation:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float | None
-    """None without a tokenizer, or if no token stands for text."""
+    """None without a tokenizer, or if the scored tokens have no text."""
     tokens: int
     """Tokens scored: all but the first."""
     bytes: int | None
-    """Size of the text that these stand for; BOS and end-of-text tokens stand for none."""
+    """The size of the scored tokens' text; BOS and end-of-text tokens have none."""
     context_length: int
-    """The window: the model's."""
+    """The size of the windows: the model's."""
     stride: int
     """Tokens from one window to the next."""
 
@@ -65,17 +65,17 @@ def evaluate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score every token of a text but the first, once, see above.
+    """Score each token of a text but the first, with a sliding window.
 
-    data: files, folders or builtin:python-docs, as `prepare_tokens` takes them; or tokens. Where
-    the tokenizer has add_bos, a text begins with BOS, so that its own first token is scored, too.
+    data: files, folders or builtin:python-docs, as `prepare_tokens` takes them; or tokens. If the
+    tokenizer has add_bos, a text begins with BOS, so that the text's first token is scored, too.
     stride: 1 to the model's window; by default half the window. batch_size: windows at a time; by
     default as many as hold 8,192 tokens together, at least one. progress: called after each batch
     with the number of tokens scored so far, and of all.
 
-    Raises DataError if there are fewer than two tokens, or some that the model lacks; OptionError
-    for a stride or batch size out of bounds; DecodingError if the loss is not finite; and what
-    `prepare_tokens` raises.
+    Raises DataError if there are fewer than two tokens, or tokens outside the model's vocabulary;
+    OptionError for a stride or batch size out of bounds; DecodingError if the loss is not finite;
+    and what `prepare_tokens` raises.
     """
     model, tokenizer = lm.model, lm._tokenizer
     vocabulary, window = model.config.vocab_size, model.config.context_length
@@ -93,7 +93,7 @@ def evaluate(
             # (windows, length), of which the last `new` have not been scored
             windows = Windows(tokens[starts.start :], length, stride)
             inputs, targets = windows.batch(np.arange(len(starts)))
-            hidden = model(inputs.to(model.device))[:, -new:].flatten(0, 1)
+            hidden = final_states(model, inputs.to(model.device))[:, -new:].flatten(0, 1)
             targets = targets[:, -new:].flatten()
             logprobs = token_logprobs(model, hidden, targets.to(model.device))
             nats -= float(logprobs.cpu().double().sum())
@@ -123,13 +123,16 @@ _BATCH = 8192  # tokens
 
 
 def _batches(count: int, window: int, stride: int, size: int) -> Iterator[tuple[range, int, int]]:
-    """Windows of equal length for `count` predictions: where they start, their length, and how
-    many predictions at the end of each are new."""
+    """Batches of windows of equal length that together make `count` predictions.
+
+    Yields where the windows start, their length, and how many predictions at the end of each have
+    not been made by a window before it.
+    """
     first = min(window, count)
     yield range(1), first, first
     full = range(stride, count - window + 1, stride)
-    for at in range(0, len(full), size):
-        yield full[at : at + size], window, stride
+    for i in range(0, len(full), size):
+        yield full[i : i + size], window, stride
     done = first + len(full) * stride
     if done < count:
         start = (len(full) + 1) * stride
@@ -137,14 +140,14 @@ def _batches(count: int, window: int, stride: int, size: int) -> Iterator[tuple[
 
 
 def _tokens(lm: "LanguageModel", data: Data) -> np.ndarray:
-    """The tokens to score, checked."""
+    """The tokens to score. Raises DataError if there are too few, or any that the model lacks."""
     if isinstance(data, str | os.PathLike):
         data = [os.fspath(data)]
     if isinstance(data, TokenFile):
         tokens = data.tokens
     elif isinstance(data, np.ndarray):
         tokens = data
-    elif sources := [os.fspath(one) for one in data if isinstance(one, str | os.PathLike)]:
+    elif sources := [os.fspath(name) for name in data if isinstance(name, str | os.PathLike)]:
         tokens = prepare_tokens(sources, lm.tokenizer).tokens
     else:
         tokens = np.array(data, dtype=np.int64)
@@ -161,7 +164,7 @@ def _tokens(lm: "LanguageModel", data: Data) -> np.ndarray:
 
 
 def _text_lengths(tokenizer: "Tokenizer", vocabulary: int) -> np.ndarray:
-    """The bytes of text that each token stands for; BOS and end of text stand for none."""
+    """The number of bytes of each token's text; 0 for BOS and end of text."""
     lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(vocabulary)])
     for token in (tokenizer.bos, *tokenizer.eos):
         if token is not None and token < vocabulary:

@@ -1,6 +1,7 @@
-"""Measures of texts as sequences of tokens: diversity, repetition, likeness.
+"""Measures of texts as sequences of tokens: diversity, repetition, similarity.
 
-A measure that a text is too short for is None."""
+A measure for which a text is too short is None.
+"""
 
 import math
 from collections import Counter
@@ -10,11 +11,8 @@ Text = Sequence[Hashable]
 """A text as its tokens, or words."""
 
 
-# --- Measures ---------------------------------------------------------------------------------
-
-
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are not None; None if all are.
+    """The mean of the values that are not None; None if all are.
 
     >>> mean([1.0, None, 2.0])
     1.5
@@ -24,11 +22,11 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def distinct(texts: Sequence[Text], n: int) -> float | None:
-    """distinct-n: |different n-grams| / |n-grams|, of all texts together; 0 to 1, more is diverse.
+    """distinct-n: |different n-grams| / |n-grams|, of all texts together; 0 to 1, 1 most diverse.
 
-    Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models".
-    They divide by the number of words, here as in most later work by that of n-grams,
-    so that texts without any repetition have 1. None if there are no n-grams.
+    Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models". They
+    divide by the number of words; this divides by the number of n-grams, like most later work, so
+    that texts without repetition have 1. None if there are no n-grams.
 
     >>> distinct(["abab", "b"], 1)
     0.4
@@ -38,10 +36,10 @@ def distinct(texts: Sequence[Text], n: int) -> float | None:
 
 
 def seq_rep(text: Text, n: int) -> float | None:
-    """seq-rep-n: 1 - |different n-grams| / |n-grams| of one text; 0 to 1, more is repetitive.
+    """seq-rep-n: 1 - |different n-grams| / |n-grams| of a text; 0 to 1, 1 most repetitive.
 
-    Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". None if
-    there are no n-grams.
+    Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". None if there are no
+    n-grams.
 
     >>> seq_rep("abcabcabc", 3)
     0.5714285714285714
@@ -51,7 +49,7 @@ def seq_rep(text: Text, n: int) -> float | None:
 
 
 def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
-    """Self-BLEU: the mean BLEU-n of each text, the others its references; 0 to 1, more is alike.
+    """Self-BLEU: the mean BLEU-n of each text with the other texts as references; 0 to 1, 1 equal.
 
     Zhu et al. 2018, "Texygen: A Benchmarking Platform for Text Generation Models".
     None for fewer than two texts.
@@ -67,17 +65,16 @@ def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
 
 
 def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
-    """BLEU-n of a text, by uniform weights, 0 to 1:
+    """BLEU-n of a text, with uniform weights, 0 to 1:
 
         BLEU = exp(min(0, 1 - r / c)) · (p_1 · … · p_n)^(1/n)
 
-    p_k: the share of the text's k-grams that are in a reference, each counted at most as often
-    as in the one that has it most often; c: the length of the text; r: that of the reference
-    nearest in length, of two the shorter. Papineni et al. 2002, "BLEU: a Method for Automatic
-    Evaluation of Machine Translation". A share of none is taken for 0.1 matches where at least a
-    token matches (Chen and Cherry 2014, smoothing 1, as Texygen has it), and n is at most the
-    length of the text, so that equal texts have 1. An empty text has 1 if a reference is empty,
-    else 0.
+    p_k: the share of the text's k-grams that match a reference, each k-gram counted at most as
+    often as in the reference that has it most often; c: the length of the text; r: the length of
+    the reference nearest in length, the shorter of two. Papineni et al. 2002, "BLEU: a Method for
+    Automatic Evaluation of Machine Translation". If no k-grams match but a token does, p_k counts
+    0.1 matches (Chen and Cherry 2014, smoothing 1, as in Texygen). n is at most the length of the
+    text, so that equal texts have 1. An empty text has 1 if a reference is empty, else 0.
 
     >>> round(bleu("abcdx", ["abcde"]), 4)
     0.6687
@@ -87,11 +84,11 @@ def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
     order = min(n, len(text))
     logs = []
     for size in range(1, order + 1):
-        there = Counter[tuple[Hashable, ...]]()
+        known = Counter[tuple[Hashable, ...]]()
         for reference in references:
-            there |= Counter(_ngrams(reference, size))
+            known |= Counter(_ngrams(reference, size))
         grams = Counter(_ngrams(text, size))
-        matches = (grams & there).total()
+        matches = (grams & known).total()
         if size == 1 and not matches:
             return 0.0
         logs.append(math.log((matches or 0.1) / grams.total()))
@@ -100,4 +97,4 @@ def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
 
 
 def _ngrams(text: Text, n: int) -> list[tuple[Hashable, ...]]:
-    return [tuple(text[at : at + n]) for at in range(len(text) - n + 1)]
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]

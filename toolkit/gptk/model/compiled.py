@@ -1,14 +1,14 @@
-"""A decoding step of one row as one compiled program, kept between runs.
+"""The decoding step of one row, compiled: a program on a CPU, a CUDA graph on CUDA.
 
 Between its matrix products a step has some twenty small operations a layer, which take a third of
 its time on a CPU. TorchInductor fuses them, and reads plain matrices at the speed of memory where
-PyTorch's own products of one row do not. The program (an AOTInductor package) is made once for a
-shape of model on a machine, in half a minute or more, and loaded in milliseconds from then on. It
-holds no weights: they are given to it at each call, in place and as they are, so that models of
-one shape share it. Any length of text and of cache will do.
+PyTorch's own products of one row do not. The program (an AOTInductor package) is compiled once for
+a shape of model on a machine, in half a minute or more, kept on disk, and loaded in milliseconds
+from then on. It holds no weights: they are arguments of each call, without copies, so that models
+of one shape share a program. Lengths of text and cache are free.
 
-On CUDA a step's kernels take less time than launching them one by one. There they are recorded as
-a CUDA graph for each cache, and launched together from then on.
+On CUDA a step's kernels take less time than launching them one by one. So they are recorded as a
+CUDA graph, one for each cache, and launched together from then on.
 """
 
 import contextlib
@@ -27,19 +27,21 @@ from gptk import kernels
 from gptk.errors import DeviceError
 from gptk.model.cache import KVCache, Slots
 from gptk.model.gpt import GPT
-from gptk.model.linear import Blocked, Linear
+from gptk.model.linear import Linear, OneDNNPacked
 from gptk.system.caches import cache_folder
 
 
 class _RowStep:
-    """What `GPT.states` and `logits` do for one new token of a single row with a cache.
+    """`GPT.states` and `GPT.logits` for one new token of a single row with a cache.
 
-    It fulfils the protocol `gptk.model.protocol.Step`.
+    Implements the protocol `gptk.model.protocol.Step`.
     """
 
     def fits(self, ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> bool:
-        """Whether a pass is of that kind."""
-        return ids.shape == (1, 1) and cache is not None and cache.is_plain and not layers
+        """Whether a pass is one new token of one row, and returns no states of layers."""
+        return (
+            ids.shape == (1, 1) and cache is not None and cache.slots_are_positions and not layers
+        )
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         """The hidden state (1, 1, 1, width) and the logits (1, 1, vocab), float32."""
@@ -47,95 +49,97 @@ class _RowStep:
 
 
 class CompiledStep(_RowStep):
-    """As a program, on a CPU."""
+    """The step as a compiled program, on a CPU."""
 
     def __init__(self, model: GPT, program: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._model, self._program = model, program
         self._weights = [weight for _, _, weight in _weights(model)]
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        at = cache.plan(1)
-        # The program takes cache and table to be longer than the text.
-        if at.end == cache.capacity:
+        slots = cache.plan(1)
+        # The program was compiled for a cache and a table that are longer than the text.
+        if slots.end == cache.capacity:
             cache.reserve(2 * cache.capacity)
-        table = self._model.position_table(at.end + 1)
-        end = _MARK.expand(at.end)
-        hidden, logits = self._program(ids, end, table, list(cache.kv.unbind()), self._weights)
-        cache.advance([1], at)
+        table = self._model.position_table(slots.end + 1)
+        sized = _ELEMENT.expand(slots.end)
+        hidden, logits = self._program(ids, sized, table, list(cache.kv.unbind()), self._weights)
+        cache.advance([1], slots)
         return hidden, logits
 
 
 Recorder = Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], tuple[Tensor, Tensor]]]
-"""Given a function of no arguments, gives one that does the same to the same tensors."""
+"""Takes a function of no arguments; returns one that repeats its operations on the same tensors."""
 
 
 class RecordedStep(_RowStep):
-    """As a CUDA graph: what a step does to its tensors, recorded and done again."""
+    """The step as a CUDA graph: its operations are recorded once for a cache, and replayed."""
 
     def __init__(self, model: GPT, record: "Recorder | None" = None) -> None:
+        """record: by default `_cuda_graph`."""
         self._model = model
         self._record = _cuda_graph if record is None else record
         self._kv: Tensor | None = None
         self._ids: Tensor
-        self._place: Tensor
+        self._position: Tensor
         self._run: Callable[[], tuple[Tensor, Tensor]]
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        at = cache.plan(1)
+        slots = cache.plan(1)
         if self._kv is not cache.kv:
-            self._ids, self._place = ids.clone(), torch.full_like(ids[0], at.start)
+            self._ids, self._position = ids.clone(), torch.full_like(ids[0], slots.start)
             self._run = self._record(self._step_over(cache))
             self._kv = cache.kv
         self._ids.copy_(ids)
-        self._place.fill_(at.start)
+        self._position.fill_(slots.start)
         hidden, logits = self._run()
-        cache.advance([1], at)
-        return hidden.clone(), logits.clone()  # the next step writes over them
+        cache.advance([1], slots)
+        return hidden.clone(), logits.clone()  # the next replay overwrites them
 
     def _step_over(self, cache: KVCache) -> Callable[[], tuple[Tensor, Tensor]]:
-        """A step over all the memory of a cache, of which a mask says what is in use."""
-        kv, ids, place = cache.kv, self._ids, self._place
+        """A step that attends to all the memory of a cache, with a mask for what is in use."""
+        kv, ids, position = cache.kv, self._ids, self._position
         capacity = cache.capacity
         table = self._model.position_table(capacity + 1)
         keys, values = kv.flatten(2, 3)[:, :, :, None].unbind(1)
-        every = torch.arange(capacity, device=kv.device)
-        # Of a length that attention kernels like.
+        positions = torch.arange(capacity, device=kv.device)
+        # In memory its rows have a multiple of 8 numbers, as attention kernels need.
         mask = kv.new_zeros(1, 1, capacity + -capacity % 8)[..., :capacity]
-        at = _SlotsAt(
-            positions=place[None],
+        slots = _SlotAtPosition(
+            positions=position[None],
             start=0,
             end=capacity,
-            group=1,  # of the mask: one row serves all queries
+            group=1,  # the mask's one row is broadcast to all queries
             trees=1,
-            places=1,
-            order=None,
+            rows_per_tree=1,
+            tree_index=None,
             starts=[],
             mask=mask,
             causal=False,
-            plain=True,
-            slots=kv.unbind(),
+            one_token_per_tree=True,
+            written=kv.unbind(),
             keys=keys.unbind(),
             values=values.unbind(),
         )
 
         def run() -> tuple[Tensor, Tensor]:
-            mask.zero_().masked_fill_(every > place, -torch.inf)
-            hidden = self._model.states_at(ids, at, table)
+            mask.zero_().masked_fill_(positions > position, -torch.inf)
+            hidden = self._model.states_at(ids, slots, table)
             return hidden, self._model.logits(hidden[:, :, 0])
 
         return run
 
 
-class _SlotsAt(Slots):
-    """One new token for one row, at the slot that is its position, a number in the device."""
+class _SlotAtPosition(Slots):
+    """The slot of one new token of one row: its position, which is a tensor on the device."""
 
     def write(self, layer: int, new: Tensor) -> None:
-        self.slots[layer].index_copy_(3, self.positions[0], new.permute(2, 0, 3, 1, 4))
+        self.written[layer].index_copy_(3, self.positions[0], new.permute(2, 0, 3, 1, 4))
 
 
 def _cuda_graph(run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
-    # Runs before the recording settle what kernels choose and allocate at first. They write what
-    # the first step will write again.
+    """The recorder on CUDA: records a CUDA graph of `run`, returns a function that replays it."""
+    # The first runs choose kernels and allocate memory, which must not be recorded. They write the
+    # same as the first replay will.
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -146,23 +150,23 @@ def _cuda_graph(run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[
     with torch.cuda.graph(graph):
         results = run()
 
-    def again() -> tuple[Tensor, Tensor]:
+    def replay() -> tuple[Tensor, Tensor]:
         graph.replay()
         return results
 
-    return again
+    return replay
 
 
 def compile_step(model: GPT, announce: Callable[[], None] | None = None) -> GPT:
-    """Compile the step that decodes one row, or load it where that was done before.
+    """Compile the step that decodes one row, or load it if this machine has compiled it before.
 
     announce: called before a compilation on a CPU, which takes half a minute or more. Weights in
-    bfloat16 that are packed for a CPU are unpacked for it, which is slower for several rows.
-    `GPT.unpack` and `GPT.train` drop the step. Returns the model, whose `step` it is from now on.
-    Raises DeviceError where there is no compiler, or the model is neither on a CPU nor on CUDA.
+    bfloat16 that are packed for oneDNN are unpacked, which is slower for several rows. `GPT.unpack`
+    and `GPT.train` drop the step. Sets the model's `step`, and returns the model. Raises
+    DeviceError if there is no compiler, or the model is neither on a CPU nor on CUDA.
     """
     for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.packed, Blocked):
+        if isinstance(module, Linear) and isinstance(module.packed, OneDNNPacked):
             module.unpack()
     model.tie()
     model.step = _new_step(model, announce)
@@ -176,7 +180,7 @@ def _new_step(model: GPT, announce: Callable[[], None] | None) -> CompiledStep |
         raise DeviceError(f"a step can be compiled on cpu and on cuda, not on {model.device}")
     path = cache_folder() / f"step-{_key(model)}.pt2"
     if path.exists():
-        # A file that is damaged, or that something else is missing for, is made anew.
+        # If the file cannot be loaded, being damaged for example, it is compiled again.
         with contextlib.suppress(RuntimeError):
             return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
     if announce is not None:
@@ -186,48 +190,49 @@ def _new_step(model: GPT, announce: Callable[[], None] | None) -> CompiledStep |
 
 
 class _Traced(nn.Module):
-    """The step as a function of tensors alone, weights and cache among them."""
+    """The step as a function of tensors only, which include weights and cache."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
-        self.__dict__["_gpt"] = model  # no submodule: its weights are to come from outside
+        self.__dict__["_gpt"] = model  # not a submodule, as its weights are arguments
 
     def forward(
-        self, ids: Tensor, end: Tensor, table: Tensor, kv: list[Tensor], weights: list[Tensor]
+        self, ids: Tensor, sized: Tensor, table: Tensor, kv: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """end: any tensor as long as the text with the new token; kv: each layer's cache."""
+        """sized: its size is the text's length with the new token; kv: each layer's cache."""
         model: GPT = self.__dict__["_gpt"]
-        length = end.shape[0]
-        both = [layer.flatten(1, 2)[:, :, None, :length].unbind() for layer in kv]
-        at = Slots(
+        length = sized.shape[0]
+        keys_and_values = [layer.flatten(1, 2)[:, :, None, :length].unbind() for layer in kv]
+        slots = Slots(
             positions=torch.full((1, 1), length - 1),
             start=length - 1,
             end=length,
             group=model.config.n_heads // model.config.n_kv_heads,
             trees=1,
-            places=1,
-            order=None,
+            rows_per_tree=1,
+            tree_index=None,
             starts=[],
             mask=None,
             causal=False,
-            plain=True,
-            slots=tuple(layer[:, :, :, length - 1 : length] for layer in kv),
-            keys=tuple(keys for keys, _ in both),
-            values=tuple(values for _, values in both),
+            one_token_per_tree=True,
+            written=tuple(layer[:, :, :, length - 1 : length] for layer in kv),
+            keys=tuple(keys for keys, _ in keys_and_values),
+            values=tuple(values for _, values in keys_and_values),
         )
-        with _given(model, weights):
-            hidden = model.states_at(ids, at, table)
+        with _weights_replaced(model, weights):
+            hidden = model.states_at(ids, slots, table)
             return hidden, model.logits(hidden[:, :, 0])
 
 
 def _compile(model: GPT, path: Path) -> None:
+    """Compile the step's program and put it at `path`, atomically."""
     layers = range(model.config.n_layers)
     auto = torch.export.Dim.AUTO
     weights = [weight for _, _, weight in _weights(model)]
     cache = model.new_cache(1, 96)
-    given = (
+    example = (
         torch.zeros(1, 1, dtype=torch.int64),
-        _MARK.expand(40),
+        _ELEMENT.expand(40),
         model.position_table(40),
         list(cache.kv.unbind()),
         weights,
@@ -235,22 +240,22 @@ def _compile(model: GPT, path: Path) -> None:
     shapes = (None, {0: auto}, {1: auto}, [{3: auto} for _ in layers], [None for _ in weights])
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch about its own insides
+            warnings.simplefilter("ignore")  # PyTorch's, about its own code
             program = torch.export.export(
                 _Traced(model),
-                given,
+                example,
                 dynamic_shapes=shapes,
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = torch._inductor.aoti_compile_and_package(
+                package = torch._inductor.aoti_compile_and_package(
                     program,
                     package_path=os.path.join(folder, path.name),
-                    inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels.shims()},
+                    inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels.aoti_shims()},
                 )
-                os.replace(made, path)
+                os.replace(package, path)
     except OSError as error:
         raise DeviceError(f"the compiled step cannot be kept in {path.parent}: {error}") from None
     except Exception as error:
@@ -258,31 +263,31 @@ def _compile(model: GPT, path: Path) -> None:
         raise DeviceError(f"the step cannot be compiled here: {reason}") from error
 
 
-_MARK = torch.zeros(1)
+_ELEMENT = torch.zeros(1)
+"""Expanded to a tensor of any size, without memory, to pass a length to the program."""
 
 Weight = tuple[list[dict[str, Any]], str, Tensor]
-"""A weight, with the attributes among which it stands and its name there."""
+"""A weight: the dictionaries of attributes that hold it, its name in them, and the tensor."""
 
 
 def _weights(model: GPT) -> list[Weight]:
-    """All weights of a model: parameters, and what packed layers hold instead."""
+    """All weights of a model: parameters, and the tensors of packed layers."""
     found: list[Weight] = []
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                # `pack` has them among the module's attributes, too.
-                places = [module._parameters, module.__dict__]
-                found.append(([one for one in places if name in one], name, value))
+                # `GPT.pack` has put them into the module's attributes, too.
+                holders = [module._parameters, module.__dict__]
+                found.append(([holder for holder in holders if name in holder], name, value))
         if isinstance(module, Linear) and module.packed is not None:
             for attributes in _attributes(module.packed):
-                tensors = [
-                    (name, one) for name, one in attributes.items() if isinstance(one, Tensor)
-                ]
-                found += [([attributes], name, one) for name, one in tensors]
+                tensors = [item for item in attributes.items() if isinstance(item[1], Tensor)]
+                found += [([attributes], name, tensor) for name, tensor in tensors]
     return found
 
 
 def _attributes(packed: object) -> Iterator[dict[str, Any]]:
+    """The attributes of packed weights, and of packed weights that these are made of."""
     yield vars(packed)
     for value in vars(packed).values():
         if type(value).__module__ == type(packed).__module__:
@@ -290,25 +295,25 @@ def _attributes(packed: object) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _given(model: GPT, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Have the model compute with other tensors in its weights' places."""
-    own = _weights(model)
+def _weights_replaced(model: GPT, weights: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block the model computes with these tensors instead of its weights."""
+    originals = _weights(model)
     try:
-        for (places, name, _), weight in zip(own, weights, strict=True):
-            for place in places:
-                place[name] = weight
+        for (holders, name, _), weight in zip(originals, weights, strict=True):
+            for holder in holders:
+                holder[name] = weight
         yield
     finally:
-        for places, name, weight in own:
-            for place in places:
-                place[name] = weight
+        for holders, name, weight in originals:
+            for holder in holders:
+                holder[name] = weight
 
 
 def _key(model: GPT) -> str:
-    """What a program depends on: the code, the compiler, the machine, the shapes."""
+    """A hash of all that a program depends on: code, PyTorch, processor, threads, shapes."""
     parts = [torch.__version__, str(torch.cpu.get_capabilities()), str(torch.get_num_threads())]
     folders = Path(__file__).parent, Path(kernels.__file__).parent
-    parts += [code.read_text() for folder in folders for code in sorted(folder.glob("*.py"))]
+    parts += [path.read_text() for folder in folders for path in sorted(folder.glob("*.py"))]
     parts += [repr(model.config), str(model.dtype)]
     parts += [f"{name} {weight.dtype} {tuple(weight.shape)}" for _, name, weight in _weights(model)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

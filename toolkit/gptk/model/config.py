@@ -1,4 +1,4 @@
-"""What a GPT is made of."""
+"""The configuration of a GPT."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -8,11 +8,11 @@ from gptk.errors import SourceError
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a GPT is made of. The defaults are GPT-2's, the sizes must be given."""
+    """Sizes and kinds of the parts of a GPT. Defaults are GPT-2's; sizes have none."""
 
     vocab_size: int
     context_length: int
-    """The window: the most tokens that a prediction may look back on, itself included."""
+    """The window: the most tokens that a prediction can depend on, the last one included."""
     width: int
     n_layers: int
     n_heads: int
@@ -26,7 +26,7 @@ class GPTConfig:
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10000.0
     rope_factors: tuple[float, ...] | None = None
-    """Divisors of the head_dim / 2 rotary frequencies, where the context was stretched."""
+    """Divisors of the head_dim / 2 rotary frequencies, for models whose context was extended."""
     mlp: Literal["gelu-tanh", "gelu", "swiglu"] = "gelu-tanh"
     mlp_bias: bool = True
     qkv_bias: bool = True

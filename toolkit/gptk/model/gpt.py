@@ -1,15 +1,15 @@
 """One GPT, as configuration: GPT-2 and the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3).
 
-Read from top to bottom: configuration, normalization, attention, MLP, block, model. What is
-unusual:
+Read from top to bottom: normalization, attention, MLP, block, model. What is unusual:
 
 - queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
-- a rotary embedding turns queries, keys and values in one go, the values by nothing, with the sign
-  folded into the sine table: in decoding small operations cost more than a few numbers;
-- in decoding, the query heads of a group and the rows of a prompt stand in the query axis of
-  attention, so that they share one read of the keys; on CPUs that is many times faster than
-  `enable_gqa`, and than a cache for each beam;
-- rows of a batch stand at positions of their own, see `gptk.cache`.
+- the rotary embedding is applied to queries, keys and values in one operation, with an angle of 0
+  for values and the sign in the sine table: in decoding, small operations cost more to call than
+  to compute;
+- in decoding, the query heads of a group and the rows of a prompt share the query axis of
+  attention, and so one read of the keys; on CPUs that is many times faster than `enable_gqa`, and
+  than a cache for each beam;
+- each row of a batch has its own positions, see gptk.model.cache.
 """
 
 from collections.abc import Collection
@@ -22,37 +22,37 @@ from gptk import kernels
 from gptk.model.cache import KVCache, Slots
 from gptk.model.config import GPTConfig
 from gptk.model.levels import Precision
-from gptk.model.linear import Direct, Linear
+from gptk.model.linear import HooklessModule, Linear
 from gptk.model.protocol import Step
 
 
-class RMSNorm(Direct, nn.RMSNorm):
-    """nn.RMSNorm (Zhang and Sennrich 2019); PyTorch takes eight small kernels in bfloat16."""
+class RMSNorm(HooklessModule, nn.RMSNorm):
+    """nn.RMSNorm (Zhang and Sennrich 2019). PyTorch runs eight small kernels for it in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] % 16 == 0 and kernels.suit(x, self.weight):
+        if x.shape[-1] % 16 == 0 and kernels.can_run(x, self.weight):
             eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
             return kernels.rms_norm(x, self.weight, eps)
         return super().forward(x)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
-    """Layer norm or RMS norm over the last axis, of that size."""
+    """Layer norm or RMS norm over the last axis."""
     if config.norm == "rms":
         return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines for the positions of a pass, (1 or rows, time, heads, head_dim) each: those of
-queries, keys and values. Values are not turned: 1 and 0."""
+"""Cosines and sines for the tokens of a pass, (1 or rows, time, heads, head_dim) each: for the
+heads of queries, keys and values; for values, cosines are 1 and sines 0."""
 
 
-class Attention(Direct):
+class Attention(HooklessModule):
     """Causal self-attention with grouped heads and a KV cache."""
 
     dropout = 0.0
-    """Of attention weights, in training."""
+    """The dropout probability of attention weights, in training."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -65,25 +65,26 @@ class Attention(Direct):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: Slots | None) -> Tensor:
+        """x: (rows · time, width). slots: of the KV cache, if there is one. Returns x's shape."""
         qkv = self.qkv(x)
         qkv = qkv.view(rows, -1, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
-        # Split, not sliced: the backward pass then joins the parts once, without zeros to add to.
+        # Split, not sliced: the backward pass then concatenates the parts, without adding to zeros.
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split(heads, dim=2)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
         if rope is not None:
             qkv = rotate(qkv, *rope)
-        if at is None:
+        if slots is None:
             q, k, v = qkv.split(heads, dim=2)
             y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
         else:
             kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
             kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
-            at.write(self.layer, kv)
+            slots.write(self.layer, kv)
             q = qkv.narrow(2, 0, self.n_heads)
-            y = attend_causally(q, *kv.unbind(2)) if at.causal else attend(q, self.layer, at)
+            y = attend_causally(q, *kv.unbind(2)) if slots.causal else attend(q, self.layer, slots)
         return self.out(y)  # type: ignore[no-any-return]
 
 
@@ -92,7 +93,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, heads, head_dim).
     """
-    if x.shape[-1] % 32 == 0 and kernels.suit(x, cosines):
+    if x.shape[-1] % 32 == 0 and kernels.can_run(x, cosines):
         return kernels.rotate(x, cosines, sines)
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
 
@@ -102,7 +103,7 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
 
     q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows · time, heads · d).
     """
-    if not dropout and kernels.suit_causal_attention(q, k, v):
+    if not dropout and kernels.should_run_causal_attention(q, k, v):
         return kernels.attend_causally(q, k, v).flatten(2).flatten(0, 1)
     group = q.shape[2] // k.shape[2]
     if group > 1:
@@ -113,43 +114,43 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Te
     return y.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def attend(q: Tensor, layer: int, at: Slots) -> Tensor:
-    """softmax(q kᵀ / √d) v for tokens that see what their rows' places in a cache let them see.
+def attend(q: Tensor, layer: int, slots: Slots) -> Tensor:
+    """softmax(q kᵀ / √d) v over a KV cache, where each token sees the slots of its row.
 
-    The heads of a group and the rows of a tree stand in the query axis, so that keys are read once
-    for all. q: (rows, time, heads, d). Returns (rows · time, heads · d).
+    The heads of a group and the rows of a tree share the query axis, so that keys are read once for
+    all of them. q: (rows, time, heads, d). Returns (rows · time, heads · d).
     """
     rows, time, heads, d = q.shape
-    keys, values = at.keys[layer], at.values[layer]
-    # Trees and key heads are the batch, so that the result has its memory in the order of heads.
+    keys, values = slots.keys[layer], slots.values[layer]
+    # Trees and key heads are the batch: then the memory of the result is in the order of heads.
     batch = keys.shape[0]
-    kv_heads, group = batch // at.trees, heads * at.trees // batch
-    few = at.places * time * group <= kernels.FEW_QUERIES and d in kernels.HEAD_DIMS
-    if few and kernels.suit(q, keys):
-        q = q if at.order is None else at.by_tree(q)
-        y = kernels.attend(q.reshape(-1, heads, d), keys, values, at.mask, at.trees)
-        return at.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
-    if at.plain:
+    kv_heads, group = batch // slots.trees, heads * slots.trees // batch
+    few_queries = slots.rows_per_tree * time * group <= kernels.FEW_QUERIES
+    if few_queries and d in kernels.HEAD_DIMS and kernels.can_run(q, keys):
+        q = q if slots.tree_index is None else slots.by_tree(q)
+        y = kernels.attend(q.reshape(-1, heads, d), keys, values, slots.mask, slots.trees)
+        return slots.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
+    if slots.one_token_per_tree:
         q = q.reshape(batch, 1, -1, d)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
-        return y.view(at.trees, -1)
-    # (trees, places, time, kv_heads, group, d) -> (trees, kv_heads, group, places, time, d)
-    q = at.by_tree(q).view(at.trees, at.places, time, kv_heads, group, d)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slots.mask_of_heads)
+        return y.view(slots.trees, -1)
+    # (trees, rows, time, kv_heads, group, d) -> (trees, kv_heads, group, rows, time, d)
+    q = slots.by_tree(q).view(slots.trees, slots.rows_per_tree, time, kv_heads, group, d)
     q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=at.mask_of_heads)
-    y = y.view(at.trees, kv_heads, -1, at.places, time, d).permute(0, 3, 4, 1, 2, 5)
-    return at.by_row(y.reshape(at.trees * at.places, time, heads * d)).flatten(0, 1)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slots.mask_of_heads)
+    y = y.view(slots.trees, kv_heads, -1, slots.rows_per_tree, time, d).permute(0, 3, 4, 1, 2, 5)
+    return slots.by_row(y.reshape(slots.trees * slots.rows_per_tree, time, heads * d)).flatten(0, 1)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up. x: (…, gate and up)."""
-    if x.shape[-1] % 32 == 0 and kernels.suit(x, x):
+    if x.shape[-1] % 32 == 0 and kernels.can_run(x, x):
         return kernels.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-class MLP(Direct):
+class MLP(HooklessModule):
     """Two layers with GELU, or a gated pair with SiLU (SwiGLU, Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig) -> None:
@@ -163,18 +164,18 @@ class MLP(Direct):
         x = self.up(x)
         if self.kind == "swiglu":
             x = swiglu(x)
-        elif self.kind == "gelu-tanh" and kernels.suit_gelu(x):
+        elif self.kind == "gelu-tanh" and kernels.should_run_gelu(x):
             x = kernels.gelu(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
         return self.down(x)  # type: ignore[no-any-return]
 
 
-class Block(Direct):
+class Block(HooklessModule):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     dropout = 0.0
-    """Of what is added, in training."""
+    """The dropout probability of what is added to the residual stream, in training."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -183,9 +184,9 @@ class Block(Direct):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, at: Slots | None) -> Tensor:
-        """x: (rows · time, width), and so the result."""
-        y = self.attn(self.attn_norm(x), rows, rope, at)
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: Slots | None) -> Tensor:
+        """x: (rows · time, width). Returns the same shape."""
+        y = self.attn(self.attn_norm(x), rows, rope, slots)
         x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
         y = self.mlp(self.mlp_norm(x))
         return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
@@ -195,7 +196,7 @@ class GPT(nn.Module):
     """A decoder-only transformer; see GPTConfig for what can vary."""
 
     dropout = 0.0
-    """Of the embeddings, in training."""
+    """The dropout probability of the embeddings, in training."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -218,10 +219,10 @@ class GPT(nn.Module):
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
     ) -> Tensor:
-        """The final hidden state of each token, normalized; `logits` makes scores of it.
+        """The final hidden state of each token, normalized; `logits` computes logits from it.
 
-        ids: (rows, time). With a cache the tokens follow those already there, row i taking
-        counts[i] of them (default: all) and the rest being padding. Returns (rows, time, width).
+        ids: (rows, time). With a cache the tokens follow those in it; row i has counts[i] of them
+        (default: all), and the rest is padding. Returns (rows, time, width).
         """
         return self.states(ids, cache, counts)[:, :, 0]
 
@@ -232,29 +233,29 @@ class GPT(nn.Module):
         counts: list[int] | None = None,
         layers: Collection[int] = (),
     ) -> Tensor:
-        """As `forward`, with states on the way as well.
+        """As `forward`, with the hidden states of layers as well.
 
-        layers: 0 for the embeddings, i for what the i-th block gives, in ascending order. Returns
-        (rows, time, 1 + layers, width): the final state, normalized, then these, as they are.
+        layers: in ascending order; 0 are the embeddings, i is the result of the i-th block. Returns
+        (rows, time, 1 + layers, width): the normalized final state, then the unnormalized others.
         """
         rows, time = ids.shape
         if cache is None:
             return self.states_at(ids, None, self.position_table(time), layers)
-        at = cache.plan(time, self.config.n_heads // self.config.n_kv_heads)
+        slots = cache.plan(time, self.config.n_heads // self.config.n_kv_heads)
         table = self.position_table(max(cache.lengths) + time)
-        states = self.states_at(ids, at, table, layers)
-        cache.advance(counts or [time] * rows, at)
+        states = self.states_at(ids, slots, table, layers)
+        cache.advance(counts or [time] * rows, slots)
         return states
 
     def states_at(
-        self, ids: Tensor, at: Slots | None, table: Tensor, layers: Collection[int] = ()
+        self, ids: Tensor, slots: Slots | None, table: Tensor, layers: Collection[int] = ()
     ) -> Tensor:
-        """`states` of tokens whose places in a cache are known; without, from position 0.
+        """`states` of tokens that go to these slots of a cache; without slots, from position 0.
 
         table: see `position_table`.
         """
         rows, time = ids.shape
-        positions = torch.arange(time, device=ids.device)[None] if at is None else at.positions
+        positions = slots.positions if slots else torch.arange(time, device=ids.device)[None]
         x = self.embed(ids)
         rope = None
         if self.embed_positions is None:
@@ -266,7 +267,7 @@ class GPT(nn.Module):
         x = x.flatten(0, 1)
         kept = [x] if 0 in layers else []
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, rows, rope, at)
+            x = block(x, rows, rope, slots)
             if layer in layers:
                 kept.append(x)
         return torch.stack((self.norm(x), *kept), dim=1).view(rows, time, 1 + len(kept), -1)
@@ -277,31 +278,24 @@ class GPT(nn.Module):
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache for `rows` rows with memory for `capacity` tokens each."""
-        return KVCache(
-            self.config.n_layers,
-            self.config.n_kv_heads,
-            self.config.head_dim,
-            rows=rows,
-            capacity=capacity,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        sizes = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim)
+        return KVCache(*sizes, rows=rows, capacity=capacity, device=self.device, dtype=self.dtype)
 
     def set_dropout(self, p: float) -> None:
-        """Dropout in training, in GPT-2's places: embeddings, attention weights, residuals."""
+        """Dropout in training, where GPT-2 has it: embeddings, attention weights, residuals."""
         for module in self.modules():
             if isinstance(module, GPT | Block | Attention):
                 module.dropout = p
 
     def pack(self) -> "GPT":
-        """Put the weights into the layout that is fastest to decode with, where there is one.
+        """Put the weights into the layout that is fastest to decode with.
 
         They are ordinary parameters again after `unpack` or `train`. Returns the model.
         """
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-            # Found at once, and not after a search in Module.__getattr__: 3 % of a step.
+            # Attributes are found without Module.__getattr__: that saves 3 % of a step.
             module.__dict__.update(module._modules, **module._parameters)
         return self
 
@@ -309,9 +303,9 @@ class GPT(nn.Module):
         """Round the weights of the linear layers, the head's too, to int8 or int4.
 
         Embeddings, norms and biases stay as they are, and so do layers whose inputs are no
-        multiple of 32. On a CPU or, by torchao, on CUDA. A layer is quantized by itself: no weight
-        is there twice at a time but one layer's. `unpack` and `train` make ordinary parameters of
-        the rounded weights. Returns the model. See gptk.quantization.
+        multiple of 32. On a CPU or, by torchao, on CUDA. One layer is quantized after the other, so
+        that only one layer's weights are in memory twice. `unpack` and `train` make ordinary
+        parameters of the rounded weights. Returns the model. See gptk.model.quantization.
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -319,7 +313,7 @@ class GPT(nn.Module):
         return self
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """The bytes of all weights by how they are kept: float32, bfloat16, int8, int4."""
+        """The bytes of all weights by their precision: float32, bfloat16, int8, int4."""
         sizes: dict[str, int] = {}
         for parameter in self.parameters():
             kind = str(parameter.dtype).removeprefix("torch.")
@@ -330,7 +324,7 @@ class GPT(nn.Module):
         return sizes
 
     def unpack(self) -> None:
-        """Undo `pack` and `compile_step`, and what `quantize` did to the layout."""
+        """Undo `pack` and `compile_step`; make parameters of weights that `quantize` rounded."""
         self.step = None
         for module in self.modules():
             if isinstance(module, Linear):
@@ -354,28 +348,27 @@ class GPT(nn.Module):
         return self.embed.weight.dtype
 
     def tie(self) -> None:
-        """Have embedding and head be one matrix again, where they are and the head is unpacked."""
+        """Let the head share the embedding's matrix, if it is tied and not packed."""
         if self.config.tied_head and self.head.packed is None:
             self.head.weight = self.embed.weight
 
     def _initialize(self) -> None:
-        """GPT-2's initialization: N(0, 0.02), less where a projection adds to the residual."""
+        """GPT-2's: std 0.02, or 0.02 / √(2 n_layers) for projections onto the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
-                )
+                std = 0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def _rope_at(self, positions: Tensor, table: Tensor) -> Rope:
-        """positions: (1 or rows, time)."""
+        """The rotary angles of queries, keys and values. positions: (1 or rows, time)."""
         config = self.config
-        turned = config.n_heads + config.n_kv_heads
-        rest = (*positions.shape, config.n_kv_heads, config.head_dim)
-        cosines, sines = table[:, positions, None].expand(-1, -1, -1, turned, -1)
-        ones, zeros = table.new_ones(rest), table.new_zeros(rest)
+        rotated = config.n_heads + config.n_kv_heads
+        values_shape = (*positions.shape, config.n_kv_heads, config.head_dim)
+        cosines, sines = table[:, positions, None].expand(-1, -1, -1, rotated, -1)
+        ones, zeros = table.new_ones(values_shape), table.new_zeros(values_shape)
         return torch.cat((cosines, ones), dim=2), torch.cat((sines, zeros), dim=2)
 
     def position_table(self, length: int) -> Tensor:
@@ -383,23 +376,24 @@ class GPT(nn.Module):
 
         Empty where positions are learned.
         """
-        table, like = self._rope, self.embed.weight
+        table, embed = self._rope, self.embed.weight
         if self.embed_positions is not None:
             return table
-        if table.shape[1] >= length and table.device == like.device and table.dtype == like.dtype:
+        is_long_enough = table.shape[1] >= length
+        if is_long_enough and table.device == embed.device and table.dtype == embed.dtype:
             return table
-        # Doubled when outgrown, in float32 whatever the model's dtype: angles grow large. Never an
-        # inference tensor: a table made while sampling serves training, too.
+        # Computed in float32 whatever the model's dtype, as angles grow large; at least doubled if
+        # too short. Not an inference tensor, so that training can use it after sampling.
         with torch.inference_mode(False):
             length = max(length, 2 * table.shape[1], 128)
             half = self.config.head_dim // 2
-            exponents = torch.arange(half, device=like.device, dtype=torch.float32) / half
+            exponents = torch.arange(half, device=embed.device, dtype=torch.float32) / half
             frequencies = 1.0 / self.config.rope_theta**exponents
             if self.config.rope_factors is not None:
-                frequencies /= torch.tensor(self.config.rope_factors, device=like.device)
-            positions = torch.arange(length, device=like.device, dtype=torch.float32)
+                frequencies /= torch.tensor(self.config.rope_factors, device=embed.device)
+            positions = torch.arange(length, device=embed.device, dtype=torch.float32)
             angles = torch.outer(positions, frequencies)
             cos, sin = angles.cos(), angles.sin()
             table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-            self._rope = table.to(like.dtype)
+            self._rope = table.to(embed.dtype)
         return self._rope

@@ -1,4 +1,7 @@
-"""Matrices of few levels: codes with a scale and an offset for each group of 32 weights."""
+"""Quantized matrices: integer codes, with a scale and an offset for each group of 32 weights.
+
+A weight is code · scale + offset: one of 16 levels of its group with 4 bits, one of 256 with 8.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,24 +13,25 @@ from torch import Tensor
 from gptk import kernels
 
 Precision = Literal["int8", "int4"]
-"""int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the least to
-the largest of 32 weights, with a scale and an offset for each such group."""
+"""int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the smallest
+to the largest of each 32 weights, a scale and an offset for each such group."""
 
 GROUP = 32
+"""Consecutive inputs of an output whose weights share a scale and an offset."""
 WEIGHTS_AT_A_TIME = 1 << 18
-"""Weights that are worked on at a time, so that what is between takes little memory."""
+"""Weights that are converted at a time, so that intermediate tensors take little memory."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A matrix as a file has it, (outputs, inputs): w = code · scale + offset, in groups of 32."""
+    """A quantized matrix (outputs, inputs): w = code · scale + offset, in groups of 32 inputs."""
 
     codes: Tensor
-    """(outputs, inputs) uint8: from 0 to 15 with 4 bits, to 255 with 8."""
+    """(outputs, inputs) uint8: 0 to 15 with 4 bits, 0 to 255 with 8."""
     scale: Tensor
     """(outputs, groups) float32."""
     offset: Tensor
-    """(outputs, groups) float32: the value of code 0."""
+    """(outputs, groups) float32: the weight whose code is 0."""
     bits: Literal[4, 8]
 
     @property
@@ -36,7 +40,7 @@ class Levels:
 
     @property
     def nbytes(self) -> int:
-        """With the codes packed, and scales and offsets of two bytes."""
+        """The size with packed codes, and with scales and offsets of two bytes."""
         return self.codes.numel() * self.bits // 8 + 2 * (self.scale.numel() + self.offset.numel())
 
     def __getitem__(self, rows: Tensor | slice) -> "Levels":
@@ -44,7 +48,7 @@ class Levels:
 
     @staticmethod
     def stack(parts: "Sequence[Levels]") -> "Levels":
-        """Their outputs one after the other. Raises RuntimeError if they do not fit."""
+        """Concatenate matrices by outputs. Raises RuntimeError if bits or inputs differ."""
         if len({part.bits for part in parts}) > 1:
             raise RuntimeError("levels of 4 and of 8 bits")
         return Levels(
@@ -55,15 +59,15 @@ class Levels:
         )
 
     def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The numbers. out: where to put them, (outputs, inputs), in its dtype."""
+        """The dequantized weights, (outputs, inputs), in `dtype`; or in `out`, and in its dtype."""
         out = self.codes.new_empty(self.shape, dtype=dtype) if out is None else out
         if out.dtype in (torch.float32, torch.bfloat16) and kernels.available():
             kernels.dequantize(self.codes, self.scale, self.offset, out)
             return out
         dense = out.view(*self.scale.shape, GROUP)
         step = max(1, WEIGHTS_AT_A_TIME // self.shape[1])
-        for at in range(0, len(dense), step):
-            part = slice(at, at + step)
+        for start in range(0, len(dense), step):
+            part = slice(start, start + step)
             codes = self.codes[part].view(dense[part].shape).float()
             dense[part] = torch.addcmul(
                 self.offset[part, :, None], codes, self.scale[part, :, None]
@@ -73,7 +77,10 @@ class Levels:
 
 @dataclass(frozen=True)
 class NearestLevels:
-    """The levels of some outputs when they are asked for, so that those of all are never there."""
+    """A matrix that is quantized when it is indexed: its codes are never all in memory at once.
+
+    Weights are rounded to the nearest level, see `to_four_bits` and `to_eight_bits`.
+    """
 
     weight: Tensor
     bits: Literal[4, 8]
@@ -83,41 +90,42 @@ class NearestLevels:
         return self.weight.shape
 
     def __getitem__(self, rows: slice) -> Levels:
-        some = self.weight[rows].float()
-        return to_four_bits(some) if self.bits == 4 else to_eight_bits(some)
+        weight = self.weight[rows].float()
+        return to_four_bits(weight) if self.bits == 4 else to_eight_bits(weight)
 
 
 def to_four_bits(weight: Tensor) -> Levels:
-    """16 levels from the least to the largest of each 32 weights.
+    """Round to 16 levels from the smallest to the largest of each 32 weights.
 
     weight: (outputs, inputs) float32.
     """
     dtype = torch.float16 if kernels.available() else torch.bfloat16
     groups = weight.view(len(weight), -1, GROUP)
-    least, most = groups.amin(dim=2), groups.amax(dim=2)
-    # Rounded first, as the kernel has them, so that codes fit them.
-    scale = ((most - least) / 15).to(dtype).float()
-    offset = least.to(dtype).float()
-    size = scale[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((groups - offset[:, :, None]) / size).round_().clamp_(0, 15)
+    smallest, largest = groups.amin(dim=2), groups.amax(dim=2)
+    # Rounded to the kernel's dtype before the codes are computed from them.
+    scale = ((largest - smallest) / 15).to(dtype).float()
+    offset = smallest.to(dtype).float()
+    step = scale[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((groups - offset[:, :, None]) / step).round_().clamp_(0, 15)
     return Levels(codes.flatten(1).to(torch.uint8), scale, offset, 4)
 
 
 def to_eight_bits(weight: Tensor) -> Levels:
-    """Steps of -127 to 127 times a scale for each output. weight: (outputs, inputs) float32."""
-    # Rounded to float16 as the kernel has it, and never below what the largest weight takes:
-    # its rounding is at most 2⁻¹¹, and of the smallest numbers 2⁻²⁵.
+    """Round to -127 to 127 times a scale for each output. weight: (outputs, inputs) float32."""
+    # The scale is rounded to the kernel's float16 before the codes are computed from it, but never
+    # to less than the largest weight needs: the rounding error is at most 2⁻¹¹, relative to the
+    # scale, or 2⁻²⁵ for the smallest scales.
     least = weight.abs().amax(dim=1, keepdim=True) / 127
     scale = (least * (1 + 2**-11) + 2**-25 * (least > 0)).half().float()
-    size = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((weight / size).round_().clamp_(-127, 127) + 128).to(torch.uint8)
+    step = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((weight / step).round_().clamp_(-127, 127) + 128).to(torch.uint8)
     scale = scale.expand(-1, weight.shape[1] // GROUP)
     return Levels(codes, scale, -128 * scale, 8)
 
 
 def outputs_at_a_time(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some outputs at a time, and their weights in float32."""
+    """Slices of outputs, each with its weights in float32. See WEIGHTS_AT_A_TIME."""
     step = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
-    for at in range(0, len(weight), step):
-        part = slice(at, at + step)
-        yield part, weight[part].float()
+    for start in range(0, len(weight), step):
+        outputs = slice(start, start + step)
+        yield outputs, weight[outputs].float()

@@ -1,11 +1,11 @@
 """A linear layer that takes the fastest kernel there is for few rows on a CPU.
 
-Decoding multiplies every weight with a row or a few, so its speed is that of reading the
-weights. On the machine of docs/benchmarks.md, whose memory gives 31 GB/s, `F.linear` reads
-SmolLM2's matrices at 10 GB/s in float32 and 13 in bfloat16 (MKL's matrix-vector product, and
-oneDNN on weights in a layout that it does not like). gptk's own kernel reads either at 31, or 24
-where they are not in huge pages. Where it cannot run, oneDNN itself reads float32 weights as they
-are at 20 GB/s, and bfloat16 weights that were packed into its blocked layout once at 17 to 20.
+Decoding multiplies every weight with one row or a few, so its speed is that of reading the weights.
+On the machine of docs/benchmarks.md, whose memory gives 31 GB/s, `F.linear` reads SmolLM2's
+matrices at 10 GB/s in float32 (MKL's matrix-vector product) and 13 in bfloat16 (oneDNN, on weights
+that are not in its layout). gptk's kernel reads both at 31 GB/s, or 24 if they are not in huge
+pages. On machines that cannot run it, oneDNN reads float32 weights as they are at 20 GB/s, and
+bfloat16 weights, once packed into its blocked layout, at 17 to 20.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignor
 _LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
 
 
-class Direct(nn.Module):
-    """A module whose call is its `forward` where nothing listens: in decoding that is 4 % less."""
+class HooklessModule(nn.Module):
+    """Calls `forward` directly in inference without hooks, which saves 4 % of a decoding step."""
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() or self._forward_hooks or self._forward_pre_hooks:
@@ -33,54 +33,55 @@ class Direct(nn.Module):
         return self.forward(*args)
 
 
-class Linear(Direct, nn.Linear):
-    """nn.Linear with faster inference on CPUs; in training and elsewhere it is the same."""
+class Linear(HooklessModule, nn.Linear):
+    """nn.Linear with faster inference on CPUs, and with weights that may be packed or quantized."""
 
     packed: Packed | None = None
-    """The weights in another layout, in place of `weight`, until `unpack`."""
+    """The weights in another layout. Then there is no `weight`, until `unpack`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
             return self.packed.linear(x, self.bias)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            if _autocasts(x, self.weight):
+            if _should_run_autocast_linear(x, self.weight):
                 return kernels.autocast_linear(x, self.weight, self.bias)
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
-            return _row(x, self.weight, self.bias)
+            return _linear_for_compiler(x, self.weight, self.bias)
         inputs = self.in_features
         if (
             x.numel() < inputs * kernels.FEW_ROWS.get(x.dtype, 0)
             and inputs % 32 == 0
             and self.weight.is_contiguous()
-            and kernels.suit(x, self.weight)
+            and kernels.can_run(x, self.weight)
         ):
-            return kernels.dense(x, self.weight, self.bias)
-        if _suits(self.weight, torch.float32):
+            return kernels.linear(x, self.weight, self.bias)
+        if _onednn_takes(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Pack the weights if they are bfloat16 on a CPU that gptk's kernels don't suit.
+        """Pack the weights for oneDNN if they are bfloat16 on a CPU that cannot run gptk's kernels.
 
-        Meanwhile they cannot be trained.
+        Packed weights cannot be trained.
         """
-        if self.packed is None and _suits(self.weight, torch.bfloat16) and not kernels.available():
-            self.take(Blocked(self.weight))
+        can_pack = self.packed is None and _onednn_takes(self.weight, torch.bfloat16)
+        if can_pack and not kernels.available():
+            self.use_packed(OneDNNPacked(self.weight))
 
-    def take(self, packed: Packed) -> None:
-        """Compute with these weights from now on."""
+    def use_packed(self, packed: Packed) -> None:
+        """Replace `weight` by packed weights."""
         self.packed = packed
         del self.weight
-        self.__dict__.pop("weight", None)  # where GPT.pack has put it, too
+        self.__dict__.pop("weight", None)  # GPT.pack puts it there, too
 
     def quantize(self, precision: Precision) -> None:
-        """Round the weights to that precision, if they suit it; see gptk.quantization."""
+        """Round the weights to a precision, if `gptk.model.quantization.quantized` can."""
         if self.packed is None and (packed := quantized(self.weight, precision)) is not None:
-            self.take(packed)
+            self.use_packed(packed)
 
     def unpack(self) -> None:
-        """Make the weights an ordinary parameter again: what they were, or were rounded to."""
+        """Make the weights an ordinary parameter again, with the values that `packed` has."""
         if self.packed is not None:
             self.weight = nn.Parameter(self.packed.dense())
             self.packed = None
@@ -91,8 +92,8 @@ class Linear(Direct, nn.Linear):
             destination[prefix + "weight"] = self.packed.dense()
 
 
-class Blocked:
-    """bfloat16 weights in oneDNN's blocked layout, bit for bit."""
+class OneDNNPacked:
+    """bfloat16 weights in oneDNN's blocked layout. No value is changed."""
 
     kind = "bfloat16"
 
@@ -108,14 +109,14 @@ class Blocked:
         return dense
 
 
-def _suits(weight: Tensor, dtype: torch.dtype) -> bool:
+def _onednn_takes(weight: Tensor, dtype: torch.dtype) -> bool:
     return _ONEDNN and weight.dtype == dtype and weight.device.type == "cpu"
 
 
-def _autocasts(x: Tensor, weight: Tensor) -> bool:
-    """Whether autocast to bfloat16 is on, and gptk's kernels do what it asks for sooner.
+def _should_run_autocast_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast to bfloat16 is on, and gptk's kernel is then faster than PyTorch.
 
-    Smaller weights stay in the caches, and what autocast makes of them costs little.
+    It is not for small weights: the bfloat16 copies that autocast makes stay in the CPU's caches.
     """
     return (
         weight.numel() >= 2**19
@@ -123,7 +124,7 @@ def _autocasts(x: Tensor, weight: Tensor) -> bool:
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and weight.dtype == torch.float32
         and type(weight) in (Tensor, nn.Parameter)
-        and kernels.suit_products(x, weight)
+        and kernels.should_run_product(x, weight)
     )
 
 
@@ -132,11 +133,11 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product for a compiler: of one row, so that it reads the weights as they are, in order."""
+def _linear_for_compiler(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; for one row on a CPU a sum, which TorchInductor compiles to one read of weights."""
     if x.shape[0] != 1 or x.dim() != 2 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    # Strided, so that what makes x is computed once, and not fused into every output.
+    # as_strided keeps the computation of x from being fused into, and repeated for, every output.
     row = x.contiguous().as_strided((x.shape[1],), (1,))
     y = (weight.float() * row.float()).sum(dim=-1).to(x.dtype)[None]
     return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""What decoding needs of a model. `gptk.GPT` is one such model; nothing in decoding asks which."""
+"""What decoding needs of a model. `gptk.GPT` implements it; decoding uses nothing else of it."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ModelConfig(Protocol):
-    """What sessions and strategies ask about a model; `gptk.GPTConfig` answers it."""
+    """The configuration that sessions and strategies read; `gptk.GPTConfig` has it."""
 
     @property
     def vocab_size(self) -> int:
@@ -18,12 +18,12 @@ class ModelConfig(Protocol):
 
     @property
     def context_length(self) -> int:
-        """The window: the most tokens that a prediction may look back on, itself included."""
+        """The window: the most tokens that a prediction can depend on, the last one included."""
         raise NotImplementedError
 
     @property
     def width(self) -> int:
-        """The size of a hidden state; 0 for a model whose states are not meant to be compared.
+        """The size of a hidden state; 0 if hidden states must not be compared.
 
         Strategies that compare hidden states, such as contrastive search, refuse such a model.
         """
@@ -31,9 +31,9 @@ class ModelConfig(Protocol):
 
     @property
     def n_layers(self) -> int:
-        """Layers whose states `states` can return; 0 for a model that has none to return.
+        """How many layers `states` can return the states of; 0 for none.
 
-        Strategies that look at layers, such as DoLa, refuse such a model.
+        Strategies that need the states of layers, such as DoLa, refuse a model with 0.
         """
         raise NotImplementedError
 
@@ -44,11 +44,11 @@ class ModelConfig(Protocol):
 
 
 class Cache(Protocol):
-    """What a model keeps of the tokens it has read, for a changing set of rows."""
+    """What a model remembers of the tokens that it has read, for a changing set of rows."""
 
     @property
     def lengths(self) -> Sequence[int]:
-        """How many tokens it holds of each row."""
+        """How many tokens of each row it holds."""
         raise NotImplementedError
 
     def select(self, parents: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class Cache(Protocol):
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Forget all tokens of all rows; the rows stay."""
+        """Drop all tokens of all rows; the rows stay."""
         raise NotImplementedError
 
 
@@ -68,7 +68,7 @@ class Step(Protocol):
     """A faster way to read one new token of a single row, such as a compiled program."""
 
     def fits(self, ids: Tensor, cache: Any, layers: Collection[int]) -> bool:
-        """Whether a pass of `CausalModel.states` with these arguments can be made by this step."""
+        """Whether this step can replace `CausalModel.states` with these arguments."""
         raise NotImplementedError
 
     def __call__(self, ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
@@ -79,17 +79,17 @@ class Step(Protocol):
 class CausalModel(Protocol):
     """A model that predicts the next token from the tokens before it.
 
-    `gptk.testing.ModelContract` tests whether a class keeps what is promised here.
+    `gptk.testing.ModelContract` tests a class for what is required here.
     """
 
     @property
     def config(self) -> ModelConfig:
-        """Sizes, and what a strategy may ask about."""
+        """Sizes, and what strategies read."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are expected, and where states and logits are."""
+        """The device of token ids, states and logits."""
         raise NotImplementedError
 
     @property
@@ -99,11 +99,11 @@ class CausalModel(Protocol):
 
     @property
     def step(self) -> Step | None:
-        """A faster way to make some passes, or None. A session tries it first."""
+        """A faster implementation of some passes, or None. A session tries it first."""
         raise NotImplementedError
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        """An empty cache for `rows` rows; about `capacity` tokens of each are expected."""
+        """An empty cache for `rows` rows, of which about `capacity` tokens each are expected."""
         raise NotImplementedError
 
     def states(
@@ -111,25 +111,25 @@ class CausalModel(Protocol):
     ) -> Tensor:
         """Read tokens, and return the hidden states after each, from which `logits` predicts.
 
-        ids: (rows, time) int64. cache: what `new_cache` returned, which then holds these tokens,
-        too; they follow what it held of each row. None: the tokens begin their rows, and nothing
-        is kept. counts: how many of its `time` tokens each row really has, from the left; the rest
-        is padding, whose states mean nothing (None: all). layers: of which to return the states as
-        well, in ascending order; 0 are the embeddings, i is what layer i gives.
+        ids: (rows, time) int64. cache: from `new_cache`; the tokens follow those that it holds of
+        each row, and are added to it. Without a cache the tokens are the rows' first ones, and are
+        not remembered. counts: how many of its `time` tokens each row has, from the left (None:
+        all); the rest is padding, whose states may be anything. layers: those whose states are
+        returned as well, in ascending order; 0 are the embeddings, i is the result of layer i.
 
-        Returns (rows, time, 1 + len(layers), width): the final state, then that of each layer.
-        What a row gets must not depend on the other rows.
+        Returns (rows, time, 1 + len(layers), width): the final state, then that of each layer. A
+        row's states must not depend on the other rows.
         """
         raise NotImplementedError
 
     def logits(self, states: Tensor) -> Tensor:
-        """Next-token logits, float32. states: (…, width), as `states` gives. Returns (…, vocab)."""
+        """Next-token logits, float32. states: (…, width), from `states`. Returns (…, vocab)."""
         raise NotImplementedError
 
 
 @contextlib.contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """No dropout within the block; afterwards the model is in the mode in which it was."""
+    """Evaluation mode (no dropout) within the block; afterwards the mode from before."""
     training = isinstance(model, nn.Module) and model.training
     if training:
         assert isinstance(model, nn.Module)

@@ -1,10 +1,11 @@
-"""Quantized weights: int8 by channel and int4 by groups, on CPUs.
+"""Quantized weights: int8 by channel and int4 by groups of 32 inputs, on CPUs.
 
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
-of the time. Weights go to gptk's own kernel, see gptk.kernels, or where it cannot run to PyTorch's,
-which rounds activations, scales and offsets to bfloat16. The kernels are made for few rows; for
-many, as in a prompt, the weights are expanded, in the activations' dtype, for the moment of one
-product. On CUDA torchao quantizes, see gptk.torchao.
+of the time. Weights are packed for gptk's own kernel (`KernelGroups`, see gptk.kernels) or, on
+machines that cannot run it, for PyTorch's kernels (`PyTorchInt8`, `PyTorchInt4`,
+`PyTorchInt8Groups`), which round activations, scales and offsets to bfloat16. All are made for few
+rows. For many, as in a prompt, the weights are dequantized, to bfloat16 or float32, for a single
+product. On CUDA torchao quantizes, see gptk.model.torchao.
 """
 
 import functools
@@ -28,35 +29,35 @@ from gptk.model.levels import (
 from gptk.system.memory import new_bytes
 
 _MANY_ROWS = 64
-"""From here on a product with expanded weights is faster, the expansion included."""
-_BLOCK = 64
-"""Outputs that PyTorch's kernel has its weights packed in; fewer are filled up."""
-_OWN_BLOCK = 16
-"""The same of gptk's own kernel."""
+"""From this many rows on, dequantizing the weights and multiplying by them is faster."""
+_PYTORCH_BLOCK = 64
+"""Outputs are padded to a multiple of this for PyTorch's int4 kernel."""
+_KERNEL_BLOCK = 16
+"""Outputs are padded to a multiple of this for gptk's kernel."""
 
 
 class Packed(Protocol):
-    """The weights of a linear layer, (outputs, inputs), in a layout of their own."""
+    """The weights of a linear layer, (outputs, inputs), in the layout of a kernel."""
 
     kind: str
-    """The precision, by name."""
+    """The precision: int8, int4 or bfloat16."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x times the weights, plus the bias, in x's dtype. x: (…, inputs)."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """The weights as they count, (outputs, inputs) bfloat16."""
+        """The dequantized weights, (outputs, inputs) bfloat16."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory."""
+        """The bytes that the weights take in memory."""
         raise NotImplementedError
 
 
 def check_device(precision: Precision | Literal["stored"], device: torch.device) -> None:
-    """Raises DeviceError if weights of that precision cannot be on a device."""
+    """Raises DeviceError if weights of a precision cannot be on a device."""
     if device.type == "cpu":
         return
     if device.type != "cuda":
@@ -72,10 +73,9 @@ def check_device(precision: Precision | Literal["stored"], device: torch.device)
 
 
 def quantized(weight: Tensor, precision: Precision) -> Packed | None:
-    """Quantized weights, each rounded to the nearest level; None where they do not suit.
+    """The weights, each rounded to the nearest level, on a CPU or, by torchao, on CUDA.
 
-    weight: (outputs, inputs) on a CPU, or on CUDA, where torchao does it. Inputs that no group of
-    32 divides stay as they are.
+    weight: (outputs, inputs). Returns None for other devices, and if inputs is no multiple of 32.
     """
     if weight.device.type not in ("cpu", "cuda") or weight.shape[1] % GROUP:
         return None
@@ -84,46 +84,47 @@ def quantized(weight: Tensor, precision: Precision) -> Packed | None:
 
         return TorchAO(weight.bfloat16(), precision)
     if precision == "int8" and not kernels.available():
-        return Int8(weight)
+        return PyTorchInt8(weight)
     return pack(NearestLevels(weight.detach(), 4 if precision == "int4" else 8))
 
 
 def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
-    """What a weight of that shape takes in memory, on a CPU.
+    """The bytes that a matrix of that shape takes in memory, on a CPU.
 
-    kind: float32, bfloat16, int8 (by_groups as a file has it, else by channel) or int4.
+    kind: float32, bfloat16, int8 or int4. by_groups: int8 has scales and offsets by groups, as in
+    files, and not by channel.
     """
     count = shape.numel()
     if not kind.startswith("int"):
         return count * (4 if kind == "float32" else 2)
     outputs, inputs = shape
     if kernels.available():
-        padded = outputs + -outputs % _OWN_BLOCK
+        padded = outputs + -outputs % _KERNEL_BLOCK
         return padded * (inputs * int(kind[3:]) // 8 + 4 * (inputs // GROUP))
     if kind == "int8" and not by_groups:
         return count + 2 * outputs
     halves = 2 if kind == "int8" else 1
-    padded = outputs + -outputs % _BLOCK
+    padded = outputs + -outputs % _PYTORCH_BLOCK
     return halves * padded * (inputs // 2 + 4 * (inputs // GROUP))
 
 
 def pack(levels: Levels | NearestLevels) -> Packed:
-    """The weights of a linear layer, by the fastest kernel there is.
+    """The weights of a linear layer, for the fastest kernel there is.
 
-    The codes are the same. gptk's own kernel has scales and offsets in float16, as files do;
+    Codes stay the same. gptk's kernel has scales and offsets in float16, as GGUF files do;
     PyTorch's in bfloat16.
     """
     if kernels.available():
-        return Groups(levels)
-    return Int4(levels) if levels.bits == 4 else Int8Groups(levels)
+        return KernelGroups(levels)
+    return PyTorchInt4(levels) if levels.bits == 4 else PyTorchInt8Groups(levels)
 
 
-class Groups:
-    """w = code · scale + offset as Levels have it, for gptk's own kernel.
+class KernelGroups:
+    """w = code · scale + offset by groups of 32 inputs, with 4 or 8 bits, for gptk's kernel.
 
-    In blocks of 16 outputs: for each group of inputs 16 scales, 16 offsets, and the codes, those
-    of four inputs for all 16 outputs next to each other. Of 4 bits, the low halves of bytes are
-    the first 16 inputs of the group, the high ones the others.
+    The weights are in blocks of 16 outputs. A block has for each group 16 scales, 16 offsets, and
+    the codes: those of four inputs for all 16 outputs, then those of the next four inputs, and so
+    on. With 4 bits, low nibbles are the first 16 inputs of the group, high nibbles the others.
     """
 
     def __init__(self, levels: Levels | NearestLevels) -> None:
@@ -131,34 +132,33 @@ class Groups:
         self._bits: int = levels.bits
         self._outputs, self._inputs = levels.shape
         groups = self._inputs // GROUP
-        blocks = -(-self._outputs // _OWN_BLOCK)
-        self._weights = new_bytes(blocks, groups, (4 + GROUP * self._bits // 8) * _OWN_BLOCK)
-        step = max(1, WEIGHTS_AT_A_TIME // (_OWN_BLOCK * self._inputs))
+        blocks = -(-self._outputs // _KERNEL_BLOCK)
+        self._weights = new_bytes(blocks, groups, (4 + GROUP * self._bits // 8) * _KERNEL_BLOCK)
+        step = max(1, WEIGHTS_AT_A_TIME // (_KERNEL_BLOCK * self._inputs))
         for block in range(0, blocks, step):
-            part = levels[block * _OWN_BLOCK : (block + step) * _OWN_BLOCK]
+            part = levels[block * _KERNEL_BLOCK : (block + step) * _KERNEL_BLOCK]
             kernels.pack(part.codes, part.scale, part.offset, self._bits, self._weights[block:])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, bias, self, self._outputs)
+        return _linear(x, bias, self, self._outputs)
 
     def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return kernels.expand(self._weights, self._bits, self._outputs, self._inputs, dtype)
+        return kernels.dequantize_packed(
+            self._weights, self._bits, self._outputs, self._inputs, dtype
+        )
 
     @property
     def nbytes(self) -> int:
         return self._weights.nbytes
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype == torch.float16:
-            return self.few(x.float(), bias).half()
-        return kernels.linear(x, self._weights, bias, self._bits, self._outputs)
+            return self.matmul_few_rows(x.float(), bias).half()
+        return kernels.quantized_linear(x, self._weights, bias, self._bits, self._outputs)
 
 
-class Int8:
-    """w = code · scale, with a code from -127 to 127 and a scale for each output.
-
-    For PyTorch's kernel, as all that follows.
-    """
+class PyTorchInt8:
+    """w = code · scale, with a code from -127 to 127 and a scale for each output."""
 
     kind = "int8"
 
@@ -166,14 +166,14 @@ class Int8:
         weight = weight.detach()
         self._codes = torch.empty(weight.shape, dtype=torch.int8)
         self._scale = torch.empty(len(weight), dtype=torch.bfloat16)
-        for part, some in outputs_at_a_time(weight):
-            # The scale that the kernel gets is rounded first, so that codes fit it.
-            self._scale[part] = torch.linalg.vector_norm(some, float("inf"), dim=1) / 127
-            scale = self._scale[part].float().clamp(min=torch.finfo(torch.float32).tiny)
-            self._codes[part] = (some / scale[:, None]).round_().clamp_(-127, 127)
+        for outputs, part in outputs_at_a_time(weight):
+            # The scale is rounded to the kernel's bfloat16 before codes are computed from it.
+            self._scale[outputs] = torch.linalg.vector_norm(part, float("inf"), dim=1) / 127
+            scale = self._scale[outputs].float().clamp(min=torch.finfo(torch.float32).tiny)
+            self._codes[outputs] = (part / scale[:, None]).round_().clamp_(-127, 127)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, bias, self, len(self._scale))
+        return _linear(x, bias, self, len(self._scale))
 
     def dense(self) -> Tensor:
         return self._codes.bfloat16().mul_(self._scale[:, None])
@@ -182,36 +182,36 @@ class Int8:
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scale.nbytes
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16().contiguous(), self._codes, self._scale)
-        return _finished(y, x, bias)
+        return _with_bias(y, x, bias)
 
 
-class Int4:
-    """w = (code - 8) · scale + zero, with a code from 0 to 15, and a group's scale and zero."""
+class PyTorchInt4:
+    """w = (code - 8) · scale + zero, with a code from 0 to 15, and scale and zero by groups."""
 
     kind = "int4"
 
     def __init__(self, levels: Levels | NearestLevels) -> None:
         """levels: of 4 bits."""
 
-        def part_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            part = levels[rows]
+        def part_of(outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part = levels[outputs]
             return part.codes, part.scale, part.offset + 8 * part.scale
 
         self._pack(levels.shape, part_of)
 
     @classmethod
-    def of_eight_bits(cls, levels: Levels | NearestLevels) -> "Int4":
-        """Those with 8 bits as twice as many inputs: a matrix for the high halves, one for the low.
+    def of_eight_bits(cls, levels: Levels | NearestLevels) -> "PyTorchInt4":
+        """An 8-bit matrix as two 4-bit matrices side by side, of high and of low nibbles.
 
-        The value of code 0 goes with the high ones.
+        So it has twice as many inputs. The offset is added by the high nibbles' matrix.
         """
 
-        def part_of(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            part = levels[rows]
+        def part_of(outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+            part = levels[outputs]
             codes, scale = part.codes, part.scale
-            zero = part.offset + 128 * scale  # of (high - 8) · 16 scale
+            zero = part.offset + 128 * scale  # added to (high - 8) · 16 scale
             scale = scale.bfloat16().float()
             return (
                 torch.cat((codes >> 4, codes & 15), dim=1),
@@ -219,47 +219,46 @@ class Int4:
                 torch.cat((zero, 8 * scale), dim=1),
             )
 
-        made = cls.__new__(cls)
-        made._pack(torch.Size((levels.shape[0], 2 * levels.shape[1])), part_of)
-        return made
+        nibbles = cls.__new__(cls)
+        nibbles._pack(torch.Size((levels.shape[0], 2 * levels.shape[1])), part_of)
+        return nibbles
 
     def _pack(
         self, shape: torch.Size, part_of: Callable[[slice], tuple[Tensor, Tensor, Tensor]]
     ) -> None:
-        """part_of gives for some outputs the codes (…, inputs), scale and zero (…, groups)."""
+        """part_of: returns for a slice of outputs codes (…, inputs), scale and zero (…, groups)."""
         self._outputs, inputs = shape
-        padded = self._outputs + -self._outputs % _BLOCK
+        padded = self._outputs + -self._outputs % _PYTORCH_BLOCK
         self._packed = torch.empty(padded, inputs // 2, dtype=torch.uint8)
         self._scales = torch.empty(inputs // GROUP, padded, 2, dtype=torch.bfloat16)
-        """(groups, outputs, 2), as the kernel has it."""
-        step = max(_BLOCK, WEIGHTS_AT_A_TIME // inputs // _BLOCK * _BLOCK)
-        for at in range(0, padded, step):
-            codes, scale, zero = part_of(slice(at, at + step))
-            room = -len(codes) % _BLOCK
-            codes = F.pad(codes, (0, 0, 0, room)) if room else codes
-            part = slice(at, at + len(codes))
+        """(groups, outputs, 2): scale and zero."""
+        step = max(_PYTORCH_BLOCK, WEIGHTS_AT_A_TIME // inputs // _PYTORCH_BLOCK * _PYTORCH_BLOCK)
+        for start in range(0, padded, step):
+            codes, scale, zero = part_of(slice(start, start + step))
+            missing = -len(codes) % _PYTORCH_BLOCK
+            if missing:
+                codes, scale, zero = (F.pad(x, (0, 0, 0, missing)) for x in (codes, scale, zero))
+            part = slice(start, start + len(codes))
             self._packed[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-            for index, one in enumerate((scale, zero)):
-                one = F.pad(one, (0, 0, 0, room)) if room else one
-                self._scales[:, part, index] = one.T
+            self._scales[:, part] = torch.stack((scale.T, zero.T), dim=2)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, bias, self, self._outputs)
+        return _linear(x, bias, self, self._outputs)
 
     def dense(self) -> Tensor:
-        block = _packed_in()
+        block = _int4_block()
         groups, padded, _ = self._scales.shape
-        if block is None:  # a layout that is not known: ask the kernel, an input at a time
+        if block is None:  # an unknown layout: multiply by the identity matrix
             eye = torch.eye(groups * GROUP, dtype=torch.bfloat16)
-            return self.few(eye, None).T
-        # (blocks, groups, inputs of a group, half a block): the halves are a byte's nibbles
+            return self.matmul_few_rows(eye, None).T
+        # (blocks, groups, inputs of a group, half a block): low nibbles are the block's first half
         nibbles = self._packed.view(padded // block, groups, GROUP, block // 2)
         scales = self._scales.view(groups, padded // block, 1, block, 2).transpose(0, 1).float()
         scale, zero = scales.unbind(-1)
         halves = (nibbles & 15).float(), (nibbles >> 4).float()
         dense = [
-            torch.addcmul(zero_ - 8 * scale_, half, scale_).bfloat16()
-            for half, scale_, zero_ in zip(
+            torch.addcmul(half_zero - 8 * half_scale, half, half_scale).bfloat16()
+            for half, half_scale, half_zero in zip(
                 halves, scale.chunk(2, dim=-1), zero.chunk(2, dim=-1), strict=True
             )
         ]
@@ -271,66 +270,66 @@ class Int4:
     def nbytes(self) -> int:
         return int(self._packed.nbytes + self._scales.nbytes)
 
-    def few(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = torch._weight_int4pack_mm_for_cpu(
             x.bfloat16().contiguous(), self._packed, GROUP, self._scales
         )
-        return _finished(y[:, : self._outputs], x, bias)
+        return _with_bias(y[:, : self._outputs], x, bias)
 
 
-class Int8Groups:
-    """w = code · scale + offset, with a code from 0 to 255, and a group's scale and offset.
+class PyTorchInt8Groups:
+    """w = code · scale + offset, with a code from 0 to 255, and scale and offset by groups.
 
-    PyTorch has no kernel for that. But a code is 16 · high + low, so that two int4 matrices add up
-    to the very same: high · 16 scale + offset, and low · scale. They stand side by side in one,
-    which takes x twice.
+    PyTorch has no kernel for that. But an 8-bit matrix is two 4-bit matrices side by side, of high
+    and low nibbles: code = 16 · high + low, so w = (high · 16 scale + offset) + low · scale. The
+    inputs x are given to them twice.
     """
 
     kind = "int8"
 
     def __init__(self, levels: Levels | NearestLevels) -> None:
-        self._halves = Int4.of_eight_bits(levels)
+        self._nibbles = PyTorchInt4.of_eight_bits(levels)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._halves.linear(torch.cat((x, x), dim=-1), bias)
+        return self._nibbles.linear(torch.cat((x, x), dim=-1), bias)
 
     def dense(self) -> Tensor:
-        high, low = self._halves.dense().float().chunk(2, dim=1)
+        high, low = self._nibbles.dense().float().chunk(2, dim=1)
         return (high + low).bfloat16()
 
     @property
     def nbytes(self) -> int:
-        return self._halves.nbytes
+        return self._nibbles.nbytes
 
 
-def _product(
-    x: Tensor, bias: Tensor | None, weights: "Groups | Int8 | Int4", outputs: int
+def _linear(
+    x: Tensor, bias: Tensor | None, weights: KernelGroups | PyTorchInt8 | PyTorchInt4, outputs: int
 ) -> Tensor:
-    """x times weights by the kernel for few rows, or expanded ones for many."""
+    """x times the weights, plus the bias: few rows by the kernel, many with dequantized weights."""
     if x.dim() != 2:
-        y = _product(x.flatten(0, -2), bias, weights, outputs)
+        y = _linear(x.flatten(0, -2), bias, weights, outputs)
         return y.view(*x.shape[:-1], outputs)
-    if x.shape[0] < _MANY_ROWS or (isinstance(weights, Int4) and _packed_in() is None):
-        return weights.few(x, bias)
-    if isinstance(weights, Groups):
+    if x.shape[0] < _MANY_ROWS or (isinstance(weights, PyTorchInt4) and _int4_block() is None):
+        return weights.matmul_few_rows(x, bias)
+    if isinstance(weights, KernelGroups):
         dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-        return _finished(F.linear(x.to(dtype), weights.dense(dtype)), x, bias)
-    return _finished(F.linear(x.bfloat16(), weights.dense()), x, bias)
+        return _with_bias(F.linear(x.to(dtype), weights.dense(dtype)), x, bias)
+    return _with_bias(F.linear(x.bfloat16(), weights.dense()), x, bias)
 
 
-def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """A product as it is to be: with the bias, in x's dtype."""
+def _with_bias(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """y in x's dtype, plus the bias."""
     y = y.to(x.dtype)
     return y if bias is None else y + bias
 
 
 @functools.cache
-def _packed_in() -> int | None:
-    """How many outputs int4 weights are packed in at a time: 64, 32, or None for another layout.
+def _int4_block() -> int | None:
+    """How many outputs PyTorch's int4 layout packs together: 64, 32, or None for another layout.
 
-    The layout is the kernel's own and differs between processors, so it is learned from what
-    becomes of known codes. In a byte there are the i-th output of a block and the i-th of its
-    second half.
+    The layout is undocumented and differs between processors, so it is found out by packing known
+    codes. A byte has an output of the first half of a block in its low nibble, and the output at
+    the same place of the second half in its high nibble.
     """
     for block in (64, 32):
         outputs = torch.arange(block, dtype=torch.int32)[:, None].expand(block, GROUP)

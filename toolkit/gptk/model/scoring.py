@@ -1,4 +1,4 @@
-"""How likely a model finds a text."""
+"""The log-probabilities, loss and perplexity of a text under a model."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from gptk.model.protocol import CausalModel, evaluating
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds a text."""
+    """How probable a text is under a model."""
 
     tokens: list[int]
     token_logprobs: list[float]
-    """For each token but the first: its log-probability after those before it, in nats."""
+    """For each token but the first its log-probability, given the tokens before it, in nats."""
 
     @property
     def loss(self) -> float:
@@ -26,7 +26,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): how many tokens the model hesitates between."""
+        """exp(loss): the number of equally probable tokens that would give the same loss."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
@@ -51,7 +51,7 @@ def final_states(model: CausalModel, ids: Tensor) -> Tensor:
 def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tensor:
     """The log-probability of each target. states: (n, width); targets: (n,). Returns (n,) float32.
 
-    In chunks, so that logits for a whole text never stand in memory at once.
+    In chunks, so that the logits of a whole text are never in memory at once.
     """
     parts = []
     for start in range(0, len(states), _CHUNK):
@@ -62,4 +62,4 @@ def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tenso
 
 
 _CHUNK = 256
-"""Rows of logits at a time: 50 MB with GPT-2's vocabulary."""
+"""Positions whose logits are computed at a time: 50 MB with GPT-2's vocabulary."""

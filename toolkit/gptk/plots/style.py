@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +11,17 @@ from gptk.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the markers are for print
-# without colour. Seven and six have no common divisor: 42 runs look different.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers are for print without
+# colour. Seven and six have no common divisor, so the first 42 pairs differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP"
-_GREY = "#555555"
-# A date would make each file another.
+GREY = "#555555"
+"""For lines that mean the same in all colours."""
+# Without dates, so that the same figure is written as the same bytes.
 _METADATA: Mapping[str, dict[str, None]] = {
     ".png": {},
     ".svg": {"Date": None},
@@ -28,7 +30,7 @@ _METADATA: Mapping[str, dict[str, None]] = {
 
 
 def write_figure(figure: "Figure", target: Path) -> None:
-    """Write a figure so that the file is there whole, the old or the new one. Raises OSError."""
+    """Write a figure; the old file stays until the new one is complete. Raises OSError."""
     new = target.with_name(f".{secrets.token_hex(4)}{target.suffix}")
     try:
         figure.savefig(new, dpi=200, metadata=_METADATA[target.suffix.lower()])
@@ -39,19 +41,16 @@ def write_figure(figure: "Figure", target: Path) -> None:
 
 
 def check_format(target: Path) -> None:
-    """Raise OptionError unless the suffix is that of a format that can be written."""
+    """Raise OptionError unless the suffix names one of FORMATS."""
     if target.suffix.lower() not in FORMATS:
         raise OptionError(
             f"{target} has the suffix {target.suffix!r}; allowed: {', '.join(FORMATS)}"
         )
 
 
-# --- The figure
-
-
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The same look for everybody, whatever a matplotlibrc says; nothing of it stays."""
+    """The same style on every machine, whatever its matplotlibrc says; restored at the end."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -72,3 +71,10 @@ def style() -> Iterator[None]:
             }
         )
         yield
+
+
+def set_literally(legend: "Legend", labels: Sequence[str]) -> None:
+    """Set the texts of a legend: a label may begin with _, and $ begins no formula."""
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)

@@ -1,6 +1,6 @@
-"""The plug-ins there are: found through entry points, registered by hand, made from spec strings.
+"""Plug-ins: found through entry points, registered by hand, made from spec strings.
 
-What stands here is public, `gptk.plugins`; the base classes that plug-ins fill in are in
+The names here are public, as `gptk.plugins`; the base classes that plug-ins fill in are in
 `gptk.hooks`.
 """
 
@@ -23,3 +23,4 @@ from gptk.plugins.registry import provided as provided
 from gptk.plugins.registry import register as register
 from gptk.plugins.registry import summary as summary
 from gptk.plugins.registry import unregister as unregister
+from gptk.spec import parse_spec as parse_spec

@@ -1,4 +1,4 @@
-"""Whose fault it is: naming the plug-in whose code failed."""
+"""Naming the plug-in whose code failed."""
 
 import contextlib
 import re
@@ -22,19 +22,19 @@ from gptk.plugins.registry import PluginWarning, Provided, provided
 T = TypeVar("T")
 
 
-def ask(one: Provided, method: str, *given: Any) -> Any:
-    """What a plug-in's class method answers; None, with a warning, where it fails.
+def ask(plugin: Provided, method: str, *arguments: Any) -> Any:
+    """What a plug-in's class method returns; None, with a warning, where it fails.
 
-    For questions that all plug-ins of a kind are asked, so that one does not stop the others.
+    For questions put to all plug-ins of a kind, so that one that fails does not stop the others.
     """
     try:
-        return getattr(one.item, method)(*given)
+        return getattr(plugin.item, method)(*arguments)
     except GptkError:
         raise
     except Exception as error:
-        hook = KINDS[one.kind].hook
+        hook = KINDS[plugin.kind].hook
         warnings.warn(
-            f"{one.item.title()} of {one.distribution} (hook {hook}) failed in {method}: "
+            f"{plugin.item.title()} of {plugin.distribution} (hook {hook}) failed in {method}: "
             f"{brief(error)}",
             PluginWarning,
             stacklevel=2,
@@ -44,17 +44,17 @@ def ask(one: Provided, method: str, *given: Any) -> Any:
 
 @contextlib.contextmanager
 def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
-    """Name the plug-in whose code raised what comes out of the block, as a PluginError.
+    """Turn an exception that a plug-in's code raised into a PluginError that names the plug-in.
 
-    plugins: those at work. What gptk raises on purpose, what no plug-in's code had a part in, and
-    want of memory pass unchanged.
+    plugins: those that run in this block. Errors that gptk raises on purpose, errors in which no
+    plug-in's code had a part, and errors for lack of memory pass unchanged.
     """
     try:
         yield
     except (GptkError, MemoryError):
         raise
     except Exception as error:
-        # torch's, and those of functions that are the caller's own
+        # torch's out-of-memory errors, and errors in functions that the caller passed
         if out_of_memory(error) or getattr(error, _CALLERS, False):
             raise
         if line := blame(error, plugins):
@@ -63,8 +63,8 @@ def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def not_of_a_plugin() -> Iterator[None]:
-    """Within `blaming`: what comes out of this block is not to be laid at a plug-in's door."""
+def callers_code() -> Iterator[None]:
+    """Within `blaming`: errors raised in this block are the caller's own, not a plug-in's."""
     try:
         yield
     except Exception as error:
@@ -72,38 +72,41 @@ def not_of_a_plugin() -> Iterator[None]:
         raise
 
 
-_CALLERS = "gptk_callers_own"
+_CALLERS = "gptk_callers_code"
 
 
 def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
-    """Which plug-in's code was the last to run before the error, in a line; None for nobody's.
+    """A line that names the plug-in whose code was the last to run before the error, or None.
 
-    plugins: those at work; those that these call are found as well.
+    plugins: those that were running; plug-ins that these called are found as well.
     """
     frames = list(traceback.walk_tb(error.__traceback__))[::-1]
     callers = [frame.f_locals.get("self") for frame, _ in frames]
-    at_work = [*plugins, *(one for one in callers if isinstance(one, Plugin))]
+    running = [*plugins, *(caller for caller in callers if isinstance(caller, Plugin))]
     for index, (frame, line) in enumerate(frames):
-        suspects = _suspects(frame, at_work)
+        suspects = _suspects(frame, running)
         if not suspects:
             continue
-        # Several may stand in one module, and share what is beside them there.
+        # A module may define several plug-ins, which share its functions.
         qualname = frame.f_code.co_qualname
-        own = [one for one in suspects if qualname.startswith(f"{type(one).__qualname__}.")]
-        calling = [one for caller in callers[index:] for one in suspects if one is caller]
-        plugin = [*own, *calling, *suspects][0]
+        defining = [p for p in suspects if qualname.startswith(f"{type(p).__qualname__}.")]
+        calling = [p for caller in callers[index:] for p in suspects if p is caller]
+        plugin = [*defining, *calling, *suspects][0]
         return (
             f"{type(plugin).title()} of {_owner(plugin)} failed in {qualname}, line {line} of "
             f"{frame.f_globals.get('__name__')}: {brief(error)}"
         )
-    if misfit := _misfit(error, callers[0] if callers else None, at_work):
+    if misfit := _misfit(error, callers[0] if callers else None, running):
         return f"{misfit.title()} of {_owner(misfit)} failed: {brief(error)}"
     return None
 
 
 def _misfit(error: Exception, caller: object, plugins: Iterable[Plugin]) -> Plugin | None:
-    """The plug-in that lacks what gptk called, or takes other arguments: none of its code ran."""
-    if isinstance(caller, Plugin):  # its base class's code was the last to run
+    """The plug-in that lacks a method that gptk called, or takes other arguments.
+
+    None of the plug-in's own code has run then.
+    """
+    if isinstance(caller, Plugin):  # the code of its base class was the last to run
         return caller
     called = re.match(r"(\S+)\(\) ", str(error)) if isinstance(error, TypeError) else None
     if called is None:
@@ -119,9 +122,9 @@ def _misfit(error: Exception, caller: object, plugins: Iterable[Plugin]) -> Plug
     return None
 
 
-def expect(plugin: Plugin, method: str, value: T, kinds: Any, wanted: str) -> T:
-    """The value that a plug-in's method returned. Raises PluginError if it is none of `kinds`."""
-    if not isinstance(value, kinds):
+def expect(plugin: Plugin, method: str, value: T, types: Any, wanted: str) -> T:
+    """The value that a plug-in's method returned. Raises PluginError if it is none of `types`."""
+    if not isinstance(value, types):
         raise PluginError(
             f"{plugin.title()} of {_owner(plugin)}: {method}() returned {value!r:.60}; it must "
             f"return {wanted}"
@@ -134,13 +137,13 @@ def _suspects(frame: FrameType, plugins: Sequence[Plugin]) -> list[Plugin]:
     module = frame.f_globals.get("__name__", "")
     if _package(module) == "gptk":
         return []
-    return [one for one in plugins if type(one).__module__ == module] or [
-        one for one in plugins if _package(type(one).__module__) == _package(module)
+    return [p for p in plugins if type(p).__module__ == module] or [
+        p for p in plugins if _package(type(p).__module__) == _package(module)
     ]
 
 
 def warn_of_failure(observer: Plugin, error: Exception) -> None:
-    """A PluginWarning for an observer that failed; whatever it observes goes on without it."""
+    """Warn (PluginWarning) of an observer that failed; the run goes on without it."""
     line = blame(error, [observer])
     line = line or f"{observer.title()} of {_owner(observer)} failed: {brief(error)}"
     warnings.warn(f"{line}; it hears no more of this run", PluginWarning, stacklevel=2)
@@ -151,7 +154,7 @@ def _package(module: str) -> str:
 
 
 def _owner(plugin: Plugin) -> str:
-    """The distribution and hook that a plug-in came by, or the module that defines it."""
+    """The distribution and hook that a plug-in comes from, or the module that defines it."""
     known = provided(plugin.kind).get(plugin.name)
     if known is not None and known.item is type(plugin):
         return f"{known.distribution} (hook {KINDS[plugin.kind].hook})"

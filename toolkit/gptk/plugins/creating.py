@@ -1,4 +1,4 @@
-"""A plug-in from its spec string."""
+"""Making a plug-in from its spec string."""
 
 from typing import TypeVar
 
@@ -29,15 +29,15 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
     if not isinstance(spec, str):
         raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {spec!r}")
     name, options = parse_spec(spec)
-    one = find(kind, name)
+    found = find(kind, name)
     try:
-        made = from_options(one.item, options)
+        plugin = from_options(found.item, options)
     except GptkError:
         raise
     except Exception as error:  # its validators, or an __init__ of its own
         raise PluginError(
-            f"{one.item.title()} of {one.distribution} (hook {KINDS[kind].hook}) cannot be made: "
-            f"{brief(error)}"
+            f"{found.item.title()} of {found.distribution} (hook {KINDS[kind].hook}) cannot be "
+            f"made: {brief(error)}"
         ) from error
-    assert isinstance(made, base)
-    return made
+    assert isinstance(plugin, base)
+    return plugin

@@ -17,8 +17,8 @@ def register_file(path: str | os.PathLike[str]) -> ModuleType:
     """Import a single Python file as a plug-in module and `register` it, for this process.
 
     Returns the module, whose name is `gptk_file_` and the file's; a file that was registered
-    before is read again. Raises PluginError, in one line, for a file that is not there, fails to
-    import (with the line where), has no hook (with what to add), or breaks a rule.
+    before is read again. Raises PluginError, in one line, for a file that does not exist, fails
+    to import (with the line number), has no hook (with what to add), or breaks a rule.
     """
     file, origin = Path(path).absolute(), str(path)
     if file.suffix != ".py":
@@ -32,7 +32,7 @@ def register_file(path: str | os.PathLike[str]) -> ModuleType:
     module = ModuleType(_file_module(file))
     module.__file__ = str(file)
     before = sys.modules.pop(module.__name__, None)
-    sys.modules[module.__name__] = module  # where classes look up what their annotations name
+    sys.modules[module.__name__] = module  # in which pydantic looks up the names in annotations
     try:
         _execute(module, source, origin)
         unregister(before)

@@ -1,4 +1,4 @@
-"""The kinds of plug-ins, by the word that users say, with the hook and the base class of each."""
+"""The kinds of plug-ins by name, with the hook and the base class of each."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Kind:
 
     hook: str
     plural: str
-    """As messages say it."""
+    """For messages."""
     base: type
     """The class that its plug-ins are subclasses, or for commands instances, of."""
 
@@ -37,4 +37,4 @@ KINDS = {
     "tokenizer": Kind("gptk_tokenizers", "tokenizers", TokenizerLoader),
     "command": Kind("gptk_commands", "commands", click.Command),
 }
-"""By the word that users say."""
+"""By the name that users and messages give the kind."""

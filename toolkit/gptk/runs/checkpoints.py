@@ -1,15 +1,15 @@
-"""Checkpoints of a training run: each a directory that is there whole or not at all.
+"""Checkpoints of a training run: directories that are complete as soon as they can be seen.
 
     RUN/checkpoints/step-00000500/
         gptk.json, model.safetensors, tokenizer.tiktoken   the model, as gptk.load reads it
         averaged/                 the same with averaged weights, if a regularizer keeps them
-        training.json             step, place in the data, best step so far
+        training.json             step, position in the data, best step so far
         training.safetensors      the optimizer's and the regularizers' tensors,
         shards/                   or these as torch.distributed.checkpoint wrote them (--shard)
         checksums.json            SHA-256 of all the files above
 
-A checkpoint is written under a temporary name, synced to disk, and renamed. One that does not
-match its checksums is passed over for the one before.
+A checkpoint is written under a temporary name, synced to disk, and renamed. If the last checkpoint
+does not match its checksums, a run goes on from the one before it.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from gptk.system.files import sync, write_text
 
 _NAME = re.compile(r"step-(\d+)")
 _READY = re.compile(r"\.step-(\d+)\.ready")
-"""Whole, and about to take the place of another checkpoint of the same step."""
+"""A complete checkpoint that is about to replace another one of the same step."""
 _CHECKSUMS = "checksums.json"
 STATE = "training.json"
 
 
 def folder_of(run: Path) -> Path:
-    """Where a run's checkpoints are."""
+    """The directory of a run's checkpoints."""
     return run / "checkpoints"
 
 
@@ -44,14 +44,14 @@ def temporary(run: Path, step: int) -> Path:
 
 
 def publish(new: Path, *, keep: int) -> Path:
-    """Make a written checkpoint visible, and remove all but the last `keep` and the best."""
+    """Make a written checkpoint visible, and remove all but the last `keep` and the best one."""
     sums = {name: _checksum(new / name) for name in sorted(_files(new))}
     write_text(new / _CHECKSUMS, json.dumps(sums, indent=1))
     for path in (*new.rglob("*"), new):
         sync(path)
     run = new.parent.parent
     target = new.with_name(new.name.removeprefix(".").removesuffix(".new"))
-    if target.exists():  # a step saved twice, or an interrupted run that came to it again
+    if target.exists():  # saved twice, or before an interruption that the run went back from
         ready = new.with_suffix(".ready")
         new.rename(ready)
         sync(new.parent)
@@ -59,7 +59,7 @@ def publish(new: Path, *, keep: int) -> Path:
         new = ready
     new.rename(target)
     sync(new.parent)
-    for later in _all(run):  # damaged ones, which the run went back behind
+    for later in _all(run):  # damaged ones: the run went on from a checkpoint before them
         if later.name > target.name:
             _discard(later)
     keepers = {*_all(run)[-keep:], best_checkpoint(run)}
@@ -70,7 +70,7 @@ def publish(new: Path, *, keep: int) -> Path:
 
 
 def newest_intact(run: Path, warn: Callable[[str], None]) -> Path:
-    """The last checkpoint that matches its checksums; `warn` is told of those that don't.
+    """The last checkpoint that matches its checksums; `warn` gets a line for each that does not.
 
     Raises TrainingError if there is none.
     """
@@ -83,28 +83,28 @@ def newest_intact(run: Path, warn: Callable[[str], None]) -> Path:
 
 
 def best_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint with the lowest validation loss of a training run, or None if it has none.
+    """The checkpoint with the lowest validation loss of a training run.
 
-    The last checkpoint knows which one it is; where nothing was evaluated yet, it is the last.
+    The last checkpoint, if nothing was evaluated yet; None if the run has no checkpoint.
     """
     for path in reversed(_all(Path(run))):
         try:
             best = json.loads((path / STATE).read_text(encoding="utf-8"))["best_step"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: the one before knows
-        there = {_step(one): one for one in _all(Path(run))}
-        return there.get(best, path)
+            continue  # damaged: the checkpoint before it says which is the best
+        by_step = {_step(checkpoint): checkpoint for checkpoint in _all(Path(run))}
+        return by_step.get(best, path)
     return None
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint of a run, or None; not verified."""
-    there = _all(run)
-    return there[-1] if there else None
+    """The last checkpoint of a run, or None; its checksums are not compared."""
+    found = _all(run)
+    return found[-1] if found else None
 
 
 def clean(run: Path) -> None:
-    """End a replacement that was interrupted, and remove what a save or removal left."""
+    """Finish an interrupted replacement, and remove what an interrupted save or removal left."""
     for path in folder_of(run).glob(".step-*.ready"):
         target = path.with_name(_name(_step(path)))
         if target.exists():
@@ -119,12 +119,13 @@ def _name(step: int) -> str:
 
 
 def _all(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, by their steps."""
     folder = folder_of(run)
     if not folder.is_dir():
         return []
-    there = list(folder.iterdir())
-    ready = {_step(path): path for path in there if _READY.fullmatch(path.name)}
-    named = {_step(path): path for path in there if _NAME.fullmatch(path.name)}
+    paths = list(folder.iterdir())
+    ready = {_step(path): path for path in paths if _READY.fullmatch(path.name)}
+    named = {_step(path): path for path in paths if _NAME.fullmatch(path.name)}
     return [path for _, path in sorted((ready | named).items())]
 
 
@@ -133,11 +134,11 @@ def _step(path: Path) -> int:
 
 
 def _discard(path: Path) -> None:
-    # Renamed first: a checkpoint is never seen in part.
-    gone = path.with_name(f".{path.name}.old")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    # Renamed first, so that no checkpoint is visible while it is incomplete.
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -1,7 +1,6 @@
-"""RUN/metrics.jsonl: what a training run recorded, a JSON object a line.
+"""RUN/metrics.jsonl: the records of a training run, a JSON object a line.
 
-The records are described in docs/training.md. Numbers that are not finite stand as null, since
-JSON has no way to write them.
+docs/training.md describes the records. Numbers that are not finite are null, as JSON has none.
 """
 
 import json
@@ -14,9 +13,11 @@ from typing import Any
 from gptk.errors import SourceError
 from gptk.hooks.training import TrainingListener
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsFile(TrainingListener):
-    """Appends each record to a file, at once. Raises OSError if it cannot be written."""
+    """Appends each record to a file at once. Raises OSError if it cannot be written."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - close() is the listener's
@@ -34,7 +35,7 @@ class MetricsFile(TrainingListener):
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run, without a last line that was cut off while it was written.
+    """The records of a run, without a last line that is incomplete.
 
     Raises SourceError if the file is missing, or if another line is damaged.
     """
@@ -42,15 +43,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """As read_metrics, one record at a time: those of a million steps fill a gigabyte."""
+    """As read_metrics, one record at a time: a million records take a gigabyte of memory."""
     for _, record in _lines(path):
         yield record
 
 
 def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
-    """Drop the records after `step`, and a last line that was cut off; makes the file if it is
-    missing. What is there stays until the new file is whole, and its lines as they are.
+    """Remove the records after `step`, and an incomplete last line; create a missing file.
 
+    The other lines stay byte for byte, and the old file stays until the new one is complete.
     Raises SourceError if a line is damaged, OSError if the new file cannot be written.
     """
     target = Path(path)
@@ -58,7 +59,7 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
     try:
         with new.open("wb") as file:
             if target.exists():
-                file.writelines(line for line, one in _lines(target) if one["step"] <= step)
+                file.writelines(line for line, record in _lines(target) if record["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         new.replace(target)
@@ -72,7 +73,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    return  # cut off
+                    return  # incomplete: the process was killed while it wrote
                 try:
                     yield line, _record(line)
                 except ValueError as error:

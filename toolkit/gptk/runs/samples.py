@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from gptk.hooks.training import TrainingListener
-from gptk.runs.metrics import iterate_metrics
+from gptk.runs.metrics import METRICS, iterate_metrics
 from gptk.system.files import write_text
 
 
 class SamplesFile(TrainingListener):
-    """Made anew from metrics.jsonl when a run begins or goes on; then each sample is appended."""
+    """Appends each sample to the file, which begins with the samples in metrics.jsonl."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / "samples.txt"
-        records = iterate_metrics(run / "metrics.jsonl")
-        write_text(self._path, "".join(_text(one) for one in records if one["kind"] == "sample"))
+        records = iterate_metrics(run / METRICS)
+        write_text(self._path, "".join(_text(r) for r in records if r["kind"] == "sample"))
 
     def record(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "sample":

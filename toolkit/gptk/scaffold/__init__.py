@@ -1,7 +1,7 @@
 """New plug-in packages: `gptk plugins new` writes one from the templates in this folder.
 
-A template is a file of the package with `$placeholders` (string.Template); those of a kind stand
-in a folder of its name. Their names end in `.template`, so that nothing takes them for code.
+A template is a file of the package with `$placeholders` (string.Template). Each kind of plug-in has
+a folder of templates. Their names end in `.template`, so that no tool treats them as code.
 """
 
 import ast
@@ -18,32 +18,31 @@ from string import Template
 
 from gptk import __version__
 from gptk.errors import OptionError, PluginError
-from gptk.hooks.hookspecs import API_VERSION
-from gptk.plugins.registry import provided
+from gptk.plugins.registry import API_VERSION, provided
 from gptk.spec import NAME
 
 TEMPLATES = importlib.resources.files(__name__)
 SCAFFOLDS = ("sampler", "processor", "scheduler", "regularizer", "loader", "tokenizer")
-"""The kinds of plug-ins that there are templates of."""
+"""The kinds of plug-ins that have templates."""
 LONGEST_NAME = 40
 
 
 def write_package(name: str, kind: str, target: Path | None = None) -> Path:
     """Write a package with a working plug-in of that kind and name; returns its folder.
 
-    target: the folder, by default `gptk-NAME` in the current one. It is there whole or not at
-    all. Raises OptionError for a name that is not one or is taken, and PluginError for a folder
-    that is there or cannot be written.
+    target: the folder, by default `gptk-NAME` in the current one. It is written completely or not
+    at all. Raises OptionError for a name that is invalid or taken, and PluginError for a folder
+    that exists or cannot be written.
     """
     values = _values(name, kind)
     _check(name, kind, values)
     target = Path(values["distribution"]) if target is None else target
     if os.path.lexists(target):
-        raise PluginError(f"{target} is there already; it is not overwritten")
+        raise PluginError(f"{target} exists already; it is not overwritten")
     if not target.parent.is_dir():
         raise PluginError(f"there is no folder {target.parent} to write {target.name} in")
     try:
-        # Beside the target, so that one rename brings it to its place.
+        # In the target's parent folder, so that a single rename moves it to the target.
         with tempfile.TemporaryDirectory(prefix=".gptk-new-", dir=target.parent) as temporary:
             folder = Path(temporary) / "package"
             for path, text in _files(kind, values).items():
@@ -57,13 +56,13 @@ def write_package(name: str, kind: str, target: Path | None = None) -> Path:
 
 
 def first_command(kind: str, name: str) -> str:
-    """The first command of the README's section on use."""
+    """The first command in the README's section on use."""
     use = _filled(TEMPLATES / kind / "use.md.template", _values(name, kind))
     return next(line for line in use.splitlines() if line.startswith("gptk "))
 
 
 def _files(kind: str, values: dict[str, str]) -> dict[str, str]:
-    """The package's files, by their paths in it."""
+    """The texts of the package's files, by path."""
     module = values["module"]
     values = values | {"use": _filled(TEMPLATES / kind / "use.md.template", values).strip()}
     sources = {
@@ -82,7 +81,7 @@ def _filled(template: Traversable, values: dict[str, str]) -> str:
 
 
 def _values(name: str, kind: str) -> dict[str, str]:
-    """What the placeholders stand for."""
+    """The values of the placeholders."""
     parts = re.split(r"[-_.]+", name)
     return {
         "name": name,
@@ -107,12 +106,12 @@ def _check(name: str, kind: str, values: dict[str, str]) -> None:
     if len(name) > LONGEST_NAME:
         raise OptionError(f"{name!r} has {len(name)} characters; use {LONGEST_NAME} at most")
     cls, module = values["cls"], values["module"]
-    if cls.startswith("Test"):  # pytest would take the class for tests
+    if cls.startswith("Test"):  # pytest would collect the class as tests
         raise OptionError(f"the class of {name!r} would be {cls}, a test's name; choose another")
     if not cls.isidentifier() or keyword.iskeyword(cls) or _is_used(cls, kind):
         raise OptionError(
             f"a {kind} called {name!r} would be a class {cls}, which "
-            + ("is another thing there already" if cls.isidentifier() else "is no name in Python")
+            + ("its module uses already" if cls.isidentifier() else "is no name in Python")
             + "; choose another name"
         )
     if name in provided(kind):
@@ -125,11 +124,11 @@ def _check(name: str, kind: str, values: dict[str, str]) -> None:
 
 
 def _is_used(cls: str, kind: str) -> bool:
-    """Whether the templates mean something else by the class's name, such as pydantic's Field."""
+    """Whether the templates use the class's name for something else, such as pydantic's Field."""
     values = _values("x", kind) | {"cls": "_"}
     names = set()
-    for one in ("plugin", "test"):
-        source = _filled(TEMPLATES / kind / f"{one}.py.template", values)
+    for file in ("plugin", "test"):
+        source = _filled(TEMPLATES / kind / f"{file}.py.template", values)
         for node in ast.walk(ast.parse(source)):
             match node:
                 case ast.Name(id=name) | ast.alias(name=name):

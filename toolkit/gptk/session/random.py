@@ -30,25 +30,26 @@ class RandomStream:
     def of(
         cls, seed: int, prompt: Sequence[int], *, repeat: int = 0, sample: int = 0
     ) -> "RandomStream":
-        """The stream of one row. repeat: equal prompts before this one; sample: of n."""
+        """The stream of one row. repeat: equal prompts before this one; sample: index among n."""
         digest = hashlib.blake2b(f"{seed}/{repeat}/{sample}/".encode(), digest_size=32)
         digest.update(array("q", prompt).tobytes())
         return cls(digest.digest())
 
     def uniform(self, index: int, draw: int = 0) -> float:
-        """The number at `index`, 0 ≤ u < 1; others of the same index by `draw`."""
+        """The number with that index, 0 ≤ u < 1; another `draw` gives another number."""
         return (int.from_bytes(self.bits([index, draw]), "little") >> 11) * 2.0**-53
 
-    def bits(self, place: Sequence[int]) -> bytes:
-        """Eight random bytes for a place, which any whole numbers may name."""
-        return hashlib.blake2b(array("q", place).tobytes(), key=self.key, digest_size=8).digest()
+    def bits(self, index: Sequence[int]) -> bytes:
+        """Eight random bytes for an index of one or more whole numbers."""
+        return hashlib.blake2b(array("q", index).tobytes(), key=self.key, digest_size=8).digest()
 
 
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Exp(1) noise, float32, a function of key and token id at each place.
+    """Exp(1) noise, float32, a function of a key and a token id.
 
     keys: (…, 2) int32, see `as_keys`; tokens: (count,) int32, `columns` for a whole vocabulary.
-    Returns (…, count) for keys (…, 1, 2), or (count,) for a key for each token, or one for all.
+    keys[…, 0] broadcasts with tokens: keys (…, 1, 2) give noise (…, count); keys (count, 2), one
+    for each token id, or (1, 2), one for all, give (count,).
     argmin(noise / weights) is a draw in proportion to the weights, and -log(noise) is Gumbel(0).
     """
     if not tokens.is_cpu or not kernels.available():
@@ -63,8 +64,8 @@ def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
 def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """A token of each row in proportion to exp(logits), and its log-probability: (rows,) each.
 
-    The token of least noise / weight, see `exponential`. logits: (rows, vocab) float32; keys:
-    (rows, 2) int32. A row without a finite logit gets token 0, with a NaN.
+    It is the argmin of noise / weight, see `exponential`. logits: (rows, vocab) float32; keys:
+    (rows, 2) int32. A row without a finite logit gets token 0, and NaN for its log-probability.
     """
     if logits.is_cpu and logits.dtype == torch.float32 and kernels.available():
         return kernels.draw(logits.detach(), keys)
@@ -77,7 +78,7 @@ def draw(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exponential(keys: Tensor, tokens: Tensor) -> Tensor:
-    """The hash is made of integer operations, which every device does alike."""
+    """`exponential` by PyTorch. Integer operations give the same hash on every device."""
     x = tokens * _signed(0x9E3779B1) + keys[..., 0]
     # Two rounds of fold and multiply (constants: Wellons 2018, "lowbias32"), the key's other
     # half in between.
@@ -93,7 +94,7 @@ def _exponential(keys: Tensor, tokens: Tensor) -> Tensor:
 
 def as_keys(bits: Sequence[bytes], device: torch.device) -> Tensor:
     """(rows, 2) int32 of eight random bytes each, see RandomStream.bits."""
-    return torch.tensor([list(array("i", one)) for one in bits], dtype=torch.int32).to(device)
+    return torch.tensor([list(array("i", key)) for key in bits], dtype=torch.int32).to(device)
 
 
 @functools.lru_cache(maxsize=8)

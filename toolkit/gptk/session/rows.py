@@ -1,4 +1,4 @@
-"""The partial sequences being decoded, and what follows them."""
+"""The rows of a session, which are the partial sequences being decoded, and their followers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from gptk.text.tokenizer import Tokenizer
 
 @runtime_checkable
 class Follower(Protocol):
-    """Something that holds state for each row: a grammar's position, a running estimate."""
+    """Something that keeps state for each row, such as a grammar's position or an estimate."""
 
     def extend(self, tokens: Tensor) -> None:
-        """Row i has got the tokens tokens[i]. tokens: (rows, n)."""
+        """The tokens tokens[i] have been appended to row i. tokens: (rows, n)."""
         raise NotImplementedError
 
     def select(self, parents: Sequence[int]) -> None:
@@ -45,11 +45,11 @@ class Rows:
     groups: list[int]
     """For each row its group among the rows of its prompt, see Sampler.groups."""
     eos: tuple[int, ...]
-    """The tokens that end a row, none where they are to be ignored."""
+    """The tokens that end a row; empty where end-of-text tokens are ignored."""
     tokenizer: Tokenizer | None
-    """The model's, for those who need the text of tokens or the tokens of a text."""
+    """The model's tokenizer, for processors that work with text."""
     model: CausalModel | None
-    """What makes the logits, for those who run it on tokens of their own."""
+    """The model, for processors that run it on other tokens, such as a negative prompt."""
 
     def __init__(
         self,
@@ -103,10 +103,10 @@ class Rows:
         return self.mask & (torch.arange(max(self.lengths), device=device) >= starts[:, None])
 
     def uniform(self, draw: int = 0) -> Tensor:
-        """(rows,): for each row the number in [0, 1) of its next token.
+        """(rows,): for each row a uniform random number in [0, 1) for its next token.
 
-        draw: for strategies that need several numbers a step, which one. float64, or float32
-        on devices without it.
+        draw: which of several numbers, for strategies that need more than one a step. float64, or
+        float32 on devices without it.
         """
         drawn = [
             stream.uniform(length - start, draw)
@@ -122,17 +122,17 @@ class Rows:
         """(rows, size) float32: Exp(1) noise for each row's next token, one for each token id.
 
         argmin(noise / probabilities) draws from the probabilities, and -log(noise) is Gumbel
-        noise. It depends on the row's stream and the position; apart: and on the row's new
-        tokens, so that beams, which share a stream, draw independently once they have parted.
+        noise. It depends on the row's stream and the position. With apart it depends on the row's
+        new tokens, too, so that beams, which share a stream, draw independently once they differ.
         """
         return exponential(self._keys(apart)[:, None], columns(size, self._tokens.device))
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's next token, drawn from softmax(logits), and its log-probability.
 
-        logits: (rows, vocab) float32. Returns (rows,) int64 and float32. It is the token of
-        least noise / probability, with the noise of `exponential`, so that another call draws
-        the same, and a truncation changes a token only where it takes it out. A row without a
+        logits: (rows, vocab) float32. Returns (rows,) int64 and float32. The token drawn is the
+        argmin of noise / probability, with the noise of `exponential`: another call draws the same
+        token, and a truncation changes the draw only if it removes the token. A row without a
         finite logit gets token 0 and NaN.
         """
         return draw(logits, self._keys(False))
@@ -141,8 +141,8 @@ class Rows:
         bits = []
         for row, stream in enumerate(self.streams):
             start, end = self.prompt_lengths[row], self.lengths[row]
-            place = [-1, *self._tokens[row, start:end].tolist()] if apart else [end - start]
-            bits.append(stream.bits(place))
+            key = [-1, *self._tokens[row, start:end].tolist()] if apart else [end - start]
+            bits.append(stream.bits(key))
         return as_keys(bits, self._tokens.device)
 
     def extend(self, tokens: Tensor) -> None:
@@ -153,9 +153,9 @@ class Rows:
         if min(self.lengths) == max(self.lengths):
             self._tokens[:, end - tokens.shape[1] : end] = tokens
         else:
-            at = torch.tensor(self.lengths, device=tokens.device)[:, None]
-            at = at + torch.arange(tokens.shape[1], device=tokens.device)
-            self._tokens.scatter_(1, at, tokens)
+            starts = torch.tensor(self.lengths, device=tokens.device)[:, None]
+            positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
+            self._tokens.scatter_(1, positions, tokens)
         self.lengths = [length + tokens.shape[1] for length in self.lengths]
 
     def select(self, parents: Sequence[int]) -> None:
@@ -178,9 +178,9 @@ class Rows:
         )
 
     def fork(self, copies: int, *, group: bool) -> None:
-        """After each row was copied `copies` times: tell the copies apart.
+        """Make copies distinct, after each row was copied `copies` times.
 
-        As groups of one search, or as samples with random streams of their own.
+        group: each copy is one of its prompt's groups; otherwise each gets a random stream.
         """
         if group:
             self.groups = list(range(copies)) * (len(self) // copies)

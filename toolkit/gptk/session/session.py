@@ -1,7 +1,8 @@
 """The decode session: a model, its KV cache and a set of rows, moved by four verbs.
 
-extend, select, rewind, and a look at the rows. Whatever remembers a row is a follower of the
-session and moves with it, the KV cache first: that is why strategies combine.
+The verbs are extend, select, rewind, and reading the rows. Whatever keeps state for a row, such as
+the KV cache or a grammar, is a follower of the session and is told of every move: that is why
+strategies combine.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,29 +22,35 @@ Overflow = Literal["stop", "slide"]
 class DecodeSession:
     """A model and the rows it decodes.
 
-    prompts: token ids, of any lengths, none empty. samples: rows for each prompt, which are
-    copies with random streams of their own. groups: instead, copies that share one, see
-    Sampler.groups. capacity: tokens a row will reach, to reserve memory once; more are possible.
-    layers: of which the states are kept for `layer_hidden`; 0 are the embeddings, i is block i.
+    model: a gptk.GPT, or any other gptk.CausalModel. prompts: token ids, of any lengths, none
+    empty. samples: how many rows each prompt gets, each with a random stream of its own. groups:
+    instead, how many rows that share the prompt's random stream, see Sampler.groups. capacity: how
+    many tokens a row is expected to reach, so that memory is reserved once; rows may grow beyond.
+    layers: those whose states `layer_hidden` returns; 0 are the embeddings, i is block i.
 
     overflow says what happens when a row outgrows the window: "stop", extending it is an error;
     "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's
-    `idx[:, -context_size:]` does. All positions then change at every step, so that nothing
-    cached is of use and each step costs a pass over the window.
+    `idx[:, -context_size:]` does. All positions then change at every step, so that the cache
+    is of no use and each step costs a pass over the window.
 
-    `extend` is two things, which speculation takes apart: `move` appends tokens to the rows and
-    tells the followers, `read` runs the model on those tokens that it has not seen, and on
+    `extend` does two things, which speculation does one by one: `move` appends tokens to the rows
+    and tells the followers; `read` runs the model on the tokens that it has not read, and on
     guesses of what follows. A row that moves on as guessed has its logits without another pass.
 
-    What it gives are inference tensors: to change them in place or to train on them, `clone()`
-    them outside `torch.inference_mode`. Dropout is off, whatever the model's mode. Raises
-    PromptError for prompts that are empty or not of the model's vocabulary.
+    Logits and states are inference tensors: to change them in place or to train on them,
+    `clone()` them outside `torch.inference_mode`. Dropout is off, whatever the model's mode.
+    Raises PromptError for prompts that are empty or have tokens that the model lacks.
     """
 
     _logits: Tensor
+    """(rows of the last pass, read, vocab): after each token that the last pass read."""
     _hidden: Tensor
-    _places: list[int]
-    """Where each row stands in these two: it is copied only if it is asked for."""
+    """(rows of the last pass, read, 1 + layers, width): the final states, which give
+    `_logits`, and those of `layers`."""
+    _state_row: list[int]
+    """For each row its row in these two tensors, which `select` does not copy."""
+    _state_column: list[int | None]
+    """For each row the column of its last token in these two tensors; None: not computed yet."""
 
     def __init__(
         self,
@@ -76,11 +83,11 @@ class DecodeSession:
         self._cached = False
         self._followers: list[Follower] = [self.rows]
         self._ahead: list[list[int]] = [[] for _ in prompts]
-        """For each row the tokens that the cache holds past its end: guessed, or rewound."""
-        self._at: list[int | None] = [0] * len(prompts)
-        """For each row where its last token stands in the states below, if it does."""
+        """For each row the tokens that the cache holds past its end: guesses, or rewound tokens."""
+        self._state_column = [0] * len(prompts)
         with torch.inference_mode():
-            self._keep(self._recompute(1))
+            hidden = self._recompute(1)
+            self._store(hidden, model.logits(hidden[:, :, 0]))
             copies = max(samples, groups)
             if copies > 1:
                 self.select([i for i in range(len(prompts)) for _ in range(copies)])
@@ -89,30 +96,30 @@ class DecodeSession:
     @property
     def known(self) -> list[bool]:
         """For each row whether its logits are known: the model has read its last token."""
-        return [at is not None for at in self._at]
+        return [column is not None for column in self._state_column]
 
     @property
     def logits(self) -> Tensor:
         """(rows, vocab) float32, for the token after each row's last.
 
-        Raises DecodingError where none are known, as after `rewind`. Rows that are not `known`
-        have numbers without meaning.
+        Raises DecodingError if no row is `known`, as after `rewind`. The numbers of rows that are
+        not known have no meaning.
         """
-        return self._now(self._logits)
+        return self._of_last_tokens(self._logits)
 
     @property
     def hidden(self) -> Tensor:
         """(rows, width): the final hidden state of each row's last token, normalized."""
-        return self._now(self._hidden)[:, 0]
+        return self._of_last_tokens(self._hidden)[:, 0]
 
     @property
     def layer_hidden(self) -> Tensor:
-        """(rows, layers, width): its state after each of the session's `layers`, as it is."""
-        return self._now(self._hidden)[:, 1:]
+        """(rows, layers, width): that token's state after each of `layers`, not normalized."""
+        return self._of_last_tokens(self._hidden)[:, 1:]
 
     @torch.inference_mode()
     def all_hidden(self) -> Tensor:
-        """(rows, longest, width): the final hidden state of each token, by a pass of its own.
+        """(rows, longest, width): the final hidden state of each token, computed by an extra pass.
 
         A row's tokens are those in the model's window, from the left; states of padding mean
         nothing.
@@ -121,7 +128,7 @@ class DecodeSession:
         return self._states(ids, None, counts)[:, :, 0]
 
     def follow(self, follower: Follower) -> None:
-        """From now on `follower` is told whenever the rows move."""
+        """Tell `follower` from now on whenever the rows move."""
         self._followers.append(follower)
 
     @torch.inference_mode()
@@ -141,9 +148,10 @@ class DecodeSession:
 
     @torch.inference_mode()
     def move(self, tokens: Tensor) -> None:
-        """Append tokens[i] to row i, for all followers but the model. tokens: (rows,) or (rows, n).
+        """Append tokens[i] to row i and tell the followers; the model does not read them yet.
 
-        Where they are what was guessed, or rewound before, the model has read them already.
+        tokens: (rows,) or (rows, n). Tokens that were guessed, or rewound before, are in the cache
+        already.
         """
         tokens = self._checked(tokens)
         n = tokens.shape[1]
@@ -153,58 +161,68 @@ class DecodeSession:
         for follower in self._followers:
             follower.extend(tokens)
         if not any(self._ahead):
-            self._at = [None] * len(self.rows)
+            self._state_column = [None] * len(self.rows)
             return
         for row, new in enumerate(tokens.tolist()):
             ahead = self._ahead[row]
-            at = self._at[row]
+            column = self._state_column[row]
             if ahead[:n] == new:
                 del ahead[:n]
-                known = at is not None and at + n < self._logits.shape[1]
-                self._at[row] = at + n if at is not None and known else None
+                known = column is not None and column + n < self._logits.shape[1]
+                self._state_column[row] = column + n if column is not None and known else None
             else:
-                same = next((i for i, token in enumerate(ahead[:n]) if token != new[i]), len(ahead))
-                self._forget(row, len(ahead) - same)
+                right = next(
+                    (i for i, token in enumerate(ahead[:n]) if token != new[i]), len(ahead)
+                )
+                self._drop_from_cache(row, len(ahead) - right)
                 self._ahead[row] = []
-                self._at[row] = None
+                self._state_column[row] = None
 
     @torch.inference_mode()
     def read(self, guesses: Tensor | None = None, *, at_least: int = 1) -> Tensor:
         """Run the model on the tokens it has not read, and on guesses of what follows them.
 
-        guesses: (rows, d), for which the rows do not move. at_least: how many of each row's last
-        tokens to read, if need be again. Returns the logits after each token read, (rows, n + d,
-        vocab) float32, where n is the number for the row with most to read.
+        guesses: (rows, d); the rows do not move by them. at_least: how many of each row's last
+        tokens to read; those that were read before are read again. Returns the logits after each
+        token read, (rows, n + d, vocab) float32, where n is what the row with most to read needs.
         """
         rows, cache = self.rows, self._cache
         d = 0 if guesses is None else guesses.shape[1]
         n = at_least
         if cache is not None and self._cached and max(rows.lengths) <= self._window:
-            read = [have - len(more) for have, more in zip(cache.lengths, self._ahead, strict=True)]
-            n = max(n, *(all_ - have for all_, have in zip(rows.lengths, read, strict=True)))
+            # How many of each row's tokens the cache holds, without those past the row's end.
+            cached = [
+                length - len(ahead)
+                for length, ahead in zip(cache.lengths, self._ahead, strict=True)
+            ]
+            unread = [length - old for length, old in zip(rows.lengths, cached, strict=True)]
+            n = max(n, *unread)
             usable = n <= min(rows.lengths)
         else:
             usable = False
         if guesses is not None and not usable:
-            rows.extend(guesses)
+            rows.extend(guesses)  # for the pass, which reads the rows' tokens
         if usable and cache is not None:
             cache.rewind(
-                [have - all_ + n for have, all_ in zip(cache.lengths, rows.lengths, strict=True)]
+                [
+                    held - length + n
+                    for held, length in zip(cache.lengths, rows.lengths, strict=True)
+                ]
             )
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
             step = self.model.step
             if step is not None and step.fits(ids, cache, self._layers):
-                self._ahead, self._at = [[]], [0]
-                return self._take(*step(ids, cache))
+                self._ahead, self._state_column = [[]], [0]
+                return self._store(*step(ids, cache))
             hidden = self._states(ids, cache)
         else:
             hidden = self._recompute(n + d)
         if guesses is not None and not usable:
             rows.rewind([d] * len(rows))
         self._ahead = [[] for _ in rows.lengths] if guesses is None else guesses.tolist()
-        self._at = [n - 1] * len(rows)
-        return self._keep(hidden)
+        self._state_column = [n - 1] * len(rows)
+        return self._store(hidden, self.model.logits(hidden[:, :, 0]))
 
     @torch.inference_mode()
     def select(self, parents: Sequence[int]) -> None:
@@ -218,8 +236,8 @@ class DecodeSession:
         if self._cache is not None:
             self._cache.select(parents)
         self._ahead = [list(self._ahead[p]) for p in parents]
-        self._at = [self._at[p] for p in parents]
-        self._places = [self._places[p] for p in parents]
+        self._state_column = [self._state_column[p] for p in parents]
+        self._state_row = [self._state_row[p] for p in parents]
 
     @torch.inference_mode()
     def rewind(self, counts: int | Sequence[int]) -> None:
@@ -239,10 +257,10 @@ class DecodeSession:
         for row, count in enumerate(counts):
             if count and self._cache is not None and self._cached:
                 end = self.rows.lengths[row]
-                read = min(end, self._cache.lengths[row] - len(self._ahead[row]))
-                dropped = self.rows.tokens[row, end - count : max(read, end - count)]
+                cached = min(end, self._cache.lengths[row] - len(self._ahead[row]))
+                dropped = self.rows.tokens[row, end - count : max(cached, end - count)]
                 self._ahead[row] = dropped.tolist() + self._ahead[row]
-            self._at[row] = None if count else self._at[row]
+            self._state_column[row] = None if count else self._state_column[row]
         for follower in self._followers:
             follower.rewind(counts)
 
@@ -250,30 +268,27 @@ class DecodeSession:
     def _window(self) -> int:
         return self.model.config.context_length
 
-    def _now(self, states: Tensor) -> Tensor:
-        """What belongs to each row's last token. states: (rows, read, …)."""
-        first = self._at[0]
-        in_order = self._places == list(range(len(states)))
-        if first is not None and in_order and all(at == first for at in self._at):
+    def _of_last_tokens(self, states: Tensor) -> Tensor:
+        """What belongs to each row's last token. states: (rows of the last pass, read, …)."""
+        first = self._state_column[0]
+        in_order = self._state_row == list(range(len(states)))
+        if first is not None and in_order and all(c == first for c in self._state_column):
             return states[:, first]
         if not any(self.known):
             raise DecodingError(
                 "after rewind there are no logits until the rows are extended or read"
             )
-        at = torch.tensor([at or 0 for at in self._at], device=states.device)
-        return states[torch.tensor(self._places, device=states.device), at]
+        columns = torch.tensor([c or 0 for c in self._state_column], device=states.device)
+        return states[torch.tensor(self._state_row, device=states.device), columns]
 
-    def _keep(self, hidden: Tensor) -> Tensor:
-        """Take over the states of a pass, (rows, read, 1 + layers, width); returns its logits."""
-        return self._take(hidden, self.model.logits(hidden[:, :, 0]))
-
-    def _take(self, hidden: Tensor, logits: Tensor) -> Tensor:
+    def _store(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Keep what a pass has computed; returns its logits."""
         self._hidden, self._logits = hidden, logits
-        self._places = list(range(len(logits)))
+        self._state_row = list(range(len(logits)))
         return logits
 
-    def _forget(self, row: int, count: int) -> None:
-        """Take the last tokens of a row out of the cache."""
+    def _drop_from_cache(self, row: int, count: int) -> None:
+        """Take the last `count` tokens of a row out of the cache."""
         if self._cache is not None and self._cached and count:
             counts = [0] * len(self.rows)
             counts[row] = count
@@ -283,7 +298,7 @@ class DecodeSession:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
         tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
-        if tokens.device.type == "cpu" and tokens.numel():  # others would have to be waited for
+        if tokens.device.type == "cpu" and tokens.numel():  # on a GPU this would wait for it
             self._check_ids([int(tokens.min()), int(tokens.max())], DecodingError)
         if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
             raise DecodingError(

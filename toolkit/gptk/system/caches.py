@@ -1,4 +1,4 @@
-"""The folder for what gptk can make anew."""
+"""The folder for files that gptk can compute again, such as compiled kernels."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,6 @@ import platformdirs
 
 
 def cache_folder() -> Path:
-    """Where gptk keeps what it can make anew: $GPTK_CACHE, else the user's cache directory."""
+    """$GPTK_CACHE, else the user's cache directory. All in it can be deleted and computed again."""
     folder = os.environ.get("GPTK_CACHE") or platformdirs.user_cache_dir("gptk", appauthor=False)
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Python's garbage collector, paused where much is made and all of it stays."""
+"""Pausing Python's garbage collector while many objects are created that all stay in use."""
 
 import contextlib
 import gc
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """No search for garbage within the block, or within a function that this decorates.
+    """No garbage collection within the block, or within a function that this decorates.
 
-    Importing PyTorch and building a tokenizer make some hundred thousand objects each, and next to
-    no garbage; looking through them again and again takes a seventh of the time.
+    Importing PyTorch and building a tokenizer create a hundred thousand objects or more each, and
+    hardly any garbage; searching these again and again for garbage takes a seventh of the time.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Device and dtype, by name or chosen."""
+"""Devices and dtypes by name, or chosen for `auto`."""
 
 import torch
 
@@ -12,16 +12,16 @@ DTYPES = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises DeviceError if the device is not there."""
-    there = available()
+    """`auto` is cuda, else mps, else cpu. Raises DeviceError if this machine has no such device."""
+    kinds = available()
     if name == "auto":
-        return torch.device(there[0])
+        return torch.device(kinds[0])
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in there:
-        raise DeviceError(f"no device {name!r} here; devices: auto, {', '.join(there)}")
+    if device is None or device.type not in kinds:
+        raise DeviceError(f"no device {name!r} here; devices: auto, {', '.join(kinds)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"no device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
     return device
@@ -30,16 +30,16 @@ def resolve_device(name: str) -> torch.device:
 def available() -> list[str]:
     """The kinds of device on this machine, the fastest first."""
     kinds = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
-    return [name for name, there in kinds if there] + ["cpu"]
+    return [name for name, usable in kinds if usable] + ["cpu"]
 
 
 def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it and for quantized weights, else float32.
+    """`auto` is bfloat16 on a GPU that supports it and for quantized weights, else float32.
 
-    On a CPU bfloat16 is faster where the processor has it, but rounds so coarsely that a
-    prompt's greedy text can depend on the batch round it; there it has to be asked for. With
-    quantized weights it is the default all the same: PyTorch's kernels for them take nothing
-    else, and prompts are read sooner. Raises DeviceError for an unknown name.
+    On a CPU bfloat16 is faster if the processor supports it, but rounds so coarsely that a prompt's
+    greedy text can depend on the other prompts of a batch; so it is not chosen there. With
+    quantized weights it is chosen all the same: PyTorch's kernels for them take nothing else, and
+    prefill is faster. Raises DeviceError for an unknown name.
     """
     if name == "auto" and quantized:
         return torch.bfloat16
@@ -52,11 +52,11 @@ def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """For training: `auto` is bfloat16 where the hardware computes in it, else float32."""
+    """For training: `auto` is bfloat16 if the hardware has instructions for it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return resolve_dtype(name, device)
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = any(has.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32

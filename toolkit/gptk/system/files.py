@@ -1,4 +1,7 @@
-"""Files and directories that are there whole or not at all."""
+"""Writing files and directories atomically, locking files, and syncing them to disk.
+
+A directory is written under another name, synced, and only then renamed: nobody sees it incomplete.
+"""
 
 import os
 import secrets
@@ -22,11 +25,12 @@ def write_directory(
 ) -> None:
     """Have `write` fill an empty directory, sync it to disk, and put it at `path`.
 
-    What is at `path` is replaced if it is the same kind of directory and nothing more: its
-    entries are among `files`, the names that one may have, the first of them always (without
-    `files`: among the names that were just written). what: the kind, for messages.
+    files: the names that such a directory may have, of which it always has the first; by default
+    the names that were just written. A directory at `path` is replaced if it is empty, or has the
+    first of these names and no others. what: the kind of directory, for messages.
 
-    Raises SourceError if `path` is anything else, or cannot be written; nothing is left behind.
+    Raises SourceError if something else is at `path`, or if it cannot be written; then nothing is
+    changed.
     """
     target = Path(path).resolve()
     if files is not None:
@@ -37,27 +41,27 @@ def write_directory(
         new.mkdir()
         write(new)
         if files is None:
-            check_replaceable(target, what, sorted(one.name for one in new.iterdir()))
+            check_replaceable(target, what, sorted(file.name for file in new.iterdir()))
         for written in (*new.rglob("*"), new):
             sync(written)
         _replace(target, new)
         sync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors says so when the disk is full
+    except (OSError, SafetensorError) as error:  # safetensors' error for a full disk
         raise SourceError(f"{path} cannot be written: {error}") from None
-    except SourceError as error:  # of `write`, which knows only the directory that it was given
+    except SourceError as error:  # raised by `write`, which knows only the temporary name
         raise SourceError(str(error).replace(str(new), str(path))) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
-    """That there is nothing, an empty directory, or what `files` make up, the first of them
-    and no others. Raises SourceError."""
+    """Raises SourceError unless `target` is missing, an empty directory, or a directory with the
+    first of `files` and no names but these."""
     if not target.exists():
         return
-    found = {one.name for one in target.iterdir()} if target.is_dir() else {target.name}
+    found = {file.name for file in target.iterdir()} if target.is_dir() else {target.name}
     if found and (not target.is_dir() or next(iter(files)) not in found):
-        raise SourceError(f"{target} is there and is no {what}; it is not overwritten")
+        raise SourceError(f"{target} exists and is no {what}; it is not overwritten")
     if others := sorted(found - set(files)):
         raise SourceError(
             f"{target} holds more than a {what} ({', '.join(others[:3])}); it is not overwritten"
@@ -65,7 +69,7 @@ def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole, the old or the new one. Raises OSError."""
+    """Replace a small file atomically: a reader finds the old or the new text. Raises OSError."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     sync(new)
@@ -74,10 +78,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def lock(path: Path) -> IO[bytes] | None:
-    """Hold a file that no other process then holds, until what is returned is closed.
+    """Lock a file against other processes, until the returned file is closed.
 
-    Returns None if another has it. The system releases it when a process ends, however it ends.
-    On Windows there is no such lock, and none is taken.
+    Returns None if another process has locked it. The system releases the lock when the process
+    ends, however it ends. On Windows nothing is locked.
     """
     file = path.open("ab")
     if sys.platform != "win32":
@@ -92,7 +96,7 @@ def lock(path: Path) -> IO[bytes] | None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written; directories can't be synced on Windows."""
+    """Flush a file or directory to disk. On Windows directories can't be, and are skipped."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -103,7 +107,7 @@ def sync(path: Path) -> None:
 
 
 def _replace(target: Path, new: Path) -> None:
-    """Put `new` in the place of `target`; what was there goes only once `new` stands there."""
+    """Rename `new` to `target`; an old `target` is deleted only after that."""
     if not target.exists():
         new.rename(target)
         return

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish to stop at the next good moment."""
+"""Ctrl-C as a request to stop at the next good moment."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 class Interrupts:
     """Inside `with`, Ctrl-C and SIGTERM set `asked`; a second one raises KeyboardInterrupt.
 
-    Outside the main thread, where no signal arrives, it does nothing.
+    Outside the main thread, which alone receives signals, it does nothing.
     """
 
     def __init__(self) -> None:

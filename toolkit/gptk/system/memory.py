@@ -1,4 +1,4 @@
-"""Memory of the CPU: how a process keeps it, and in which pages."""
+"""The CPU's memory: keeping what was freed, and huge pages for weights."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,10 @@ from torch import Tensor
 def keep_freed_memory() -> None:
     """Have this process keep the memory it frees, for training on a CPU.
 
-    A training step frees and takes gradients and activations of gigabytes. By default glibc
-    gives large blocks back to the system, which then fills them with zeros, page by page: for
-    GPT-2 124M 270,000 page faults and a sixth of the time of each step. Elsewhere than on Linux
-    with glibc this does nothing.
+    A training step frees and allocates gigabytes of gradients and activations. By default glibc
+    gives large blocks back to the system, which zeroes them page by page when they are allocated
+    again: for GPT-2 124M that is 270,000 page faults and a sixth of the time of each step. Does
+    nothing on systems other than Linux with glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -26,40 +26,42 @@ def keep_freed_memory() -> None:
 
 
 def new_bytes(*shape: int) -> Tensor:
-    """Memory for weights, uint8 on the CPU, in huge pages where Linux has them.
+    """Memory for weights, uint8 on the CPU, in huge pages if Linux has them.
 
-    Matrices that follow each other, each read once, are read a quarter faster so: with pages of
-    4 KiB the processor looks up where a page is, and starts to read ahead anew, at each.
+    Matrices in consecutive memory, each read once, are read a quarter faster with huge pages: with
+    pages of 4 KiB the processor looks up an address and starts to prefetch anew at each page.
     """
     count = math.prod(shape)
     with _lock:
         if not _arenas or count > len(_arenas[-1].free):
-            # Only the last one is remembered: the others live as long as what is in them.
+            # Only the newest is kept here: an older one lives as long as the tensors in it.
             _arenas[:] = [_Arena(max(count, _ARENA))]
         return _arenas[-1].take(count).view(shape)
 
 
 class _Arena:
+    """A block of memory from which tensors are taken one after the other."""
+
     def __init__(self, size: int) -> None:
         memory = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
+            with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        self.free = self._all = torch.frombuffer(memory, dtype=torch.uint8)
-        self._ready = 0
+        self.free = self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._populated = 0
 
     def take(self, count: int) -> Tensor:
         taken = self.free[:count]
         self.free = self.free[count + -count % 64 :]
-        # Left to the first writes, pages come one by one, and two threads that write wait for
-        # each other: a tenth of the speed.
-        used = len(self._all) - len(self.free)
-        if used > self._ready and sys.platform == "linux":
-            start = self._ready
-            self._ready = min(used + -used % _HUGE, len(self._all))
-            ctypes.CDLL(None).madvise(  # fails before Linux 5.14, and nothing is lost
-                ctypes.c_void_p(self._all.data_ptr() + start),
-                ctypes.c_size_t(self._ready - start),
+        # Populate the pages now. By the first writes they would be allocated one by one, and two
+        # writing threads would wait for each other: a tenth of the speed.
+        used = len(self._memory) - len(self.free)
+        if used > self._populated and sys.platform == "linux":
+            start = self._populated
+            self._populated = min(used + -used % _HUGE, len(self._memory))
+            ctypes.CDLL(None).madvise(  # fails before Linux 5.14, which does no harm
+                ctypes.c_void_p(self._memory.data_ptr() + start),
+                ctypes.c_size_t(self._populated - start),
                 _MADV_POPULATE_WRITE,
             )
         return taken
@@ -68,8 +70,8 @@ class _Arena:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 _MADV_POPULATE_WRITE = 23  # from mman.h
 
-_ARENA = 32 << 20
-_HUGE = 2 << 20
+_ARENA = 32 << 20  # bytes
+_HUGE = 2 << 20  # bytes of a huge page
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
 _arenas: list[_Arena] = []
 _lock = threading.Lock()

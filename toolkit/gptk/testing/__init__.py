@@ -1,32 +1,35 @@
-"""The conformance kit: contracts that a plug-in's tests inherit (extra `gptk[testing]`).
+"""The conformance kit: contracts that tests of plug-ins and models inherit (`gptk[testing]`).
 
     from gptk.testing import ProcessorContract
 
     class TestMine(ProcessorContract):
         make = Mine
 
-pytest then runs every promise of that kind of plug-in on `Mine`, on examples that Hypothesis
-makes. `make` is the plug-in's class, or a function without arguments that returns an instance. A
-failure is a BrokenPromise that names the promise, with the smallest example found;
+pytest then checks every promise of that kind of plug-in on `Mine`, with examples that Hypothesis
+generates. `make` is the plug-in's class, or a function without arguments that returns an
+instance. A failure is a BrokenPromise that names the promise, with the smallest example found;
 docs/contracts.md has all promises with their reasons.
 """
 
-from gptk.testing._decoding import (
-    DrafterContract,
-    ProcessorContract,
-    SamplerContract,
-    ScorerContract,
-    TruncationContract,
-)
-from gptk.testing._files import LoaderContract, TokenizerContract, WriterContract
+from gptk.testing._drafter import DrafterContract
+from gptk.testing._loader import LoaderContract
+from gptk.testing._model import ModelContract
+from gptk.testing._processor import ProcessorContract
 from gptk.testing._promises import BrokenPromise, PluginContract
-from gptk.testing._training import RegularizerContract, SchedulerContract
+from gptk.testing._regularizer import RegularizerContract
+from gptk.testing._sampler import SamplerContract
+from gptk.testing._scheduler import SchedulerContract
+from gptk.testing._scorer import ScorerContract
+from gptk.testing._tokenizer import TokenizerContract
+from gptk.testing._truncation import TruncationContract
+from gptk.testing._writer import WriterContract
 from gptk.testing.models import batches, logits, markov_lm, prompts, tiny_gpt, tiny_lm
 
 __all__ = [
     "BrokenPromise",
     "DrafterContract",
     "LoaderContract",
+    "ModelContract",
     "PluginContract",
     "ProcessorContract",
     "RegularizerContract",

@@ -7,13 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptk.language_model import LanguageModel
-from gptk.model.config import GPTConfig
-from gptk.model.gpt import GPT
-from gptk.text.tokenizer import Tokenizer
-from gptk.weights.tokenizers import load_tokenizer
+import gptk
 
-TINY = GPTConfig(
+TINY = gptk.GPTConfig(
     vocab_size=257,
     context_length=96,
     width=32,
@@ -34,46 +30,48 @@ TINY = GPTConfig(
 """A Llama-like GPT for the 256 bytes and an end-of-text token."""
 
 
-def tiny_gpt(config: GPTConfig = TINY, *, vocabulary: int | None = None, seed: int = 0) -> GPT:
+def tiny_gpt(
+    config: gptk.GPTConfig = TINY, *, vocabulary: int | None = None, seed: int = 0
+) -> gptk.GPT:
     """A random GPT, always the same for a seed.
 
     Its weights are large enough that its predictions differ from token to token. vocabulary:
-    instead of the configuration's.
+    how many tokens it has, instead of the configuration's number.
     """
     if vocabulary is not None:
         config = dataclasses.replace(config, vocab_size=vocabulary)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = GPT(config).eval()
+        model = gptk.GPT(config).eval()
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.15)
-            else:  # no bias of zero, no scale of one: each is seen if it is lost
+            else:  # no bias is 0 and no scale is 1, so that a lost one changes the results
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
 
 
-def tiny_lm(config: GPTConfig = TINY, *, seed: int = 0) -> LanguageModel:
+def tiny_lm(config: gptk.GPTConfig = TINY, *, seed: int = 0) -> gptk.LanguageModel:
     """The random GPT with bytes as tokens, and token 256 as the end of text."""
-    return LanguageModel(tiny_gpt(config, seed=seed), load_tokenizer("bytes"))
+    return gptk.LanguageModel(tiny_gpt(config, seed=seed), gptk.load_tokenizer("bytes"))
 
 
 def markov_lm(
-    transitions: Tensor | Sequence[Sequence[float]], tokenizer: Tokenizer | None = None
-) -> LanguageModel:
-    """A model whose next token depends on the last alone, with probabilities that are given.
+    transitions: Tensor | Sequence[Sequence[float]], tokenizer: gptk.Tokenizer | None = None
+) -> gptk.LanguageModel:
+    """A model whose next token depends on the last token only, with the probabilities of a matrix.
 
     transitions: (vocab, vocab), row i the probabilities of the token after token i, or numbers in
-    proportion to them. Zero is taken exactly, other probabilities come back within 1e-6. It is a
-    GPT like any other: the embedding is one-hot, the block adds nothing, and the head holds the
-    log-probabilities.
+    proportion to them. The model's probabilities are within 1e-6 of them, and exactly 0 where they
+    are. It is an ordinary GPT: the embedding is one-hot, the block adds nothing, and the head
+    holds the log-probabilities. Raises ValueError for another matrix.
     """
-    chances = torch.as_tensor(transitions, dtype=torch.float64)
-    size = len(chances)
-    if chances.shape != (size, size) or not bool(((chances >= 0).all(1) & chances.any(1)).all()):
+    weights = torch.as_tensor(transitions, dtype=torch.float64)
+    size = len(weights)
+    if weights.shape != (size, size) or not bool(((weights >= 0).all(1) & weights.any(1)).all()):
         raise ValueError("transitions must be a square matrix of probabilities")
-    chances = chances / chances.sum(dim=1, keepdim=True)
-    config = GPTConfig(
+    probabilities = weights / weights.sum(dim=1, keepdim=True)
+    config = gptk.GPTConfig(
         vocab_size=size,
         context_length=256,
         width=size,
@@ -96,10 +94,9 @@ def markov_lm(
         for name in ("blocks.0.attn.out.weight", "blocks.0.mlp.down.weight"):
             model.get_parameter(name).zero_()
         model.get_parameter("norm.weight").fill_(1)
-        # The norm makes √vocab of a one-hot state's 1.
-        weight = chances.log().clamp(min=-1e5).T / size**0.5
-        model.head.weight.copy_(weight)
-    return LanguageModel(model, tokenizer)
+        # The norm scales the 1 of a one-hot state to √vocab.
+        model.head.weight.copy_(probabilities.log().clamp(min=-1e5).T / size**0.5)
+    return gptk.LanguageModel(model, tokenizer)
 
 
 def prompts(vocabulary: int = 256, max_tokens: int = 12) -> st.SearchStrategy[list[int]]:
@@ -110,7 +107,7 @@ def prompts(vocabulary: int = 256, max_tokens: int = 12) -> st.SearchStrategy[li
 def batches(
     vocabulary: int = 256, max_prompts: int = 4, *, unique: bool = False
 ) -> st.SearchStrategy[list[list[int]]]:
-    """Prompts of unequal lengths, some perhaps equal."""
+    """Prompts of unequal lengths; some may be equal unless `unique`."""
     return st.lists(
         prompts(vocabulary),
         min_size=1,
@@ -120,7 +117,7 @@ def batches(
 
 
 def logits(rows: int = 3, vocabulary: int = 40) -> st.SearchStrategy[Tensor]:
-    """(rows, vocabulary) float32: peaked, flat, with ties, and with tokens that are masked."""
+    """(rows, vocabulary) float32: peaked, flat, with ties, and with masked tokens."""
     value = st.one_of(
         st.floats(-20, 20, width=32),
         st.sampled_from([0.0, 1.0, -1.0, -torch.inf]),

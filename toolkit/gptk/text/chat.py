@@ -1,17 +1,17 @@
-"""Chat: the prompt that a model's own template makes of a conversation.
+"""Chat: the prompt for a conversation, rendered with the model's chat template.
 
-A chat model was trained on conversations written in one exact form, and its files carry a jinja2
-template that writes it. It is rendered as `apply_chat_template` of transformers does it: blocks
-take their line breaks and indentation with them (trim_blocks, lstrip_blocks), `break` and
-`continue` work in loops, `tojson` escapes no HTML, `{% generation %}` may enclose what the model
-says, and a template sees
+A chat model was trained on conversations in an exact format, and its files include a jinja2
+template that writes it. It is rendered like `apply_chat_template` of transformers: line breaks and
+indentation around blocks are removed (trim_blocks, lstrip_blocks), `break` and `continue` work in
+loops, `tojson` does not escape HTML, `{% generation %}` may enclose the model's replies, and the
+variables and functions of a template are
 
-    messages, add_generation_prompt, bos_token, eos_token, tools and documents (none),
+    messages, add_generation_prompt, bos_token, eos_token, tools and documents (None),
     raise_exception(message), strftime_now(format)
 
-A template is a program that came with somebody's file. It runs in jinja2's immutable sandbox:
-no attribute that leads into Python, no files, no change to what it was given, no range of over
-100,000. After MAX_STEPS turns of loops and calls, or MAX_SIZE characters, it is stopped.
+A template is untrusted code. It runs in jinja2's immutable sandbox: no access to Python's internals
+by attributes, no files, no change to its arguments, no range of over 100,000. It is stopped after
+MAX_STEPS loop iterations and calls, or MAX_SIZE characters.
 """
 
 import functools
@@ -35,12 +35,12 @@ from gptk.errors import PromptError
 from gptk.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-"""{"role": "user", "content": "…"}; roles are what the template knows: system, user, assistant."""
+"""{"role": "user", "content": "…"}; the template defines the roles: system, user, assistant."""
 
 MAX_STEPS = 200_000
-"""Turns of loops and calls: a second or so."""
+"""Loop iterations and calls: about a second."""
 MAX_SIZE = 10_000_000
-"""Characters of the whole; also the items or bits of what `*` and `**` may make."""
+"""Characters of the rendered text; also the items or bits of a result of `*` and `**`."""
 
 
 def encode_chat(
@@ -48,8 +48,8 @@ def encode_chat(
 ) -> list[int]:
     """The tokens of a conversation, up to where the model's reply begins.
 
-    Only the template says whether BOS comes first, as in transformers. Special tokens count as
-    such wherever they stand, in the messages too. Raises PromptError, see `render_chat`.
+    As in transformers, only the template adds BOS, and special tokens are recognized everywhere,
+    also within the messages. Raises PromptError, see `render_chat`.
     """
     text = render_chat(tokenizer, messages, template)
     return replace(tokenizer, add_bos=False).encode(text)
@@ -64,9 +64,9 @@ def render_chat(
 ) -> str:
     """The text of a conversation. template: jinja2, instead of the tokenizer's own.
 
-    add_generation_prompt: end with what opens the model's reply. Raises PromptError if there is
-    no template, if it does not take the messages (roles in another order, for example), or if
-    it fails.
+    add_generation_prompt: end with the text that opens the model's reply. Raises PromptError if
+    there is no template, if it refuses the messages (for example for the order of roles), or if it
+    fails.
     """
     source = tokenizer.chat_template if template is None else template
     if not source:
@@ -74,15 +74,15 @@ def render_chat(
             "the model has no chat template; give one (--chat-template FILE, in Python "
             "template=…), or a plain prompt without chat"
         )
-    given = _checked(messages)
+    plain_messages = _checked(messages)
     code = check_template(source)
     environment = _Sandbox()
-    made = environment.template_class.from_code(
+    compiled = environment.template_class.from_code(
         environment, code, environment.make_globals(None), None
     )
     try:
-        pieces = made.generate(
-            messages=given,
+        pieces = compiled.generate(
+            messages=plain_messages,
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
@@ -91,17 +91,17 @@ def render_chat(
         return _joined(pieces)
     except _RefusedError as refusal:
         raise PromptError(f"the chat template refuses the messages: {refusal}") from None
-    except Exception as error:  # whatever Python raises, the template is at fault
+    except Exception as error:  # any other error is the template's fault
         raise PromptError(f"the chat template fails: {_brief(error)}") from None
 
 
 @functools.lru_cache(maxsize=16)
 def check_template(source: str) -> CodeType:
-    """A template's code. Raises PromptError if it is not valid jinja2."""
+    """A template, compiled. Raises PromptError if it is not valid jinja2."""
     environment = _Sandbox()
     try:
         tree = environment.parse(source)
-        # Each turn of a loop is a call, which the environment counts.
+        # Each loop iteration calls `turn`, so that the environment counts it.
         for loop in tree.find_all(nodes.For):
             loop.body.insert(0, nodes.ExprStmt(_turn(), lineno=loop.lineno))
             if loop.test is not None:
@@ -110,7 +110,7 @@ def check_template(source: str) -> CodeType:
         return environment.compile(tree)
     except jinja2.TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {error.message}"
-    except Exception as error:  # too deep, or what the compiler itself cannot do
+    except Exception as error:  # nested too deeply, or another error of the compiler
         reason = _brief(error)
     raise PromptError(f"the chat template is not valid jinja2: {reason}")
 
@@ -133,13 +133,13 @@ def _joined(pieces: Iterator[str]) -> str:
 
 
 def conversation(message: str, system: str | None = None) -> list[Message]:
-    """What one user message begins."""
+    """The messages of a conversation that begins with a user message."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": message}]
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    """The messages as plain copies: a template gets no object with methods of its own."""
+    """Copies of the messages as plain types, so that a template can call no other methods."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(f"chat takes a list of messages, {_FORM}; not {_shown(messages)}")
     if not messages:
@@ -163,9 +163,9 @@ def _plain(value: Any, number: int) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {str.__str__(key): _plain(one, number) for key, one in value.items()}
+        return {str.__str__(key): _plain(item, number) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one, number) for one in value]
+        return [_plain(item, number) for item in value]
     raise PromptError(
         f"message {number} holds {_shown(value)}; allowed are texts, numbers, lists and dicts"
     )
@@ -176,7 +176,7 @@ def _shown(value: object) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """An error of jinja2's by its message, one of Python's with its name."""
+    """An error in one line: the message, and for errors of Python the type."""
     text = " ".join(str(error).split())
     if isinstance(error, jinja2.TemplateError) and text:
         return text
@@ -211,7 +211,7 @@ def _tojson(
 
 
 class _Dict:
-    """In place of the class `dict`: what templates make with it, and no way into the class."""
+    """Replaces the class `dict` in templates: it makes dicts, without access to the class."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
@@ -221,7 +221,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """jinja2's, without names that Python would take for its own."""
+    """jinja2's namespace, without names that begin with an underscore."""
 
     def __init__(*args: Any, **items: Any) -> None:  # `self` may be the name of an item
         self, *rest = args
@@ -241,7 +241,7 @@ def _check_name(name: object) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: marks the model's words for training; a scope."""
+    """`{% generation %}…{% endgeneration %}`: marks the model's replies for training. A scope."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
 
@@ -253,9 +253,9 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox for one rendering, which also counts turns and measures products."""
+    """jinja2's sandbox for a single rendering, which also limits steps and the size of results."""
 
-    # `2 ** 10 ** 10` would be computed while compiling if it were not intercepted.
+    # Without interception, `2 ** 10 ** 10` would be computed during compilation.
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
@@ -278,7 +278,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def turn(self) -> bool:
-        """Called at each turn of a loop, by `call`."""
+        """Called at each loop iteration, through `call`."""
         return True
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -287,7 +287,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        # jinja2 raises this only when the attribute is used, and prints it as nothing.
+        # jinja2 raises an error only when the attribute is used, and renders it as an empty text.
         if modifies_known_mutable(obj, attribute):
             return super().unsafe_undefined(obj, attribute)
         raise SecurityError(
@@ -300,7 +300,7 @@ def _turn() -> nodes.Call:
 
 
 def _size(operator: str, left: Any, right: Any) -> int:
-    """About how large a product or power is: items of a sequence, bits of a whole number."""
+    """The approximate size of a product or power: items of a sequence, bits of an integer."""
     if isinstance(left, int) and isinstance(right, int):
         if operator == "*":
             return left.bit_length() + right.bit_length()

@@ -1,4 +1,4 @@
-"""Tokenizers: a `tiktoken.Encoding` and what a model knows about its use."""
+"""Tokenizers: a `tiktoken.Encoding` with the special tokens and chat template of a model."""
 
 import functools
 import re
@@ -23,23 +23,22 @@ class Tokenizer:
     add_bos: bool = False
     """Put `bos` in front of every text."""
     normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
-    """The Unicode form that text is brought into first."""
+    """The Unicode normal form that is applied to texts first."""
     chat_template: str | None = None
     """The model's jinja2 template for conversations."""
     template_tokens: Mapping[str, str] | None = None
-    """What the template is given as bos_token and eos_token; by default the texts of `bos` and of
-    the first of `eos`."""
+    """The template's bos_token and eos_token; by default the texts of `bos` and the first `eos`."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it count as such.
+        """Token ids of a text, in which special tokens are recognized.
 
-        Where two special tokens begin at one place the longer counts. They are found before the
-        text is normalized.
+        Where two special tokens begin at the same character, the longer one is taken. They are
+        found before the text is normalized.
         """
         ids: list[int] = []
         pattern, special = self._special
-        for place, part in enumerate(pattern.split(text)):
-            if place % 2:  # the pattern has one group, so its matches are every other part
+        for index, part in enumerate(pattern.split(text)):
+            if index % 2:  # the pattern is one group, so its matches are every second part
                 ids.append(special[part])
             elif part:
                 if self.normalization:
@@ -50,12 +49,12 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of some tokens. An id the vocabulary lacks, as models padded to a round size
-        have, stands for U+FFFD."""
+        """The bytes of tokens. An id that the vocabulary lacks becomes U+FFFD; models whose
+        vocabulary is padded have such ids."""
         return b"".join(map(self.token_bytes, tokens))
 
     def token_bytes(self, token: int) -> bytes:
@@ -64,12 +63,12 @@ class Tokenizer:
 
     @functools.cached_property
     def start(self) -> int | None:
-        """The token to begin from where there is no prompt: BOS, else end of text, else none."""
+        """The token to start from without a prompt: BOS, else the first of `eos`, else None."""
         return self.bos if self.bos is not None else (self.eos[0] if self.eos else None)
 
     @functools.cached_property
     def _special(self) -> tuple[re.Pattern[str], dict[str, int]]:
-        # tiktoken's own search takes the special tokens in no particular order.
+        # tiktoken's own search does not prefer the longest special token.
         special = self.encoding._special_tokens
         longest_first = sorted(special, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), special

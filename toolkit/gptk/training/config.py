@@ -1,4 +1,4 @@
-"""The settings of a training run: one declaration for `gptk train`, its files and Python."""
+"""The settings of a training run, declared once for `gptk train`, its files and Python."""
 
 import json
 import tomllib
@@ -15,7 +15,7 @@ from gptk.options import Options, from_text, option_help
 
 
 class TrainConfig(Options):
-    """All settings of a training run; without any, a small byte-level model on English text."""
+    """The settings of a training run. By default a small byte-level model learns English."""
 
     # Model
     model: str | None = Field(
@@ -31,10 +31,11 @@ class TrainConfig(Options):
     )
     width: PositiveInt = Field(128, description="of a new model's hidden states")
     mlp_width: PositiveInt | None = Field(
-        None, description="without, 4 widths, or for llama 8/3 of a width in multiples of 64"
+        None, description="without, 4 times width, or for llama 8/3 of it in multiples of 64"
     )
     qkv_bias: bool | None = Field(
-        None, description="biases on queries, keys and values; without, as the architecture has"
+        None,
+        description="biases on queries, keys and values; without, as the architecture has",
     )
     tied_head: bool = Field(True, description="the output head is the token embedding")
     context_length: PositiveInt | None = Field(
@@ -52,7 +53,11 @@ class TrainConfig(Options):
         [], description="texts to validate on; without, the end of the data"
     )
     train_ratio: float = Field(
-        0.9, gt=0, lt=1, description="share of the tokens to train on, where the end validates"
+        0.9,
+        gt=0,
+        lt=1,
+        description="share of the tokens to train on; the rest validates, unless there is "
+        "validation_data",
     )
     tokenizer: str | None = Field(
         None, description="without, that of the model, or bytes for a new one"
@@ -95,7 +100,7 @@ class TrainConfig(Options):
     compile: bool = Field(False, description="compile the model with torch.compile")
     activation_checkpointing: bool = Field(
         False,
-        description="keep only what goes into each block, and compute the rest again in the "
+        description="keep only the input of each block, and compute the rest again in the "
         "backward pass: less memory, a third more work",
     )
 
@@ -134,7 +139,7 @@ class TrainConfig(Options):
             raise OptionError(f"betas={list(self.betas)} is not allowed; each is from 0 to below 1")
 
     def new_model_config(self, vocab_size: int) -> GPTConfig:
-        """What a new model is made of. Raises OptionError for sizes that do not go together."""
+        """The configuration of a new model. Raises OptionError for sizes that do not fit."""
         if self.width % self.n_heads:
             raise OptionError(
                 f"width={self.width} does not divide into n_heads={self.n_heads} heads; change one"
@@ -173,7 +178,7 @@ class TrainConfig(Options):
         )
 
     def to_toml(self, *, comments: bool = False) -> str:
-        """The settings as TOML; with comments that say what each is and what is allowed."""
+        """The settings as TOML. comments: say what each setting is and what it allows."""
         lines: list[str] = []
         for name, allowed, _, description in option_help(type(self)):
             if comments and name in _HEADINGS:
@@ -203,9 +208,9 @@ _HEADINGS = {
 def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
     """The settings in a TOML file with `key=value` changes on top.
 
-    A list is given as JSON or by its key repeated, once for each entry; `null` takes a setting's
-    value away. Raises OptionError for a file or a change that cannot be read, unknown keys and
-    values that are not allowed.
+    A list is given as JSON, or by its key repeated, once for each entry; `null` removes a
+    setting's value. Raises OptionError for a file or a change that cannot be read, unknown keys
+    and values that are not allowed.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -216,7 +221,7 @@ def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
         except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
             raise OptionError(f"{path} cannot be read as TOML: {error}") from None
     changed = _parse_changes(changes)
-    if "epochs" in changed and "steps" not in changed:  # one takes the other's place
+    if "epochs" in changed and "steps" not in changed:  # it replaces the file's steps
         values.pop("steps", None)
     if "steps" in changed and "epochs" not in changed:
         values.pop("epochs", None)
@@ -247,5 +252,5 @@ def _is_list(key: str) -> bool:
     field = TrainConfig.model_fields.get(key)
     annotation = field.annotation if field else None
     if isinstance(annotation, UnionType):
-        return any(get_origin(one) is list for one in get_args(annotation))
+        return any(get_origin(option) is list for option in get_args(annotation))
     return get_origin(annotation) is list

@@ -15,25 +15,25 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class StepData:
-    """What one step learns from."""
+    """What a step learns from."""
 
     epoch: int
     position: int
     """Windows taken in this epoch before the step."""
     windows: np.ndarray
-    """Of all processes."""
+    """The indices of the step's windows, in all processes."""
     mine: np.ndarray
-    """Those of this process."""
+    """The indices of the windows that this process takes."""
     batches: list[Batch]
-    """Of `mine`, in order, in the memory that the device copies from fastest."""
+    """The windows `mine`, in order; in pinned memory where the loader pins."""
 
 
 class StepLoader:
-    """The data of any step, a pure function of the epoch and the position that it begins at.
+    """The data of any step, a pure function of the epoch and the position where it begins.
 
-    So what is prepared ahead is no state: a run that is resumed, or moved to another place in the
-    data, gets the same. step_windows: how many a step takes, in all processes; `rank` of `count`
-    takes every count-th. pin: put batches into pinned memory, for a GPU.
+    So what is prepared ahead is no state: a run that is resumed, or moved to another position in
+    the data, gets the same batches. step_windows: windows in a step, in all processes; `rank` of
+    `count` takes every count-th. pin: put batches into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepLoader:
         count: int = 1,
         pin: bool = False,
     ) -> None:
-        self._windows = windows
+        self.windows = windows
         self._step_windows, self._batch_size = step_windows, batch_size
         self._least = step_windows if drop_last else 1
         self._rank, self._count, self._pin = rank, count, pin
@@ -58,13 +58,15 @@ class StepLoader:
             n, seed=seed, epoch=epoch, shuffle=shuffle
         )
         self._order = (-1, np.empty(0, np.int64))
+        """An epoch, and the order of its windows."""
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[int, int], Future[StepData]] | None = None
+        """The epoch and position of the step that is being prepared, and its data."""
 
     def take(self, epoch: int, position: int) -> StepData:
-        """The data of the step that begins there, or with the next epoch if this one is over.
+        """The data of the step at a position, or of the next epoch's first if this one is over.
 
-        Meanwhile the data of the step that follows is prepared in a thread.
+        Meanwhile a thread prepares the data of the step that follows.
         """
         ahead, self._ahead = self._ahead, None
         prepared = ahead[1].result() if ahead is not None else None  # the thread's work is over
@@ -77,21 +79,21 @@ class StepLoader:
         return prepared
 
     def close(self) -> None:
-        """End the thread; `take` would begin another."""
+        """End the thread; the next `take` starts another."""
         self._ahead = None
         if self._worker is not None:
             self._worker.shutdown()
             self._worker = None
 
     def _prepare(self, epoch: int, position: int) -> StepData:
-        if len(self._windows) - position < self._least:
+        if len(self.windows) - position < self._least:
             epoch, position = epoch + 1, 0
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         windows = self._order[1][position : position + self._step_windows]
         mine = windows[self._rank :: self._count]
         size = self._batch_size
-        batches = [self._windows.batch(mine[at : at + size]) for at in range(0, len(mine), size)]
+        batches = [self.windows.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
         if self._pin:
             batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
         return StepData(epoch, position, windows, mine, batches)

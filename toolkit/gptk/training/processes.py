@@ -1,6 +1,6 @@
 """The processes of a training run: one, or those that torchrun started.
 
-Every process has the whole model (DDP), or with `shard` its part of every parameter (FSDP2).
+Each process has the whole model (DDP), or with `shard` its part of every parameter (FSDP2).
 """
 
 import os
@@ -21,44 +21,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others; alone, all methods do nothing."""
+    """This process and its number among the others; in a single process most methods do nothing."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
-    """Its place on this machine, which is also its GPU."""
+    """Its number on this machine, which is also its GPU's."""
 
     @classmethod
     def join(cls, device: str) -> "Processes":
-        """Meet the other processes that torchrun started, if it did."""
+        """Connect to the other processes if torchrun started this one. Raises DeviceError."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        me = cls(*(int(os.environ.get(name, 0)) for name in names))
+        this = cls(*(int(os.environ.get(name, 0)) for name in names))
         if not dist.is_initialized():
             on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
             if on_gpu:
-                if me.local_rank >= torch.cuda.device_count():
+                if this.local_rank >= torch.cuda.device_count():
                     raise DeviceError(
-                        f"process {me.local_rank} of this machine has no GPU: there are "
+                        f"process {this.local_rank} of this machine has no GPU: there are "
                         f"{torch.cuda.device_count()}; start fewer with --nproc-per-node"
                     )
-                torch.cuda.set_device(me.local_rank)
+                torch.cuda.set_device(this.local_rank)
             dist.init_process_group("nccl" if on_gpu else "gloo")
-        return me
+        return this
 
     def leave(self) -> None:
-        """Take leave of the others, at the very end."""
+        """Disconnect from the others when the run has ended."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes files."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of this process, if `name` leaves it open."""
+        """The name of this process's device: its GPU, if `name` does not say which."""
         if self.count > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank}"
         return name
@@ -70,12 +70,12 @@ class Processes:
         return values
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` is set in any process; all learn the same at the same step."""
+        """Whether `flag` is set in any process; all get the same answer."""
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)).item())
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's value, in every process."""
         if self.count == 1:
             return value
@@ -83,13 +83,13 @@ class Processes:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def wait(self) -> None:
-        """Go on when all have come here."""
+    def barrier(self) -> None:
+        """Wait until all processes have called this."""
         if self.count > 1:
             dist.barrier()
 
-    def spread(self, module: nn.Module, layers: nn.ModuleList, *, shard: bool) -> nn.Module:
-        """`module` made parallel over the data: sharded in place, or wrapped in DDP."""
+    def parallelize(self, module: nn.Module, layers: nn.ModuleList, *, shard: bool) -> nn.Module:
+        """`module` as data-parallel: sharded in place by layers (FSDP2), or wrapped in DDP."""
         if shard:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -108,7 +108,7 @@ class Processes:
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of the backward passes inside stay in this process; the next ones add to them."""
+    """Passes inside leave gradients in this process, for a later pass to add to and average."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
@@ -131,22 +131,22 @@ class _UnsyncedShards(AbstractContextManager[None]):
 
 
 def reshard(module: nn.Module) -> None:
-    """Give back what a forward pass without a backward pass left gathered."""
+    """Free the whole parameters that FSDP2 gathered for forward passes without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
-    for one in module.modules():
-        if isinstance(one, FSDPModule):
-            one.reshard()
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its sharding; all processes must ask for it."""
+    """A tensor without its sharding; every process must call it."""
     gather = getattr(tensor, "full_tensor", None)  # only sharded tensors (DTensor) have it
     return tensor if gather is None else gather()
 
 
 @torch.no_grad()
-def put(target: Tensor, value: Tensor) -> None:
+def copy_whole(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into `target`, which may be sharded."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
@@ -158,9 +158,9 @@ def put(target: Tensor, value: Tensor) -> None:
 
 
 def save_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors with torch.distributed.checkpoint, each process its own parts.
+    """Write tensors with torch.distributed.checkpoint, each process its own shards.
 
-    Raises OSError, in every process, where one could not write.
+    Raises OSError, in every process, if any process could not write.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -168,13 +168,13 @@ def save_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
     try:
         save(dict(tensors), checkpoint_id=path)
     except CheckpointException as error:
-        raise OSError("; ".join(str(one) for one, _ in error.failures.values())) from None
+        raise OSError("; ".join(str(failure) for failure, _ in error.failures.values())) from None
 
 
 def load_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors from what `save_shards` wrote, in any number of processes."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with warnings.catch_warnings():  # that there is one process is no cause for a warning
+    with warnings.catch_warnings():  # torch warns of loading in a single process
         warnings.simplefilter("ignore", UserWarning)
         load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())

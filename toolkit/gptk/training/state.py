@@ -1,11 +1,13 @@
-"""What training needs beside the weights: the tensors of the optimizer and of the regularizers.
+"""The tensors of a run: weights, and the states of the optimizer and the regularizers.
 
-They stand in a checkpoint by name, `optimizer.PARAMETER.KEY` and `regularizer.NAME.KEY`: in
-training.safetensors, or, where processes hold shards, as torch.distributed.checkpoint writes them.
-Either is read in any number of processes.
+A checkpoint holds these states by the names `optimizer.PARAMETER.KEY` and `regularizer.NAME.KEY`,
+in training.safetensors or, if the processes hold shards, in the format of
+torch.distributed.checkpoint. Either can be read in any number of processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptk.hooks.training import Regularizer
 from gptk.training import processes as distributed
 
 _FILE, _SHARDS = "training.safetensors", "shards"
@@ -21,27 +24,97 @@ Stored = dict[str, tuple[str, list[int]]]
 """Dtype and shape of each tensor, by name."""
 
 
-def collect(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    states: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """All tensors by name. states: those of each regularizer, by its name."""
-    tensors = {
-        f"optimizer.{name}.{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    for name, state in states.items():
-        tensors |= {f"regularizer.{name}.{key}": value for key, value in state.items()}
-    return tensors
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """All tensors that a step changes."""
+
+    parameters: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    regularizers: Sequence[Regularizer]
+    regularizer_states: Mapping[str, dict[str, Tensor]]
+    """The tensors that each regularizer keeps from step to step, by the regularizer's name."""
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights without sharding, on the CPU; every process must call it."""
+        return whole(self.parameters)
+
+    def averaged(self) -> Mapping[str, Tensor] | None:
+        """The averaged weights of the first regularizer that has any."""
+        for regularizer in self.regularizers:
+            state = self.regularizer_states[regularizer.name]
+            if state and (averaged := regularizer.averaged(state)) is not None:
+                return averaged
+        return None
+
+    @contextmanager
+    def replaced_weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other weights in place of the trained ones within the block."""
+        with torch.no_grad():
+            trained = {name: self.parameters[name].detach().clone() for name in weights}
+            for name, weight in weights.items():
+                self.parameters[name].copy_(weight)
+            try:
+                yield
+            finally:
+                for name, weight in trained.items():
+                    self.parameters[name].copy_(weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The states of the optimizer and the regularizers, by their names in a checkpoint."""
+        tensors = {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        for name, state in self.regularizer_states.items():
+            tensors |= {f"regularizer.{name}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def read(self, folder: Path, stored: Stored) -> None:
+        """Restore the states that `write` wrote.
+
+        stored: what `describe` returned for them. States of regularizers that the run no longer has
+        are left out.
+        """
+        wanted: dict[str, Tensor] = {}
+        for name, (dtype_name, shape) in stored.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                parameter, _, key = rest.rpartition(".")
+                state: dict[str, Tensor] = self.optimizer.state[self.parameters[parameter]]
+            else:
+                regularizer, _, key = rest.partition(".")
+                if regularizer not in self.regularizer_states:
+                    continue
+                parameter, state = key, self.regularizer_states[regularizer]
+            state[key] = self._empty(parameter, getattr(torch, dtype_name), shape)
+            wanted[name] = state[key]
+        if (folder / _SHARDS).is_dir():
+            distributed.load_shards(str(folder / _SHARDS), wanted)
+            return
+        with safe_open(folder / _FILE, framework="pt") as file:
+            for name, tensor in wanted.items():
+                distributed.copy_whole(tensor, file.get_tensor(name))
+
+    def _empty(self, parameter: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        """Zeros, sharded as the parameter of that name if there is one of the same shape."""
+        like = self.parameters.get(parameter)
+        if like is not None and list(like.shape) == shape:
+            return torch.zeros_like(like, dtype=dtype).detach()
+        device = next(iter(self.parameters.values())).device
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without sharding, on the CPU; every process must call it."""
+    return {name: distributed.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
 def describe(tensors: Mapping[str, Tensor]) -> Stored:
-    """What `read` has to be told."""
+    """What `TrainingState.read` needs to know of tensors before it reads them."""
     return {
-        name: (str(one.dtype).removeprefix("torch."), list(one.shape))
-        for name, one in tensors.items()
+        name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        for name, tensor in tensors.items()
     }
 
 
@@ -50,42 +123,4 @@ def write(folder: Path, tensors: Mapping[str, Tensor], *, shard: bool, main: boo
     if shard:
         distributed.save_shards(str(folder / _SHARDS), tensors)
     elif main:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, folder / _FILE)
-
-
-def read(
-    folder: Path,
-    stored: Stored,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    states: Mapping[str, dict[str, Tensor]],
-) -> None:
-    """Put what was written into the optimizer and the regularizers' states.
-
-    Those of a regularizer that is not there any more are left out.
-    """
-    wanted: dict[str, Tensor] = {}
-    for name, (dtype_name, shape) in stored.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            owner, _, key = rest.rpartition(".")
-            state: dict[str, Tensor] = optimizer.state[parameters[owner]]
-        else:
-            regularizer, _, key = rest.partition(".")
-            if regularizer not in states:
-                continue
-            owner, state = key, states[regularizer]
-        dtype = getattr(torch, dtype_name)
-        like = parameters.get(owner)
-        if like is not None and list(like.shape) == shape:  # sharded as the parameter is
-            state[key] = torch.zeros_like(like, dtype=dtype).detach()
-        else:
-            device = next(iter(parameters.values())).device
-            state[key] = torch.zeros(shape, dtype=dtype, device=device)
-        wanted[name] = state[key]
-    if (folder / _SHARDS).is_dir():
-        distributed.load_shards(str(folder / _SHARDS), wanted)
-        return
-    with safe_open(folder / _FILE, framework="pt") as file:
-        for name, tensor in wanted.items():
-            distributed.put(tensor, file.get_tensor(name))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _FILE)

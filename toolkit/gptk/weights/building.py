@@ -1,4 +1,4 @@
-"""A GPT with a checkpoint's weights, each read, converted and put in place before the next."""
+"""Building a GPT from a checkpoint, one tensor after the other, so that it takes little memory."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -30,17 +30,19 @@ def build_model(
 ) -> GPT:
     """The GPT with a checkpoint's weights, in evaluation mode.
 
-    The model is made without memory, and each tensor read, converted and put in its place before
-    the next, so that only the tensor at work is in memory twice. quantize: the linear layers'
-    precision, see gptk.model.quantization; rounded from the weights as they are stored, not as
-    `dtype` has them. With `stored` matrices that came as Levels stay so; else Levels are
-    dequantized. An embedding always is, and a tied head beside it may stay quantized. pack: lay
-    the weights out for inference, see GPT.pack.
+    The model is created without memory. Then each tensor is read, converted and put into it before
+    the next one is read, so that only one tensor is in memory twice.
+
+    quantize: the linear layers' precision, see gptk.model.quantization; weights are rounded from
+    the checkpoint's precision, not from `dtype`. With `stored`, matrices that the checkpoint has as
+    Levels keep their codes; otherwise Levels are dequantized. The embedding is always dequantized,
+    while a head tied to it may be quantized. pack: lay the weights out for inference, see GPT.pack.
+
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
     """
     model = empty_gpt(checkpoint.config)
-    # gptk's kernels read weights in huge pages a quarter faster. In float32 to get so many pages
-    # may take longer than a text of a hundred tokens gains.
+    # gptk's kernels read weights a quarter faster from huge pages. For float32 weights, allocating
+    # so many pages may take longer than is gained in a text of a hundred tokens.
     huge_pages = (
         pack
         and dtype == torch.bfloat16
@@ -55,20 +57,23 @@ def build_model(
 
 
 def _checked_state(checkpoint: Checkpoint) -> LazyTensors:
-    """The tensors of a GPT, by name, each read when it is asked for."""
-    config, source, given = checkpoint.config, checkpoint.source, checkpoint.state
-    tied = config.tied_head and "head.weight" in given  # a GPT's state dict has it twice
-    tensors = Tensors({name: partial(given.__getitem__, name) for name in given}, source)
+    """A checkpoint's tensors by the names of a GPT, each read when it is looked up.
+
+    Raises SourceError for missing and superfluous ones; those of a wrong shape raise it when read.
+    """
+    config, source, stored = checkpoint.config, checkpoint.source, checkpoint.state
+    tied = config.tied_head and "head.weight" in stored  # as in a GPT's own state dict
+    tensors = Tensors({name: partial(stored.__getitem__, name) for name in stored}, source)
     tensors.drop(["head.weight"] if tied else [])
     state = tensors.assemble(config, {})
-    if tied and not torch.equal(given["head.weight"], given["embed.weight"]):
+    if tied and not torch.equal(stored["head.weight"], stored["embed.weight"]):
         raise SourceError(f"{source}: head.weight is not embed.weight, though the head is tied")
     return state
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Puts tensors into the empty places of a model."""
+    """Puts tensors into a model that was created without memory."""
 
     model: GPT
     state: LazyTensors
@@ -78,30 +83,32 @@ class _Builder:
     huge_pages: bool
 
     def fill(self, *, pack: bool) -> None:
+        """Fill the model, layer by layer. pack: call `Linear.pack` on each linear layer."""
         model, tied = self.model, self.model.config.tied_head
         for path, layer in model.named_modules():
             for name, _ in list(layer.named_parameters(recurse=False)):
                 if layer is not model.head or not tied:
-                    self._place(layer, f"{path}.{name}")
+                    self._put(layer, f"{path}.{name}")
             if layer is model.head and tied and model.head.packed is None:
                 model.head.weight = model.embed.weight
             if isinstance(layer, Linear) and pack:
                 layer.pack()
 
-    def _place(self, layer: nn.Module, name: str) -> None:
+    def _put(self, layer: nn.Module, name: str) -> None:
+        """Read the model's tensor `name`, convert it and put it into `layer`, which has it."""
         tensor = self.state[name]
         if isinstance(layer, Linear) and name.endswith(".weight"):
             packed = self._packed(tensor)
             if packed is not None:
-                layer.take(packed)
+                layer.use_packed(packed)
                 return
         is_tied = name == "embed.weight" and self.model.config.tied_head
         if is_tied and (for_head := self._packed(tensor)) is not None:
-            self.model.head.take(for_head)
-        setattr(layer, name.rpartition(".")[2], nn.Parameter(self._plain(tensor)))
+            self.model.head.use_packed(for_head)
+        setattr(layer, name.rpartition(".")[2], nn.Parameter(self._converted(tensor)))
 
     def _packed(self, weight: Tensor | Levels) -> Packed | None:
-        """A quantized matrix, or None where it is to stay plain."""
+        """The quantized matrix, or None if it is not to be quantized."""
         if self.quantize == "stored":
             return pack_levels(weight) if isinstance(weight, Levels) else None
         if self.quantize is None:
@@ -109,12 +116,12 @@ class _Builder:
         weight = weight.dense() if isinstance(weight, Levels) else weight
         return quantized(weight.to(self.device), self.quantize)
 
-    def _plain(self, weight: Any) -> Tensor:
-        """A tensor in the model's precision, on its device."""
+    def _converted(self, weight: Any) -> Tensor:
+        """The tensor in the model's dtype, on its device."""
         dtype = self.dtype
         if self.huge_pages and len(weight.shape) == 2:
             out = new_bytes(weight.shape.numel() * dtype.itemsize).view(dtype).view(weight.shape)
             return weight.dense(out=out) if isinstance(weight, Levels) else out.copy_(weight)
         weight = weight.dense(dtype) if isinstance(weight, Levels) else weight
-        placed: Tensor = weight.to(self.device, dtype)
-        return placed
+        converted: Tensor = weight.to(self.device, dtype)
+        return converted

@@ -1,4 +1,4 @@
-"""A GPT of names and shapes alone."""
+"""A GPT without memory: names and shapes of its parameters only."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from gptk.model.gpt import GPT
 
 
 def empty_gpt(config: GPTConfig) -> GPT:
-    """A GPT on the device `meta`: names and shapes, no memory, no initialization."""
+    """A GPT on the device `meta`: no memory, no initialization."""
     with torch.device("meta"), _NoInitialization():
         return GPT(config)
 
 
 class _NoInitialization(TorchFunctionMode):
-    # Drawing normal numbers on `meta` does nothing but import 800 modules, for a second.
+    # Initializing parameters on `meta` does nothing, but imports 800 modules, which takes a second.
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

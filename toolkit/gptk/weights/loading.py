@@ -1,4 +1,4 @@
-"""From a source, a file, a directory or a hub id, to the loader that reads it."""
+"""Finding the loader that reads a source: a name, a file, a directory or a hub id."""
 
 import os
 
@@ -12,12 +12,12 @@ from gptk.plugins.registry import provided
 def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
     """Load a model by name (`smollm2`), path, hub id, or loader spec (`gguf:path=model.gguf`).
 
-    stored: quantized matrices as gptk.Levels, where the loader can. Raises SourceError where no
-    loader knows the source, or what the loader raises.
+    stored: return quantized matrices as gptk.Levels, if the loader can. Raises SourceError if no
+    loader knows the source, and what the loader raises.
     """
     loader = find_loader(source)
-    own = type(loader).load_stored is not WeightLoader.load_stored
-    method = "load_stored" if stored and own else "load"
+    can_load_stored = type(loader).load_stored is not WeightLoader.load_stored
+    method = "load_stored" if stored and can_load_stored else "load"
     with blaming([loader]):
         checkpoint: Checkpoint = getattr(loader, method)()
         return expect(loader, method, checkpoint, Checkpoint, "a gptk.Checkpoint")
@@ -25,12 +25,12 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
 
 def find_loader(source: str) -> WeightLoader:
     """The loader for a source: the first that `matches`, else one named by a spec string."""
-    known = provided("loader")
-    if not known:
+    loaders = provided("loader")
+    if not loaders:
         raise SourceError("no weight loaders are known; is gptk installed with its plug-ins?")
-    for one in known.values():
-        if ask(one, "matches", source):
-            loader = one.item.from_source(source)
+    for plugin in loaders.values():
+        if ask(plugin, "matches", source):
+            loader = plugin.item.from_source(source)
             assert isinstance(loader, WeightLoader)
             return loader
     try:
@@ -40,11 +40,11 @@ def find_loader(source: str) -> WeightLoader:
 
 
 def default_source() -> str:
-    """$GPTK_MODEL, else a model that is installed. Raises SourceError that says what to install."""
+    """$GPTK_MODEL, else an installed model. Raises SourceError, which says what to install."""
     if source := os.environ.get("GPTK_MODEL"):
         return source
-    for one in provided("loader").values():
-        if installed := ask(one, "default_source"):
+    for plugin in provided("loader").values():
+        if installed := ask(plugin, "default_source"):
             assert isinstance(installed, str)
             return installed
     raise SourceError(

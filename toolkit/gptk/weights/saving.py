@@ -1,10 +1,10 @@
-"""Writing models: directories that are there whole or not at all, and gptk's own format.
+"""Saving models in gptk's own format, a directory of three files, which the loader `gptk` reads.
 
-    gptk.json            format version, configuration, what is known of the tokenizer
+    gptk.json            format version, configuration, the tokenizer's settings
     model.safetensors    the tensors by the names of gptk.GPT, a tied head once
     tokenizer.tiktoken   the tokenizer's byte sequences in base64 with their ranks, a line each
 
-The weight loader `gptk` reads it.
+How the directory is written, atomically, is in gptk.system.files.
 """
 
 import base64
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptk.errors import SourceError
 from gptk.system.files import write_directory
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptk.model.config import GPTConfig
-    from gptk.model.gpt import GPT
     from gptk.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -30,13 +30,18 @@ FILES = ("gptk.json", "model.safetensors", "tokenizer.tiktoken")
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], model: "GPT", tokenizer: "Tokenizer | None"
+    path: str | os.PathLike[str], model: object, tokenizer: "Tokenizer | None"
 ) -> None:
     """Write a model and its tokenizer to the directory `path`, in the model's precision.
 
-    All is written beside `path` and synced to disk first, then renamed; a gptk checkpoint that
-    is there is replaced. Raises SourceError if `path` is anything else, or cannot be written.
+    The files are written to another directory, synced to disk, and then renamed; a gptk checkpoint
+    at `path` is replaced. Raises SourceError if something else is at `path`, if it cannot be
+    written, or if the model is no gptk.GPT.
     """
+    from gptk.model.gpt import GPT
+
+    if not isinstance(model, GPT):
+        raise SourceError(f"gptk's format holds a gptk.GPT, not a {type(model).__name__}")
     write_directory(
         path,
         lambda folder: write_model(folder, model.config, model.state_dict(), tokenizer),
@@ -51,10 +56,10 @@ def write_model(
     state: "Mapping[str, Tensor]",
     tokenizer: "Tokenizer | None",
 ) -> None:
-    """Write gptk's three files into a directory that is there; nothing is synced.
+    """Write gptk's three files into an existing directory, without syncing them to disk.
 
-    state: the tensors by the names of gptk.GPT, on any device; `head.weight` counts only where
-    the head is not tied. Raises OSError or SafetensorError, for a full disk for example.
+    state: the tensors by the names of gptk.GPT, on any device; a tied `head.weight` is left out.
+    Raises OSError or SafetensorError, for a full disk for example.
     """
     from safetensors.torch import save_file
 
@@ -76,7 +81,8 @@ def write_model(
             "name": encoding.name,
             "pattern": encoding._pat_str,
             "special_tokens": encoding._special_tokens,
-            # Tokens that no text is encoded to, by id, in base64; see the plug-ins' ByteLevelBPE.
+            # Tokens that are decoded but never encoded, by id, in base64: see ByteLevelBPE of the
+            # built-in plug-ins.
             "decode_only": {
                 number: base64.b64encode(token).decode()
                 for number, token in getattr(encoding, "decode_only", {}).items()
@@ -90,7 +96,7 @@ def write_model(
         (folder / "tokenizer.tiktoken").write_bytes(_ranks(encoding))
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     (folder / "gptk.json").write_text(text, encoding="utf-8")
-    # Safetensors' files are their owner's alone; they shall be whose the others are.
+    # safetensors creates files that only their owner can read; give it the mode of the others.
     (folder / "model.safetensors").chmod((folder / "gptk.json").stat().st_mode)
 
 

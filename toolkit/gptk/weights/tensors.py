@@ -1,4 +1,4 @@
-"""The tensors of a file, each taken exactly once."""
+"""Tensors of a checkpoint by name: each must be used exactly once, and is read when needed."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Tensors:
     """The tensors of a file, each to be taken exactly once.
 
-    A loader takes what it knows and calls `finish`, so that a tensor that is missing and one
-    that nobody asked for are both errors that name it.
+    A loader takes the tensors that it knows and calls `finish`. A missing tensor, and one that was
+    not taken, are errors that name it.
     """
 
     def __init__(self, readers: "Mapping[str, Callable[[], Any]]", source: str) -> None:
@@ -31,17 +31,17 @@ class Tensors:
         return iter(self._readers)
 
     def take(self, name: str) -> Any:
-        """Read a tensor and count it as used. Raises SourceError if it is not there."""
+        """Read a tensor and mark it as used. Raises SourceError if missing or already used."""
         return self._reader(name)()
 
     def _reader(self, name: str) -> "Callable[[], Any]":
         if name not in self._readers:
-            again = " a second time" if name in self._names else ""
-            raise SourceError(f"{self._source}: the tensor {name} is missing{again}")
+            problem = "is used twice" if name in self._names else "is missing"
+            raise SourceError(f"{self._source}: the tensor {name} {problem}")
         return self._readers.pop(name)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Count tensors as used that hold nothing to load, such as a stored causal mask."""
+        """Mark tensors as used that need not be loaded, such as a stored causal mask."""
         for name in names:
             self._readers.pop(name, None)
 
@@ -51,16 +51,16 @@ class Tensors:
         names: Mapping[str, str],
         change: "Callable[[str, Any], Any] | None" = None,
     ) -> "LazyTensors":
-        """The state of a GPT of that configuration, as Checkpoint has it, from all tensors.
+        """The state dict of a GPT of that configuration, for a Checkpoint, from all tensors.
 
-        `names` leads from gptk's names to the file's: `{i}` is the layer, `blocks.{i}.mlp.down`
-        stands for its weight and its bias, and several names on the right are stacked, as in
-        the fused `attn.qkv`: queries, keys, values. A name that is not there is the same in the
-        file. `change` gets the file's name and tensor and returns it in gptk's layout. What is
-        said of tensors goes for gptk.Levels, too.
+        names: from gptk's names to the file's. `{i}` is the layer; `blocks.{i}.mlp.down` stands for
+        its weight and its bias; several names of the file, separated by spaces, are concatenated,
+        as queries, keys and values for the fused `attn.qkv`. A name that is not in `names` is the
+        same in the file. change: takes the file's name and tensor, and returns the tensor in gptk's
+        layout. Tensors may be gptk.Levels, too.
 
-        Tensors are read, changed and stacked when they are asked for. Raises SourceError that
-        names a tensor that is missing or left over; one of the wrong shape raises it when read.
+        Tensors are read, changed and concatenated when they are looked up. Raises SourceError
+        naming a tensor that is missing or left over; one of the wrong shape raises it when read.
         """
         if config.n_layers > len(self._names):
             raise SourceError(
@@ -68,7 +68,7 @@ class Tensors:
                 f"{len(self._names)} tensors"
             )
         readers: dict[str, Callable[[], Any]] = {}
-        # A tied head is a parameter once: as the embedding.
+        # `named_parameters` has a tied head once, as the embedding.
         for name, parameter in empty_gpt(config).named_parameters():
             parts = {theirs: self._reader(theirs) for theirs in _their_names(name, names)}
             readers[name] = partial(
@@ -78,7 +78,7 @@ class Tensors:
         return LazyTensors(readers)
 
     def finish(self) -> None:
-        """Raises SourceError if a tensor was left over."""
+        """Raises SourceError if a tensor was not used."""
         if self._readers:
             left = sorted(self._readers)
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
@@ -88,7 +88,7 @@ class Tensors:
 
 
 class LazyTensors(MutableMapping[str, Any]):
-    """Tensors by name, each read when it is asked for, every time anew."""
+    """Tensors by name, each read whenever it is looked up."""
 
     def __init__(self, readers: "Mapping[str, Callable[[], Any]]") -> None:
         self._readers = dict(readers)
@@ -116,14 +116,14 @@ def _assembled(
     change: "Callable[[str, Any], Any] | None",
     source: str,
 ) -> Any:
-    """The tensor `name` of a GPT, of that shape, from those of a file. Raises SourceError."""
+    """The tensor `name` of a GPT from those of a file. Raises SourceError for a wrong shape."""
     read = {theirs: reader() for theirs, reader in parts.items()}
     found = " + ".join(str(tuple(part.shape)) for part in read.values())
     try:
         if change is not None:
             read = {theirs: change(theirs, part) for theirs, part in read.items()}
-        made = next(iter(read.values())) if len(read) == 1 else _stacked(list(read.values()))
-        fits = tuple(made.shape) == shape
+        tensor = next(iter(read.values())) if len(read) == 1 else _concatenated([*read.values()])
+        fits = tuple(tensor.shape) == shape
     except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
         fits = False
     if not fits:
@@ -131,11 +131,11 @@ def _assembled(
             f"{source}: {' + '.join(parts)} of shape {found} does not make {name} "
             f"of shape {shape}, which the configuration asks for"
         )
-    return made
+    return tensor
 
 
-def _stacked(parts: Sequence[Any]) -> Any:
-    """Tensors or levels on top of each other; as tensors where they are not all of a kind."""
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Concatenate by outputs: Levels if all are, with the same bits; else they are dequantized."""
     import torch
 
     from gptk.model.levels import Levels
@@ -146,13 +146,14 @@ def _stacked(parts: Sequence[Any]) -> Any:
 
 
 def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
+    """The file's names of the tensors that make up a GPT's. For `names` see `assemble`."""
     layer = re.search(r"\.(\d+)\.", ours)
     pattern = ours.replace(layer[0], ".{i}.", 1) if layer else ours
     module, _, parameter = pattern.rpartition(".")
     if pattern in names:
         theirs = names[pattern].split()
     elif module in names:
-        theirs = [f"{one}.{parameter}" for one in names[module].split()]
+        theirs = [f"{name}.{parameter}" for name in names[module].split()]
     else:
         theirs = [pattern]
-    return [one.replace("{i}", layer[1] if layer else "") for one in theirs]
+    return [name.replace("{i}", layer[1] if layer else "") for name in theirs]

@@ -1,4 +1,4 @@
-"""A tokenizer by name, file or spec string."""
+"""Loading a tokenizer by name, file or spec string."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from gptk.text.tokenizer import Tokenizer
 def load_tokenizer(source: str) -> Tokenizer:
     """A tokenizer by name (`gpt2`, `bytes`, any of tiktoken's), file, or spec string.
 
-    Raises TokenizerError or, for a name nobody knows, UnknownNameError.
+    Raises TokenizerError, or UnknownNameError for an unknown name.
     """
     if not _SPEC.match(source):
-        for one in provided("tokenizer").values():
-            if ask(one, "matches", source):
-                loader = one.item.from_source(source)
+        for plugin in provided("tokenizer").values():
+            if ask(plugin, "matches", source):
+                loader = plugin.item.from_source(source)
                 assert isinstance(loader, TokenizerLoader)
                 return _load(loader)
         if os.path.exists(source):
@@ -34,4 +34,4 @@ def _load(loader: TokenizerLoader) -> Tokenizer:
         return expect(loader, "load", loader.load(), Tokenizer, "a gptk.Tokenizer")
 
 
-_SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option, as no path is likely to begin
+_SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option; paths hardly begin like that

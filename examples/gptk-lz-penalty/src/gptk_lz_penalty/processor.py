@@ -1,18 +1,18 @@
-"""LZ penalty (Ginart et al. 2025): tokens pay for what LZ77 would save by writing them down.
+"""LZ penalty (Ginart et al. 2025): tokens are penalized by the bits that LZ77 would save on them.
 
     logit(v) - strength · (log2 V - Δ(v))        Δ(v): the bits that v adds to the code
 
-where V is the size of the vocabulary, l the length of the longest sequence, of at most `buffer`
-tokens, that ends the row and stands within its last `window` tokens before, d how far back that
-is, λ(v) the length of the longest such sequence with v next, v included, and δ(v) how far back:
+where V is the size of the vocabulary; l is the length of the longest sequence, of at most `buffer`
+tokens, that ends the row and occurs earlier within its last `window` tokens, and d how far back;
+λ(v) is the length of the longest such sequence with v next, v included, and δ(v) how far back:
 
     Δ(v) = log2 V                                  λ(v) = 0: v is not in the window, a literal
            log2 (1 - (d - l + 1) / (l · d)) - 1    λ(v) = l + 1 > 2: v prolongs the match
            min(log2 δ(v), log2 V)                  else: v begins a new match
 
-The nearest of several sequences of the same length counts. The prompt is part of the row. The
-penalty of a literal is 0 and no other is less, so the paper's logit(v) + strength · Δ(v), which
-is the same for all tokens but one number, leaves more logits as they are when written this way.
+Of several sequences of the same length the nearest counts. The prompt is part of the row. The paper
+has logit(v) + strength · Δ(v), which differs by the same constant for all tokens; in this form the
+penalty of a literal, the smallest one, is 0, so that most logits stay unchanged.
 """
 
 import math
@@ -38,13 +38,13 @@ class LZPenalty(gptk.LogitsProcessor):
     example = "strength=0.15"
 
     strength: float = Field(
-        0.15, ge=0, le=100, description="taken off the logit for each bit saved; 0: nothing"
+        0.15, ge=0, le=100, description="subtracted for each bit saved; 0: no penalty"
     )
     window: int = Field(
-        512, ge=1, description="how many of the last tokens are searched for what ends the row"
+        512, ge=1, description="how many of the last tokens are searched for matches"
     )
     buffer: int = Field(
-        32, ge=1, description="how many tokens a match may have before the one that follows it"
+        32, ge=1, description="the longest match, without the token that follows it"
     )
 
     def start(self, rows: gptk.Rows) -> "Matches":
@@ -52,7 +52,7 @@ class LZPenalty(gptk.LogitsProcessor):
 
 
 class Matches(gptk.Follower):
-    """For each row its window, and for each place there how much of the row's end ends there."""
+    """For each row the matches of its end within its window."""
 
     def __init__(self, options: LZPenalty, rows: gptk.Rows) -> None:
         self._options = options
@@ -90,17 +90,17 @@ class Matches(gptk.Follower):
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A row's tokens and matches. It is never changed, so that copies of the row may share it."""
+    """A row's tokens and matches. Immutable, so that copies of a row share it."""
 
     tokens: Ints
-    """All of them: a rewound window reaches further back."""
+    """All tokens of the row: after a rewind the window reaches further back."""
     lengths: Ints
-    """For each place of the window how many tokens before it are those that end the row, counted
-    as far as `buffer`, and past the window's beginning."""
+    """For each position of the window, the length of the longest common suffix of the tokens before
+    it and the row, up to `buffer`. It can begin before the window."""
 
     @classmethod
     def of(cls, tokens: Sequence[int] | Ints, options: LZPenalty) -> "_Row":
-        """The places still in question, one token further back at a time."""
+        """Compares one token further back at a time, for the positions that have matched so far."""
         all_ = np.asarray(tokens, dtype=np.int64)
         end = len(all_)
         begin = max(0, end - options.window)
@@ -115,22 +115,22 @@ class _Row:
         return cls(all_, lengths)
 
     def extended(self, new: Iterable[int], options: LZPenalty) -> "_Row":
-        """A match goes on, one place further, where its next token has come."""
+        """A match moves on by one position if its next token is the new one, and ends otherwise."""
         tokens, lengths = self.tokens, self.lengths
         for token in new:
             window = tokens[len(tokens) - len(lengths) :]
             longer = np.minimum(lengths + 1, options.buffer) * (window == token)
-            # Nothing comes before a row's first token.
+            # The window grows by a position, at the row's first token, which no match precedes.
             full = len(window) == options.window
             lengths = longer if full else np.concatenate((np.zeros(1, np.int64), longer))
             tokens = np.append(tokens, token)
         return _Row(tokens, lengths)
 
     def bits(self, literal: float) -> tuple[Ints, Floats]:
-        """The window's tokens, and what each would add to the code in the place that it has.
+        """The window's tokens, and the bits that each would add to the code as the next token.
 
-        literal: what a token outside the window adds. The last of equal tokens is the one that
-        counts: the next of a longest match, and of those the nearest.
+        literal: the bits of a token outside the window. Of equal tokens the last one counts: that
+        after the longest match, and of those the nearest.
         """
         size = len(self.lengths)
         places = np.arange(size)

@@ -1,166 +1,194 @@
-// Attention: of few queries over a cache, and of a prompt with itself.
+// Attention: of a few queries over a KV cache, and causal attention among the tokens of a prompt,
+// with its gradients. Scores and sums are float32. In bfloat16, causal attention rounds its weights
+// to bfloat16, too; attention over a cache does not.
+//
+// `vectors` is the head size in registers of 16 numbers: a head has 16 · vectors numbers.
 #pragma once
 
 #include "common.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 64;    // keys that are looked at together
-constexpr int64_t WIDEST = 128;  // of a head
-constexpr int64_t QUERIES = 16;  // the most there can be
+constexpr int64_t CHUNK = 64;           // keys that are worked through together
+constexpr int64_t MAX_HEAD_SIZE = 128;  // numbers
+constexpr int64_t MAX_QUERIES = 16;     // of a key head over a cache; FEW_QUERIES in Python
 
-// What a query makes of a chunk of keys: the largest score, and with it as the unit the sum of
-// weights and the weighted sum of values.
+// --- Over a cache ---
+
+// What a query gets from a chunk of keys: the highest score and, of the weights exp(score -
+// highest), the sum and the weighted sum of values. Partial results of several chunks can be
+// merged, as in FlashAttention (Dao et al. 2022).
 struct Partial {
-  float most, weight;
-  float sum[WIDEST];
+  float highest, weight;
+  float sum[MAX_HEAD_SIZE];
 };
 
-// Rows of queries, `rows` of each tree; each key head serves `group` query heads.
-struct Attention {
+// The sizes and strides of attention over a cache. Each of `trees` trees of slots is read by `rows`
+// query tokens; each key head serves `group` query heads. An element of the batch is a key head of
+// a tree, with group · rows queries (group, rows).
+struct CacheShape {
   int64_t trees, rows, group, kv_heads, length, row_stride, key_stride, tree_stride, mask_stride;
   float scale;
 
   int64_t batch() const { return trees * kv_heads; }
   int64_t queries() const { return group * rows; }
 
-  // Where a query of an element of the batch stands: its row, counted through all, and its head.
-  int64_t row(int64_t one, int64_t query) const { return one / kv_heads * rows + query % rows; }
-  int64_t head(int64_t one, int64_t query) const { return one % kv_heads * group + query / rows; }
+  // The row, counted through all trees, and the query head of a query of an element of the batch.
+  int64_t row(int64_t element, int64_t query) const {
+    return element / kv_heads * rows + query % rows;
+  }
+  int64_t head(int64_t element, int64_t query) const {
+    return element % kv_heads * group + query / rows;
+  }
 };
 
-// The scores of a query, for keys that are `seen`, into scores; returns the largest. Beyond count,
-// up to a multiple of 16, they are -inf.
+// scores (count, rounded up to a multiple of 16) = q · key · scale + mask for the keys whose
+// indexes are in `visible` (count); -inf beyond count. Returns the highest. q: (size); keys:
+// (chunk, size); mask: (chunk), or null.
 template <typename T, int vectors>
-float score(const T* q, const T* keys, const T* mask, const int32_t* seen, int64_t count,
-            float scale, float* scores) {
+float compute_scores(const T* q, const T* keys, const T* mask, const int32_t* visible,
+                     int64_t count, float scale, float* scores) {
   constexpr int64_t size = 16 * vectors, step = 64 / sizeof(T);
-  __m512i own[size / step];
-  for (int v = 0; v < size / step; v++) own[v] = _mm512_loadu_si512(q + v * step);
-  __m512 most = _mm512_set1_ps(-INFINITY);
-  for (int64_t key = 0; key < count; key += 16) {
+  __m512i query[size / step];
+  for (int v = 0; v < size / step; v++) query[v] = _mm512_loadu_si512(q + v * step);
+  __m512 highest = _mm512_set1_ps(-INFINITY);
+  for (int64_t first = 0; first < count; first += 16) {
     __m512 dots[16];
     alignas(64) float added[16];
     for (int i = 0; i < 16; i++) {
-      const int32_t at = seen[std::min(key + i, count - 1)];
+      const int32_t key = visible[std::min(first + i, count - 1)];
       dots[i] = _mm512_setzero_ps();
       for (int v = 0; v < size / step; v++)
-        dots[i] = multiply(dots[i], q, own[v], _mm512_loadu_si512(keys + at * size + v * step));
-      added[i] = key + i < count ? (mask ? number(mask[at]) : 0) : -INFINITY;
+        dots[i] =
+            multiply_add(dots[i], q, query[v], _mm512_loadu_si512(keys + key * size + v * step));
+      added[i] = first + i < count ? (mask ? to_float(mask[key]) : 0) : -INFINITY;
     }
-    const __m512 some =
-        _mm512_fmadd_ps(sums_of(dots), _mm512_set1_ps(scale), _mm512_load_ps(added));
-    _mm512_store_ps(scores + key, some);
-    most = _mm512_max_ps(most, some);
+    const __m512 result =
+        _mm512_fmadd_ps(horizontal_sums(dots), _mm512_set1_ps(scale), _mm512_load_ps(added));
+    _mm512_store_ps(scores + first, result);
+    highest = _mm512_max_ps(highest, result);
   }
-  return _mm512_reduce_max_ps(most);
+  return _mm512_reduce_max_ps(highest);
 }
 
-// The values that are `seen`, times the weights of H queries that are `apart`, for each.
+// For each of H queries, every `query_step`-th one, the sum of the visible values (chunk, size)
+// with the query's weights, into its `Partial`.
 template <typename T, int vectors, int H>
-void weigh(const T* values, const float (*weights)[CHUNK], int64_t apart, const int32_t* seen,
-           int64_t count, Partial* out) {
+void sum_values(const T* values, const float (*weights)[CHUNK], int64_t query_step,
+                const int32_t* visible, int64_t count, Partial* out) {
   __m512 sum[H][vectors];
-  for (auto& one : sum)
-    for (auto& some : one) some = _mm512_setzero_ps();
+  for (auto& query : sum)
+    for (auto& lanes : query) lanes = _mm512_setzero_ps();
   for (int64_t key = 0; key < count; key++)
     for (int v = 0; v < vectors; v++) {
-      const __m512 value = load(values + seen[key] * 16 * vectors + 16 * v);
+      const __m512 value = load(values + visible[key] * 16 * vectors + 16 * v);
       for (int h = 0; h < H; h++)
-        sum[h][v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * apart][key]), value, sum[h][v]);
+        sum[h][v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * query_step][key]), value, sum[h][v]);
     }
   for (int h = 0; h < H; h++)
-    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[h * apart].sum + 16 * v, sum[h][v]);
+    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[h * query_step].sum + 16 * v, sum[h][v]);
 }
 
+// All queries of an element of the batch with a chunk of `count` keys. keys, values: (count, size);
+// mask: the element's rows at the chunk, or null; out: (queries).
 template <typename T, int vectors>
-void attend_chunk(const T* q, const T* keys, const T* values, const T* mask, const Attention& at,
-                  int64_t one, int64_t count, Partial* out) {
+void attend_chunk(const T* q, const T* keys, const T* values, const T* mask,
+                  const CacheShape& shape, int64_t element, int64_t count, Partial* out) {
   constexpr int64_t size = 16 * vectors;
-  alignas(64) float weights[QUERIES][CHUNK];
-  // A row's heads see the same keys, of a tree often few.
-  for (int64_t row = 0; row < at.rows; row++) {
-    const T* added = mask ? mask + row * at.mask_stride : nullptr;
-    int32_t seen[CHUNK];
-    int64_t some = 0;
+  alignas(64) float weights[MAX_QUERIES][CHUNK];
+  // All heads of a row see the same keys; a row of a tree often sees few of them.
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const T* row_mask = mask ? mask + row * shape.mask_stride : nullptr;
+    int32_t visible[CHUNK];
+    int64_t seen = 0;
     for (int64_t key = 0; key < count; key++)
-      if (!added || number(added[key]) > -INFINITY) seen[some++] = key;
-    for (int64_t query = row; query < at.queries(); query += at.rows) {
-      const T* from = q + at.row(one, query) * at.row_stride + at.head(one, query) * size;
-      float* own = weights[query];
-      out[query].most =
-          score<T, vectors>(from, keys, added, seen, some, at.scale, own);
-      const __m512 unit = unit_of(out[query].most);
-      __m512 weight = _mm512_setzero_ps();
-      for (int64_t key = 0; key < some; key += 16) {
-        const __m512 part = exp(_mm512_sub_ps(_mm512_load_ps(own + key), unit));
-        _mm512_store_ps(own + key, part);
-        weight = _mm512_add_ps(weight, part);
+      if (!row_mask || to_float(row_mask[key]) > -INFINITY) visible[seen++] = key;
+    for (int64_t query = row; query < shape.queries(); query += shape.rows) {
+      const T* vector =
+          q + shape.row(element, query) * shape.row_stride + shape.head(element, query) * size;
+      float* scores = weights[query];
+      out[query].highest =
+          compute_scores<T, vectors>(vector, keys, row_mask, visible, seen, shape.scale, scores);
+      const __m512 shift = softmax_shift(out[query].highest);
+      __m512 total = _mm512_setzero_ps();
+      for (int64_t key = 0; key < seen; key += 16) {
+        const __m512 weight = exp(_mm512_sub_ps(_mm512_load_ps(scores + key), shift));
+        _mm512_store_ps(scores + key, weight);
+        total = _mm512_add_ps(total, weight);
       }
-      out[query].weight = _mm512_reduce_add_ps(weight);
+      out[query].weight = _mm512_reduce_add_ps(total);
     }
-    constexpr int together = vectors > 4 ? 2 : 4;  // as many sums as there are registers
-    for (int64_t head = 0; head < at.group;) {
-      const int64_t query = head * at.rows + row, left = at.group - head;
+    constexpr int together = vectors > 4 ? 2 : 4;  // heads, as many as registers hold sums of
+    for (int64_t head = 0; head < shape.group;) {
+      const int64_t query = head * shape.rows + row, left = shape.group - head;
       if (left >= together) {
-        weigh<T, vectors, together>(values, weights + query, at.rows, seen, some, out + query);
+        sum_values<T, vectors, together>(values, weights + query, shape.rows, visible, seen,
+                                         out + query);
         head += together;
       } else if (left == 3) {
-        weigh<T, vectors, 3>(values, weights + query, at.rows, seen, some, out + query);
+        sum_values<T, vectors, 3>(values, weights + query, shape.rows, visible, seen, out + query);
         head += 3;
       } else if (left == 2) {
-        weigh<T, vectors, 2>(values, weights + query, at.rows, seen, some, out + query);
+        sum_values<T, vectors, 2>(values, weights + query, shape.rows, visible, seen, out + query);
         head += 2;
       } else {
-        weigh<T, vectors, 1>(values, weights + query, at.rows, seen, some, out + query);
+        sum_values<T, vectors, 1>(values, weights + query, shape.rows, visible, seen, out + query);
         head += 1;
       }
     }
   }
 }
 
-// Chunks are the same however many threads there are, and so is the result.
+// y = softmax(q kᵀ · scale + mask) v; for the layouts see `gptk_attend`. Chunks are the same
+// however many threads there are, and so is the result.
 template <typename T, int vectors>
-void attend(const T* q, const T* keys, const T* values, const T* mask, T* y, const Attention& at) {
+void attend(const T* q, const T* keys, const T* values, const T* mask, T* y,
+            const CacheShape& shape) {
   constexpr int64_t size = 16 * vectors;
-  const int64_t chunks = (at.length + CHUNK - 1) / CHUNK, queries = at.queries();
-  const std::unique_ptr<Partial[]> partial(new Partial[at.batch() * chunks * queries]);
+  const int64_t chunks = (shape.length + CHUNK - 1) / CHUNK, queries = shape.queries();
+  const std::unique_ptr<Partial[]> partial(new Partial[shape.batch() * chunks * queries]);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < at.batch() * chunks; task++) {
-      const int64_t one = task / chunks, start = task % chunks * CHUNK;
-      const int64_t from = one * at.key_stride + start * size;
-      attend_chunk<T, vectors>(q, keys + from, values + from,
-                               mask ? mask + one / at.kv_heads * at.tree_stride + start : nullptr, at, one,
-                               std::min(CHUNK, at.length - start), &partial[task * queries]);
+    for (int64_t task = 0; task < shape.batch() * chunks; task++) {
+      const int64_t element = task / chunks, start = task % chunks * CHUNK;
+      const int64_t from = element * shape.key_stride + start * size;
+      const T* chunk_mask =
+          mask ? mask + element / shape.kv_heads * shape.tree_stride + start : nullptr;
+      attend_chunk<T, vectors>(q, keys + from, values + from, chunk_mask, shape, element,
+                               std::min(CHUNK, shape.length - start), &partial[task * queries]);
     }
+    // Merge the chunks of each query.
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < at.batch() * queries; task++) {
-      const int64_t one = task / queries, query = task % queries;
-      const Partial* of = &partial[one * chunks * queries + query];
-      T* to = y + (at.row(one, query) * at.kv_heads * at.group + at.head(one, query)) * size;
-      float most = -INFINITY;
+    for (int64_t task = 0; task < shape.batch() * queries; task++) {
+      const int64_t element = task / queries, query = task % queries;
+      const Partial* of_query = &partial[element * chunks * queries + query];
+      T* to = y + (shape.row(element, query) * shape.kv_heads * shape.group +
+                   shape.head(element, query)) *
+                      size;
+      float highest = -INFINITY;
       for (int64_t chunk = 0; chunk < chunks; chunk++)
-        most = std::max(most, of[chunk * queries].most);
+        highest = std::max(highest, of_query[chunk * queries].highest);
       __m512 sum[vectors], weight = _mm512_setzero_ps();
       for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const Partial& some = of[chunk * queries];
-        const __m512 factor = exp(_mm512_set1_ps(some.most - most));
-        weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(some.weight), weight);
+        const Partial& part = of_query[chunk * queries];
+        const __m512 factor = exp(_mm512_set1_ps(part.highest - highest));
+        weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(part.weight), weight);
         for (int v = 0; v < vectors; v++)
-          sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(some.sum + 16 * v), sum[v]);
+          sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(part.sum + 16 * v), sum[v]);
       }
-      for (int v = 0; v < vectors; v++)
-        store(to + 16 * v, _mm512_div_ps(sum[v], weight));
+      for (int v = 0; v < vectors; v++) store(to + 16 * v, _mm512_div_ps(sum[v], weight));
     }
   }
 }
 
-// Queries and keys are the same tokens, and each sees itself and those before it.
-struct Causal {
-  int64_t rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time;  // strides; heads have none
+// --- Causal: queries and keys are the same tokens; each sees itself and those before it ---
+
+// The sizes and strides of causal attention. Strides are those of rows and of tokens; heads follow
+// each other without gaps.
+struct CausalShape {
+  int64_t rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time;
   float scale;
 
   int64_t chunks() const { return (time + CHUNK - 1) / CHUNK; }
@@ -168,171 +196,191 @@ struct Causal {
   int64_t count(int64_t chunk) const { return std::min(CHUNK, time - chunk * CHUNK); }
 };
 
-inline __m512i load_line(const float* x, int64_t) { return _mm512_loadu_si512(x); }
+// A register of numbers in order: 16 in float32; the first `count` of 32, then zeros, in bfloat16.
+inline __m512i load_lanes(const float* x, int64_t) { return _mm512_loadu_si512(x); }
 
-inline __m512i load_line(const uint16_t* x, int64_t count) { return load_pairs(x, count); }
+inline __m512i load_lanes(const uint16_t* x, int64_t count) { return load_pairs(x, count); }
 
-// Lanes of what is summed together: a token's number; in bfloat16 that and the next token's.
-inline __m512i beside(const float* x, const float*) { return _mm512_loadu_si512(x); }
+// 16 numbers of a token, a lane each; in bfloat16 interleaved with those of the next token, or with
+// zeros if there is none.
+inline __m512i load_interleaved(const float* x, const float*) { return _mm512_loadu_si512(x); }
 
-inline __m512i beside(const uint16_t* x, const uint16_t* next) { return join(x, next, ALL); }
+inline __m512i load_interleaved(const uint16_t* x, const uint16_t* next_token) {
+  return interleave(x, next_token, ALL_LANES);
+}
 
-// A chunk of tokens, laid out so that sums stand side by side. For products with each token: lanes
-// of 32 bits, as many numbers as fit into one, (numbers of a head, tokens). For sums over tokens:
-// (tokens, numbers of a head), with as many tokens in a lane. What is missing is 0.
+// The vectors of one head for a chunk of tokens (tokens, size), laid out for products in which the
+// 16 lanes of a register are 16 tokens, or 16 of the head's numbers. A lane has 32 bits: one
+// float32 number, or two bfloat16 numbers that are summed over, one after the other. Missing tokens
+// are 0.
 template <typename T, int vectors>
 struct Chunk {
-  static constexpr int64_t size = 16 * vectors, per = 4 / sizeof(T);
-  alignas(64) uint32_t across[size / per][CHUNK];
-  alignas(64) T along[CHUNK / per][size][per];
+  static constexpr int64_t size = 16 * vectors;
+  static constexpr int64_t per_lane = 4 / sizeof(T);  // numbers
+  // (size, tokens), for sums over a head's numbers; in bfloat16 a lane has two numbers of a token.
+  alignas(64) uint32_t token_lanes[size / per_lane][CHUNK];
+  // (tokens, size), for sums over tokens; in bfloat16 a lane has the same number of two tokens.
+  alignas(64) T size_lanes[CHUNK / per_lane][size][per_lane];
 
-  void fill_across(const T* x, int64_t count, int64_t stride) {
+  // x: `count` tokens, `stride` numbers apart.
+  void fill_token_lanes(const T* x, int64_t count, int64_t stride) {
     for (int64_t token = 0; token < CHUNK; token += 16)
-      for (int64_t i = 0; i < size; i += 16 * per) {
+      for (int64_t i = 0; i < size; i += 16 * per_lane) {
         __m512i v[16];
         for (int64_t t = 0; t < 16; t++)
-          v[t] = token + t < count ? load_line(x + (token + t) * stride + i, size - i)
+          v[t] = token + t < count ? load_lanes(x + (token + t) * stride + i, size - i)
                                    : _mm512_setzero_si512();
         transpose(v);
-        for (int64_t n = 0; n < std::min<int64_t>(16, (size - i) / per); n++)
-          _mm512_store_si512(&across[i / per + n][token], v[n]);
+        for (int64_t n = 0; n < std::min<int64_t>(16, (size - i) / per_lane); n++)
+          _mm512_store_si512(&token_lanes[i / per_lane + n][token], v[n]);
       }
   }
 
-  void fill_along(const T* x, int64_t count, int64_t stride) {
-    for (int64_t token = 0; token < CHUNK; token += per)
+  void fill_size_lanes(const T* x, int64_t count, int64_t stride) {
+    for (int64_t token = 0; token < CHUNK; token += per_lane)
       for (int64_t i = 0; i < size; i += 16) {
         const T* from = x + token * stride + i;
         __m512i lanes = _mm512_setzero_si512();
-        if (token < count) lanes = beside(from, token + 1 < count ? from + stride : nullptr);
-        _mm512_store_si512(&along[token / per][i], lanes);
+        if (token < count)
+          lanes = load_interleaved(from, token + 1 < count ? from + stride : nullptr);
+        _mm512_store_si512(&size_lanes[token / per_lane][i], lanes);
       }
   }
 };
 
-constexpr int64_t AT_ONCE = 4;  // rows whose sums are made together
+constexpr int64_t ROWS_AT_ONCE = 4;  // of a product, such as queries
 
+// One lane's numbers, one float32 or two bfloat16, in every lane.
 template <typename T>
-inline __m512i lane_of(const T* x) {
-  int32_t some;
-  std::memcpy(&some, x, 4);
-  return _mm512_set1_epi32(some);
+inline __m512i broadcast_lane(const T* x) {
+  int32_t lane;
+  std::memcpy(&lane, x, 4);
+  return _mm512_set1_epi32(lane);
 }
 
-using Scores = __m512[AT_ONCE][CHUNK / 16];
+using Scores = __m512[ROWS_AT_ONCE][CHUNK / 16];  // (rows, tokens of a chunk)
 
-// Products of four rows, `apart`, with each token of a chunk. Rows from `count` on are the last one.
+// y (rows, tokens) = x (rows, size) times the chunk's tokens, for four rows, `stride` numbers
+// apart, of which there are `count`: missing ones repeat the last.
 template <typename T, int vectors>
-inline void multiply_across(const T* x, int64_t apart, int64_t count,
-                            const Chunk<T, vectors>& chunk, Scores& y) {
+inline void multiply_with_tokens(const T* x, int64_t stride, int64_t count,
+                                 const Chunk<T, vectors>& chunk, Scores& y) {
   for (auto& row : y)
-    for (auto& one : row) one = _mm512_setzero_ps();
-  for (int64_t i = 0; i < chunk.size; i += chunk.per)
-    for (int64_t r = 0; r < AT_ONCE; r++) {
-      const __m512i own = lane_of(x + std::min(r, count - 1) * apart + i);
+    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+  for (int64_t i = 0; i < chunk.size; i += chunk.per_lane)
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+      const __m512i lane = broadcast_lane(x + std::min(r, count - 1) * stride + i);
       for (int k = 0; k < CHUNK / 16; k++)
-        y[r][k] =
-            multiply(y[r][k], x, own, _mm512_load_si512(&chunk.across[i / chunk.per][16 * k]));
+        y[r][k] = multiply_add(y[r][k], x, lane,
+                               _mm512_load_si512(&chunk.token_lanes[i / chunk.per_lane][16 * k]));
     }
 }
 
-// sum = sum · factor + the chunk's first tokens, weighed; for four rows.
+// sum (rows, size) = sum · factor of the row + weights (rows, tokens) times the chunk's first
+// `tokens` tokens, for four rows.
 template <typename T, int vectors>
-inline void add_along(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk, int64_t tokens,
-                      const __m512* factors, float (*sum)[16 * vectors]) {
-  constexpr int some = vectors % 4 ? 2 : 4;
-  for (int first = 0; first < vectors; first += some) {
-    __m512 sums[AT_ONCE][some];
-    for (int64_t r = 0; r < AT_ONCE; r++)
-      for (int v = 0; v < some; v++)
+inline void add_weighted_tokens(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk,
+                                int64_t tokens, const __m512* factors, float (*sum)[16 * vectors]) {
+  constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
+  for (int first = 0; first < vectors; first += together) {
+    __m512 sums[ROWS_AT_ONCE][together];
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+      for (int v = 0; v < together; v++)
         sums[r][v] = _mm512_mul_ps(_mm512_load_ps(&sum[r][16 * (first + v)]), factors[r]);
-    for (int64_t token = 0; token < tokens; token += chunk.per)
-      for (int64_t r = 0; r < AT_ONCE; r++) {
-        const __m512i own = lane_of(&weights[r][token]);
-        for (int v = 0; v < some; v++)
-          sums[r][v] = multiply(sums[r][v], weights[r], own,
-                                _mm512_load_si512(&chunk.along[token / chunk.per][16 * (first + v)]));
+    for (int64_t token = 0; token < tokens; token += chunk.per_lane)
+      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+        const __m512i lane = broadcast_lane(&weights[r][token]);
+        for (int v = 0; v < together; v++)
+          sums[r][v] = multiply_add(
+              sums[r][v], weights[r], lane,
+              _mm512_load_si512(&chunk.size_lanes[token / chunk.per_lane][16 * (first + v)]));
       }
-    for (int64_t r = 0; r < AT_ONCE; r++)
-      for (int v = 0; v < some; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+      for (int v = 0; v < together; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
   }
 }
 
-// Four queries, a token apart, with a chunk; the first sees `seen` of its keys. sum, most and
-// weight go on from the chunks before.
+// Four consecutive queries, `stride` numbers apart, of which there are `queries`, with a chunk of
+// keys and values. The first query sees `visible` keys, each further one a key more. sum (4, size),
+// highest (4) and weight (4), see `Partial`, continue those of the chunks before.
 template <typename T, int vectors>
-void attend_chunk_causally(const T* q, int64_t apart, int64_t queries, float scale, int64_t seen,
-                           const Chunk<T, vectors>& chunk, float (*sum)[16 * vectors], float* most,
-                           float* weight) {
+void attend_chunk_causally(const T* q, int64_t stride, int64_t queries, float scale,
+                           int64_t visible, const Chunk<T, vectors>& chunk,
+                           float (*sum)[16 * vectors], float* highest, float* weight) {
   Scores scores;
-  multiply_across(q, apart, queries, chunk, scores);
-  alignas(64) T weights[AT_ONCE][CHUNK];
-  __m512 factors[AT_ONCE];
-  for (int64_t r = 0; r < AT_ONCE; r++) {
-    __m512 highest = _mm512_set1_ps(most[r]), added = _mm512_setzero_ps();
+  multiply_with_tokens(q, stride, queries, chunk, scores);
+  alignas(64) T weights[ROWS_AT_ONCE][CHUNK];
+  __m512 factors[ROWS_AT_ONCE];
+  for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+    __m512 lane_highest = _mm512_set1_ps(highest[r]), total = _mm512_setzero_ps();
     for (int k = 0; k < CHUNK / 16; k++) {
       const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
       scores[r][k] =
-          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes_of(seen + r - 16 * k), scaled);
-      highest = _mm512_max_ps(scores[r][k], highest);
+          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first_lanes(visible + r - 16 * k), scaled);
+      lane_highest = _mm512_max_ps(scores[r][k], lane_highest);
     }
-    const float now = _mm512_reduce_max_ps(highest);
-    factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(most[r]), unit_of(now)));
+    const float new_highest = _mm512_reduce_max_ps(lane_highest);
+    factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(highest[r]), softmax_shift(new_highest)));
     for (int k = 0; k < CHUNK / 16; k++) {
-      const __m512 one = exp(_mm512_sub_ps(scores[r][k], unit_of(now)));
-      store(&weights[r][16 * k], one);
-      added = _mm512_add_ps(added, one);
+      const __m512 lane_weights = exp(_mm512_sub_ps(scores[r][k], softmax_shift(new_highest)));
+      store(&weights[r][16 * k], lane_weights);
+      total = _mm512_add_ps(total, lane_weights);
     }
-    weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(added);
-    most[r] = now;
+    weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(total);
+    highest[r] = new_highest;
   }
-  add_along(weights, chunk, std::min(CHUNK, seen + AT_ONCE - 1), factors, sum);
+  add_weighted_tokens(weights, chunk, std::min(CHUNK, visible + ROWS_AT_ONCE - 1), factors, sum);
 }
 
-// logsums, if asked for: (rows, heads, time), log Σ exp of a query's scores.
+// y = softmax(q kᵀ · scale) v, causally; for the layouts see `gptk_attend_causally`. logsums,
+// unless it is null: (rows, heads, time), log Σ exp of each query's scores.
 template <typename T, int vectors>
-void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums, const Causal& at) {
+void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums,
+                     const CausalShape& shape) {
   constexpr int64_t size = 16 * vectors;
-  const int64_t chunks = at.chunks();
+  const int64_t chunks = shape.chunks();
+  // (rows, kv_heads, chunks): keys with tokens in lanes, values with their numbers in lanes.
   const std::unique_ptr<Chunk<T, vectors>[]> packed(
-      new Chunk<T, vectors>[at.rows * at.kv_heads * chunks]);
+      new Chunk<T, vectors>[shape.rows * shape.kv_heads * chunks]);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < at.rows * at.kv_heads * chunks; task++) {
-      const int64_t chunk = task % chunks, one = task / chunks;
-      const int64_t from = one / at.kv_heads * at.kv_row + chunk * CHUNK * at.kv_time +
-                           one % at.kv_heads * size;
-      packed[task].fill_across(k + from, at.count(chunk), at.kv_time);
-      packed[task].fill_along(v + from, at.count(chunk), at.kv_time);
+    for (int64_t task = 0; task < shape.rows * shape.kv_heads * chunks; task++) {
+      const int64_t chunk = task % chunks, head = task / chunks;  // through all rows
+      const int64_t from = head / shape.kv_heads * shape.kv_row + chunk * CHUNK * shape.kv_time +
+                           head % shape.kv_heads * size;
+      packed[task].fill_token_lanes(k + from, shape.count(chunk), shape.kv_time);
+      packed[task].fill_size_lanes(v + from, shape.count(chunk), shape.kv_time);
     }
-    // A chunk of queries a task, the last first: they see the most.
+    // A task is a chunk of queries of one head. The last chunks of a text, which see the most keys,
+    // come first.
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < at.rows * at.heads * chunks; task++) {
-      const int64_t block = chunks - 1 - task / (at.rows * at.heads);
-      const int64_t of = task % (at.rows * at.heads), row = of / at.heads, head = of % at.heads;
-      const Chunk<T, vectors>* seen =
-          &packed[(row * at.kv_heads + head / at.group()) * chunks];
+    for (int64_t task = 0; task < shape.rows * shape.heads * chunks; task++) {
+      const int64_t block = chunks - 1 - task / (shape.rows * shape.heads);
+      const int64_t row_head = task % (shape.rows * shape.heads);
+      const int64_t row = row_head / shape.heads, head = row_head % shape.heads;
+      const Chunk<T, vectors>* kv = &packed[(row * shape.kv_heads + head / shape.group()) * chunks];
       alignas(64) float sum[CHUNK][size] = {};
-      float most[CHUNK], weight[CHUNK] = {};
-      std::fill(most, most + CHUNK, -INFINITY);
-      const int64_t start = block * CHUNK, count = at.count(block);
-      const T* from = q + row * at.q_row + start * at.q_time + head * size;
+      float highest[CHUNK], weight[CHUNK] = {};
+      std::fill(highest, highest + CHUNK, -INFINITY);
+      const int64_t start = block * CHUNK, count = shape.count(block);
+      const T* from = q + row * shape.q_row + start * shape.q_time + head * size;
       for (int64_t chunk = 0; chunk <= block; chunk++)
-        for (int64_t i = 0; i < count; i += AT_ONCE)
+        for (int64_t i = 0; i < count; i += ROWS_AT_ONCE)
           attend_chunk_causally<T, vectors>(
-              from + i * at.q_time, at.q_time, std::min(AT_ONCE, count - i), at.scale,
-              chunk < block ? CHUNK : i + 1, seen[chunk], sum + i, most + i, weight + i);
+              from + i * shape.q_time, shape.q_time, std::min(ROWS_AT_ONCE, count - i), shape.scale,
+              chunk < block ? CHUNK : i + 1, kv[chunk], sum + i, highest + i, weight + i);
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j += 16)
-          store(y + ((row * at.time + start + i) * at.heads + head) * size + j,
+          store(y + ((row * shape.time + start + i) * shape.heads + head) * size + j,
                 _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
-        if (logsums) logsums[of * at.time + start + i] = most[i] + std::log(weight[i]);
+        if (logsums) logsums[row_head * shape.time + start + i] = highest[i] + std::log(weight[i]);
       }
     }
   }
 }
 
+// y (chunk, chunk) = the transpose of x, rounded to y's dtype.
 template <typename T>
 void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
   for (int64_t i = 0; i < CHUNK; i += 16)
@@ -344,20 +392,21 @@ void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
     }
 }
 
-// The gradients of one head for its queries, and what they add to those of its keys and values
-// (Dao et al. 2022): with P = exp(scores - logsum) and D = dy · y,
+// The gradients of one query head for its queries, and what it adds to those of its keys and values
+// (Dao et al. 2022). With P = exp(scores - logsum) and D = dy · y for each query,
 //
 //     dv = Pᵀ dy,  dS = P (dy vᵀ - D) scale,  dq = dS k,  dk = dSᵀ q
 template <typename T, int vectors>
 struct Backward {
   static constexpr int64_t size = 16 * vectors;
-  using Sum = float[size];
+  using Vector = float[size];
 
-  // Of each chunk: keys (both ways), values across; queries and gradients along.
+  // Of each chunk: keys in both layouts, values with tokens in lanes; queries and the gradients dy
+  // with their numbers in lanes.
   std::vector<Chunk<T, vectors>> keys, values, queries, gradients;
   std::unique_ptr<float[]> memory;
-  Sum *dq, *dk, *dv;
-  std::vector<float> d;
+  Vector *dq, *dk, *dv;  // (chunks · CHUNK, size)
+  std::vector<float> d;  // (chunks · CHUNK)
 
   explicit Backward(int64_t chunks)
       : keys(chunks),
@@ -366,132 +415,148 @@ struct Backward {
         gradients(chunks),
         memory(new float[3 * chunks * CHUNK * size + 16]),
         d(chunks * CHUNK) {
-    auto* start = (Sum*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
+    auto* start = (Vector*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
     dq = start;
     dk = start + chunks * CHUNK;
     dv = start + 2 * chunks * CHUNK;
   }
 
-  void tile(const T* q, int64_t q_time, const T* dy, int64_t dy_time, const float* logsums,
-            int64_t block, int64_t chunk, const Causal& at) {
-    alignas(64) float p[CHUNK][CHUNK], ds[CHUNK][CHUNK];
-    alignas(64) T turned[CHUNK][CHUNK];
-    const int64_t count = at.count(block), start = block * CHUNK;
-    const __m512 one = _mm512_set1_ps(1), ones[AT_ONCE] = {one, one, one, one};
-    const int64_t used = (count + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    for (auto* some : {p, ds}) std::fill(some[used], some[CHUNK], 0.0f);
-    for (int64_t i = 0; i < count; i += AT_ONCE) {
-      Scores scores, outer;
-      const int64_t some = std::min(AT_ONCE, count - i);
-      multiply_across(q + (start + i) * q_time, q_time, some, keys[chunk], scores);
-      multiply_across(dy + (start + i) * dy_time, dy_time, some, values[chunk], outer);
-      alignas(64) T weights[AT_ONCE][CHUNK];
-      for (int64_t r = 0; r < AT_ONCE; r++) {
-        const int64_t seen = r >= some ? 0 : chunk < block ? CHUNK : i + r + 1;
+  // Adds to dq, dk and dv the terms of one chunk of queries, `block`, with one chunk of keys. q,
+  // dy: the head's first query and gradient, the next ones q_time and dy_time numbers on; logsums:
+  // (time).
+  void add_chunks(const T* q, int64_t q_time, const T* dy, int64_t dy_time, const float* logsums,
+                  int64_t block, int64_t chunk, const CausalShape& shape) {
+    alignas(64) float p[CHUNK][CHUNK], ds[CHUNK][CHUNK];  // (queries, keys)
+    alignas(64) T transposed[CHUNK][CHUNK];
+    const int64_t count = shape.count(block), start = block * CHUNK;
+    const __m512 one = _mm512_set1_ps(1), ones[ROWS_AT_ONCE] = {one, one, one, one};
+    const int64_t used = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE;
+    for (auto* matrix : {p, ds}) std::fill(matrix[used], matrix[CHUNK], 0.0f);
+    for (int64_t i = 0; i < count; i += ROWS_AT_ONCE) {
+      Scores scores, products;  // q kᵀ, dy vᵀ
+      const int64_t rows = std::min(ROWS_AT_ONCE, count - i);
+      multiply_with_tokens(q + (start + i) * q_time, q_time, rows, keys[chunk], scores);
+      multiply_with_tokens(dy + (start + i) * dy_time, dy_time, rows, values[chunk], products);
+      alignas(64) T weights[ROWS_AT_ONCE][CHUNK];
+      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+        const int64_t visible = r >= rows ? 0 : chunk < block ? CHUNK : i + r + 1;
         const int64_t query = start + std::min(i + r, count - 1);
         for (int k = 0; k < CHUNK / 16; k++) {
-          const __m512 scale = _mm512_set1_ps(at.scale);
+          const __m512 scale = _mm512_set1_ps(shape.scale);
           const __m512 weight = _mm512_maskz_mov_ps(
-              lanes_of(seen - 16 * k),
+              first_lanes(visible - 16 * k),
               exp(_mm512_fmsub_ps(scores[r][k], scale, _mm512_set1_ps(logsums[query]))));
-          const __m512 change = _mm512_mul_ps(
-              _mm512_mul_ps(weight, scale), _mm512_sub_ps(outer[r][k], _mm512_set1_ps(d[query])));
+          const __m512 change =
+              _mm512_mul_ps(_mm512_mul_ps(weight, scale),
+                            _mm512_sub_ps(products[r][k], _mm512_set1_ps(d[query])));
           _mm512_store_ps(&p[i + r][16 * k], weight);
           _mm512_store_ps(&ds[i + r][16 * k], change);
           store(&weights[r][16 * k], change);
         }
       }
-      add_along(weights, keys[chunk], CHUNK, ones, dq + start + i);
+      add_weighted_tokens(weights, keys[chunk], CHUNK, ones, dq + start + i);
     }
     const int64_t first = chunk * CHUNK;
-    transpose(p, turned);
-    for (int64_t i = 0; i < CHUNK; i += AT_ONCE)
-      add_along(turned + i, gradients[block], CHUNK, ones, dv + first + i);
-    transpose(ds, turned);
-    for (int64_t i = 0; i < CHUNK; i += AT_ONCE)
-      add_along(turned + i, queries[block], CHUNK, ones, dk + first + i);
+    transpose(p, transposed);
+    for (int64_t i = 0; i < CHUNK; i += ROWS_AT_ONCE)
+      add_weighted_tokens(transposed + i, gradients[block], CHUNK, ones, dv + first + i);
+    transpose(ds, transposed);
+    for (int64_t i = 0; i < CHUNK; i += ROWS_AT_ONCE)
+      add_weighted_tokens(transposed + i, queries[block], CHUNK, ones, dk + first + i);
   }
 };
 
-// y, dy, dq: (rows, time, heads, size), dk, dv: (rows, time, kv_heads, size), without gaps.
+// The gradients of `attend_causally` from dy, that of y, with y and logsums as it gave them. y, dy,
+// dq: (rows, time, heads, size) and dk, dv: (rows, time, kv_heads, size), without gaps.
 template <typename T, int vectors>
 void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, const T* dy,
-                              const float* logsums, T* dq, T* dk, T* dv, const Causal& at) {
+                              const float* logsums, T* dq, T* dk, T* dv, const CausalShape& shape) {
   constexpr int64_t size = 16 * vectors;
-  const int64_t chunks = at.chunks();
+  const int64_t chunks = shape.chunks();
 #pragma omp parallel
   {
-    Backward<T, vectors> own(chunks);
+    Backward<T, vectors> backward(chunks);
+    // A task is a key head of a row, with all the query heads that it serves.
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < at.rows * at.kv_heads; task++) {
-      const int64_t row = task / at.kv_heads, kv_head = task % at.kv_heads;
+    for (int64_t task = 0; task < shape.rows * shape.kv_heads; task++) {
+      const int64_t row = task / shape.kv_heads, kv_head = task % shape.kv_heads;
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const int64_t from = row * at.kv_row + chunk * CHUNK * at.kv_time + kv_head * size;
-        own.keys[chunk].fill_across(k + from, at.count(chunk), at.kv_time);
-        own.keys[chunk].fill_along(k + from, at.count(chunk), at.kv_time);
-        own.values[chunk].fill_across(v + from, at.count(chunk), at.kv_time);
+        const int64_t from = row * shape.kv_row + chunk * CHUNK * shape.kv_time + kv_head * size;
+        backward.keys[chunk].fill_token_lanes(k + from, shape.count(chunk), shape.kv_time);
+        backward.keys[chunk].fill_size_lanes(k + from, shape.count(chunk), shape.kv_time);
+        backward.values[chunk].fill_token_lanes(v + from, shape.count(chunk), shape.kv_time);
       }
-      std::fill(own.dk[0], own.dk[chunks * CHUNK], 0.0f);
-      std::fill(own.dv[0], own.dv[chunks * CHUNK], 0.0f);
-      const auto write = [&](const float(*from)[size], T* to, int64_t apart) {
-        for (int64_t i = 0; i < at.time; i++)
+      std::fill(backward.dk[0], backward.dk[chunks * CHUNK], 0.0f);
+      std::fill(backward.dv[0], backward.dv[chunks * CHUNK], 0.0f);
+      // Rounds gradients (time, size) to T; `stride` numbers from one token to the next.
+      const auto write = [&](const float (*from)[size], T* to, int64_t stride) {
+        for (int64_t i = 0; i < shape.time; i++)
           for (int64_t j = 0; j < size; j += 16)
-            store(to + i * apart + j, _mm512_load_ps(&from[i][j]));
+            store(to + i * stride + j, _mm512_load_ps(&from[i][j]));
       };
-      for (int64_t head = kv_head * at.group(); head < (kv_head + 1) * at.group(); head++) {
-        const int64_t apart = at.heads * size, first = row * at.time * apart + head * size;
-        const T *own_q = q + row * at.q_row + head * size, *own_dy = dy + first;
+      for (int64_t head = kv_head * shape.group(); head < (kv_head + 1) * shape.group(); head++) {
+        const int64_t stride = shape.heads * size, first = row * shape.time * stride + head * size;
+        const T *head_q = q + row * shape.q_row + head * size, *head_dy = dy + first;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          const int64_t start = chunk * CHUNK, count = at.count(chunk);
-          own.queries[chunk].fill_along(own_q + start * at.q_time, count, at.q_time);
-          own.gradients[chunk].fill_along(own_dy + start * apart, count, apart);
+          const int64_t start = chunk * CHUNK, count = shape.count(chunk);
+          backward.queries[chunk].fill_size_lanes(head_q + start * shape.q_time, count,
+                                                  shape.q_time);
+          backward.gradients[chunk].fill_size_lanes(head_dy + start * stride, count, stride);
         }
-        for (int64_t i = 0; i < at.time; i++) {
+        for (int64_t i = 0; i < shape.time; i++) {
           __m512 sum = _mm512_setzero_ps();
           for (int64_t j = 0; j < size; j += 16)
-            sum = _mm512_fmadd_ps(load(own_dy + i * apart + j), load(y + first + i * apart + j),
+            sum = _mm512_fmadd_ps(load(head_dy + i * stride + j), load(y + first + i * stride + j),
                                   sum);
-          own.d[i] = _mm512_reduce_add_ps(sum);
+          backward.d[i] = _mm512_reduce_add_ps(sum);
         }
-        std::fill(own.dq[0], own.dq[chunks * CHUNK], 0.0f);
+        std::fill(backward.dq[0], backward.dq[chunks * CHUNK], 0.0f);
         for (int64_t block = 0; block < chunks; block++)
           for (int64_t chunk = 0; chunk <= block; chunk++)
-            own.tile(own_q, at.q_time, own_dy, apart, logsums + (row * at.heads + head) * at.time,
-                     block, chunk, at);
-        write(own.dq, dq + first, apart);
+            backward.add_chunks(head_q, shape.q_time, head_dy, stride,
+                                logsums + (row * shape.heads + head) * shape.time, block, chunk,
+                                shape);
+        write(backward.dq, dq + first, stride);
       }
-      const int64_t apart = at.kv_heads * size, to = row * at.time * apart + kv_head * size;
-      write(own.dk, dk + to, apart);
-      write(own.dv, dv + to, apart);
+      const int64_t stride = shape.kv_heads * size, to = row * shape.time * stride + kv_head * size;
+      write(backward.dk, dk + to, stride);
+      write(backward.dv, dv + to, stride);
     }
   }
 }
 
+// --- The instance for a head size: 32, 64, 96 or 128 ---
+
 template <typename T>
-void attend_causally_of(const void* q, const void* k, const void* v, void* y, float* logsums,
-                        int64_t size, const Causal& at) {
-  auto* run = size == 32 ? attend_causally<T, 2> : size == 64 ? attend_causally<T, 4>
-              : size == 96 ? attend_causally<T, 6> : attend_causally<T, 8>;
-  run((const T*)q, (const T*)k, (const T*)v, (T*)y, logsums, at);
+void attend_causally_by_size(const void* q, const void* k, const void* v, void* y, float* logsums,
+                             int64_t size, const CausalShape& shape) {
+  auto* run = size == 32   ? attend_causally<T, 2>
+              : size == 64 ? attend_causally<T, 4>
+              : size == 96 ? attend_causally<T, 6>
+                           : attend_causally<T, 8>;
+  run((const T*)q, (const T*)k, (const T*)v, (T*)y, logsums, shape);
 }
 
 template <typename T>
-void attend_causally_backward_of(const void* q, const void* k, const void* v, const void* y,
-                                 const void* dy, const float* logsums, void* dq, void* dk,
-                                 void* dv, int64_t size, const Causal& at) {
-  auto* run = size == 32 ? attend_causally_backward<T, 2>
+void attend_causally_backward_by_size(const void* q, const void* k, const void* v, const void* y,
+                                      const void* dy, const float* logsums, void* dq, void* dk,
+                                      void* dv, int64_t size, const CausalShape& shape) {
+  auto* run = size == 32   ? attend_causally_backward<T, 2>
               : size == 64 ? attend_causally_backward<T, 4>
-              : size == 96 ? attend_causally_backward<T, 6> : attend_causally_backward<T, 8>;
+              : size == 96 ? attend_causally_backward<T, 6>
+                           : attend_causally_backward<T, 8>;
   run((const T*)q, (const T*)k, (const T*)v, (const T*)y, (const T*)dy, logsums, (T*)dq, (T*)dk,
-      (T*)dv, at);
+      (T*)dv, shape);
 }
 
 template <typename T>
-void attend_of(const void* q, const void* keys, const void* values, const void* mask, void* y,
-               int64_t size, const Attention& at) {
-  auto* run = size == 32 ? attend<T, 2> : size == 64 ? attend<T, 4> : size == 96 ? attend<T, 6>
-              : attend<T, 8>;
-  run((const T*)q, (const T*)keys, (const T*)values, (const T*)mask, (T*)y, at);
+void attend_by_size(const void* q, const void* keys, const void* values, const void* mask, void* y,
+                    int64_t size, const CacheShape& shape) {
+  auto* run = size == 32   ? attend<T, 2>
+              : size == 64 ? attend<T, 4>
+              : size == 96 ? attend<T, 6>
+                           : attend<T, 8>;
+  run((const T*)q, (const T*)keys, (const T*)values, (const T*)mask, (T*)y, shape);
 }
 
 }  // namespace

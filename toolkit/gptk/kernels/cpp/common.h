@@ -1,5 +1,7 @@
-// What gptk's kernels share. Numbers are float32 or bfloat16 (as uint16_t) in memory and float32 in
-// registers.
+// What all of gptk's kernels use: loading, rounding, storing, and a few vector functions.
+//
+// Numbers in memory are float32, or bfloat16 held as uint16_t; sums are float32. A vector register
+// has 16 lanes of 32 bits.
 #pragma once
 
 #include <immintrin.h>
@@ -11,26 +13,27 @@
 #include <memory>
 #include <vector>
 
-// A call with x, and what is of its dtype, as bfloat16 or as float32.
-#define OF(is_bfloat16, ...)        \
-  if (is_bfloat16) {                \
-    using T = uint16_t;             \
-    __VA_ARGS__;                    \
-  } else {                          \
-    using T = float;                \
-    __VA_ARGS__;                    \
+// Runs a statement with the type T set to uint16_t (bfloat16) or float.
+#define DISPATCH_DTYPE(is_bfloat16, ...) \
+  if (is_bfloat16) {                     \
+    using T = uint16_t;                  \
+    __VA_ARGS__;                         \
+  } else {                               \
+    using T = float;                     \
+    __VA_ARGS__;                         \
   }
 
 namespace {
 
-constexpr int64_t FEW = 1 << 15; // numbers that are not worth a second thread
-constexpr __mmask16 ALL = 0xffff;
+constexpr int64_t PARALLEL_FROM = 1 << 15;  // numbers; with fewer a second thread does not pay
+constexpr __mmask16 ALL_LANES = 0xffff;
 
-// The first `count` lanes, of those that there are.
-inline __mmask16 lanes_of(int64_t count) {
-  return count >= 16 ? ALL : count < 1 ? 0 : (1 << count) - 1;
+// A mask of the first `count` lanes: all of them for 16 or more, none for 0 or less.
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? ALL_LANES : count < 1 ? 0 : (1 << count) - 1;
 }
 
+// 16 consecutive numbers, as float32.
 inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
 
 inline __m512 load(const uint16_t* x) {  // bfloat16
@@ -38,24 +41,28 @@ inline __m512 load(const uint16_t* x) {  // bfloat16
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-inline __m512 load_some(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+// The same for the lanes of a mask, 0 in the other lanes, whose memory is not read.
+inline __m512 load_masked(const float* x, __mmask16 lanes) {
+  return _mm512_maskz_loadu_ps(lanes, x);
+}
 
-inline __m512 load_some(const uint16_t* x, __mmask16 lanes) {
+inline __m512 load_masked(const uint16_t* x, __mmask16 lanes) {  // bfloat16
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-inline float number(float x) { return x; }
+// One number, as float32.
+inline float to_float(float x) { return x; }
 
-inline float number(uint16_t x) {  // bfloat16
+inline float to_float(uint16_t x) {  // bfloat16
   const uint32_t bits = (uint32_t)x << 16;
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
 
-// 32 numbers, rounded to the nearest bfloat16, or even.
-inline __m512i bfloat16s(__m512 low, __m512 high) {
+// 32 numbers, those of `low` first, rounded to the nearest bfloat16, ties to even.
+inline __m512i to_bfloat16(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 #else
@@ -73,38 +80,44 @@ inline __m512i bfloat16s(__m512 low, __m512 high) {
 #endif
 }
 
-inline __m256i bfloat16s(__m512 value) { return _mm512_castsi512_si256(bfloat16s(value, value)); }
+// 16 numbers, rounded to the nearest bfloat16, ties to even.
+inline __m256i to_bfloat16(__m512 value) {
+  return _mm512_castsi512_si256(to_bfloat16(value, value));
+}
 
+// Writes 16 consecutive numbers, rounded to the dtype of y.
 inline void store(float* y, __m512 value) { _mm512_storeu_ps(y, value); }
 
-inline void store(uint16_t* y, __m512 value) {
-  _mm256_storeu_si256((__m256i*)y, bfloat16s(value));
+inline void store(uint16_t* y, __m512 value) {  // bfloat16
+  _mm256_storeu_si256((__m256i*)y, to_bfloat16(value));
 }
 
-// With a mask they take several times as long.
-inline void store_some(float* y, __mmask16 lanes, __m512 value) {
-  lanes == ALL ? store(y, value) : _mm512_mask_storeu_ps(y, lanes, value);
+// The same for the lanes of a mask. A store with a mask takes several times as long as one without,
+// even if the mask has all lanes.
+inline void store_masked(float* y, __mmask16 lanes, __m512 value) {
+  lanes == ALL_LANES ? store(y, value) : _mm512_mask_storeu_ps(y, lanes, value);
 }
 
-inline void store_some(uint16_t* y, __mmask16 lanes, __m512 value) {
-  lanes == ALL ? store(y, value) : _mm256_mask_storeu_epi16(y, lanes, bfloat16s(value));
+inline void store_masked(uint16_t* y, __mmask16 lanes, __m512 value) {  // bfloat16
+  lanes == ALL_LANES ? store(y, value) : _mm256_mask_storeu_epi16(y, lanes, to_bfloat16(value));
 }
 
-// 32 numbers in their order, as bfloat16, with zeros for those from `count` on.
+// The first `count` of 32 consecutive bfloat16 numbers, then zeros: lane i has numbers 2i, 2i + 1.
 inline __m512i load_pairs(const uint16_t* x, int64_t count) {
   if (count >= 32) return _mm512_loadu_si512(x);
   return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), x);
 }
 
-// Pairs of a number of `x` and the one below it in `under`, if that is there, or 0.
-inline __m512i join(const uint16_t* x, const uint16_t* under, __mmask16 lanes) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
-  if (!under) return low;
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, under));
+// Two rows of 16 bfloat16 numbers, interleaved: lane i has row[i] in its low half and next_row[i],
+// or 0 without a next row, in its high half. Lanes that are not in the mask are 0.
+inline __m512i interleave(const uint16_t* row, const uint16_t* next_row, __mmask16 lanes) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row));
+  if (!next_row) return low;
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, next_row));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// Transposes 16 by 16 lanes.
+// Transposes a matrix of 16 by 16 lanes, a register a row, in place.
 inline void transpose(__m512i* v) {
   __m512i w[16];
   for (int i = 0; i < 16; i += 4) {
@@ -125,8 +138,8 @@ inline void transpose(__m512i* v) {
   }
 }
 
-// The sum of each of 16 vectors, in a lane each.
-inline __m512 sums_of(__m512* v) {
+// Sums each of 16 vectors: lane i of the result is the sum of the lanes of v[i]. Overwrites v.
+inline __m512 horizontal_sums(__m512* v) {
   for (int i = 0; i < 8; i++)
     v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
                          _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
@@ -139,12 +152,13 @@ inline __m512 sums_of(__m512* v) {
   return _mm512_shuffle_f32x4(v[0], v[0], 0xd8);
 }
 
-// sum + the products of 64 bytes of each.
-inline __m512 multiply(__m512 sum, const float*, __m512i a, __m512i b) {
+// sum + a · b lane by lane, where each lane of a and b holds a float32 number or two bfloat16
+// numbers, whose two products are both added. The pointer is not read: its type says which.
+inline __m512 multiply_add(__m512 sum, const float*, __m512i a, __m512i b) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
-inline __m512 multiply(__m512 sum, const uint16_t*, __m512i a, __m512i b) {
+inline __m512 multiply_add(__m512 sum, const uint16_t*, __m512i a, __m512i b) {
 #ifdef __AVX512BF16__
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else
@@ -156,18 +170,23 @@ inline __m512 multiply(__m512 sum, const uint16_t*, __m512i a, __m512i b) {
 #endif
 }
 
-inline __m512 exp(__m512 x) {  // to 1e-7; 0 below -104
+// exp(x) of each lane, with a relative error of about 1e-7; 0 for x below -104.
+inline __m512 exp(__m512 x) {
+  // exp(x) = 2ⁿ exp(f), where n is the integer nearest to x / log 2, and f = x - n log 2.
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
   f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
   __m512 y = _mm512_set1_ps(1.0f / 720);
   for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(factor));
-  const __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(seen, y, n);
+  const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(positive, y, n);
 }
 
-// A softmax's unit: with nothing in sight there is none.
-inline __m512 unit_of(float highest) { return _mm512_set1_ps(highest == -INFINITY ? 0 : highest); }
+// What a softmax subtracts from its scores: the highest one; 0 if all are masked with -inf, as the
+// difference of two -inf is NaN.
+inline __m512 softmax_shift(float highest) {
+  return _mm512_set1_ps(highest == -INFINITY ? 0 : highest);
+}
 
 }  // namespace

@@ -1,5 +1,7 @@
-// gptk's own kernels for x86 processors with AVX-512 and VNNI, as gptk/kernels.py compiles and calls
-// them.
+// The exported functions of all kernels except attention, which kernels/build.py compiles and
+// loads. They need an x86 processor with AVX-512 and VNNI.
+//
+// is_bfloat16: matrices passed as void* are bfloat16; else they are float32.
 
 #include "layers.h"
 #include "matrices.h"
@@ -8,50 +10,64 @@
 
 extern "C" {
 
-// y (rows, outputs) = x (rows, inputs) times the weights, plus the bias if there is one.
-void gptk_linear(int is_bfloat16, int bits, const void* x, const void* weights, const void* bias,
-                 void* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  OF(is_bfloat16, (bits == 4 ? linear<4, T> : linear<8, T>)(
-                      (const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs,
-                      outputs));
+// y (rows, outputs) = x (rows, inputs) times quantized weights, as gptk_pack lays them out, plus
+// the bias (outputs) unless it is null. x is rounded to 15 bits and a sign in each group of 32
+// inputs. bits: 4 or 8.
+void gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const void* weights,
+                           const void* bias, void* y, int64_t rows, int64_t inputs,
+                           int64_t outputs) {
+  DISPATCH_DTYPE(is_bfloat16, {
+    const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
+    run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
+  });
 }
 
-// The same with weights as they are, (outputs, inputs), inputs a multiple of 32.
-void gptk_dense(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
-                int64_t rows, int64_t inputs, int64_t outputs) {
-  OF(is_bfloat16, dense((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows, inputs,
-                        outputs));
+// y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
+// unless it is null, summed in float32. inputs: a multiple of 32.
+void gptk_linear(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
+                 int64_t rows, int64_t inputs, int64_t outputs) {
+  DISPATCH_DTYPE(is_bfloat16, linear((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows,
+                                     inputs, outputs));
 }
 
-// The weights of gptk_linear, y, from codes in a byte each, and of each group scale and offset.
-void gptk_pack(int bits, const void* codes, const float* scale, const float* offset, void* y,
+// Lays quantized weights out for gptk_quantized_linear. codes: (outputs, inputs), a code in a byte;
+// scale, offset: (outputs, groups of 32 inputs); weights: the result, see `pack`. bits: 4 or 8.
+void gptk_pack(int bits, const void* codes, const float* scale, const float* offset, void* weights,
                int64_t outputs, int64_t inputs) {
-  (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)y, outputs,
+  (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)weights, outputs,
                                   inputs);
 }
 
-// y = codes · scale + offset, for groups of 32 codes in a byte each.
+// y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
 void gptk_dequantize(int is_bfloat16, const void* codes, const float* scale, const float* offset,
                      void* y, int64_t groups) {
-  OF(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
+  DISPATCH_DTYPE(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
 }
 
-// The weights of gptk_linear themselves, y (outputs, inputs).
-void gptk_expand(int is_bfloat16, int bits, const void* weights, void* y, int64_t inputs,
-                 int64_t outputs) {
-  OF(is_bfloat16, (bits == 4 ? expand<4, T> : expand<8, T>)((const uint8_t*)weights, (T*)y, inputs,
-                                                            outputs));
+// y (outputs, inputs) = the dequantized weights of a matrix that gptk_pack laid out.
+void gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, void* y, int64_t inputs,
+                            int64_t outputs) {
+  DISPATCH_DTYPE(is_bfloat16, {
+    const auto run = bits == 4 ? dequantize_packed<4, T> : dequantize_packed<8, T>;
+    run((const uint8_t*)weights, (T*)y, inputs, outputs);
+  });
 }
 
-// y (rows, columns) = a (rows, depth) b (depth, columns), plus the bias if there is one, plus y,
-// float32, if that is added to. a is bfloat16. Strides are those of rows; or of columns, where the numbers of a
-// row of a, or of a column of b, stand along each other the other way.
-void gptk_product(const void* a, int64_t a_stride, int a_along, int b_is_bfloat16, const void* b,
-                  int64_t b_stride, int b_along, int y_is_bfloat16, void* y, int64_t y_stride,
-                  const float* bias, int add, int64_t rows, int64_t columns, int64_t depth) {
-  const Side<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_along != 0};
-  OF(b_is_bfloat16, {
-    const Side<T> right{(const T*)b, b_stride, columns, b_along != 0};
+// y (rows, columns) = a (rows, depth) times b (depth, columns), plus the bias (columns) unless it
+// is null, plus y itself if `add`, for which y must be float32. a is bfloat16; b and y are float32
+// or bfloat16; b is rounded to bfloat16, and sums are float32.
+//
+// a_contiguous_in_depth: a is row-major, and a_stride leads to the next row; else it is
+// column-major, and a_stride leads to the next column. b_contiguous_in_depth: b is column-major,
+// and b_stride leads to the next column; else it is row-major, and b_stride leads to the next row.
+// y is row-major, a row every y_stride numbers.
+void gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth, int b_is_bfloat16,
+                  const void* b, int64_t b_stride, int b_contiguous_in_depth, int y_is_bfloat16,
+                  void* y, int64_t y_stride, const float* bias, int add, int64_t rows,
+                  int64_t columns, int64_t depth) {
+  const Operand<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_contiguous_in_depth != 0};
+  DISPATCH_DTYPE(b_is_bfloat16, {
+    const Operand<T> right{(const T*)b, b_stride, columns, b_contiguous_in_depth != 0};
     if (y_is_bfloat16)
       product(left, right, depth, (uint16_t*)y, y_stride, bias, add);
     else
@@ -59,105 +75,114 @@ void gptk_product(const void* a, int64_t a_stride, int a_along, int b_is_bfloat1
   });
 }
 
-// x, y: (rows, size), size a multiple of 16.
+// y = x / √(mean x² + eps) · weight for each row. x, y: (rows, size); weight: (size). size: a
+// multiple of 16.
 void gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
                    int64_t rows, int64_t size) {
-  OF(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
+  DISPATCH_DTYPE(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
 }
 
-// y (rows, size) = silu(x[:, :size]) · x[:, size:], size a multiple of 16.
+// y (rows, size) = silu(x[:, :size]) · x[:, size:]. size: a multiple of 16.
 void gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
-  OF(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size));
+  DISPATCH_DTYPE(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size));
 }
 
-// y (size) = gelu(x), or with dy its gradient by x.
+// y (size) = gelu(x); or, unless dy is null, the gradient of x from dy, that of gelu(x).
 void gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
-  OF(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
-                     : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
+  DISPATCH_DTYPE(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
+                                 : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
 }
 
-// x, y: (heads, size), size a multiple of 32; cosines, sines: (angles, size), taken in turns.
+// Rotary position embedding of x (heads, size) into y, see `rotate`. cosines, sines: (angles,
+// size); head i takes those of i % angles. size: a multiple of 32.
 void gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
                  int64_t heads, int64_t angles, int64_t size) {
-  OF(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y, heads, angles,
-                         size));
+  DISPATCH_DTYPE(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y, heads,
+                                     angles, size));
 }
 
-// y (count): noise for tokens with keys of two numbers each, `stride` numbers apart, or one key, 0.
-void gptk_exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, float* y,
+// y (count): exponential noise for tokens (count), by keys (count, 2), `key_stride` numbers from
+// one to the next, or by one key (2) for all, with a key_stride of 0.
+void gptk_exponential(const int32_t* keys, int64_t key_stride, const int32_t* tokens, float* y,
                       int64_t count) {
-  exponential(keys, stride, tokens, y, count);
+  exponential(keys, key_stride, tokens, y, count);
 }
 
-// Of each row of x (rows, size): the highest number, the sum of weights exp(x - highest), and the
-// sum of weight · (x - highest).
-void gptk_sums(const float* x, float* highest, float* weight, float* weighted, int64_t rows,
-               int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
+// For each row of x (rows, size): the highest number, the sum of the weights exp(x - highest), and
+// the sum of weight · (x - highest).
+void gptk_softmax_sums(const float* x, float* highest, float* weight, float* weighted, int64_t rows,
+                       int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
   for (int64_t row = 0; row < rows; row++) {
-    const Sums sums(x + row * size, size);
+    const SoftmaxSums sums(x + row * size, size);
     highest[row] = sums.highest;
     weight[row] = sums.weight;
     weighted[row] = sums.weighted;
   }
 }
 
-// For each row the key at which tokens in the order of falling keys reach the probability p.
+// y (rows): for each row of keys and logits (rows, size) the key at which tokens, in the order of
+// falling keys, reach the probability p.
 void gptk_last_key(const float* keys, const float* logits, double p, float* y, int64_t rows,
                    int64_t size) {
-#pragma omp parallel if (rows * size > FEW)
+#pragma omp parallel if (rows * size > PARALLEL_FROM)
   {
-    std::vector<Weighed> scratch;
+    std::vector<WeightedKey> scratch;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++)
       y[row] = last_key(keys + row * size, logits + row * size, size, p, scratch);
   }
 }
 
-// y = x where the key is at least its row's `least`, or NaN; else -inf.
+// y = x where the key is at least its row's `least` or either is NaN, else -inf. x, keys, y: (rows,
+// size); least: (rows).
 void gptk_keep_from(const float* x, const float* least, const float* keys, float* y, int64_t rows,
                     int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
   for (int64_t row = 0; row < rows; row++)
     for (int64_t i = row * size; i < (row + 1) * size; i++)
       y[i] = keys[i] < least[row] ? -INFINITY : x[i];
 }
 
-// The k largest numbers of each row and where they are. `found` is 0 for a row with a NaN.
+// values, tokens (rows, k): the k largest numbers of each row of x (rows, size), and their indexes.
+// found (rows): 0 for a row with a NaN, else 1.
 void gptk_top(const float* x, float* values, int64_t* tokens, int32_t* found, int64_t rows,
               int64_t size, int64_t k) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
   for (int64_t row = 0; row < rows; row++)
     found[row] = top(x + row * size, size, k, values + row * k, tokens + row * k);
 }
 
-// A token of each row in proportion to exp(logits), by a row's key, and its log-probability.
+// tokens (rows): for each row of logits (rows, size) one token, drawn with probability
+// softmax(logits) by the row's key, keys (rows, 2); logprobs (rows): its log-probability.
 void gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float* logprobs,
                int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
   for (int64_t row = 0; row < rows; row++)
     logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
 }
 
-// y (columns) = the sums of the columns of x (rows, columns).
+// y (columns) = the sums of the columns of x (rows, columns), float32.
 void gptk_column_sums(int is_bfloat16, const void* x, float* y, int64_t rows, int64_t columns) {
-  OF(is_bfloat16, column_sums((const T*)x, y, rows, columns));
+  DISPATCH_DTYPE(is_bfloat16, column_sums((const T*)x, y, rows, columns));
 }
 
-// For each row of x (rows, size), at its stride, the loss -log softmax(x)[target]; and, unless scale
-// is 0, scale · (softmax(x) - one at the target) in the place of x.
-void gptk_cross_entropy(int is_bfloat16, void* x, const int64_t* targets, float* losses, float scale,
-                        int64_t rows, int64_t size, int64_t stride) {
-  OF(is_bfloat16, cross_entropy((T*)x, targets, losses, scale, rows, size, stride));
+// losses (rows) = -log softmax(logits)[target] for each row of logits (rows, size), a row every
+// `stride` numbers; and, unless scale is 0, logits = scale · (softmax(logits) - 1 at the target).
+void gptk_cross_entropy(int is_bfloat16, void* logits, const int64_t* targets, float* losses,
+                        float scale, int64_t rows, int64_t size, int64_t stride) {
+  DISPATCH_DTYPE(is_bfloat16,
+                 cross_entropy((T*)logits, targets, losses, scale, rows, size, stride));
 }
 
-// y (count): the first numbers of a random permutation of `size`.
+// y (count): the first numbers of a random permutation of 0 to size - 1.
 void gptk_permutation(int64_t seed, int64_t size, int64_t count, int32_t* y) {
   permutation((uint32_t)seed, size, count, y);
 }
 }
 
-// The same for a program by AOTInductor: functions of PyTorch's stable C interface.
+// gptk_quantized_linear without a bias for programs by AOTInductor, which call it by PyTorch's
+// stable C interface.
 using Tensor = struct AtenTensorOpaque*;
 extern "C" {
 int32_t aoti_torch_get_data_ptr(Tensor, void**);
@@ -168,21 +193,22 @@ int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
                                  Tensor*);
 
-int32_t aoti_torch_cpu_few_rows_linear(Tensor x, Tensor weights, int64_t bits, int64_t outputs,
-                                       Tensor* y) {
+// Returns 0, or 1 for an error of PyTorch's.
+int32_t aoti_torch_cpu_quantized_linear(Tensor x, Tensor weights, int64_t bits, int64_t outputs,
+                                        Tensor* y) {
   int64_t rows, inputs;
   int32_t dtype;
-  void *from, *codes, *to;
+  void *x_data, *weights_data, *y_data;
   if (aoti_torch_get_size(x, 0, &rows) || aoti_torch_get_size(x, 1, &inputs) ||
-      aoti_torch_get_dtype(x, &dtype) || aoti_torch_get_data_ptr(x, &from) ||
-      aoti_torch_get_data_ptr(weights, &codes))
+      aoti_torch_get_dtype(x, &dtype) || aoti_torch_get_data_ptr(x, &x_data) ||
+      aoti_torch_get_data_ptr(weights, &weights_data))
     return 1;
   const int64_t sizes[2] = {rows, outputs}, strides[2] = {outputs, 1};
   if (aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, y) ||
-      aoti_torch_get_data_ptr(*y, &to))
+      aoti_torch_get_data_ptr(*y, &y_data))
     return 1;
-  gptk_linear(dtype == aoti_torch_dtype_bfloat16(), bits, from, codes, nullptr, to, rows, inputs,
-              outputs);
+  gptk_quantized_linear(dtype == aoti_torch_dtype_bfloat16(), bits, x_data, weights_data, nullptr,
+                        y_data, rows, inputs, outputs);
   return 0;
 }
 }

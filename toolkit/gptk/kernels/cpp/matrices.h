@@ -1,5 +1,9 @@
-// Products of large matrices in bfloat16, summed in float32: what training spends its time with.
-// Either side is packed into panels as it is needed; float32 is rounded on the way.
+// Products of large matrices: bfloat16 times bfloat16, summed in float32. Training spends most of
+// its time in them.
+//
+// y = A B is computed a tile at a time. For that, rows of A and columns of B are packed into
+// panels, in the order in which tiles read them; operands in float32 are rounded to bfloat16 on the
+// way.
 #pragma once
 
 #include <omp.h>
@@ -10,95 +14,111 @@
 
 namespace {
 
-// A tile of the product is TALL rows of A by WIDE columns of B: its sums fill 24 registers.
-constexpr int64_t TALL = 8, WIDE = 48;
-// Numbers of each row and column that are multiplied before the next, at most; and of the packed
-// side that stays in the cache meanwhile, in all.
-constexpr int64_t DEEP = 1536, KEPT = 512 * DEEP;
+// A tile of y: 8 rows of A times 48 columns of B. Its sums take 24 of the 32 vector registers.
+constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 48;
+// The depth is processed in parts of at most this many numbers.
+constexpr int64_t MAX_PART_DEPTH = 1536;
+// How many numbers of one operand are packed at a time, to stay in the cache while the other
+// operand passes by.
+constexpr int64_t BLOCK_NUMBERS = 512 * MAX_PART_DEPTH;
 
-struct alignas(64) Line {
+struct alignas(64) CacheLine {
   uint16_t numbers[32];
 };
 
-// The rows of A or the columns of B. `along`: the numbers of one stand next to each other; else
-// those of its neighbors do.
+// A matrix as an operand: `count` rows of A (count, depth), or columns of B (depth, count).
 template <typename T>
-struct Side {
+struct Operand {
   const T* x;
   int64_t stride, count;
-  bool along;
+  // True: the numbers of a row of A (row-major), or of a column of B (column-major), are next to
+  // each other in memory, and `stride` leads to the next row or column. False: numbers of the same
+  // depth are next to each other, and `stride` leads to the next depth.
+  bool contiguous_in_depth;
 };
 
-inline int64_t rounded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+// `count`, rounded up to a multiple of `unit`.
+inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
+// As in common.h, from float32: the first `count` of 32 consecutive numbers, rounded to bfloat16.
 inline __m512i load_pairs(const float* x, int64_t count) {
-  return bfloat16s(load_some(x, lanes_of(count)), load_some(x + 16, lanes_of(count - 16)));
+  return to_bfloat16(load_masked(x, first_lanes(count)),
+                     load_masked(x + 16, first_lanes(count - 16)));
 }
 
-inline __m512i join(const float* x, const float* under, __mmask16 lanes) {
-  const __m512i in_turns =
+// As in common.h, from float32: two rows of 16 numbers, rounded to bfloat16 and interleaved.
+inline __m512i interleave(const float* row, const float* next_row, __mmask16 lanes) {
+  const __m512i alternating =
       _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512 high = under ? load_some(under, lanes) : _mm512_setzero_ps();
-  return _mm512_permutexvar_epi16(in_turns, bfloat16s(load_some(x, lanes), high));
+  const __m512 high = next_row ? load_masked(next_row, lanes) : _mm512_setzero_ps();
+  return _mm512_permutexvar_epi16(alternating, to_bfloat16(load_masked(row, lanes), high));
 }
 
-// A panel is (pairs, WIDTH, 2). Puts a pair each of 16 rows or columns, from `at` on, into theirs.
+// Writes one pair of depths of 16 rows or columns, a lane each, into the panels they belong to:
+// panels (count / WIDTH, pairs, WIDTH, 2) of bfloat16. first: the first of these rows or columns.
 template <int64_t WIDTH>
-void put(__m512i lanes, int64_t at, int64_t count, int64_t pair, int64_t pairs, uint16_t* panels) {
-  uint16_t* to = panels + (at / WIDTH * pairs + pair) * WIDTH * 2;
+void store_pair(__m512i lanes, int64_t first, int64_t count, int64_t pair, int64_t pairs,
+                uint16_t* panels) {
+  uint16_t* to = panels + (first / WIDTH * pairs + pair) * WIDTH * 2;
   if (WIDTH % 16 == 0) {
-    _mm512_storeu_si512(to + at % WIDTH * 2, lanes);
+    _mm512_storeu_si512(to + first % WIDTH * 2, lanes);
     return;
   }
   _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(lanes));
-  if (at + WIDTH < count)
+  if (first + WIDTH < count)
     _mm256_storeu_si256((__m256i*)(to + pairs * WIDTH * 2), _mm512_extracti64x4_epi64(lanes, 1));
 }
 
-// Numbers `from` to `from` + `depth` of `count` rows or columns from `first` on, in panels.
+// Packs `count` rows of A or columns of B, from `first` on, at depths `from` to `from + depth`,
+// into panels of WIDTH rows or columns: (count / WIDTH, depth / 2, WIDTH, 2) of bfloat16, all
+// divisions rounded up, and zeros for what is missing.
 template <int64_t WIDTH, typename T>
-void pack_panels(const Side<T>& side, int64_t first, int64_t count, int64_t from, int64_t depth,
-                 uint16_t* panels) {
+void pack_panels(const Operand<T>& operand, int64_t first, int64_t count, int64_t from,
+                 int64_t depth, uint16_t* panels) {
   const int64_t pairs = (depth + 1) / 2;
-  for (int64_t at = 0; at < rounded(count, WIDTH); at += 16) {
-    if (side.along) {
-      const T* x = side.x + (first + at) * side.stride + from;
+  for (int64_t start = 0; start < round_up(count, WIDTH); start += 16) {
+    if (operand.contiguous_in_depth) {
+      const T* x = operand.x + (first + start) * operand.stride + from;
       for (int64_t k = 0; k < depth; k += 32) {
         __m512i v[16];
         for (int64_t i = 0; i < 16; i++)
-          v[i] = at + i < count ? load_pairs(x + i * side.stride + k, depth - k)
-                                : _mm512_setzero_si512();
+          v[i] = start + i < count ? load_pairs(x + i * operand.stride + k, depth - k)
+                                   : _mm512_setzero_si512();
         transpose(v);
         for (int64_t i = 0; i < 16 && k / 2 + i < pairs; i++)
-          put<WIDTH>(v[i], at, count, k / 2 + i, pairs, panels);
+          store_pair<WIDTH>(v[i], start, count, k / 2 + i, pairs, panels);
       }
     } else {
-      const T* x = side.x + from * side.stride + first + at;
-      const __mmask16 lanes = lanes_of(count - at);
-      for (int64_t k = 0; k < depth; k += 2, x += 2 * side.stride)
-        put<WIDTH>(join(x, k + 1 < depth ? x + side.stride : nullptr, lanes), at, count, k / 2,
-                   pairs, panels);
+      const T* x = operand.x + from * operand.stride + first + start;
+      const __mmask16 lanes = first_lanes(count - start);
+      for (int64_t k = 0; k < depth; k += 2, x += 2 * operand.stride)
+        store_pair<WIDTH>(interleave(x, k + 1 < depth ? x + operand.stride : nullptr, lanes), start,
+                          count, k / 2, pairs, panels);
     }
   }
 }
 
-// Asks for what is to be packed next, a few lines of memory at a time.
-struct Ahead {
+// Prefetches the memory that `pack_panels` will read with the same arguments, some cache lines at a
+// time.
+struct Prefetcher {
   const char* x = nullptr;
+  // Memory in `runs` that are `stride` bytes apart, each of `lines` cache lines, of which `line` is
+  // the next.
   int64_t stride = 0, lines = 0, runs = 0, line = 0;
 
   template <typename T>
-  Ahead(const Side<T>& side, int64_t first, int64_t count, int64_t from, int64_t depth) {
+  Prefetcher(const Operand<T>& operand, int64_t first, int64_t count, int64_t from, int64_t depth) {
     if (count <= 0) return;
-    x = (const char*)(side.x + (side.along ? first * side.stride + from
-                                           : from * side.stride + first));
-    stride = side.stride * sizeof(T);
-    lines = (side.along ? depth : count) * sizeof(T) / 64 + 1;
-    runs = side.along ? count : depth;
+    x = (const char*)(operand.x + (operand.contiguous_in_depth ? first * operand.stride + from
+                                                               : from * operand.stride + first));
+    stride = operand.stride * sizeof(T);
+    lines = (operand.contiguous_in_depth ? depth : count) * sizeof(T) / 64 + 1;
+    runs = operand.contiguous_in_depth ? count : depth;
   }
 
-  void ask(int64_t count) {
+  // Prefetches the next `count` lines.
+  void prefetch(int64_t count) {
     for (; count > 0 && runs > 0; count--) {
       _mm_prefetch(x + 64 * line, _MM_HINT_T1);
       if (++line == lines) line = 0, x += stride, runs--;
@@ -106,7 +126,9 @@ struct Ahead {
   }
 };
 
-// Where a tile's sums go: into `sums` while there is more to add, at last into y.
+// Where the sums of a tile go: into `sums` while parts of the depth are still to come, with the
+// last part into y, plus the bias unless it is null. Pointers are to the tile's first row and
+// column.
 template <typename Y>
 struct Target {
   float* sums;
@@ -114,127 +136,144 @@ struct Target {
   Y* y;
   int64_t stride;
   const float* bias;
-  bool add, last;
+  bool add;   // the tile's sums are added to what is in `sums`
+  bool last;  // this is the last part of the depth
 };
 
-// WHOLE: all of the tile is there.
+// Stores the sums of a tile. rows, columns: how many of y there are from the tile's first on.
+// WHOLE: at least as many as the tile has.
 template <bool WHOLE, typename Y>
-inline void store_tile(const __m512 (&sum)[TALL][WIDE / 16], const Target<Y>& to, int64_t rows,
-                       int64_t columns) {
+inline void store_tile(const __m512 (&sum)[TILE_ROWS][TILE_COLUMNS / 16], const Target<Y>& to,
+                       int64_t rows, int64_t columns) {
 #pragma GCC unroll 8
-  for (int i = 0; i < TALL; i++)
+  for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 3
-    for (int j = 0; j < WIDE / 16; j++) {
-      const __mmask16 lanes = WHOLE ? ALL : i < rows ? lanes_of(columns - 16 * j) : 0;
+    for (int j = 0; j < TILE_COLUMNS / 16; j++) {
+      const __mmask16 lanes = WHOLE ? ALL_LANES : i < rows ? first_lanes(columns - 16 * j) : 0;
       float* sums = to.sums + i * to.sums_stride + 16 * j;
       Y* y = to.y + i * to.stride + 16 * j;
       __m512 value = sum[i][j];
-      if (to.add) value = _mm512_add_ps(value, WHOLE ? load(sums) : load_some(sums, lanes));
-      if (to.last && to.bias) value = _mm512_add_ps(value, load_some(to.bias + 16 * j, lanes));
+      if (to.add) value = _mm512_add_ps(value, WHOLE ? load(sums) : load_masked(sums, lanes));
+      if (to.last && to.bias) value = _mm512_add_ps(value, load_masked(to.bias + 16 * j, lanes));
       if (WHOLE)
         to.last ? store(y, value) : store(sums, value);
       else
-        to.last ? store_some(y, lanes, value) : store_some(sums, lanes, value);
+        to.last ? store_masked(y, lanes, value) : store_masked(sums, lanes, value);
     }
 }
 
+// The product of a panel of A (pairs, TILE_ROWS, 2) and one of B (pairs, TILE_COLUMNS, 2),
+// bfloat16, summed in float32. rows, columns: see `store_tile`.
 template <typename Y>
 void multiply_tile(const uint16_t* a, const uint16_t* b, int64_t pairs, const Target<Y>& to,
                    int64_t rows, int64_t columns) {
   if (to.add)
-    for (int64_t i = 0; i < std::min(rows, TALL); i++)
-      for (int64_t j = 0; j < std::min(columns, WIDE); j += 16)
+    for (int64_t i = 0; i < std::min(rows, TILE_ROWS); i++)
+      for (int64_t j = 0; j < std::min(columns, TILE_COLUMNS); j += 16)
         _mm_prefetch(to.sums + i * to.sums_stride + j, _MM_HINT_T0);
-  __m512 sum[TALL][WIDE / 16];
-  for (auto& line : sum)
-    for (auto& one : line) one = _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; k++, a += TALL * 2, b += WIDE * 2) {
-    __m512i right[WIDE / 16];
-    for (int j = 0; j < WIDE / 16; j++) right[j] = _mm512_load_si512(b + j * 32);
-    for (int i = 0; i < TALL; i++) {
+  __m512 sum[TILE_ROWS][TILE_COLUMNS / 16];
+  for (auto& row : sum)
+    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; k++, a += TILE_ROWS * 2, b += TILE_COLUMNS * 2) {
+    __m512i right[TILE_COLUMNS / 16];
+    for (int j = 0; j < TILE_COLUMNS / 16; j++) right[j] = _mm512_load_si512(b + j * 32);
+    for (int i = 0; i < TILE_ROWS; i++) {
       int32_t pair;
       std::memcpy(&pair, a + i * 2, sizeof pair);
-      for (int j = 0; j < WIDE / 16; j++)
-        sum[i][j] = multiply(sum[i][j], a, _mm512_set1_epi32(pair), right[j]);
+      for (int j = 0; j < TILE_COLUMNS / 16; j++)
+        sum[i][j] = multiply_add(sum[i][j], a, _mm512_set1_epi32(pair), right[j]);
     }
   }
-  if (rows >= TALL && columns >= WIDE)
+  if (rows >= TILE_ROWS && columns >= TILE_COLUMNS)
     store_tile<true>(sum, to, rows, columns);
   else
     store_tile<false>(sum, to, rows, columns);
 }
 
-// y (rows of A, columns of B) = A B + bias, or in float32 with that added to it. All pack a block
-// of one side, as much as stays in the cache; of the other side each core packs a chunk of WIDE,
-// which passes the block, and asks for its next one. The side with fewer rows or columns is kept;
-// but B where A's rows are columns in memory, as for a gradient of weights: rows of y are then
-// written whole.
+// y (rows of A, columns of B) = A B, plus the bias (columns) unless it is null, plus y itself if
+// `add`, for which y must be float32. y is row-major, a row every `stride` numbers.
+//
+// All threads together pack a block of one operand, as much as stays in the cache. Of the other
+// operand each thread packs a chunk of 48 rows or columns at a time, multiplies it by the whole
+// block, and meanwhile prefetches its next chunk. The operand with fewer rows or columns is the one
+// in blocks; but if A is column-major, as for a gradient of weights, it is always B, so that whole
+// rows of y are written.
 template <typename B, typename Y>
-void product(const Side<uint16_t>& a, const Side<B>& b, int64_t depth, Y* y, int64_t stride,
+void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* y, int64_t stride,
              const float* bias, bool add) {
-  const bool keep_a = a.along && a.count <= b.count;
-  const int64_t kept = keep_a ? a.count : b.count, passing = keep_a ? b.count : a.count;
-  const int64_t parts = (depth + DEEP - 1) / DEEP, deep = rounded((depth - 1) / parts + 1, 32);
-  const int64_t block = std::min(rounded(KEPT / deep, WIDE), rounded(kept, WIDE));
-  thread_local std::vector<Line> kept_panels, unfinished;
-  kept_panels.resize(block * deep / 32);
-  uint16_t* const block_panels = (uint16_t*)kept_panels.data();
-  constexpr bool exact = std::is_same<Y, float>::value;
-  const int64_t sums_stride = exact ? stride : keep_a ? rounded(b.count, 16) : block;
+  const bool a_in_blocks = a.contiguous_in_depth && a.count <= b.count;
+  const int64_t block_total = a_in_blocks ? a.count : b.count;
+  const int64_t chunk_total = a_in_blocks ? b.count : a.count;
+  const int64_t parts = (depth + MAX_PART_DEPTH - 1) / MAX_PART_DEPTH;
+  const int64_t part_depth = round_up((depth - 1) / parts + 1, 32);
+  const int64_t block_size = std::min(round_up(BLOCK_NUMBERS / part_depth, TILE_COLUMNS),
+                                      round_up(block_total, TILE_COLUMNS));
+  thread_local std::vector<CacheLine> block_lines, sums_lines;
+  block_lines.resize(block_size * part_depth / 32);
+  uint16_t* const block_panels = (uint16_t*)block_lines.data();
+  // Sums of parts of the depth are kept in y if that is float32, else in memory for one block.
+  constexpr bool y_is_float32 = std::is_same<Y, float>::value;
+  const int64_t sums_stride = y_is_float32  ? stride
+                              : a_in_blocks ? round_up(b.count, 16)
+                                            : block_size;
   float* sums = (float*)y;
-  if (!exact && parts > 1) {
-    unfinished.resize((keep_a ? block : a.count) * sums_stride / 16);
-    sums = (float*)unfinished.data();
+  if (!y_is_float32 && parts > 1) {
+    sums_lines.resize((a_in_blocks ? block_size : a.count) * sums_stride / 16);
+    sums = (float*)sums_lines.data();
   }
 #pragma omp parallel
   {
-    thread_local std::vector<Line> own_panels;
-    own_panels.resize(WIDE * deep / 32);
-    uint16_t* const chunk_panels = (uint16_t*)own_panels.data();
-    for (int64_t first = 0; first < kept; first += block)
-      for (int64_t from = 0; from < depth; from += deep) {
-        const int64_t count = std::min(block, kept - first), some = std::min(deep, depth - from);
-        const int64_t pairs = (some + 1) / 2;
+    thread_local std::vector<CacheLine> chunk_lines;
+    chunk_lines.resize(TILE_COLUMNS * part_depth / 32);
+    uint16_t* const chunk_panels = (uint16_t*)chunk_lines.data();
+    for (int64_t first = 0; first < block_total; first += block_size)
+      for (int64_t from = 0; from < depth; from += part_depth) {
+        const int64_t count = std::min(block_size, block_total - first);
+        const int64_t depth_here = std::min(part_depth, depth - from), pairs = (depth_here + 1) / 2;
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < count; at += WIDE) {
-          const int64_t width = std::min(WIDE, count - at);
-          uint16_t* to = block_panels + at * pairs * 2;
-          if (keep_a)
-            pack_panels<TALL>(a, first + at, width, from, some, to);
+        for (int64_t start = 0; start < count; start += TILE_COLUMNS) {
+          const int64_t width = std::min(TILE_COLUMNS, count - start);
+          uint16_t* panels = block_panels + start * pairs * 2;
+          if (a_in_blocks)
+            pack_panels<TILE_ROWS>(a, first + start, width, from, depth_here, panels);
           else
-            pack_panels<WIDE>(b, first + at, width, from, some, to);
+            pack_panels<TILE_COLUMNS>(b, first + start, width, from, depth_here, panels);
         }
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < passing; at += WIDE) {
-          const int64_t width = std::min(WIDE, passing - at), next = at + WIDE;
-          const int64_t next_width = std::min(WIDE, passing - next);
-          if (keep_a)
-            pack_panels<WIDE>(b, at, width, from, some, chunk_panels);
+        for (int64_t start = 0; start < chunk_total; start += TILE_COLUMNS) {
+          const int64_t width = std::min(TILE_COLUMNS, chunk_total - start);
+          const int64_t next = start + TILE_COLUMNS;
+          const int64_t next_width = std::min(TILE_COLUMNS, chunk_total - next);
+          if (a_in_blocks)
+            pack_panels<TILE_COLUMNS>(b, start, width, from, depth_here, chunk_panels);
           else
-            pack_panels<TALL>(a, at, width, from, some, chunk_panels);
-          Ahead ahead = keep_a ? Ahead(b, next, next_width, from, some)
-                               : Ahead(a, next, next_width, from, some);
-          const int64_t step = keep_a ? TALL : WIDE, passing_step = keep_a ? WIDE : TALL;
+            pack_panels<TILE_ROWS>(a, start, width, from, depth_here, chunk_panels);
+          Prefetcher next_chunk = a_in_blocks ? Prefetcher(b, next, next_width, from, depth_here)
+                                              : Prefetcher(a, next, next_width, from, depth_here);
+          const int64_t block_step = a_in_blocks ? TILE_ROWS : TILE_COLUMNS;
+          const int64_t chunk_step = a_in_blocks ? TILE_COLUMNS : TILE_ROWS;
           const int64_t tiles =
-              rounded(width, passing_step) / passing_step * (rounded(count, step) / step);
-          const int64_t lines = ahead.lines * ahead.runs / tiles + 1;
-          for (int64_t i = 0; i < width; i += passing_step)
-            for (int64_t j = 0; j < count; j += step) {
-              ahead.ask(lines);
-              const uint16_t* mine = chunk_panels + i * pairs * 2;
-              const uint16_t* other = block_panels + j * pairs * 2;
-              const int64_t row = keep_a ? first + j : at + i, column = keep_a ? at + i : first + j;
-              const int64_t place = exact    ? row * stride + column
-                                    : keep_a ? j * sums_stride + column
-                                             : row * sums_stride + j;
-              const Target<Y> to{sums + place,
+              round_up(width, chunk_step) / chunk_step * (round_up(count, block_step) / block_step);
+          const int64_t lines_per_tile = next_chunk.lines * next_chunk.runs / tiles + 1;
+          for (int64_t i = 0; i < width; i += chunk_step)
+            for (int64_t j = 0; j < count; j += block_step) {
+              next_chunk.prefetch(lines_per_tile);
+              const uint16_t* chunk_panel = chunk_panels + i * pairs * 2;
+              const uint16_t* block_panel = block_panels + j * pairs * 2;
+              const int64_t row = a_in_blocks ? first + j : start + i;
+              const int64_t column = a_in_blocks ? start + i : first + j;
+              const int64_t offset = y_is_float32  ? row * stride + column
+                                     : a_in_blocks ? j * sums_stride + column
+                                                   : row * sums_stride + j;
+              const Target<Y> to{sums + offset,
                                  sums_stride,
                                  y + row * stride + column,
                                  stride,
                                  bias ? bias + column : nullptr,
                                  add || from > 0,
-                                 from + some == depth};
-              multiply_tile(keep_a ? other : mine, keep_a ? mine : other, pairs, to, a.count - row,
+                                 from + depth_here == depth};
+              multiply_tile(a_in_blocks ? block_panel : chunk_panel,
+                            a_in_blocks ? chunk_panel : block_panel, pairs, to, a.count - row,
                             b.count - column);
             }
         }

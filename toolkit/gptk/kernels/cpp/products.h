@@ -1,78 +1,86 @@
-// Products of few rows with weights.
+// Products of a few rows with a matrix of weights (outputs, inputs), quantized or plain.
 //
 // A product of few rows with weights that are quantized in groups of 32 takes as long as reading
-// the weights, if the arithmetic keeps up. Here it does: codes are multiplied as the integers they
-// are, four to a lane. x is rounded to 15 bits and a sign in each group of 32, so that a
-// product is exact to some 1e-5. Each row's sums are made in the same order however many rows
-// there are: a row's product does not depend on its company, to the last bit.
+// the weights, if the arithmetic keeps up. It does if codes are multiplied as integers, four to a
+// lane (VNNI). For that x is quantized, too: to 15 bits and a sign in each group of 32 inputs, an
+// error of about 1e-5 of the product. A row's products are summed in the same order for any number
+// of rows, so that its result is the same, bit for bit, whatever the other rows are.
 #pragma once
 
 #include "common.h"
 
 namespace {
 
-constexpr int64_t GROUP = 32;   // inputs that share a scale and an offset
-constexpr int64_t BLOCK = 16;   // outputs that stand side by side, one in each lane
-constexpr int64_t AHEAD = 2048; // bytes that are prefetched before their turn
+constexpr int64_t GROUP = 32;  // inputs that share a scale and an offset
+constexpr int64_t BLOCK = 16;  // outputs that are computed together, a lane each
+constexpr int64_t PREFETCH_DISTANCE =
+    2048;  // bytes by which weights are fetched ahead of their use
 
-// Of a group in a block: 16 scales and 16 offsets in float16, then the codes.
-constexpr int64_t bytes_of(int bits) { return 4 * BLOCK + GROUP * BLOCK * bits / 8; }
+// The bytes of a group of inputs in a block of outputs: 16 scales and 16 offsets in float16, then
+// 32 x 16 codes of `bits` bits.
+constexpr int64_t group_bytes(int bits) { return 4 * BLOCK + GROUP * BLOCK * bits / 8; }
 
-// Rows in groups: x = scale · (128 · high + low), and the group's sum.
-struct Rows {
-  int64_t groups;
-  std::unique_ptr<int8_t[]> high, low;
-  std::unique_ptr<float[]> scale, sum;
+// Rows of x, (rows, inputs), quantized in groups of 32 inputs: x = scale · (128 · high + low), and
+// for each group the sum of these.
+struct QuantizedRows {
+  int64_t groups;                       // in a row
+  std::unique_ptr<int8_t[]> high, low;  // (rows, inputs)
+  std::unique_ptr<float[]> scale, sum;  // (rows, groups)
 
-  Rows(int64_t rows, int64_t inputs)
+  QuantizedRows(int64_t rows, int64_t inputs)
       : groups(inputs / GROUP),
         high(new int8_t[rows * inputs]),
         low(new int8_t[rows * inputs]),
         scale(new float[rows * groups]),
         sum(new float[rows * groups]) {}
 
+  // Quantizes one group; `group` counts through all rows of x. Infinity and NaN make the group NaN.
   template <typename T>
-  void round(const T* x, int64_t at) {  // the group `at`, counted through all rows
-    const __m512 a = load(x + at * GROUP), b = load(x + at * GROUP + 16);
+  void quantize(const T* x, int64_t group) {
+    const __m512 a = load(x + group * GROUP), b = load(x + group * GROUP + 16);
     // As integers, absolute values keep their order, with infinity and NaN at its end.
-    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    const int32_t most = _mm512_reduce_max_epi32(
-        _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), sign),
-                         _mm512_and_si512(_mm512_castps_si512(b), sign)));
+    const __m512i absolute = _mm512_set1_epi32(0x7fffffff);
+    const int32_t largest_bits = _mm512_reduce_max_epi32(
+        _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), absolute),
+                         _mm512_and_si512(_mm512_castps_si512(b), absolute)));
     float largest;
-    std::memcpy(&largest, &most, sizeof largest);
-    const float step = most < 0x7f800000 ? largest * (1.0f / 16256) : __builtin_nanf("");
+    std::memcpy(&largest, &largest_bits, sizeof largest);
+    const float step =
+        largest_bits < 0x7f800000 ? largest * (1.0f / 16256) : __builtin_nanf("");  // 127 · 128
     const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 16256 / largest : 0);
-    const __m512i wide[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
-                             _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse))};
+    const __m512i rounded[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
+                                _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse))};
     for (int half = 0; half < 2; half++) {
-      const __m512i up = _mm512_srai_epi32(_mm512_add_epi32(wide[half], _mm512_set1_epi32(64)), 7);
-      const __m512i rest = _mm512_sub_epi32(wide[half], _mm512_slli_epi32(up, 7));
-      const int64_t to = at * GROUP + 16 * half;
-      _mm_storeu_si128((__m128i*)&high[to], _mm512_cvtepi32_epi8(up));
-      _mm_storeu_si128((__m128i*)&low[to], _mm512_cvtepi32_epi8(rest));
+      const __m512i upper =
+          _mm512_srai_epi32(_mm512_add_epi32(rounded[half], _mm512_set1_epi32(64)), 7);
+      const __m512i lower = _mm512_sub_epi32(rounded[half], _mm512_slli_epi32(upper, 7));
+      const int64_t start = group * GROUP + 16 * half;
+      _mm_storeu_si128((__m128i*)&high[start], _mm512_cvtepi32_epi8(upper));
+      _mm_storeu_si128((__m128i*)&low[start], _mm512_cvtepi32_epi8(lower));
     }
-    scale[at] = step;
-    sum[at] = step * _mm512_reduce_add_epi32(_mm512_add_epi32(wide[0], wide[1]));
+    scale[group] = step;
+    sum[group] = step * _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
   }
 };
 
-inline __m512i four_inputs(const int8_t* x) {
+// Four consecutive codes of x, in every lane.
+inline __m512i broadcast_four(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, sizeof four);
   return _mm512_set1_epi32(four);
 }
 
-// A block of outputs for R rows from `row` on.
+// y[r], a lane for each output of a block: the product of row `row` + r of x, for r < R. weights:
+// the block's, in the layout of `pack`.
 template <int bits, int R>
-inline void products(const uint8_t* weights, const Rows& x, int64_t row, __m512* y) {
+inline void multiply_block(const uint8_t* weights, const QuantizedRows& x, int64_t row, __m512* y) {
   for (int r = 0; r < R; r++) y[r] = _mm512_setzero_ps();
-  for (int64_t group = 0; group < x.groups; group++, weights += bytes_of(bits)) {
-    for (int64_t line = 0; line < bytes_of(bits); line += 64)
-      _mm_prefetch((const char*)weights + AHEAD + line, _MM_HINT_T0);
+  for (int64_t group = 0; group < x.groups; group++, weights += group_bytes(bits)) {
+    for (int64_t line = 0; line < group_bytes(bits); line += 64)
+      _mm_prefetch((const char*)weights + PREFETCH_DISTANCE + line, _MM_HINT_T0);
     const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)weights));
     const __m512 offset = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)weights + 1));
-    __m512i codes[8];  // four inputs each
+    __m512i codes[8];  // of four inputs each
     if constexpr (bits == 4) {
       const __m512i nibble = _mm512_set1_epi8(15);
       for (int i = 0; i < 4; i++) {
@@ -84,76 +92,87 @@ inline void products(const uint8_t* weights, const Rows& x, int64_t row, __m512*
       for (int i = 0; i < 8; i++) codes[i] = _mm512_loadu_si512(weights + 64 + 64 * i);
     }
     for (int r = 0; r < R; r++) {
-      const int64_t at = (row + r) * x.groups + group;
-      const int8_t *high = &x.high[at * GROUP], *low = &x.low[at * GROUP];
+      const int64_t x_group = (row + r) * x.groups + group;
+      const int8_t *high = &x.high[x_group * GROUP], *low = &x.low[x_group * GROUP];
       __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
       for (int i = 0; i < 8; i += 2) {
-        a = _mm512_dpbusd_epi32(a, codes[i], four_inputs(high + 4 * i));
-        b = _mm512_dpbusd_epi32(b, codes[i + 1], four_inputs(high + 4 * i + 4));
-        c = _mm512_dpbusd_epi32(c, codes[i], four_inputs(low + 4 * i));
-        d = _mm512_dpbusd_epi32(d, codes[i + 1], four_inputs(low + 4 * i + 4));
+        a = _mm512_dpbusd_epi32(a, codes[i], broadcast_four(high + 4 * i));
+        b = _mm512_dpbusd_epi32(b, codes[i + 1], broadcast_four(high + 4 * i + 4));
+        c = _mm512_dpbusd_epi32(c, codes[i], broadcast_four(low + 4 * i));
+        d = _mm512_dpbusd_epi32(d, codes[i + 1], broadcast_four(low + 4 * i + 4));
       }
       a = _mm512_slli_epi32(_mm512_add_epi32(a, b), 7);
       a = _mm512_add_epi32(a, _mm512_add_epi32(c, d));
-      const __m512 whole = _mm512_mul_ps(_mm512_cvtepi32_ps(a), scale);
-      y[r] = _mm512_fmadd_ps(whole, _mm512_set1_ps(x.scale[at]), y[r]);
-      y[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.sum[at]), y[r]);
+      // Σ (code · scale + offset) · x over the group, with Σ code · x exact in 32 bits.
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(a), scale);
+      y[r] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x.scale[x_group]), y[r]);
+      y[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.sum[x_group]), y[r]);
     }
   }
 }
 
-// Within a parallel region: this thread's outputs for all rows.
+// This thread's share, within a parallel region, of y (rows, outputs) = x times the weights, plus
+// the bias (outputs) unless it is null: a range of blocks of outputs, for all rows.
 template <int bits, typename T>
-void outputs_of(const Rows& x, const uint8_t* weights, const T* bias, T* y, int64_t rows,
-                int64_t outputs) {
+void multiply_blocks(const QuantizedRows& x, const uint8_t* weights, const T* bias, T* y,
+                     int64_t rows, int64_t outputs) {
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
-    const uint8_t* from = weights + block * x.groups * bytes_of(bits);
+    const uint8_t* block_weights = weights + block * x.groups * group_bytes(bits);
     const int64_t first = block * BLOCK, count = std::min(BLOCK, outputs - first);
-    const __mmask16 lanes = lanes_of(count);
-    const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
+    const __mmask16 lanes = first_lanes(count);
+    const __m512 block_bias = bias ? load_masked(bias + first, lanes) : _mm512_setzero_ps();
     __m512 sums[4];
     for (int64_t row = 0; row < rows;) {
-      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      if (taken == 4)
-        products<bits, 4>(from, x, row, sums);
-      else if (taken == 2)
-        products<bits, 2>(from, x, row, sums);
+      const int64_t left = rows - row, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (together == 4)
+        multiply_block<bits, 4>(block_weights, x, row, sums);
+      else if (together == 2)
+        multiply_block<bits, 2>(block_weights, x, row, sums);
       else
-        products<bits, 1>(from, x, row, sums);
-      for (int64_t r = 0; r < taken; r++)
-        store_some(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], added));
-      row += taken;
+        multiply_block<bits, 1>(block_weights, x, row, sums);
+      for (int64_t r = 0; r < together; r++)
+        store_masked(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums[r], block_bias));
+      row += together;
     }
   }
 }
 
-constexpr int64_t ROUNDED_BY_EACH = 8;  // rows; more are worth waiting for each other
+// Up to this many rows each thread quantizes all of x for itself, which takes less time than
+// waiting for the other threads.
+constexpr int64_t ROWS_QUANTIZED_BY_EACH = 8;
 
+// y (rows, outputs) = x (rows, inputs) times the weights, in the layout of `pack`, plus the bias
+// (outputs) unless it is null. x, bias and y have one dtype; sums are float32.
 template <int bits, typename T>
-void linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t rows, int64_t inputs,
-            int64_t outputs) {
+void quantized_linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t rows,
+                      int64_t inputs, int64_t outputs) {
   const int64_t groups = rows * (inputs / GROUP);
-  if (rows <= ROUNDED_BY_EACH) {
+  if (rows <= ROWS_QUANTIZED_BY_EACH) {
 #pragma omp parallel
     {
-      Rows own(rows, inputs);
-      for (int64_t at = 0; at < groups; at++) own.round(x, at);
-      outputs_of<bits>(own, weights, bias, y, rows, outputs);
+      QuantizedRows quantized(rows, inputs);
+      for (int64_t group = 0; group < groups; group++) quantized.quantize(x, group);
+      multiply_blocks<bits>(quantized, weights, bias, y, rows, outputs);
     }
     return;
   }
-  Rows rounded(rows, inputs);
+  QuantizedRows quantized(rows, inputs);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t at = 0; at < groups; at++) rounded.round(x, at);
-    outputs_of<bits>(rounded, weights, bias, y, rows, outputs);
+    for (int64_t group = 0; group < groups; group++) quantized.quantize(x, group);
+    multiply_blocks<bits>(quantized, weights, bias, y, rows, outputs);
   }
 }
 
-// The layout for `products`: codes (outputs, inputs), one in a byte, scale and offset (outputs,
-// groups). The last block is filled up with zeros.
+// Lays quantized weights out for `quantized_linear`. codes: (outputs, inputs), one in a byte; scale
+// and offset: (outputs, groups).
+//
+// y: (blocks, groups), each of `group_bytes`: the scales and the offsets of a group for the block's
+// 16 outputs in float16, then the codes of inputs 0 to 3 for each of the 16 outputs, 64 bytes,
+// those of inputs 4 to 7, and so on. With 4 bits, the low nibbles of these bytes are inputs 0 to 15
+// of the group, the high nibbles 16 to 31. Outputs that the last block lacks are zeros.
 template <int bits>
 void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
           int64_t outputs, int64_t inputs) {
@@ -161,57 +180,56 @@ void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++)
     for (int64_t group = 0; group < groups; group++) {
-      uint8_t* to = y + (block * groups + group) * bytes_of(bits);
+      uint8_t* packed = y + (block * groups + group) * group_bytes(bits);
       alignas(64) float scales[BLOCK] = {}, offsets[BLOCK] = {};
       alignas(64) uint32_t fours[GROUP / 4][BLOCK] = {};
       const int64_t first = block * BLOCK;
       for (int64_t i = 0; i < std::min(BLOCK, outputs - first); i++) {
-        const int64_t at = (first + i) * groups + group;
-        scales[i] = scale[at];
-        offsets[i] = offset[at];
+        const int64_t index = (first + i) * groups + group;
+        scales[i] = scale[index];
+        offsets[i] = offset[index];
         uint32_t row[GROUP / 4];
-        std::memcpy(row, codes + at * GROUP, GROUP);
+        std::memcpy(row, codes + index * GROUP, GROUP);
         for (int four = 0; four < GROUP / 4; four++) fours[four][i] = row[four];
       }
-      _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(_mm512_load_ps(scales), 0));
-      _mm256_storeu_si256((__m256i*)to + 1, _mm512_cvtps_ph(_mm512_load_ps(offsets), 0));
+      _mm256_storeu_si256((__m256i*)packed, _mm512_cvtps_ph(_mm512_load_ps(scales), 0));
+      _mm256_storeu_si256((__m256i*)packed + 1, _mm512_cvtps_ph(_mm512_load_ps(offsets), 0));
       for (int i = 0; i < bits; i++) {
         __m512i line = _mm512_load_si512(fours[i]);
         if (bits == 4)
           line = _mm512_or_si512(line, _mm512_slli_epi32(_mm512_load_si512(fours[4 + i]), 4));
-        _mm512_storeu_si512(to + 64 + 64 * i, line);
+        _mm512_storeu_si512(packed + 64 + 64 * i, line);
       }
     }
 }
 
-// y = code · scale + offset, in groups.
+// y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
 template <typename T>
 void dequantize(const uint8_t* codes, const float* scale, const float* offset, T* y,
                 int64_t groups) {
 #pragma omp parallel for schedule(static)
   for (int64_t group = 0; group < groups; group++)
     for (int64_t i = group * GROUP; i < (group + 1) * GROUP; i += 16) {
-      const __m512i some = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-      store(y + i,
-            _mm512_fmadd_ps(_mm512_cvtepi32_ps(some), _mm512_set1_ps(scale[group]),
-                            _mm512_set1_ps(offset[group])));
+      const __m512i integers = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+      store(y + i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(integers), _mm512_set1_ps(scale[group]),
+                                   _mm512_set1_ps(offset[group])));
     }
 }
 
-// The weights themselves, y (outputs, inputs).
+// y (outputs, inputs) = the dequantized weights of a matrix in the layout of `pack`.
 template <int bits, typename T>
-void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
+void dequantize_packed(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
   const int64_t groups = inputs / GROUP;
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++)
     for (int64_t group = 0; group < groups; group++) {
-      const uint8_t* from = weights + (block * groups + group) * bytes_of(bits);
+      const uint8_t* packed = weights + (block * groups + group) * group_bytes(bits);
       alignas(64) float scale[BLOCK], offset[BLOCK];
-      _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)));
-      _mm512_store_ps(offset, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from + 1)));
+      _mm512_store_ps(scale, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)packed)));
+      _mm512_store_ps(offset, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)packed + 1)));
       alignas(64) uint8_t codes[GROUP / 4][BLOCK][4];
       for (int i = 0; i < bits; i++) {
-        const __m512i loaded = _mm512_loadu_si512(from + 64 + 64 * i);
+        const __m512i loaded = _mm512_loadu_si512(packed + 64 + 64 * i);
         const __m512i nibble = _mm512_set1_epi8(15);
         _mm512_store_si512(codes[i], bits == 4 ? _mm512_and_si512(loaded, nibble) : loaded);
         if (bits == 4)
@@ -220,12 +238,11 @@ void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
       const int64_t count = std::min(BLOCK, outputs - block * BLOCK);
       for (int64_t i = 0; i < count; i++) {
         uint8_t row[GROUP];
-        for (int four = 0; four < GROUP / 4; four++)
-          std::memcpy(row + 4 * four, codes[four][i], 4);
+        for (int four = 0; four < GROUP / 4; four++) std::memcpy(row + 4 * four, codes[four][i], 4);
         T* to = y + (block * BLOCK + i) * inputs + group * GROUP;
         for (int half = 0; half < 2; half++) {
-          const __m128i some = _mm_loadu_si128((const __m128i*)row + half);
-          const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(some));
+          const __m128i bytes = _mm_loadu_si128((const __m128i*)row + half);
+          const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
           store(to + 16 * half,
                 _mm512_fmadd_ps(numbers, _mm512_set1_ps(scale[i]), _mm512_set1_ps(offset[i])));
         }
@@ -233,46 +250,50 @@ void expand(const uint8_t* weights, T* y, int64_t inputs, int64_t outputs) {
     }
 }
 
-// R rows of x with one output, each a vector of sums yet to be summed up.
+// The products of R rows of x (R, inputs) with the weights of one output (inputs), into
+// sums[r][output]: vectors whose lanes are still to be summed up.
 template <int R, typename T>
-inline void dots(const T* x, const T* weights, int64_t inputs, int64_t output,
-                 __m512 (*sums)[BLOCK]) {
+inline void dot_rows(const T* x, const T* weights, int64_t inputs, int64_t output,
+                     __m512 (*sums)[BLOCK]) {
   __m512 sum[R];
   for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
   for (int64_t i = 0; i < inputs; i += 64 / sizeof(T)) {
-    _mm_prefetch((const char*)(weights + i) + AHEAD, _MM_HINT_T0);
-    const __m512i own = _mm512_loadu_si512(weights + i);
+    _mm_prefetch((const char*)(weights + i) + PREFETCH_DISTANCE, _MM_HINT_T0);
+    const __m512i loaded = _mm512_loadu_si512(weights + i);
     for (int r = 0; r < R; r++)
-      sum[r] = multiply(sum[r], x, own, _mm512_loadu_si512(x + r * inputs + i));
+      sum[r] = multiply_add(sum[r], x, loaded, _mm512_loadu_si512(x + r * inputs + i));
   }
   for (int r = 0; r < R; r++) sums[r][output] = sum[r];
 }
 
-// Weights as they are, (outputs, inputs), read from the first to the last by each thread.
+// y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
+// unless it is null. All are row-major and of one dtype; sums are float32. Each thread reads a
+// range of outputs from the first weight to the last.
 template <typename T>
-void dense(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int64_t inputs,
-           int64_t outputs) {
+void linear(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int64_t inputs,
+            int64_t outputs) {
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < outputs; first += BLOCK) {
     const int64_t count = std::min(BLOCK, outputs - first);
-    const __mmask16 lanes = lanes_of(count);
-    const __m512 added = bias ? load_some(bias + first, lanes) : _mm512_setzero_ps();
+    const __mmask16 lanes = first_lanes(count);
+    const __m512 block_bias = bias ? load_masked(bias + first, lanes) : _mm512_setzero_ps();
     for (int64_t row = 0; row < rows;) {
-      const int64_t left = rows - row, taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const int64_t left = rows - row, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       const T* from = x + row * inputs;
       __m512 sums[4][BLOCK] = {};
-      for (int64_t o = 0; o < count; o++) {
-        const T* own = weights + (first + o) * inputs;
-        if (taken == 4)
-          dots<4>(from, own, inputs, o, sums);
-        else if (taken == 2)
-          dots<2>(from, own, inputs, o, sums);
+      for (int64_t output = 0; output < count; output++) {
+        const T* output_weights = weights + (first + output) * inputs;
+        if (together == 4)
+          dot_rows<4>(from, output_weights, inputs, output, sums);
+        else if (together == 2)
+          dot_rows<2>(from, output_weights, inputs, output, sums);
         else
-          dots<1>(from, own, inputs, o, sums);
+          dot_rows<1>(from, output_weights, inputs, output, sums);
       }
-      for (int64_t r = 0; r < taken; r++)
-        store_some(y + (row + r) * outputs + first, lanes, _mm512_add_ps(sums_of(sums[r]), added));
-      row += taken;
+      for (int64_t r = 0; r < together; r++)
+        store_masked(y + (row + r) * outputs + first, lanes,
+                     _mm512_add_ps(horizontal_sums(sums[r]), block_bias));
+      row += together;
     }
   }
 }

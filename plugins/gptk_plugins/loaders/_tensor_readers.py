@@ -1,4 +1,4 @@
-"""What several loaders do with tensors."""
+"""Reading and comparing stored tensors, for several loaders."""
 
 import os
 import pickle
@@ -20,26 +20,26 @@ State = TypeVar("State", bound=MutableMapping[str, Any])
 
 
 def tie_equal_head(config: gptk.GPTConfig, state: State) -> tuple[gptk.GPTConfig, State]:
-    """Tie a head that was stored beside the embedding, if it is the same matrix."""
+    """Tie the head to the embedding if both were stored and are equal."""
     if not config.tied_head and _equal(state["embed.weight"], state["head.weight"]):
         del state["head.weight"]
         config = replace(config, tied_head=True)
     return config, state
 
 
-def _equal(one: Tensor | gptk.Levels, other: Tensor | gptk.Levels) -> bool:
-    if isinstance(one, gptk.Levels) and isinstance(other, gptk.Levels):
-        return one.bits == other.bits and all(
+def _equal(first: Tensor | gptk.Levels, second: Tensor | gptk.Levels) -> bool:
+    if isinstance(first, gptk.Levels) and isinstance(second, gptk.Levels):
+        return first.bits == second.bits and all(
             torch.equal(a, b)
             for a, b in (
-                (one.codes, other.codes),
-                (one.scale, other.scale),
-                (one.offset, other.offset),
+                (first.codes, second.codes),
+                (first.scale, second.scale),
+                (first.offset, second.offset),
             )
         )
-    if isinstance(one, gptk.Levels) or isinstance(other, gptk.Levels):
+    if isinstance(first, gptk.Levels) or isinstance(second, gptk.Levels):
         return False
-    return torch.equal(one, other)
+    return torch.equal(first, second)
 
 
 def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -53,7 +53,7 @@ def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
         raise gptk.SourceError(f"{path}: {problem}") from None
 
     def read(name: str) -> Tensor:
-        # Opened again for each tensor, which then has a mapping of its own: see MappedFile.bytes.
+        # Opened anew for each tensor, so that it has its own mapping; see MappedFile.bytes.
         with safetensors.safe_open(file.path, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
@@ -62,12 +62,12 @@ def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def read_torch_file(path: Path) -> dict[str, Any]:
-    """What torch.save wrote: tensors and plain containers, nothing else is unpickled.
+    """A dict that torch.save wrote. Only tensors and plain containers are unpickled.
 
-    Tensors are mapped where the file allows. Raises SourceError.
+    Tensors are memory-mapped if the file's format allows it. Raises SourceError.
     """
     try:
-        # Only the zip format, PyTorch's since 1.6, can be mapped instead of read.
+        # Only the zip format, PyTorch's since 1.6, can be mapped.
         found = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
@@ -77,7 +77,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise gptk.SourceError(
             f"{path} is cut short, or holds more than tensors; nothing in it was run"
         ) from None
-    except Exception as error:  # on a damaged file the unpickler stumbles in many ways
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
         raise gptk.SourceError(f"{path} is cut short or damaged: {reason}") from None
     if not isinstance(found, dict):
@@ -85,19 +85,19 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def torch_file_names(path: str, *names: bytes) -> bool:
-    """Whether a .pt or .pth file seems to hold something by each of some names."""
+def torch_file_contains(path: str, *names: bytes) -> bool:
+    """Whether a .pt or .pth file seems to contain entries of all these names."""
     if not path.endswith((".pth", ".pt")) or not os.path.isfile(path):
         return False
-    # torch.save writes the names first and uncompressed: they are found without unpickling.
+    # torch.save writes the names first and uncompressed, so no unpickling is needed.
     with open(path, "rb") as file:
         head = file.read(2**20)
     return all(name in head for name in names)
 
 
 def state_readers(weights: Mapping[Any, Any]) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a state dict, by its name without what torch.compile and
-    data-parallel wrappers put before it."""
+    """A reader for each tensor of a state dict, by name, without the prefixes of torch.compile and
+    data-parallel wrappers."""
 
     def same(tensor: Tensor) -> Tensor:
         return tensor
@@ -109,6 +109,6 @@ def state_readers(weights: Mapping[Any, Any]) -> dict[str, Callable[[], Tensor]]
     }
 
 
-def stored_as(tensors: Iterable[Tensor]) -> str:
-    """The precisions of some tensors, for people: `bfloat16, float32`."""
-    return ", ".join(sorted({str(one.dtype).removeprefix("torch.") for one in tensors}))
+def dtype_names(tensors: Iterable[Tensor]) -> str:
+    """The dtypes of tensors, for display: `bfloat16, float32`."""
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

@@ -1,15 +1,15 @@
-"""What schedules with a warmup in their name share: they have one by default."""
+"""The base class of schedules that warm up by default."""
 
 from pydantic import Field
 
 import gptk
 
 
-class Warming(gptk.LRScheduler):
-    """A schedule that warms up for 100 steps, or half of a run shorter than 200.
+class DefaultWarmup(gptk.LRScheduler):
+    """A schedule with a linear warmup of 100 steps, or of half the run if it is shorter than 200.
 
-    The limit holds for a `warmup` that was asked for too, so that a run cut short for a trial
-    has its peak and its end. Other schedules take `warmup` as it is given.
+    The limit of half the run holds for any `warmup`, so that a short trial run reaches its peak and
+    its end. Other schedules have no such limit.
     """
 
     warmup: int = Field(

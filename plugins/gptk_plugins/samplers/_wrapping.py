@@ -1,4 +1,4 @@
-"""The base of strategies that rest on another one, which does the choosing."""
+"""The base class of strategies that wrap another sampler, which chooses the tokens."""
 
 import functools
 from collections.abc import Sequence
@@ -9,32 +9,32 @@ from torch import Tensor
 import gptk
 
 
-class Over(gptk.Sampler):
-    """Does all that the sampler named by its option `sampler` does."""
+class WrappingSampler(gptk.Sampler):
+    """Passes every call on to the sampler named by the option `sampler`."""
 
     sampler: str = Field("multinomial", description="the sampler that chooses the tokens, a spec")
 
     @functools.cached_property
-    def base(self) -> gptk.Sampler:
+    def wrapped(self) -> gptk.Sampler:
         return gptk.plugins.create("sampler", self.sampler, gptk.Sampler)
 
     def processors(self) -> Sequence[gptk.LogitsProcessor]:
-        return self.base.processors()
+        return self.wrapped.processors()
 
     def hidden_layers(self, config: gptk.ModelConfig) -> Sequence[int]:
-        return self.base.hidden_layers(config)
+        return self.wrapped.hidden_layers(config)
 
     def refuses_draft(self) -> str | None:
-        return self.base.refuses_draft()
+        return self.wrapped.refuses_draft()
 
     def start(self, run: gptk.Run) -> object:
-        return self.base.start(run)
+        return self.wrapped.start(run)
 
     def logits(self, session: gptk.DecodeSession) -> Tensor:
-        return self.base.logits(session)
+        return self.wrapped.logits(session)
 
     def advance(self, run: gptk.Run) -> None:
-        self.base.advance(run)
+        self.wrapped.advance(run)
 
     def step(self, logits: Tensor, rows: gptk.Rows) -> gptk.Choice:
-        return self.base.step(logits, rows)
+        return self.wrapped.step(logits, rows)

@@ -1,6 +1,5 @@
-"""Contracts of what takes part in training: LR schedulers and regularizers."""
+"""The contract of regularizers."""
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,116 +7,36 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from gptk.model.gpt import GPT
-from gptk.testing._promises import (
-    PluginContract,
-    check,
-    examples,
-    options_schema,
-    promise,
-    undisturbed,
-)
+import gptk
+from gptk.testing._decoding import SEEDS
+from gptk.testing._promises import PluginContract, check, examples, promise, undisturbed
 from gptk.testing.models import tiny_gpt
-
-TOTALS = st.integers(1, 300)
-WARMUPS = st.integers(0, 40)
-SEEDS = st.integers(0, 2**16)
-
-
-class SchedulerContract(PluginContract):
-    """What an LR scheduler promises."""
-
-    def scheduler(self, warmup: int = 0) -> Any:
-        """The scheduler to test, with some steps of warmup."""
-        made = self.plugin()
-        bounds = options_schema(made).get("warmup", {})
-        warmup = max(warmup, bounds.get("minimum", 0))
-        return type(made)(**{**made.model_dump(exclude_defaults=True), "warmup": warmup})
-
-    @promise
-    @examples(25)
-    @given(total=TOTALS, warmup=WARMUPS)
-    def test_it_is_a_share_of_the_peak(self, total: int, warmup: int) -> None:
-        """At every step it is a number from 0 to 1: the setting `lr` is the largest rate."""
-        scheduler = self.scheduler(warmup)
-        for step in range(total + 3):
-            factor = scheduler(step, total)
-            check(
-                isinstance(factor, int | float) and -1e-9 <= factor <= 1 + 1e-9,
-                f"step {step} of {total} with {warmup} steps of warmup has {factor!r}",
-            )
-
-    @promise
-    @examples(25)
-    @given(total=TOTALS, warmup=WARMUPS, data=st.data())
-    def test_a_resumed_schedule_equals_an_unbroken_one(
-        self, total: int, warmup: int, data: st.DataObject
-    ) -> None:
-        """It is a function of the step: what was asked before, and by whom, makes no difference.
-
-        A run that is resumed makes its scheduler anew and begins in the middle.
-        """
-        unbroken = self.scheduler(warmup)
-        whole = [unbroken(step, total) for step in range(total)]
-        start = data.draw(st.integers(0, total - 1), label="resumed at")
-        resumed = self.scheduler(warmup)
-        rest = [resumed(step, total) for step in range(start, total)]
-        check(
-            rest == whole[start:],
-            f"resumed at step {start} of {total} it has {rest[:3]}, unbroken "
-            f"{whole[start : start + 3]}",
-        )
-        check(unbroken(0, total) == whole[0], "asked again for step 0 it has another factor")
-
-    @promise
-    @examples(25)
-    @given(total=TOTALS, warmup=WARMUPS)
-    def test_warmup_never_falls(self, total: int, warmup: int) -> None:
-        """In warmup the rate rises, from less than it comes to, up to where the schedule begins."""
-        scheduler = self.scheduler(min(warmup, total // 2))  # a schedule may hold it to that
-        warmup = scheduler.warmup
-        rates = [scheduler(step, total) for step in range(min(warmup + 1, total))]
-        check(
-            all(a <= b + 1e-12 for a, b in itertools.pairwise(rates))
-            and (warmup < 2 or warmup > total // 2 or rates[0] < rates[warmup - 1]),
-            f"with {warmup} steps of warmup, of {total}, it has {[round(r, 4) for r in rates[:9]]}",
-        )
-
-    @promise
-    @examples(10)
-    @given(total=TOTALS)
-    def test_after_the_last_step_nothing_changes(self, total: int) -> None:
-        """Steps past the end have the last one's factor."""
-        scheduler = self.scheduler()
-        last = scheduler(total - 1, total)
-        check(scheduler(total + 7, total) == last, "it changes after the last step")
 
 
 class RegularizerContract(PluginContract):
     """What a regularizer promises."""
 
     off: ClassVar[Mapping[str, Any] | None] = None
-    """Options with which it does nothing, such as {"strength": 0}, if there are any."""
+    """Options with which it does nothing, such as {"strength": 0}; None if it has none."""
 
     @promise
     @examples(8)
     @given(seed=SEEDS)
     def test_a_penalty_is_never_negative(self, seed: int) -> None:
-        """What is added to the loss is a finite number, 0 or more, with a gradient unless it is 0.
+        """The penalty is a finite number, 0 or more, with a gradient unless it is 0.
 
-        It is a look at the model, and leaves the weights alone.
+        Computing it does not change the weights.
         """
         model, logits, targets = _example(seed)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        given_ = torch.as_tensor(self.plugin().penalty(model, logits, targets))
-        penalty = float(given_.detach())
-        check(math.isfinite(penalty) and penalty >= 0, f"the penalty is {penalty}")
+        penalty = torch.as_tensor(self.plugin().penalty(model, logits, targets))
+        value = float(penalty.detach())
+        check(math.isfinite(value) and value >= 0, f"the penalty is {value}")
         check(
-            penalty == 0 or given_.requires_grad,
-            f"the penalty of {penalty} has no gradient: it changes nothing",
+            value == 0 or penalty.requires_grad,
+            f"the penalty of {value} has no gradient: it changes nothing",
         )
         for name, parameter in model.named_parameters():
             check(torch.equal(parameter, before[name]), f"it changed {name}")
@@ -126,18 +45,18 @@ class RegularizerContract(PluginContract):
     @examples(8)
     @given(seed=SEEDS)
     def test_a_loss_is_a_number_that_leads_back_to_the_weights(self, seed: int) -> None:
-        """`loss` gives a finite scalar, and gradients flow through it."""
+        """`loss` returns a finite scalar, and gradients flow through it."""
         model, logits, targets = _example(seed)
         before = logits.detach().clone(), targets.clone()
         plugin = self.plugin()
         objective = plugin.loss(_cross_entropy(logits, targets), logits, targets)
-        check(isinstance(objective, Tensor) and objective.dim() == 0, "the loss is no scalar")
+        check(isinstance(objective, Tensor) and objective.dim() == 0, "the loss is not a scalar")
         check(bool(objective.isfinite()), f"the loss is {objective.item()}")
         objective = objective + plugin.penalty(model, logits, targets)
         objective.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         check(gradients, "no weight gets a gradient")
-        check(all(bool(g.isfinite().all()) for g in gradients), "a gradient is not a number")
+        check(all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite")
         same = torch.equal(logits.detach(), before[0]) and torch.equal(targets, before[1])
         check(same, "it changed logits or targets")
 
@@ -145,7 +64,7 @@ class RegularizerContract(PluginContract):
     @examples(5)
     @given(seed=SEEDS)
     def test_gradients_keep_their_shape(self, seed: int) -> None:
-        """`before_step` changes gradients in place; they stay finite, and figures are numbers."""
+        """`before_step` returns numbers; gradients keep their shapes and stay finite."""
         model, logits, targets = _example(seed)
         _cross_entropy(logits, targets).backward()  # type: ignore[no-untyped-call]
         model.embed.weight.grad = None  # a frozen weight has none
@@ -155,35 +74,38 @@ class RegularizerContract(PluginContract):
         check(
             {name: g.shape for name, g in after.items()}
             == {name: g.shape for name, g in shapes.items()},
-            "gradients changed their shape, came or went",
+            "gradients changed their shape, appeared or disappeared",
         )
-        check(all(bool(g.isfinite().all()) for g in after.values()), "a gradient is not a number")
+        check(all(bool(g.isfinite().all()) for g in after.values()), "a gradient is not finite")
         for name, value in figures.items():
             check(math.isfinite(float(value)), f"the figure {name} is {value}")
 
     @promise
     def test_parameter_options_are_numbers(self) -> None:
-        """Options of parameter groups are weight_decay and lr_scale: numbers, none negative."""
+        """The options are weight_decay and lr_scale, finite numbers, 0 or more."""
         model = tiny_gpt().train()
         plugin = self.plugin()
         for name, module in model.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
-                full = f"{name}.{own}".lstrip(".")
-                for key, value in plugin.parameter_options(module, full, parameter).items():
+            for short_name, parameter in module.named_parameters(recurse=False):
+                full_name = f"{name}.{short_name}".lstrip(".")
+                for key, value in plugin.parameter_options(module, full_name, parameter).items():
                     check(
                         key in ("weight_decay", "lr_scale"),
-                        f"{key} of {full} is no option; weight_decay and lr_scale are",
+                        f"{key} of {full_name} is no option; weight_decay and lr_scale are",
                     )
                     check(
                         isinstance(value, int | float) and math.isfinite(value) and value >= 0,
-                        f"{key} of {full} is {value!r}",
+                        f"{key} of {full_name} is {value!r}",
                     )
 
     @promise
     @examples(2)
     @given(seed=SEEDS)
     def test_a_resumed_run_equals_an_unbroken_one(self, seed: int) -> None:
-        """All it remembers is in `state`, as tensors: four steps are two, saved, and two more."""
+        """All that it remembers is in `state`, as tensors.
+
+        Four steps give the same weights and state as two steps, a copy of `state`, and two more.
+        """
         unbroken, state = _trained(self.plugin(), seed, steps=range(4))
         half, saved = _trained(self.plugin(), seed, steps=range(2))
         for key, value in saved.items():
@@ -193,9 +115,8 @@ class RegularizerContract(PluginContract):
             self.plugin(), seed, steps=range(2, 4), state=copy, weights=half.state_dict()
         )
         for name, weight in resumed.state_dict().items():
-            check(
-                torch.equal(weight, unbroken.state_dict()[name]), f"{name} differs after resuming"
-            )
+            same = torch.equal(weight, unbroken.state_dict()[name])
+            check(same, f"{name} differs after resuming")
         check(state.keys() == resumed_state.keys(), "the state has other keys after resuming")
         for key, value in resumed_state.items():
             check(torch.equal(value, state[key]), f"state[{key!r}] differs after resuming")
@@ -204,7 +125,7 @@ class RegularizerContract(PluginContract):
     @examples(5)
     @given(seed=SEEDS)
     def test_averaged_weights_fit_the_model(self, seed: int) -> None:
-        """What `averaged` gives are weights by the model's names, of its shapes."""
+        """`averaged` returns weights with names and shapes of the model's, or None."""
         plugin = self.plugin()
         model, state = _trained(plugin, seed, steps=range(2))
         weights = plugin.averaged(state)
@@ -219,11 +140,11 @@ class RegularizerContract(PluginContract):
     @examples(5)
     @given(seed=SEEDS)
     def test_equal_input_gives_equal_output(self, seed: int) -> None:
-        """It leaves the global generators alone, but for dropout inside the model."""
+        """It does not use the global random generators; only dropout in the model does."""
         model, logits, targets = _example(seed)
         plugin = self.plugin()
 
-        def once() -> list[float]:
+        def added() -> list[float]:
             loss = _cross_entropy(logits, targets)
             return [
                 float(plugin.loss(loss, logits, targets).detach()),
@@ -231,18 +152,18 @@ class RegularizerContract(PluginContract):
             ]
 
         with undisturbed():
-            one = once()
-        check(once() == one, "it gives another loss the second time")
+            first = added()
+        check(added() == first, "it gives another loss the second time")
 
     @promise
     @examples(5)
     @given(seed=SEEDS)
     def test_at_no_strength_it_does_nothing(self, seed: int) -> None:
-        """With the options `off` (if the test names any) loss and gradients are untouched."""
+        """With the options `off`, if the test has any, loss and gradients do not change."""
         if self.off is None:
             return
-        made = self.plugin()
-        plugin = type(made)(**{**made.model_dump(exclude_defaults=True), **self.off})
+        plugin = self.plugin()
+        plugin = type(plugin)(**{**plugin.model_dump(exclude_defaults=True), **self.off})
         model, logits, targets = _example(seed)
         loss = _cross_entropy(logits, targets)
         plugin.setup(model)
@@ -255,7 +176,7 @@ class RegularizerContract(PluginContract):
         check(all(torch.equal(after[name], g) for name, g in before.items()), "gradients changed")
 
 
-def _example(seed: int) -> tuple[GPT, Tensor, Tensor]:
+def _example(seed: int) -> tuple[gptk.GPT, Tensor, Tensor]:
     """A model, its logits for a batch, and the targets."""
     model = tiny_gpt(vocabulary=31).train()
     generator = torch.Generator().manual_seed(seed)
@@ -267,7 +188,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def _gradients(model: GPT) -> dict[str, Tensor]:
+def _gradients(model: gptk.GPT) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -278,8 +199,8 @@ def _trained(
     steps: range,
     state: dict[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
-) -> tuple[GPT, dict[str, Tensor]]:
-    """A few steps of plain gradient descent with the regularizer, and its state after them."""
+) -> tuple[gptk.GPT, dict[str, Tensor]]:
+    """The model and the regularizer's state after steps of plain gradient descent with it."""
     state = {} if state is None else state
     model = tiny_gpt(vocabulary=31).train()
     if weights is not None:

@@ -1,0 +1,173 @@
+"""The settings of a generation, checked once."""
+
+import inspect
+import operator
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from gptk.decoding.checks import check_draft
+from gptk.decoding.drafters import make_drafter
+from gptk.decoding.limits import StopCondition
+from gptk.errors import OptionError, suggest
+from gptk.hooks.drafting import Drafter
+from gptk.hooks.observing import DecodingObserver
+from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.plugins.blame import blaming
+from gptk.plugins.creating import create
+from gptk.plugins.registry import provided
+from gptk.session.session import Overflow
+
+
+@dataclass(frozen=True)
+class CheckedSettings:
+    """What `gptk.Settings` says, checked, with plug-ins made from their specs."""
+
+    sampler: Sampler
+    processors: tuple[LogitsProcessor, ...]
+    """The user's; the sampler's own come after them."""
+    max_new_tokens: int
+    n: int
+    """Results for each prompt."""
+    rows: int
+    """The most rows that a prompt has at the same time."""
+    seed: int
+    stop: tuple[str, ...]
+    stop_conditions: tuple[StopCondition, ...]
+    drafter: Drafter | None
+    overflow: Overflow
+    max_seconds: float | None
+    ignore_eos: bool
+    use_cache: bool
+    observers: tuple[DecodingObserver, ...]
+
+    @property
+    def groups(self) -> int:
+        """Groups of competing rows for each prompt; 1 where rows do not compete."""
+        return self.sampler.groups if self.sampler.competing else 1
+
+
+def check_settings(
+    *,
+    sampler: str | Sampler = "greedy",
+    processors: Iterable[str | LogitsProcessor] = (),
+    max_new_tokens: int = 64,
+    n: int = 1,
+    seed: int | None = None,
+    stop: str | StopCondition | Iterable[str | StopCondition] = (),
+    draft: object = None,
+    overflow: Overflow = "stop",
+    max_seconds: float | None = None,
+    ignore_eos: bool = False,
+    use_cache: bool = True,
+    observers: Iterable[str | DecodingObserver] = (),
+    **unknown: Any,
+) -> CheckedSettings:
+    """Check the settings of a generation, and make the plug-ins that they name.
+
+    They are those of `gptk.Settings`. What cannot be combined is refused before any work.
+    Raises OptionError, UnknownNameError, SpecError, IncompatibleError, or PluginError.
+    """
+    for name in unknown:
+        raise OptionError(_unknown_setting(name))
+    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
+    n = _whole_number("n", n, least=1)
+    seed = secrets.randbits(32) if seed is None else _whole_number("seed", seed)
+    _check_overflow(overflow)
+    _check_seconds(max_seconds)
+    chosen = create("sampler", sampler, Sampler)
+    user_processors = [
+        create("processor", processor, LogitsProcessor)
+        for processor in _as_list("processors", processors, LogitsProcessor)
+    ]
+    user_observers = [
+        create("decoding-observer", observer, DecodingObserver)
+        for observer in _as_list("observers", observers, DecodingObserver)
+    ]
+    drafter = None if draft is None else make_drafter(draft)
+    with blaming([chosen]):
+        rows = chosen.max_rows(n)
+        if drafter is not None:
+            check_draft(chosen)
+    stops = _checked_stops(stop)
+    return CheckedSettings(
+        sampler=chosen,
+        processors=tuple(user_processors),
+        max_new_tokens=max_new_tokens,
+        n=n,
+        rows=rows,
+        seed=seed,
+        stop=tuple(text for text in stops if isinstance(text, str)),
+        stop_conditions=tuple(condition for condition in stops if not isinstance(condition, str)),
+        drafter=drafter,
+        overflow=overflow,
+        max_seconds=max_seconds,
+        ignore_eos=ignore_eos,
+        use_cache=use_cache,
+        observers=tuple(user_observers),
+    )
+
+
+def _as_list(name: str, value: Any, single: type) -> list[Any]:
+    """A setting as a list; a single item is a list of one, and None an empty list."""
+    if value is None:
+        return []
+    if isinstance(value, str | single):
+        return [value]
+    if not isinstance(value, Iterable):
+        what = (
+            "a text, a function, or a list of these"
+            if name == "stop"
+            else "a list of specs or instances"
+        )
+        raise OptionError(f"{name} is {value!r:.80}; it must be {what}")
+    return list(value)
+
+
+def _unknown_setting(name: str) -> str:
+    processor = name.replace("_", "-")
+    if processor in provided("processor"):
+        return f"there is no setting {name}; it is a processor: processors=['{processor}:…']"
+    known = [name for name in inspect.signature(check_settings).parameters if name != "unknown"]
+    return f"there is no setting {name}; {suggest(name, known, what='settings')}"
+
+
+def _whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """A setting that is a whole number, as an int; numpy's and torch's integers serve too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number") from None
+    if least is not None and number < least:
+        raise OptionError(f"{name} is {number}; it must be {least} or more")
+    return number
+
+
+def _check_overflow(overflow: object) -> None:
+    if overflow not in get_args(Overflow):
+        raise OptionError(f"overflow is {overflow!r}; it must be stop or slide")
+
+
+def _check_seconds(seconds: object) -> None:
+    if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
+        raise OptionError(f"max_seconds is {seconds!r}; it must be a number, 0 or more")
+
+
+def _checked_stops(stop: Any) -> list[str | StopCondition]:
+    """Stop strings and conditions, as a list."""
+    stops = _as_list("stop", [stop] if callable(stop) else stop, str)
+    for text in stops:
+        if not callable(text):
+            _check_stop(text)
+    return stops
+
+
+def _check_stop(text: Any) -> None:
+    if not isinstance(text, str) or not text:
+        raise OptionError(f"the stop string {text!r} is not a text of at least one character")
+    if "\N{REPLACEMENT CHARACTER}" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise OptionError(
+            f"the stop string {text!r} has a character that no model writes: U+FFFD or half of a "
+            "surrogate pair"
+        )

@@ -1,0 +1,47 @@
+"""Errors of a run, with the settings to change and the checkpoint to go on from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gptk.errors import PluginError, TrainingError, out_of_memory
+
+
+@contextmanager
+def enough_memory_for_model() -> Iterator[None]:
+    """Raise TrainingError if memory does not hold a model and its optimizer's state."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(
+            "out of memory for the model; take a smaller one (width, n_layers) or another device"
+        ) from None
+
+
+@contextmanager
+def explaining_failures(device: torch.device, last_good: Callable[[], str]) -> Iterator[None]:
+    """Raise TrainingError or PluginError for errors that end training.
+
+    last_good: names the checkpoint to go on from.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads the output any more: the program handles that
+        raise
+    except OSError as error:
+        raise TrainingError(f"{error}; {last_good()}") from None
+    except PluginError as error:
+        raise PluginError(f"{error}; {last_good()}") from error
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise TrainingError(
+                f"out of memory on {device}: lower batch_size (and raise accumulate) or "
+                f"context_length; {last_good()}"
+            ) from None
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(f"compile=true does not work here: {reason}") from None
