@@ -65,7 +65,7 @@ def decode_seconds(
         pass
     taken = time.perf_counter() - start
     assert len(stream.result.tokens) == new
-    return taken * (new - 1) / (new - 2)
+    return taken * (new - 1) / (new - 2)  # new - 2 passes were timed, peers time new - 1
 
 
 # --- transformers
@@ -221,6 +221,7 @@ def ctranslate2_types() -> list[str]:
 
 @functools.cache
 def _converted() -> Path:
+    """`gpt2_folder` in CTranslate2's format."""
     import transformers
     from ctranslate2.converters import TransformersConverter
     from tokenizers import Tokenizer, models
@@ -233,8 +234,8 @@ def _converted() -> Path:
     words = Tokenizer(
         models.WordLevel({f"t{i}": i for i in range(GPT2_VOCABULARY)}, unk_token="t0")
     )
-    named = {"unk_token": "t0", "bos_token": "t0", "eos_token": "t0"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(source)
+    special = {"unk_token": "t0", "bos_token": "t0", "eos_token": "t0"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(source)
     folder = temporary_folder() / "gpt2-of-ctranslate2"
     TransformersConverter(str(source)).convert(str(folder))
     return folder

@@ -81,11 +81,11 @@ def prompt(length: int, row: int = 0, vocabulary: int = GPT2_VOCABULARY) -> list
 
 
 def pass_work(
-    model: gptk.GPT, rows: int, time: int, context: int = 0, *, dtype: str, heads: int = 1
+    model: gptk.GPT, rows: int, time: int, context: int = 0, *, dtype: str, logits: int = 1
 ) -> Work:
     """The work of a pass over `time` tokens in each of `rows` rows, after `context` cached tokens.
 
-    heads: the number of tokens in each row whose logits are computed.
+    logits: the number of tokens in each row whose logits are computed.
     """
     config = model.config
     keys = sum(range(context + 1, context + time + 1))  # that the tokens of a row attend to
@@ -95,14 +95,14 @@ def pass_work(
     return Work(
         tokens=rows * time,
         bytes=weight_bytes(model) + rows * cached * model.dtype.itemsize,
-        operations=rows * (2 * time * matrix_weights(model) + 2 * heads * head + attention),
+        operations=rows * (2 * time * matrix_weights(model) + 2 * logits * head + attention),
         dtype="float32" if dtype == "float32" else "bfloat16",
     )
 
 
 def training_work(model: gptk.GPT, rows: int, time: int, dtype: str) -> Work:
     """The work of a training step: the backward pass needs twice the forward pass."""
-    forward = pass_work(model, rows, time, dtype=dtype, heads=time)
+    forward = pass_work(model, rows, time, dtype=dtype, logits=time)
     return Work(tokens=rows * time, operations=3 * forward.operations, dtype=dtype)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Asked:
+class Comparison:
     """A row of the table: a comparison with a peer, and the target for it."""
 
     work: str
@@ -17,56 +17,66 @@ class Asked:
 
 
 ROWS = {
-    "q41": Asked("greedy, the Q4_1 file, eager", "llama.cpp, same file", 1.0),
-    "q41-compiled": Asked("greedy, the Q4_1 file, compiled, warm", "llama.cpp, same file", 1.3),
-    "bf16": Asked("greedy bfloat16, eager", "transformers bfloat16", 1.5),
-    "bf16-compiled": Asked("greedy bfloat16, compiled", "transformers bfloat16", 2.3),
-    "beams-bf16": Asked("4 beams bfloat16", "transformers bfloat16, 4 beams", 1.7),
-    "beams-q41": Asked("4 beams, the Q4_1 file", "transformers bfloat16, 4 beams", 3.0),
-    "gpt2-beams": Asked(
+    "q41": Comparison("greedy, the Q4_1 file, eager", "llama.cpp, same file", 1.0),
+    "q41-compiled": Comparison(
+        "greedy, the Q4_1 file, compiled, warm", "llama.cpp, same file", 1.3
+    ),
+    "bf16": Comparison("greedy bfloat16, eager", "transformers bfloat16", 1.5),
+    "bf16-compiled": Comparison("greedy bfloat16, compiled", "transformers bfloat16", 2.3),
+    "beams-bf16": Comparison("4 beams bfloat16", "transformers bfloat16, 4 beams", 1.7),
+    "beams-q41": Comparison("4 beams, the Q4_1 file", "transformers bfloat16, 4 beams", 3.0),
+    "gpt2-beams": Comparison(
         "GPT-2 124M, 4 beams, best settings", "CTranslate2, 4 beams, its best", 1.5
     ),
-    "gpt2-book": Asked("GPT-2 124M, generate 64 tokens", "the book's `generate`", 15),
-    "beam-positions": Asked(
+    "gpt2-book": Comparison("GPT-2 124M, generate 64 tokens", "the book's `generate`", 15),
+    "beam-positions": Comparison(
         "beam of 4, sequence positions a second, bfloat16", "gptk's own greedy", 0.75
     ),
-    "beam-positions-q41": Asked(
+    "beam-positions-q41": Comparison(
         "beam of 4, sequence positions a second, Q4_1", "gptk's own greedy", 0.75
     ),
-    "top-p": Asked("top-p sampling, bfloat16", "gptk's own greedy", 0.95),
-    "top-p-q41": Asked("top-p sampling, Q4_1", "gptk's own greedy", 0.95),
-    "prompt-q41": Asked("prompt of 512 tokens to first token, Q4_1", "llama.cpp, same file", 2.0),
-    "prompt-bf16": Asked(
+    "top-p": Comparison("top-p sampling, bfloat16", "gptk's own greedy", 0.95),
+    "top-p-q41": Comparison("top-p sampling, Q4_1", "gptk's own greedy", 0.95),
+    "prompt-q41": Comparison(
+        "prompt of 512 tokens to first token, Q4_1", "llama.cpp, same file", 2.0
+    ),
+    "prompt-bf16": Comparison(
         "prompt of 512 tokens to first token, bfloat16", "transformers bfloat16", 1.1
     ),
-    "long-q41": Asked(
+    "long-q41": Comparison(
         "greedy after a prompt of 1,500 tokens, Q4_1, eager", "llama.cpp, same file", 1.0
     ),
-    "long-beams": Asked(
+    "long-beams": Comparison(
         "4 beams after a prompt of 512 tokens, bfloat16", "transformers bfloat16, 4 beams", 3.0
     ),
-    "batch": Asked("a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5),
-    "training": Asked("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
-    "start": Asked("process start to first token, float32", "transformers, GGUF", 8),
-    "start-q41": Asked("process start to first token, Q4_1", "transformers, GGUF", 8),
+    "batch": Comparison(
+        "a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5
+    ),
+    "training": Comparison("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
+    "start": Comparison("process start to first token, float32", "transformers, GGUF", 8),
+    "start-q41": Comparison("process start to first token, Q4_1", "transformers, GGUF", 8),
     # Reported only
-    "greedy-float32": Asked("greedy, float32", "transformers float32"),
-    "top-p-float32": Asked("top-p sampling, float32", "transformers float32"),
-    "beams-float32": Asked("4 beams, float32", "transformers float32, 4 beams"),
-    "top-p-bf16": Asked("top-p sampling, bfloat16", "transformers bfloat16"),
-    "prompt-float32": Asked("prompt of 512 tokens to first token, float32", "transformers float32"),
-    "lookup": Asked("copying a text, with lookup, float32", "transformers float32, with lookup"),
-    "lookup-gain": Asked("copying a text, with lookup, float32", "gptk without lookup"),
-    "training-shared": Asked(
+    "greedy-float32": Comparison("greedy, float32", "transformers float32"),
+    "top-p-float32": Comparison("top-p sampling, float32", "transformers float32"),
+    "beams-float32": Comparison("4 beams, float32", "transformers float32, 4 beams"),
+    "top-p-bf16": Comparison("top-p sampling, bfloat16", "transformers bfloat16"),
+    "prompt-float32": Comparison(
+        "prompt of 512 tokens to first token, float32", "transformers float32"
+    ),
+    "lookup": Comparison(
+        "copying a text, with lookup, float32", "transformers float32, with lookup"
+    ),
+    "lookup-gain": Comparison("copying a text, with lookup, float32", "gptk without lookup"),
+    "training-shared": Comparison(
         "training step, 124M, 2 by 256", "the book's code, float32, in gptk's process"
     ),
-    "training-float32": Asked("training step, float32", "the book's code, float32"),
-    "training-bf16": Asked("training step, bfloat16", "the book's code, bfloat16 autocast"),
-    "training-nanogpt": Asked(
+    "training-float32": Comparison("training step, float32", "the book's code, float32"),
+    "training-bf16": Comparison("training step, bfloat16", "the book's code, bfloat16 autocast"),
+    "training-nanogpt": Comparison(
         "training step, bfloat16",
         "transformers' GPT-2 with nanoGPT's optimizer, bfloat16 autocast",
     ),
-    "training-nanogpt-float32": Asked(
+    "training-nanogpt-float32": Comparison(
         "training step, float32", "transformers' GPT-2 with nanoGPT's optimizer, float32"
     ),
 }
@@ -95,7 +105,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bound:
-    """A measurement of gptk alone, without a peer."""
+    """A measurement of gptk alone, and the bound that is asked for it."""
 
     what: str
     value: str

@@ -22,7 +22,7 @@ def lm(request):
 
 @pytest.mark.peers("beam-positions", "beam-positions-q41", "top-p", "top-p-q41")
 def test_beams_and_top_p(lm, table):
-    """A beam search computes as many positions per second as its result has tokens."""
+    """The positions that a beam search computes are counted as the tokens of its result."""
     lm, kind = lm
     ids = lm.encode("The capital of France is")
     times = in_turns(
@@ -83,15 +83,15 @@ def test_quality(table):
     for kind in ("float32", "bfloat16", "stored", "int8", "int4"):
         lm = gptk.load(str(smollm2_file()), device="cpu", **precision(kind))
         losses[kind] = lm.score(lm.encode(text[:20_000])[:2000]).loss
-    for kind, like, most in (
+    for kind, reference, most in (
         ("stored", "float32", 0.005),
         ("int8", "bfloat16", 0.005),
         ("int4", "bfloat16", None),
     ):
-        change = losses[kind] / losses[like] - 1
+        change = losses[kind] / losses[reference] - 1
         table.bound(
-            f"NLL of 2,000 tokens, {kind} beside {like}",
-            f"{losses[kind]:.4f} beside {losses[like]:.4f}, {100 * change:+.2f} %",
+            f"NLL of 2,000 tokens, {kind} beside {reference}",
+            f"{losses[kind]:.4f} beside {losses[reference]:.4f}, {100 * change:+.2f} %",
             "reported" if most is None else f"within {100 * most:g} %",
             None if most is None else abs(change) <= most,
         )

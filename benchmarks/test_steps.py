@@ -73,6 +73,7 @@ def step(measure, lm, logits, count, choose):
 
 
 def following(processes):
+    """Those processes that are to be told the tokens of each step."""
     return [process for process in processes if isinstance(process, gptk.Follower)]
 
 

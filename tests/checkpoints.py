@@ -1,4 +1,4 @@
-"""Random checkpoints in the formats of others, written with their own code."""
+"""Random models of transformers, and GGUF files of them, written with the package gguf."""
 
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,11 @@ def write_gguf(path: Path, model: Any, kind: str = "F32") -> None:
             heads = n_heads if ".q_proj." in name else n_kv_heads
             halves = array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None, name
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
         array = np.ascontiguousarray(array)
         stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(theirs, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name, gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

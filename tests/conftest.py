@@ -12,7 +12,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 hypothesis.settings.register_profile("gptk", deadline=None, derandomize=True, max_examples=100)
-# For tests that are to fail: the first example will do.
+# For tests that are expected to fail: the first failing example is enough.
 hypothesis.settings.register_profile(
     "no-shrinking",
     parent=hypothesis.settings.get_profile("gptk"),
@@ -28,7 +28,7 @@ collect_ignore = ["builtins/openai/make_fixture.py"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Token files go to a folder of the tests' own."""
+    """Write token files to a temporary folder."""
     os.environ["GPTK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -21,11 +21,11 @@ class Environment:
     def run(
         self, *args: object, cwd: Path | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program that is a module, `run("gptk", "plugins")`: `python -m gptk plugins`.
+        """Run a module as a program: `run("gptk", "plugins")` is `python -m gptk plugins`.
 
         check: an exit code other than 0 is an AssertionError with what the program said.
         """
-        # Nothing but the environment's own site-packages is to make a package visible.
+        # Packages are found in the environment's site-packages only.
         settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         out = subprocess.run(
             [self.python, "-m", *map(str, args)],

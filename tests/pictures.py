@@ -1,4 +1,4 @@
-"""What is in files of plots."""
+"""Reading the files of plots."""
 
 from pathlib import Path
 from typing import Any

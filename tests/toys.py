@@ -21,7 +21,7 @@ GPT2_LIKE = GPTConfig(
     head_dim=8,
     mlp_width=64,
 )
-# Options of the built-in processors that need some, or whose defaults change too little.
+# Options for the built-in processors that require any, or whose defaults change too little.
 PROCESSOR_OPTIONS = {
     "bad-words": "words=[[1, 2], [5]]",
     "cfg": "negative=[3]",
@@ -58,7 +58,7 @@ class TableConfig:
 
 
 class TableCache:
-    """For each row the number of the table's line after each of its tokens."""
+    """For each token of each row, the index of the table line that predicts the next token."""
 
     def __init__(self, rows: int) -> None:
         self.lines: list[list[int]] = [[] for _ in range(rows)]

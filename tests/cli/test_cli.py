@@ -161,9 +161,9 @@ def test_every_shown_example_is_a_valid_spec():
     from gptk.plugins.registry import provided
 
     for kind in KINDS:
-        for one in provided(kind).values():
-            if kind != "command" and one.item.example:
-                create(kind, f"{one.name}:{one.item.example}", KINDS[kind].base)
+        for plugin in provided(kind).values():
+            if kind != "command" and plugin.item.example:
+                create(kind, f"{plugin.name}:{plugin.item.example}", KINDS[kind].base)
 
 
 class TestBadInput:

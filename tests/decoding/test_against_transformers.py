@@ -76,8 +76,8 @@ def check_beam(model, lm, prompt, width, penalty, early, n=1, **settings):
     spec = f"beam:width={width},length_penalty={penalty},early_stopping={str(early).lower()}"
     out = lm.generate(prompt, sampler=spec, max_new_tokens=NEW_TOKENS, n=n)
     results = [out, *out.alternatives]
-    assert [one.tokens for one in results] == want
-    assert [one.score for one in results] == pytest.approx(scores.tolist(), abs=1e-3)
+    assert [result.tokens for result in results] == want
+    assert [result.score for result in results] == pytest.approx(scores.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("index", range(0, len(PROMPTS), 3))

@@ -24,8 +24,8 @@ class Dictate(gptk.Sampler):
     tokens: tuple[int, ...]
 
     def step(self, logits, rows):
-        at = rows.lengths[0] - rows.prompt_lengths[0]
-        token = torch.full((len(rows),), self.tokens[min(at, len(self.tokens) - 1)])
+        position = rows.lengths[0] - rows.prompt_lengths[0]
+        token = torch.full((len(rows),), self.tokens[min(position, len(self.tokens) - 1)])
         return gptk.Choice.one_each(token, logits, rows)
 
 
@@ -101,8 +101,8 @@ def test_stop_strings_end_beams_too(lm):
     plain = lm.generate("x", sampler="beam:width=3", max_new_tokens=20, ignore_eos=True)
     letter = next(token for token in plain.tokens[2:] if token < 128)
     out = lm.generate("x", sampler="beam:width=3", max_new_tokens=20, stop=chr(letter))
-    for one in (out, *out.alternatives):
-        assert chr(letter) not in one.text
+    for result in (out, *out.alternatives):
+        assert chr(letter) not in result.text
 
 
 @given(
@@ -306,6 +306,6 @@ def test_stop_conditions_are_asked_after_each_token_and_mix_with_strings():
     assert asked == [[*prompt, *free.tokens[:n]] for n in range(1, 6)]
     assert lm.generate(prompt, stop=five, ignore_eos=True).tokens == out.tokens
     beams = lm.generate(prompt, stop=five, sampler="beam:width=3", n=3, ignore_eos=True)
-    assert [len(one.tokens) for one in (beams, *beams.alternatives)] == [5, 5, 5]
+    assert [len(result.tokens) for result in (beams, *beams.alternatives)] == [5, 5, 5]
     with pytest.raises(gptk.OptionError, match="stop string 3"):
         lm.generate(prompt, stop=[3])

@@ -34,15 +34,17 @@ def test_a_trace_has_the_tokens_that_were_chosen(sampler, tmp_path):
     assert head["sampler"] == gptk.plugins.create("sampler", sampler, gptk.Sampler).spec
     assert outs == LM.generate_batch(PROMPTS, **settings)
     for prompt, out in enumerate(outs):
-        own = [line for line in steps if line["prompt"] == prompt]
-        assert [line["length"] for line in own] == list(range(len(own)))
-        chosen = [candidate for line in own for candidate in line["candidates"]]
-        tokens = [one["token"] for one in chosen]
+        lines = [line for line in steps if line["prompt"] == prompt]
+        assert [line["length"] for line in lines] == list(range(len(lines)))
+        chosen = [candidate for line in lines for candidate in line["candidates"]]
+        tokens = [candidate["token"] for candidate in chosen]
         eos = tokens[-1] == 256
         assert tokens[: len(tokens) - eos] == out.tokens
-        assert [one["logprob"] for one in chosen][: len(out.tokens)] == out.token_logprobs
-        assert [one.get("ends") for one in chosen] == [None] * (len(own) - 1) + [out.finish_reason]
-        assert all(one["taken"] for one in chosen)
+        logprobs = [candidate["logprob"] for candidate in chosen]
+        assert logprobs[: len(out.tokens)] == out.token_logprobs
+        ends = [candidate.get("ends") for candidate in chosen]
+        assert ends == [None] * (len(lines) - 1) + [out.finish_reason]
+        assert all(candidate["taken"] for candidate in chosen)
 
 
 def test_entropies_and_what_each_processor_took_out(tmp_path):
@@ -101,7 +103,7 @@ def test_a_draft_leaves_the_same_trace(tmp_path):
         return sorted(
             (
                 [line[key] for key in keep], round(line["entropy"], 3),
-                [one["token"] for one in line["candidates"]],
+                [candidate["token"] for candidate in line["candidates"]],
             )
             for line in steps
         )  # fmt: skip
@@ -136,7 +138,7 @@ def test_an_observer_that_fails_is_named_once_and_hears_no_more(tmp_path):
         out = LM.generate(
             "abc", max_new_tokens=6, seed=0, observers=[Fails(), f"trace:path={path}"]
         )
-    (message,) = [str(one.message) for one in warned]
+    (message,) = [str(warning.message) for warning in warned]
     assert message.startswith("decoding-observer fails of ")
     assert "ZeroDivisionError: oh" in message
     assert message.endswith("hears no more of this run")
@@ -166,7 +168,9 @@ def test_the_sums_of_a_traces_log_probabilities_are_the_scores(tmp_path):
     outs, _, steps = traced(tmp_path / "t.jsonl", sampler="greedy", max_new_tokens=10)
     for prompt, out in enumerate(outs):
         chosen = [line["candidates"][0] for line in steps if line["prompt"] == prompt]
-        assert chosen[-1]["score"] == pytest.approx(math.fsum(one["logprob"] for one in chosen))
+        assert chosen[-1]["score"] == pytest.approx(
+            math.fsum(candidate["logprob"] for candidate in chosen)
+        )
         assert len(chosen) >= len(out.tokens)
 
 

@@ -67,10 +67,10 @@ class Everything(gptk.LogitsProcessor):
 
 
 def test_options_are_typed_from_text():
-    made = Everything(
+    plugin = Everything(
         **parse_spec('everything:count=4,share=0.25,strict=true,mode=b,text="a, b"')[1]
     )
-    assert made == Everything(count=4, share=0.25, strict=True, mode="b", text="a, b")
+    assert plugin == Everything(count=4, share=0.25, strict=True, mode="b", text="a, b")
 
 
 @given(
@@ -83,10 +83,10 @@ def test_options_are_typed_from_text():
         text=st.text(),
     )
 )
-def test_a_plugin_is_made_again_from_its_spec(made):
-    name, options = parse_spec(made.spec)
+def test_a_plugin_is_made_again_from_its_spec(plugin):
+    name, options = parse_spec(plugin.spec)
     assert name == "everything"
-    assert Everything(**options) == made
+    assert Everything(**options) == plugin
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_wrong_options_say_what_is_allowed(options, message):
 
 
 def test_plugins_are_frozen():
-    made = Everything(text="x")
+    plugin = Everything(text="x")
     with pytest.raises(gptk.PluginError, match="everything cannot be changed"):
-        made.count = 4
+        plugin.count = 4
 
 
 class Provider:
@@ -129,8 +129,8 @@ def test_a_registered_plugin_is_found_and_taken_out_again():
     plugins.register(provider, origin="mine 1.0")
     try:
         assert plugins.provided("processor")["everything"].distribution == "mine 1.0"
-        made = plugins.create("processor", "everything:text=x", gptk.LogitsProcessor)
-        assert made == Everything(text="x")
+        plugin = plugins.create("processor", "everything:text=x", gptk.LogitsProcessor)
+        assert plugin == Everything(text="x")
     finally:
         plugins.unregister(provider)
     assert "everything" not in plugins.provided("processor")
@@ -268,7 +268,7 @@ def test_a_class_that_fails_to_be_made_is_named():
     try:
         with pytest.raises(
             gptk.PluginError,
-            match=r"^processor picky of mine 1.0 \(hook gptk_logits_processors\) cannot be made: "
+            match=r"^processor picky of mine 1.0 \(hook gptk_logits_processors\) cannot be plugin: "
             "ZeroDivisionError: division by zero$",
         ):
             plugins.create("processor", "picky:count=0", gptk.LogitsProcessor)
@@ -290,8 +290,8 @@ def test_lists_and_the_like_are_written_as_json():
     plugins.register(provider, origin="mine")
     try:
         odd = Lists(tokens=(4, 5), words=None, weights={'"x"': 0.5})
-        for made in (Lists(), odd, Lists(words=[])):
-            assert plugins.create("processor", made.spec, gptk.LogitsProcessor) == made
+        for plugin in (Lists(), odd, Lists(words=[])):
+            assert plugins.create("processor", plugin.spec, gptk.LogitsProcessor) == plugin
         assert plugins.create("processor", 'lists:tokens="[1, 2]"', Lists).tokens == (1, 2)
     finally:
         plugins.unregister(provider)
@@ -440,7 +440,7 @@ def test_entry_points_are_found_and_a_broken_one_is_reported_and_skipped(third_p
         "hook gptk_commands of gptk-odd 1.0: gptk has a command generate of its own",
         "hook gptk_commands of gptk-odd 1.0: <built-in function len> is not a click command",
     ):
-        assert any(line in one for one in said), said
+        assert any(line in message for message in said), said
     shown = run(third_party, "plugins", "show", "coldest")
     assert "Always the least likely token." in shown.stdout
 

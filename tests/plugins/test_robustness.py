@@ -55,9 +55,9 @@ class TestDeadBeams:
             except gptk.DecodingError:  # all beams are dead before one has ended
                 continue
             fine += 1
-            for one in (out, *out.alternatives):
-                assert math.isfinite(one.score)
-                assert one.complete or one.finish_reason == "length"
+            for result in (out, *out.alternatives):
+                assert math.isfinite(result.score)
+                assert result.complete or result.finish_reason == "length"
         assert fine
 
     def test_where_all_are_dead_it_is_said_who_left_nothing(self):
@@ -707,12 +707,12 @@ def test_a_batch_of_no_prompts():
 
 
 OPTIONS = [
-    pytest.param(kind, one.name, option, id=f"{one.name}-{option}")
+    pytest.param(kind, plugin.name, option, id=f"{plugin.name}-{option}")
     for kind in ("sampler", "processor")
-    for one in gptk.plugins.provided(kind).values()
-    for option, field in one.item.model_fields.items()
+    for plugin in gptk.plugins.provided(kind).values()
+    for option, field in plugin.item.model_fields.items()
     if field.annotation in (float, int, float | None, int | None)
-    and one.distribution.startswith("gptk ")
+    and plugin.distribution.startswith("gptk ")
 ]
 
 
@@ -742,8 +742,8 @@ def test_extreme_options_work_or_are_refused(kind, name, option):
             out = LM.generate("ab ab ab", **settings, max_new_tokens=4, seed=0)
         except gptk.OptionError:  # it does not go with another option
             continue
-        for one in (out.score, *out.token_logprobs):
-            assert math.isfinite(one), (given, out)
+        for number in (out.score, *out.token_logprobs):
+            assert math.isfinite(number), (given, out)
 
 
 class NoCheckpoint(gptk.WeightLoader):

@@ -17,7 +17,7 @@ def make_loader(n=23, **changes):
 def equal(a, b):
     assert (a.epoch, a.position) == (b.epoch, b.position)
     assert np.array_equal(a.windows, b.windows)
-    assert np.array_equal(a.mine, b.mine)
+    assert np.array_equal(a.local_windows, b.local_windows)
     for batch, other in zip(a.batches, b.batches, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(batch, other, strict=True))
 
@@ -54,4 +54,5 @@ def test_the_next_step_is_prepared_before_it_is_asked_for():
 
 def test_processes_take_turns_in_a_steps_windows():
     parts = [make_loader(rank=rank, count=2).take(0, 0) for rank in range(2)]
-    assert np.array_equal(np.stack([part.mine for part in parts]).T.flatten(), parts[0].windows)
+    taken = np.stack([part.local_windows for part in parts])
+    assert np.array_equal(taken.T.flatten(), parts[0].windows)

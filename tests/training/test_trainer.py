@@ -270,7 +270,7 @@ class TestNotFinite:
         with pytest.raises(gptk.TrainingError) as caught:
             trainer.step()
         assert str(caught.value).startswith(
-            "step 1: the loss is nan; its batch are the windows at the tokens 0, 16, 32, 48 of "
+            "step 1: the loss is nan; its windows begin at the tokens 0, 16, 32, 48 of "
         )
         assert trainer.step_count == 0
 
@@ -286,7 +286,7 @@ class TestNotFinite:
 
     def test_a_penalty_that_is_not_finite_is_named_as_such(self):
         trainer = make_trainer(regularizers=["l1:strength=1e38"])
-        with pytest.raises(gptk.TrainingError, match="with what the regularizers add inf"):
+        with pytest.raises(gptk.TrainingError, match="but inf with the regularizers' terms"):
             trainer.step()
 
     def test_a_gradient_that_is_not_finite_is_found_before_the_step(self):

@@ -114,6 +114,11 @@ class LanguageModel:
         self._tokenizer = tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Raises TokenizerError if there is none."""
         if self._tokenizer is None:

@@ -1,0 +1,1 @@
+"""Texts as files of token ids, and windows on them."""

@@ -35,10 +35,10 @@ def encode_documents(
     pieces joined; documents without text are left out. Encoding runs in threads: tiktoken releases
     the interpreter's lock.
     """
-    inner = replace(tokenizer, add_bos=False)
+    without_bos = replace(tokenizer, add_bos=False)
 
     def encode(text: str, first: bool) -> tuple[bool, np.ndarray]:
-        ids = (tokenizer if first else inner).encode(text)
+        ids = (tokenizer if first else without_bos).encode(text)
         return first, np.array(ids, dtype=np.uint32)
 
     threads = min(os.cpu_count() or 1, 8)
@@ -59,7 +59,7 @@ class _Cutter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = list(tokenizer.encoding._special_tokens)
-        self._right = max([_CONTEXT, *map(len, self._special)])
+        self._right_context = max([_CONTEXT, *map(len, self._special)])
         self._normalization = tokenizer.normalization
         try:
             self._pattern = regex.compile(tokenizer.encoding._pat_str)
@@ -75,7 +75,7 @@ class _Cutter:
                 continue
             cut = self._last_cut(held, searched)
             if cut is None:
-                searched, wanted = max(len(held) - self._right, 0), 2 * len(held)
+                searched, wanted = max(len(held) - self._right_context, 0), 2 * len(held)
             else:
                 yield held[:cut]
                 held, searched, wanted = held[cut:], 0, size
@@ -85,15 +85,15 @@ class _Cutter:
     def _last_cut(self, text: str, start: int) -> int | None:
         """The last position after `start` to cut at; line breaks in the second half come first."""
         half = max(start, len(text) // 2)
-        for character, after, least in (("\n", 1, half), (" ", 0, start), ("\n", 1, start)):
-            found = len(text) - self._right
+        for character, offset, lowest in (("\n", 1, half), (" ", 0, start), ("\n", 1, start)):
+            found = len(text) - self._right_context
             for _ in range(_TRIES):
-                found = text.rfind(character, max(least, 1), max(found, 0))
+                found = text.rfind(character, max(lowest, 1), max(found, 0))
                 if found < 0:
                     break
                 single = not (text[found - 1].isspace() or text[found + 1].isspace())
-                if single and self._splits(text, found + after):
-                    return found + after
+                if single and self._splits(text, found + offset):
+                    return found + offset
         return None
 
     def _splits(self, text: str, cut: int) -> bool:
@@ -101,7 +101,7 @@ class _Cutter:
         for token in self._special:
             if text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1) >= 0:
                 return False
-        left, right = text[max(cut - _CONTEXT, 0) : cut], text[cut : cut + self._right]
+        left, right = text[max(cut - _CONTEXT, 0) : cut], text[cut : cut + self._right_context]
         if self._normalization:  # it neither composes nor reorders characters across a space
             left = unicodedata.normalize(self._normalization, left)
             right = unicodedata.normalize(self._normalization, right)

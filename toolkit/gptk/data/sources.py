@@ -17,11 +17,11 @@ TEXT_SUFFIXES = (".markdown", ".md", ".rst", ".text", ".txt")
 """The suffixes of text files in a folder, in small or capital letters."""
 
 BUILTIN = "builtin:"
-"""Begins the name of a text that comes with Python."""
+"""The prefix of the names of texts that come with Python."""
 
 
 def find_sources(names: Sequence[str]) -> list["Source"]:
-    """The files that are named, and those of folders that are named; see `prepare_tokens`.
+    """The named files, and the text files below the named folders; see `prepare_tokens`.
 
     Raises DataError for a file or folder that is missing or empty, and if nothing is named.
     """
@@ -50,12 +50,12 @@ class Source:
         digest, read, begun = hashlib.sha256(), 0, False
         for block in self._blocks():
             digest.update(block)
-            held, _ = decoder.getstate()
+            undecoded, _ = decoder.getstate()
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{self.name} is not UTF-8 text: byte {read - len(held) + error.start} is "
+                    f"{self.name} is not UTF-8 text: byte {read - len(undecoded) + error.start} is "
                     f"0x{error.object[error.start]:02x} ({error.reason})"
                 ) from None
             read += len(block)
@@ -88,7 +88,7 @@ class Source:
 
 
 def _find(name: str) -> list[Source]:
-    """The text of that name, the file, or the files of the folder."""
+    """The builtin text or file of that name, or the text files below the folder."""
     if name.startswith(BUILTIN):
         return [_builtin(name)]
     if not name:

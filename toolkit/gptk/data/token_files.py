@@ -47,11 +47,11 @@ class TokenFile:
     documents: int
     """Files with text in them."""
     tokenizer: str
-    """The name of its encoding."""
+    """The name of the tokenizer's encoding."""
     fingerprint: str
     """A hash of everything that decides how the tokenizer encodes."""
     sha256: str
-    """Of the tokens in the file."""
+    """Of the file's content."""
 
     @property
     def n_tokens(self) -> int:
@@ -99,7 +99,7 @@ def prepare_tokens(
     except OSError as error:
         raise DataError(
             f"the tokens cannot be kept in {folder}: {error.strerror or error}; "
-            "GPTK_CACHE names another folder"
+            "set GPTK_CACHE to another folder"
         ) from None
 
 

@@ -63,7 +63,7 @@ def check_enough(
 ) -> None:
     """Raise DataError if there are fewer than `batch` windows; the message says what to change.
 
-    which: training or validation. train_ratio: None if the two are different texts.
+    which: training or validation. train_ratio: None if validation has its own texts.
     """
     if len(windows) >= batch:
         return
@@ -71,7 +71,7 @@ def check_enough(
         needed = f"a step takes {batch}: batch_size, times accumulate and processes"
         lower = "lower batch_size, accumulate, context_length or stride"
     else:
-        needed = f"the least is one, which is {context_length + 1} tokens"
+        needed = f"at least one is needed, which takes {context_length + 1} tokens"
         lower = "lower context_length"
     share = "" if train_ratio is None else f" (train_ratio={train_ratio:g})"
     if train_ratio is not None:

@@ -1,0 +1,1 @@
+"""The decoding run, from settings and prompts to results."""

@@ -1,0 +1,1 @@
+"""Every hook on one page, and the contracts that plug-ins fill in."""

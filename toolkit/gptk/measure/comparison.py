@@ -129,6 +129,7 @@ def _label(sampler: str | Sampler) -> str:
 
 
 def _most_results(sampler: Sampler, n: int) -> int:
+    """The most results for a prompt that the sampler can give, at most n. Raises OptionError."""
     for fewer in range(n, 1, -1):
         try:
             sampler.max_rows(fewer)
@@ -156,7 +157,7 @@ def _measured(
         random=sampler.random,
         results=results,
         texts=[[result.text for result in group] for group in groups],
-        mean_logprob=mean(logprob for of_result in logprobs for logprob in of_result),
+        mean_logprob=mean(logprob for result in logprobs for logprob in result),
         distinct_1=mean(distinct(group, 1) for group in tokens),
         distinct_2=mean(distinct(group, 2) for group in tokens),
         seq_rep_4=mean(seq_rep(result.tokens, 4) for result in flat),
@@ -175,7 +176,7 @@ def continuation_logprobs(
     Teacher-forced, in one pass over both, which must fit into the model's window together.
     """
     logprobs: list[list[float]] = [[] for _ in pairs]
-    # Texts of similar lengths share a batch, so that there is little padding. It is on the right,
+    # Texts of similar lengths share a batch, so that there is little padding, on the right,
     # where causal attention does not see it.
     order = sorted(
         (number for number, (_, new) in enumerate(pairs) if new),

@@ -7,9 +7,9 @@ Windows of the model's context length begin every `stride` tokens, and each toke
 first window that predicts it. So the first tokens have the whole text before them as context, and
 later ones at least window - stride + 1 tokens. A smaller stride means more context, a lower loss
 and more work; figures are comparable only at equal window and stride. A stride of half the window
-brings most of the gain, at twice the work of disjoint windows. By default the stride of
-lm-evaluation-harness (`loglikelihood_rolling`) is the window; transformers' page on the perplexity
-of fixed-length models takes half of it.
+brings most of the gain, at twice the work of disjoint windows, and is the default here and on
+transformers' page on the perplexity of fixed-length models; the default of lm-evaluation-harness
+(`loglikelihood_rolling`) is the window.
 
 Bits per byte can be compared between tokenizers (Gao et al. 2020, The Pile, section 3.1).
 """
@@ -77,7 +77,7 @@ def evaluate(
     OptionError for a stride or batch size out of bounds; DecodingError if the loss is not finite;
     and what `prepare_tokens` raises.
     """
-    model, tokenizer = lm.model, lm._tokenizer
+    model, tokenizer = lm.model, lm.tokenizer if lm.has_tokenizer else None
     vocabulary, window = model.config.vocab_size, model.config.context_length
     stride = max(window // 2, 1) if stride is None else stride
     if not 1 <= stride <= window:
@@ -87,10 +87,10 @@ def evaluate(
         raise OptionError(f"batch_size is {batch_size}; it must be 1 or more")
     tokens = _tokens(lm, data)
     lengths = None if tokenizer is None else _text_lengths(tokenizer, vocabulary)
-    nats, scored, size = 0.0, 0, 0
+    nats, scored, n_bytes = 0.0, 0, 0
     with evaluating(model), torch.inference_mode():
         for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
-            # (windows, length), of which the last `new` have not been scored
+            # (windows, length); the last `new` targets of each window have not been scored
             windows = Windows(tokens[starts.start :], length, stride)
             inputs, targets = windows.batch(np.arange(len(starts)))
             hidden = final_states(model, inputs.to(model.device))[:, -new:].flatten(0, 1)
@@ -99,7 +99,7 @@ def evaluate(
             nats -= float(logprobs.cpu().double().sum())
             scored += len(targets)
             if lengths is not None:
-                size += int(lengths[targets].sum())
+                n_bytes += int(lengths[targets].sum())
             if progress is not None:
                 progress(scored, len(tokens) - 1)
     loss = nats / scored
@@ -111,9 +111,9 @@ def evaluate(
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / size if size else None,
+        bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
         tokens=scored,
-        bytes=None if lengths is None else size,
+        bytes=None if lengths is None else n_bytes,
         context_length=window,
         stride=stride,
     )

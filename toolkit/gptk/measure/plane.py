@@ -66,10 +66,10 @@ def _diversity(compared: Sequence[Comparison]) -> tuple[bool, list[float | None]
     if any(comparison.self_bleu is not None for comparison in compared):
         diversities = []
         for comparison in compared:
-            alike = comparison.self_bleu
-            if alike is None and comparison.results == 1 and not comparison.random:
-                alike = 1.0
-            diversities.append(None if alike is None else 1 - alike)
+            self_bleu = comparison.self_bleu
+            if self_bleu is None and comparison.results == 1 and not comparison.random:
+                self_bleu = 1.0
+            diversities.append(None if self_bleu is None else 1 - self_bleu)
         if None not in diversities:
             return True, diversities
     return False, [comparison.distinct_2 for comparison in compared]

@@ -1,0 +1,1 @@
+"""What decoding needs of a model, and GPT: configuration, cache, layers, quantized weights."""

@@ -16,19 +16,19 @@ def perplexity(loss: np.ndarray) -> np.ndarray:
 
 
 def extremes(x: np.ndarray, y: np.ndarray) -> Points:
-    """Thinned to the least and the greatest of each group of neighbours, so that peaks stay."""
+    """A curve thinned to the least and greatest y of each group of neighbours: peaks stay."""
     if len(x) <= _POINTS:
         return x, y
     edges = np.linspace(0, len(x), _POINTS // 2 + 1).astype(int)
-    ends = {0, len(x) - 1}
+    indices = {0, len(x) - 1}
     for first, last in pairwise(edges):
-        ends |= {first + y[first:last].argmin(), first + y[first:last].argmax()}
-    kept = sorted(ends)
+        indices |= {first + y[first:last].argmin(), first + y[first:last].argmax()}
+    kept = sorted(indices)
     return x[kept], y[kept]
 
 
 def means(x: np.ndarray, y: np.ndarray) -> Points:
-    """Thinned to the means of groups of neighbours."""
+    """A curve thinned to the means of groups of neighbours."""
     if len(x) <= _POINTS:
         return x, y
     edges = np.linspace(0, len(x), _POINTS + 1).astype(int)
@@ -37,9 +37,9 @@ def means(x: np.ndarray, y: np.ndarray) -> Points:
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """Each point by a straight line fitted to its neighbours, a fiftieth of all on each side.
+    """Local linear regression over each point's neighbours, a fiftieth of all points on each side.
 
-    Inside the curve that is the neighbours' mean. The last point has neighbours on one side only,
+    Inside the curve it is the neighbours' mean. The last point has neighbours on one side only,
     where a mean would lag; the first points have fewer, so that a steep fall stays steep.
     """
     x = np.arange(len(y), dtype=np.float64)

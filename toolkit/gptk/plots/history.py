@@ -24,7 +24,7 @@ class History:
 
     @classmethod
     def read(cls, run: Path, label: str) -> "History":
-        """Raises SourceError if there is no run, or no record in it."""
+        """Read the metrics of a run. Raises SourceError if there is no run, or no record in it."""
         if not run.is_dir():
             raise SourceError(f"{run} is not a training run: it is no directory")
         if not (run / METRICS).is_file():
@@ -47,7 +47,7 @@ class History:
         return cls(label, steps, evaluations)
 
     def step(self, y: str, *, positive: bool = False) -> Points:
-        """A column of the step records over their numbers, where it was recorded."""
+        """Step numbers, and a column of the step records, where it was recorded."""
         x, values = _finite(self.steps["step"], self.steps[y])
         return (x[values > 0], values[values > 0]) if positive else (x, values)
 

@@ -167,9 +167,9 @@ def _gradient_norm(axes: "Axes", runs: _Runs) -> None:
 
 
 def _evaluated(axes: "Axes", x: np.ndarray, y: np.ndarray, look: _Look, *, linestyle: str) -> None:
-    style: dict[str, Any] = {"color": look.training, "marker": "o", "markerfacecolor": "white"}
+    line: dict[str, Any] = {"color": look.training, "marker": "o", "markerfacecolor": "white"}
     label = "training, evaluated"
-    _line(axes, x, y, label=label, linestyle=linestyle, linewidth=1.3, **style)
+    _line(axes, x, y, label=label, linestyle=linestyle, linewidth=1.3, **line)
 
 
 def _validation(
@@ -179,12 +179,12 @@ def _validation(
     look: _Look,
     scale: Callable[[np.ndarray], np.ndarray] = np.array,
 ) -> None:
-    style: dict[str, Any] = {"color": look.validation, "marker": look.marker, "linewidth": 1.3}
+    line: dict[str, Any] = {"color": look.validation, "marker": look.marker, "linewidth": 1.3}
     xs, ys = history.evaluation(x, "validation_loss")
-    _line(axes, xs, scale(ys), label="validation", **style)
+    _line(axes, xs, scale(ys), label="validation", **line)
     xs, ys = history.evaluation(x, "averaged_validation_loss")
-    style |= {"linestyle": "--", "markerfacecolor": "white"}
-    _line(axes, xs, scale(ys), label="validation, averaged weights", **style)
+    line |= {"linestyle": "--", "markerfacecolor": "white"}
+    _line(axes, xs, scale(ys), label="validation, averaged weights", **line)
 
 
 # --- Lines
@@ -213,6 +213,7 @@ def _from_zero(axes: "Axes", runs: _Runs, name: str) -> None:
 
 
 def _count_ticks(axis: "Axis") -> None:
+    """Label an axis of steps or tokens with round integers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
@@ -239,7 +240,7 @@ def _short(value: float) -> str:
 
 
 def _tokens_above(axes: "Axes", runs: _Runs) -> None:
-    """A second axis of tokens seen, if steps have equally many in all runs, within a hundredth."""
+    """A second axis of tokens seen, if those of a step are equal in all runs, within 1 %."""
     progress = [history.progress() for history, _ in runs]
     steps, tokens = max(progress, key=lambda points: float(points[0][-1]))
     last, total = steps[-1], tokens[-1]

@@ -50,7 +50,7 @@ def check_format(target: Path) -> None:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The same style on every machine, whatever its matplotlibrc says; restored at the end."""
+    """The same style on every machine, whatever its matplotlibrc says; the old one is restored."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -74,7 +74,7 @@ def style() -> Iterator[None]:
 
 
 def set_literally(legend: "Legend", labels: Sequence[str]) -> None:
-    """Set the texts of a legend: a label may begin with _, and $ begins no formula."""
+    """Set the texts of a legend literally: a label may begin with _, and $ begins no formula."""
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)
         text.set_text(label)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: directories that are complete as soon as they can be seen.
+"""Checkpoints of a training run: directories that are complete once they have their names.
 
     RUN/checkpoints/step-00000500/
         gptk.json, model.safetensors, tokenizer.tiktoken   the model, as gptk.load reads it
@@ -51,7 +51,7 @@ def publish(new: Path, *, keep: int) -> Path:
         sync(path)
     run = new.parent.parent
     target = new.with_name(new.name.removeprefix(".").removesuffix(".new"))
-    if target.exists():  # saved twice, or before an interruption that the run went back from
+    if target.exists():  # saved twice, or the run was resumed from an older checkpoint
         ready = new.with_suffix(".ready")
         new.rename(ready)
         sync(new.parent)

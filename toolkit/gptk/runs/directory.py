@@ -18,10 +18,10 @@ def lock_run(run: Path) -> IO[bytes]:
 
     Raises TrainingError if another process trains it.
     """
-    held = lock(run / ".lock")
-    if held is None:
+    file = lock(run / ".lock")
+    if file is None:
         raise TrainingError(f"{run} is being trained by another process")
-    return held
+    return file
 
 
 def open_records(run: Path, step: int) -> list[TrainingListener]:

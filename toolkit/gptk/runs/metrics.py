@@ -1,6 +1,6 @@
 """RUN/metrics.jsonl: the records of a training run, a JSON object a line.
 
-docs/training.md describes the records. Numbers that are not finite are null, as JSON has none.
+docs/training.md describes the records. NaN and infinities are null, as JSON has none.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def iterate_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """As read_metrics, one record at a time: a million records take a gigabyte of memory."""
+    """As read_metrics, one record at a time: a list of a million takes a gigabyte of memory."""
     for _, record in _lines(path):
         yield record
 

@@ -1,0 +1,1 @@
+"""The decode session: a model, its cache and rows, moved by four verbs."""

@@ -1,0 +1,1 @@
+"""Files, caches, memory, devices and interrupts: what the operating system gives."""

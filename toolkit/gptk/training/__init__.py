@@ -1,0 +1,1 @@
+"""The trainer in parts: construction, step, evaluation, checkpointing, loop, processes."""

@@ -1,4 +1,4 @@
-"""Saving a run and going on with it; `gptk.runs.checkpoints` says what a checkpoint holds."""
+"""Saving and resuming a run; `gptk.runs.checkpoints` says what a checkpoint holds."""
 
 import json
 from dataclasses import dataclass
@@ -66,14 +66,14 @@ class RunCheckpoints:
             for folder, weights in models.items():
                 (new / folder).mkdir(exist_ok=True)
                 write_model(new / folder, self.model.config, weights, self.tokenizer)
-            text = json.dumps(self._about(training_state.describe(tensors)), indent=1)
+            text = json.dumps(self._training_json(training_state.describe(tensors)), indent=1)
             (new / checkpoints.STATE).write_text(text, encoding="utf-8")
             new = checkpoints.publish(new, keep=self.config.keep)
         self.processes.barrier()
         return new
 
-    def _about(self, tensors: training_state.Stored) -> dict[str, object]:
-        """What training.json says."""
+    def _training_json(self, tensors: training_state.Stored) -> dict[str, object]:
+        """The content of training.json. tensors: dtype and shape of each saved tensor."""
         return {
             "format": 1,
             **self.progress.to_json(),
@@ -85,22 +85,22 @@ class RunCheckpoints:
         }
 
     def load(self, folder: Path) -> list[str] | None:
-        """Go on from a checkpoint whose weights are already in the model.
+        """Restore all but the weights, which are already in the model, from a checkpoint.
 
-        Returns the SHA-256 of each token file that it was trained on.
+        Returns the SHA-256 of each token file that the run was trained on, None if it has no files.
         """
         try:
-            about = json.loads((folder / checkpoints.STATE).read_text(encoding="utf-8"))
-            self.progress.restore(about)
-            stored = about["tensors"]
-            data_sums: list[str] | None = about["data"]
+            saved = json.loads((folder / checkpoints.STATE).read_text(encoding="utf-8"))
+            self.progress.restore(saved)
+            stored = saved["tensors"]
+            data_sums: list[str] | None = saved["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{folder / checkpoints.STATE} cannot be read: {error}") from None
         self.state.read(folder, stored)
         return data_sums
 
     def last_good(self) -> str:
-        """Where to go on from, for an error that ends the run."""
+        """Names the checkpoint to resume from, for the message of an error that ends the run."""
         last = None if self.run is None else checkpoints.last_checkpoint(self.run)
         if last is None:
             return "there is no checkpoint yet"

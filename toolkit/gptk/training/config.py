@@ -31,11 +31,13 @@ class TrainConfig(Options):
     )
     width: PositiveInt = Field(128, description="of a new model's hidden states")
     mlp_width: PositiveInt | None = Field(
-        None, description="without, 4 times width, or for llama 8/3 of it in multiples of 64"
+        None,
+        description="hidden units of a block's MLP; without, 4 times width, or for llama 8/3 of "
+        "width, rounded up to a multiple of 64",
     )
     qkv_bias: bool | None = Field(
         None,
-        description="biases on queries, keys and values; without, as the architecture has",
+        description="biases on queries, keys and values; without, gpt2 has them, llama has none",
     )
     tied_head: bool = Field(True, description="the output head is the token embedding")
     context_length: PositiveInt | None = Field(
@@ -112,7 +114,7 @@ class TrainConfig(Options):
         "in each process",
     )
     patience: PositiveInt | None = Field(
-        None, description="stop after so many evaluations without a better validation loss"
+        None, description="stop after this many evaluations without a better validation loss"
     )
     sample_prompt: str = Field(
         "The ", description="what the text sampled at each evaluation begins with"
@@ -124,7 +126,7 @@ class TrainConfig(Options):
     save_every: PositiveInt | None = Field(
         None, description="steps from one checkpoint to the next; without, eval_every"
     )
-    keep: PositiveInt = Field(2, description="how many last checkpoints stay, beside the best")
+    keep: PositiveInt = Field(2, description="how many last checkpoints to keep, besides the best")
     log_every: PositiveInt = Field(10, description="steps from one line of metrics to the next")
     observers: list[str] = Field([], description="training observers' specs, such as tensorboard")
 

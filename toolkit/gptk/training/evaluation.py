@@ -64,10 +64,10 @@ class Evaluator:
         for number in range(rank, rank + len(batches), processes):
             # A sharded model needs all processes in each pass: a process without a batch left
             # repeats the first one, and does not count it.
-            spare = number >= len(batches)
-            batch = batches[0 if spare else number]
+            repeated = number >= len(batches)
+            batch = batches[0 if repeated else number]
             loss, _ = self.loss(windows.batch(batch))
-            if not spare:
+            if not repeated:
                 totals += torch.tensor([float(loss) * len(batch), len(batch)]).to(totals)
         self.model.train()
         self.loss.reshard()
@@ -82,7 +82,7 @@ def sample_text(
     config: TrainConfig,
     weights: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Text for the prompt in the settings. weights: those of a sharded model, without sharding."""
+    """Text for the prompt in the settings. weights: unsharded, for a model that is sharded."""
     if weights is not None:
         model = build_model(Checkpoint(model.config, weights), model.device, torch.float32)
     return (

@@ -1,4 +1,4 @@
-"""Errors of a run, with the settings to change and the checkpoint to go on from."""
+"""Errors that end a run, explained: which settings to change, which checkpoint to resume from."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from gptk.errors import PluginError, TrainingError, out_of_memory
 
 
 @contextmanager
-def enough_memory_for_model() -> Iterator[None]:
+def explaining_lack_of_memory() -> Iterator[None]:
     """Raise TrainingError if memory does not hold a model and its optimizer's state."""
     try:
         yield
@@ -25,7 +25,7 @@ def enough_memory_for_model() -> Iterator[None]:
 def explaining_failures(device: torch.device, last_good: Callable[[], str]) -> Iterator[None]:
     """Raise TrainingError or PluginError for errors that end training.
 
-    last_good: names the checkpoint to go on from.
+    last_good: names the checkpoint to resume from.
     """
     try:
         yield

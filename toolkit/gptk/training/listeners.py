@@ -25,7 +25,7 @@ class Listeners:
         self._listeners += listeners
 
     def start(self, observers: Iterable[TrainingObserver], run: Path | None) -> None:
-        """Start the observers of a run. Raises only errors that are gptk's own."""
+        """Start the observers of a run. Raises their GptkErrors; other errors become warnings."""
         for observer in observers:
             try:
                 self._observers.append((observer, observer.start(run)))

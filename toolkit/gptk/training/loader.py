@@ -22,18 +22,18 @@ class StepData:
     """Windows taken in this epoch before the step."""
     windows: np.ndarray
     """The indices of the step's windows, in all processes."""
-    mine: np.ndarray
+    local_windows: np.ndarray
     """The indices of the windows that this process takes."""
     batches: list[Batch]
-    """The windows `mine`, in order; in pinned memory where the loader pins."""
+    """The tokens of `local_windows`, in order; in pinned memory if the loader has `pin`."""
 
 
 class StepLoader:
     """The data of any step, a pure function of the epoch and the position where it begins.
 
-    So what is prepared ahead is no state: a run that is resumed, or moved to another position in
-    the data, gets the same batches. step_windows: windows in a step, in all processes; `rank` of
-    `count` takes every count-th. pin: put batches into pinned memory, for a GPU.
+    So data prepared ahead is not part of the state: a run that is resumed, or moved to another
+    position in the data, gets the same batches. step_windows: windows in a step, in all processes;
+    process `rank` of `count` takes every count-th. pin: put batches into pinned memory, for a GPU.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class StepLoader:
     ) -> None:
         self.windows = windows
         self._step_windows, self._batch_size = step_windows, batch_size
-        self._least = step_windows if drop_last else 1
+        self._fewest_windows = step_windows if drop_last else 1
         self._rank, self._count, self._pin = rank, count, pin
         n = len(windows)
         self._order_of: Callable[[int], np.ndarray] = lambda epoch: epoch_order(
@@ -64,12 +64,12 @@ class StepLoader:
         """The epoch and position of the step that is being prepared, and its data."""
 
     def take(self, epoch: int, position: int) -> StepData:
-        """The data of the step at a position, or of the next epoch's first if this one is over.
+        """The data of the step at a position, or of the next epoch's first if this epoch is over.
 
         Meanwhile a thread prepares the data of the step that follows.
         """
         ahead, self._ahead = self._ahead, None
-        prepared = ahead[1].result() if ahead is not None else None  # the thread's work is over
+        prepared = ahead[1].result() if ahead is not None else None  # also waits for the thread
         if ahead is None or prepared is None or ahead[0] != (epoch, position):
             prepared = self._prepare(epoch, position)
         if self._worker is None:
@@ -86,14 +86,14 @@ class StepLoader:
             self._worker = None
 
     def _prepare(self, epoch: int, position: int) -> StepData:
-        if len(self.windows) - position < self._least:
+        if len(self.windows) - position < self._fewest_windows:
             epoch, position = epoch + 1, 0
         if self._order[0] != epoch:
             self._order = (epoch, self._order_of(epoch))
         windows = self._order[1][position : position + self._step_windows]
-        mine = windows[self._rank :: self._count]
+        local = windows[self._rank :: self._count]
         size = self._batch_size
-        batches = [self.windows.batch(mine[i : i + size]) for i in range(0, len(mine), size)]
+        batches = [self.windows.batch(local[i : i + size]) for i in range(0, len(local), size)]
         if self._pin:
             batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches]
-        return StepData(epoch, position, windows, mine, batches)
+        return StepData(epoch, position, windows, local, batches)

@@ -23,7 +23,7 @@ class TrainingLoop:
     sample: Callable[[], dict[str, Any]] | None
     save: Callable[[], object]
     tell: Callable[[dict[str, Any]], None]
-    """Is given the records of steps, evaluations and samples."""
+    """Called with each record of a step, an evaluation or a sample."""
     stop_asked: Callable[[], bool]
     """Whether to end after the present step; all processes must answer the same."""
 
@@ -61,7 +61,7 @@ class TrainingLoop:
         return patience is not None and self.progress.evaluations_since_best >= patience
 
     def _evaluate(self) -> bool:
-        """Evaluate and sample; whether the validation loss is the best so far."""
+        """Evaluate and sample. Returns whether the validation loss is the best so far."""
         record = self.evaluate()
         self.tell(record)
         if self.sample is not None:

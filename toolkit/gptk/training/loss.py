@@ -1,4 +1,4 @@
-"""From a batch of tokens to its loss, and to the objective that regularizers make of the loss."""
+"""The loss of a batch of tokens, and the objective: the loss as regularizers change it."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -44,9 +44,9 @@ class BatchLoss:
     ) -> None:
         self._model, self._dtype = model, dtype
         self._processes, self._shard = processes, shard
-        of_loss = [regularizer for regularizer in regularizers if _changes_loss(regularizer)]
-        self._on_weights = [r for r in of_loss if r.logits == "none"]
-        self._on_logits = [r for r in of_loss if r.logits != "none"]
+        changing = [regularizer for regularizer in regularizers if _changes_loss(regularizer)]
+        self._on_weights = [r for r in changing if r.logits == "none"]
+        self._on_logits = [r for r in changing if r.logits != "none"]
         needed = any(r.logits == "batch" for r in self._on_logits)
         self._whole_logits = needed or not _has_plain_head(model)
         self._recomputation = ActivationCheckpointing(model.blocks) if recompute else None
@@ -56,7 +56,7 @@ class BatchLoss:
             objective=self._regularized if self._on_logits else None,
         )
         if compile:
-            kernels.available()  # the kernels' operators must be there when torch.compile traces
+            kernels.available()  # registers the kernels' operators, before torch.compile traces
             for part in model.blocks if shard else [module]:
                 part.compile()
         self._module = processes.parallelize(module, model.blocks, shard=shard)
@@ -65,7 +65,7 @@ class BatchLoss:
         """Loss and objective; in evaluation mode both are the loss."""
         device, training = self._model.device, self._model.training
         inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-        with self._settings():
+        with self._forward_context():
             result = self._module(inputs, targets)
         if self._whole_logits:
             loss = objective = F.cross_entropy(result.flatten(0, 1), targets.flatten())
@@ -73,13 +73,15 @@ class BatchLoss:
                 objective = self._regularized(loss, result, targets)
         else:
             loss, objective = result
-        if training and self._on_weights:
+        if training and self._on_weights:  # these get logits of no positions
             logits = torch.empty(1, 0, self._model.config.vocab_size, device=device)
-            objective = _add(self._on_weights, self._model, objective, logits, targets[:1, :0])
+            objective = _regularize(
+                self._on_weights, self._model, objective, logits, targets[:1, :0]
+            )
         return loss, objective
 
     def without_sync(self) -> AbstractContextManager[None]:
-        """Passes inside leave gradients in this process, for a later pass to add to and average."""
+        """Backward passes inside only accumulate gradients; one outside averages over processes."""
         if self._processes.count == 1:
             return nullcontext()
         return distributed.without_sync(self._module)
@@ -89,7 +91,7 @@ class BatchLoss:
         if self._shard:
             distributed.reshard(self._module)
 
-    def _settings(self) -> ExitStack:
+    def _forward_context(self) -> ExitStack:
         """Autocast, and activation checkpointing where a backward pass may follow."""
         stack = ExitStack()
         kind = self._model.device.type
@@ -99,8 +101,8 @@ class BatchLoss:
         return stack
 
     def _regularized(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """The objective of positions whose logits are known."""
-        return _add(self._on_logits, self._model, loss, logits, targets)
+        """The loss of positions, changed by the regularizers that read their logits."""
+        return _regularize(self._on_logits, self._model, loss, logits, targets)
 
 
 class _NextToken(nn.Module):
@@ -139,7 +141,7 @@ def _has_plain_head(model: GPT) -> bool:
     return type(head) is Linear and head.bias is None and type(model).logits is GPT.logits
 
 
-def _add(
+def _regularize(
     regularizers: Iterable[Regularizer], model: GPT, loss: Tensor, logits: Tensor, targets: Tensor
 ) -> Tensor:
     """The loss, changed by each regularizer in turn, plus the penalties of all."""

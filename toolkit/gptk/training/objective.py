@@ -20,8 +20,8 @@ from torch import Tensor
 from gptk import kernels
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Computes what is minimized at some positions, a mean over them, from their mean cross entropy,
-their logits, float32, (1, positions, vocab), and their targets, (1, positions)."""
+"""A function of some positions: of their mean cross entropy, their logits, float32, (1, positions,
+vocab), and their targets, (1, positions). Returns the value to minimize, a mean over them."""
 
 _CHUNK = 2**25
 """The most logits in a chunk (which has at least one position): 667 positions with GPT-2's
@@ -99,8 +99,10 @@ def _in_chunks(
             else:
                 for first in range(0, len(h), piece):
                     part = logits[first : first + piece]
-                    wanted = targets[start + first : start + first + len(part)]
-                    totals += _loss(part, wanted, objective, len(part) / n, gradients)
+                    part_targets = targets[start + first : start + first + len(part)]
+                    totals += _weighted_loss(
+                        part, part_targets, objective, len(part) / n, gradients
+                    )
             if gradients:
                 _product(logits, matrix, hidden_gradient[start : start + rows])
                 # Summed in the weights' dtype, whatever that of the product.
@@ -123,7 +125,7 @@ def _product(a: Tensor, b: Tensor, y: Tensor, *, add: bool = False) -> None:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, n: int, gradients: bool) -> Tensor:
-    """`_loss` of all positions of a chunk by a kernel, for the cross entropy as the objective.
+    """`_weighted_loss` of a whole chunk by a kernel, for the cross entropy as the objective.
 
     n: the positions of all chunks. Raises IndexError for a target outside the vocabulary.
     """
@@ -134,7 +136,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, n: int, gradients: bool) -> 
     return (losses.sum() / n).expand(2)
 
 
-def _loss(
+def _weighted_loss(
     logits: Tensor, targets: Tensor, objective: Objective | None, share: float, gradients: bool
 ) -> Tensor:
     """Loss and objective of some positions, times their share of all positions.

@@ -1,4 +1,4 @@
-"""What settings and data amount to: the size of a step, and the number of steps."""
+"""The size of a step and the number of steps, as they follow from settings and data."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class TrainingPlan:
                 train_ratio=ratio,
             )
         if self.process_count > 1 and not config.drop_last:
-            raise OptionError("drop_last=false works in one process only: batches must be equal")
+            raise OptionError("drop_last=false works in one process only: batches must be full")
 
     def describe(self, model: GPT, dtype: torch.dtype, *, shard: bool) -> list[str]:
         """The run in a few lines: sizes, counts of tokens and batches, steps and hardware."""
@@ -69,11 +69,11 @@ class TrainingPlan:
             f"model: {parameters:,} parameters, vocabulary {model.config.vocab_size:,}, "
             f"window {model.config.context_length:,}",
         ]
-        for name, windows, full in (
+        for name, windows, full_only in (
             ("training", self.train, config.drop_last),
             ("validation", self.validation, False),
         ):
-            batches = len(windows) // batch if full else -(-len(windows) // batch)
+            batches = len(windows) // batch if full_only else -(-len(windows) // batch)
             lines.append(
                 f"{name}: {len(windows.tokens):,} tokens, {batches:,} batches of {batch} by "
                 f"{self.context_length}"

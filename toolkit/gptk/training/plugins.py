@@ -21,7 +21,7 @@ class TrainingPlugins:
 
     @classmethod
     def create(cls, config: TrainConfig) -> "TrainingPlugins":
-        """Raises OptionError for a regularizer that is named twice, and what `create` raises."""
+        """Raises what `create` of gptk.plugins does, and OptionError for a repeated regularizer."""
         plugins = cls(
             scheduler=create("scheduler", config.scheduler, LRScheduler),
             regularizers=[create("regularizer", s, Regularizer) for s in config.regularizers],

@@ -24,7 +24,7 @@ from gptk.weights.building import build_model
 from gptk.weights.loading import load_checkpoint
 from gptk.weights.tokenizers import load_tokenizer
 
-# Settings that shape the weights: a run that goes on cannot change them.
+# Settings that shape the weights: a resumed run cannot change them.
 _FIXED = (
     "model",
     "architecture",
@@ -41,7 +41,7 @@ _FIXED = (
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a trainer is made of, and the checkpoint that it goes on from, if it does."""
+    """What a trainer is made of, and the checkpoint to resume from, if any."""
 
     config: TrainConfig
     processes: Processes
@@ -58,8 +58,8 @@ class Prepared:
 
 
 def prepare_new(config: TrainConfig, run: Path | None) -> Prepared:
-    """For `Trainer.start`. Mistakes in the settings are told before any work."""
-    TrainingPlugins.create(config)
+    """For `Trainer.start`. Mistakes in plug-ins' specs raise before any work."""
+    TrainingPlugins.create(config)  # only to check the specs
     processes = Processes.join(config.device)
     if run is not None:
         _check_new(run)
@@ -111,7 +111,7 @@ def _first_model(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokeni
 
 
 def _resumed_config(run: Path, changes: Iterable[str]) -> TrainConfig:
-    """The settings of a run that goes on, with `key=value` changes."""
+    """The settings of a run to resume, with `key=value` changes."""
     path = run / CONFIG
     if not path.is_file():
         raise TrainingError(f"{run} is not a training run: it has no {CONFIG}")
@@ -122,7 +122,7 @@ def _resumed_config(run: Path, changes: Iterable[str]) -> TrainConfig:
 
 
 def _newest_checkpoint(run: Path, processes: Processes, warn: Callable[[str], None]) -> Path:
-    """The checkpoint to go on from, the same in every process."""
+    """The checkpoint to resume from, the same in every process."""
     newest = None
     if processes.main:
         checkpoints.clean(run)
@@ -135,7 +135,10 @@ def _newest_checkpoint(run: Path, processes: Processes, warn: Callable[[str], No
 def _with_data(
     model: GPT, tokenizer: Tokenizer | None, config: TrainConfig, processes: Processes
 ) -> Prepared:
-    """Tokenize the data, or find its tokens. Raises OptionError if model and settings disagree."""
+    """Add windows of the data, tokenized now or before.
+
+    Raises OptionError if model, tokenizer and settings do not fit together.
+    """
     if tokenizer is None:
         raise OptionError("the model comes without a tokenizer; name one, such as tokenizer=gpt2")
     if tokenizer.encoding.max_token_value >= model.config.vocab_size:
@@ -148,8 +151,8 @@ def _with_data(
     if context > window:
         raise OptionError(f"context_length={context} is more than the model's {window}")
     # One process writes the token files; the others then find them.
-    for turn in (True, False):
-        if processes.main == turn:
+    for main_turn in (True, False):
+        if processes.main == main_turn:
             train, validation, sums = _tokens(config, tokenizer)
         processes.barrier()
     return Prepared(
@@ -164,7 +167,7 @@ def _with_data(
 
 
 def _tokens(config: TrainConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Tokens to train on, tokens to validate on, and the sums of their files."""
+    """Tokens to train on, tokens to validate on, and the SHA-256 of each of their files."""
     data = prepare_tokens(config.data, tokenizer)
     if not config.validation_data:
         return *data.split(config.train_ratio), [data.sha256]

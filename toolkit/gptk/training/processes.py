@@ -108,7 +108,7 @@ class Processes:
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """Passes inside leave gradients in this process, for a later pass to add to and average."""
+    """Backward passes inside only accumulate gradients; one outside averages over processes."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 

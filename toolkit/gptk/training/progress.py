@@ -27,7 +27,7 @@ class TrainingProgress:
     """The SHA-256 of each token file that the run reads; None for windows made by the caller."""
 
     def note_validation_loss(self, loss: float) -> bool:
-        """Count an evaluation. Returns whether its loss is the best so far, except at step 0."""
+        """Count an evaluation after step 0. Returns whether its loss is the best so far."""
         if self.step and loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.evaluations_since_best = 0

@@ -26,7 +26,7 @@ class ActivationCheckpointing:
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
-        """Blocks checkpoint inside, and are afterwards as they were before."""
+        """Replace the blocks' `forward` inside; it is restored at the end."""
         before = [vars(block).get("forward") for block, _ in self._forwards]
         try:
             for block, checkpointed in self._forwards:
@@ -35,7 +35,7 @@ class ActivationCheckpointing:
         finally:
             for (block, _), forward in zip(self._forwards, before, strict=True):
                 del block.forward
-                if forward is not None:  # not the class's own method, but the caller's
+                if forward is not None:  # an attribute of the instance, set by somebody else
                     block.forward = forward
 
 

@@ -119,7 +119,7 @@ def describe(tensors: Mapping[str, Tensor]) -> Stored:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], *, shard: bool, main: bool) -> None:
-    """Write tensors; with `shard` each process writes its own parts, else the main one all."""
+    """Write tensors; with `shard` each process writes its parts, else the main process all."""
     if shard:
         distributed.save_shards(str(folder / _SHARDS), tensors)
     elif main:

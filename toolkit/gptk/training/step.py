@@ -43,7 +43,7 @@ class TrainingStep:
     progress: TrainingProgress
     total_steps: int
     last_good: Callable[[], str]
-    """Names the checkpoint to go on from, for errors."""
+    """Names the checkpoint to resume from, for errors."""
 
     def __call__(self) -> dict[str, Any]:
         progress, optimizer = self.progress, self.state.optimizer
@@ -61,7 +61,7 @@ class TrainingStep:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not finite and self.config.on_nan == "stop":
-            raise TrainingError(self._not_finite(loss, objective, figures, data))
+            raise TrainingError(self._not_finite_message(loss, objective, figures, data))
         progress.step += 1
         progress.tokens += len(data.windows) * self.loader.windows.context_length
         progress.position += len(data.windows)
@@ -99,7 +99,7 @@ class TrainingStep:
                 _random_seed(self.config.seed, self.progress.step, self.processes.rank)
             )
             for number, batch in enumerate(data.batches, start=1):
-                share = len(batch[0]) / len(data.mine)
+                share = len(batch[0]) / len(data.local_windows)
                 last = number == len(data.batches)
                 with nullcontext() if last else self.loss.without_sync():
                     loss, objective = self.loss(batch)
@@ -123,23 +123,23 @@ class TrainingStep:
             figures["grad_norm"] = float(gradient_norm(self.state.parameters.values()))
         return figures
 
-    def _not_finite(
+    def _not_finite_message(
         self, loss: float, objective: float, figures: Mapping[str, float], data: StepData
     ) -> str:
         """The error message: what is not finite, where in the data, and what may help."""
         what = f"the loss is {loss}"
         if math.isfinite(loss) and not math.isfinite(objective):
-            what = f"the loss is {loss:.4f}, with what the regularizers add {objective}"
+            what = f"the loss is {loss:.4f}, but {objective} with the regularizers' terms"
         elif math.isfinite(loss):
             what = f"the gradient's norm is {figures['grad_norm']}, the loss {loss:.4f}"
         return (
-            f"step {self.progress.step + 1}: {what}; its batch are the windows at the tokens "
+            f"step {self.progress.step + 1}: {what}; its windows begin at the tokens "
             f"{self._starts(data.windows)} of the training data (epoch {data.epoch + 1}). Try a "
             f"lower lr, grad-clip, or on_nan=skip; {self.last_good()}"
         )
 
     def _starts(self, windows: np.ndarray) -> str:
-        """The first tokens of windows, of eight windows at most."""
+        """The positions where windows begin, as text: eight, and how many more."""
         starts = ", ".join(str(self.loader.windows.start(int(window))) for window in windows[:8])
         return starts + (f" and {len(windows) - 8} more" if len(windows) > 8 else "")
 

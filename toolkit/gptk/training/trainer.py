@@ -29,7 +29,7 @@ from gptk.text.tokenizer import Tokenizer
 from gptk.training.checkpointing import RunCheckpoints
 from gptk.training.config import TrainConfig
 from gptk.training.evaluation import Evaluator, sample_text
-from gptk.training.failures import enough_memory_for_model, explaining_failures
+from gptk.training.failures import explaining_failures, explaining_lack_of_memory
 from gptk.training.listeners import Listeners
 from gptk.training.loader import StepLoader
 from gptk.training.loop import Ending, TrainingLoop
@@ -59,14 +59,14 @@ class Trainer:
     windows to learn from and to evaluate on. tokenizer: for samples, and saved with the model.
     run: the directory for settings, metrics, checkpoints, samples and plots; by default nothing is
     written. processes: those that train together, by default this one. shard: give each process its
-    part of the weights (FSDP2), not a copy (DDP). listeners: given every record of metrics.jsonl.
+    part of the weights (FSDP2), not a copy (DDP). listeners: get every record of metrics.jsonl.
 
     A trainer changes no setting of the process. On a CPU, steps are up to a sixth faster if the
     process keeps the memory it frees: `gptk train` arranges that, and a program of your own can, by
     calling `gptk.keep_freed_memory()` once.
 
-    Raises DataError if there is less than a batch of either, OptionError or UnknownNameError for
-    plug-ins.
+    Raises DataError if there are too few windows for a step or an evaluation, OptionError or
+    UnknownNameError for plug-ins.
     """
 
     step_count: int = _counter("step")
@@ -116,7 +116,7 @@ class Trainer:
         self._assemble()
 
     def _prepare_model(self) -> None:
-        """Have the weights in memory, the model in training mode, and the regularizers set up."""
+        """Copy the weights into memory, enter training mode, and set up the regularizers."""
         for parameter in self.model.parameters():  # a loader may have mapped them from a file
             parameter.data = parameter.data.clone()
         self.model.train()
@@ -197,9 +197,9 @@ class Trainer:
         `run` is a run already or a file, or memory does not hold the model.
         """
         folder = None if run is None else Path(run)
-        with enough_memory_for_model():
+        with explaining_lack_of_memory():
             prepared = prepare_new(config or TrainConfig(), folder)
-            return cls._from(prepared, folder, shard, listeners)
+            return cls._from_prepared(prepared, folder, shard, listeners)
 
     @classmethod
     def resume(
@@ -211,16 +211,16 @@ class Trainer:
         listeners: Iterable[TrainingListener] = (),
         warn: Callable[[str], None] | None = None,
     ) -> "Trainer":
-        """A trainer where a run's last intact checkpoint left off, in any number of processes.
+        """A trainer that resumes from a run's last intact checkpoint, in any number of processes.
 
-        changes: settings to change, as `key=value`, for example `steps=4000`. warn: told of
-        damaged checkpoints and changed data; by default they are warnings on standard error.
+        changes: settings to change, as `key=value`, for example `steps=4000`. warn: gets
+        a line for each damaged checkpoint and for changed data; by default on standard error.
         Raises TrainingError if there is no checkpoint, or it does not fit the settings.
         """
         folder, warn = Path(run), warn or _warn
-        with enough_memory_for_model():
+        with explaining_lack_of_memory():
             prepared = prepare_resumed(folder, changes, warn)
-            trainer = cls._from(prepared, folder, shard, listeners)
+            trainer = cls._from_prepared(prepared, folder, shard, listeners)
             assert prepared.checkpoint is not None
             data_sums = trainer._checkpoints.load(prepared.checkpoint)
         if data_sums not in (None, prepared.data_sums) and trainer.processes.main:
@@ -228,7 +228,7 @@ class Trainer:
         return trainer
 
     @classmethod
-    def _from(
+    def _from_prepared(
         cls,
         prepared: Prepared,
         run: Path | None,
@@ -306,7 +306,7 @@ class Trainer:
         return self._evaluator()
 
     def sample(self) -> dict[str, Any]:
-        """Text from the current weights, empty but in the main process; returns a record."""
+        """Sample a text; returns a record. The text is empty except in the main process."""
         text = ""
         weights = self._state.whole_weights() if self.shard else None
         if self.processes.main:
@@ -327,9 +327,9 @@ class Trainer:
         return self._checkpoints.save(shard=self.shard)
 
     def train(self) -> Ending:
-        """Train to the last step. Ctrl-C (and SIGTERM) finish the step, save, and end it.
+        """Train to the last step. On Ctrl-C or SIGTERM, finish the step, save, and end.
 
-        Returns how it ended: finished, patience (no better validation loss for so many
+        Returns how it ended: finished, patience (no better validation loss for `patience`
         evaluations), or interrupted. Raises TrainingError; the checkpoints written stay.
         """
         listeners = Listeners()

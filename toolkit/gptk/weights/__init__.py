@@ -1,0 +1,1 @@
+"""Loading a checkpoint, building a model from it, and saving one."""
