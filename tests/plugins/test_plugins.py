@@ -268,7 +268,7 @@ def test_a_class_that_fails_to_be_made_is_named():
     try:
         with pytest.raises(
             gptk.PluginError,
-            match=r"^processor picky of mine 1.0 \(hook gptk_logits_processors\) cannot be plugin: "
+            match=r"^processor picky of mine 1.0 \(hook gptk_logits_processors\) cannot be made: "
             "ZeroDivisionError: division by zero$",
         ):
             plugins.create("processor", "picky:count=0", gptk.LogitsProcessor)

@@ -4,6 +4,8 @@ import ast
 import graphlib
 import re
 import statistics
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -90,3 +92,19 @@ def test_contributing_names_files_that_exist():
 def test_only_the_registry_imports_the_hooks_page(imports):
     importers = {module for module, found in imports.items() if "gptk.hooks.hookspecs" in found}
     assert importers == {"gptk.plugins.registry"}
+
+
+PYTEST = re.findall(r"^    \.venv/bin/python (-m pytest .*)", CONTRIBUTING, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", PYTEST)
+def test_the_commands_of_contributing_find_tests(command):
+    out = subprocess.run(
+        [sys.executable, *command.split(), "--collect-only", "-q"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stdout
+    assert re.search(r"\btests? collected|/\d+ tests collected", out.stdout)
