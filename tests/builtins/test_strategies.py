@@ -80,6 +80,18 @@ def test_contrastive_search_is_the_papers(name, prompt, k, alpha):
         assert out.tokens == greedy.tokens
 
 
+def test_contrastive_search_uses_no_dropout_whatever_the_models_mode():
+    model = tiny_gpt()
+    lm = gptk.LanguageModel(model)
+    wanted = lm.generate([1, 2, 3], sampler="contrastive", max_new_tokens=12, ignore_eos=True)
+    model.set_dropout(0.5)
+    model.train()
+    for _ in range(3):
+        out = lm.generate([1, 2, 3], sampler="contrastive", max_new_tokens=12, ignore_eos=True)
+        assert out.tokens == wanted.tokens
+    assert model.training
+
+
 # --- diverse beam search ------------------------------------------------------------------------
 
 
