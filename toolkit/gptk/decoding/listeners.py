@@ -63,8 +63,10 @@ class Listeners:
     def ignoring(self) -> Iterator[None]:
         """Within the block, `observe` keeps nothing."""
         lengths, self._lengths_at_choice = self._lengths_at_choice, []
-        yield
-        self._lengths_at_choice = lengths
+        try:
+            yield
+        finally:
+            self._lengths_at_choice = lengths
 
     def tell(
         self,

@@ -69,7 +69,7 @@ class Decoding:
         rows = session.rows
         rows.eos, rows.tokenizer = limits.eos, tokenizer
         copies = len(rows) // (max(rows.prompts) + 1)
-        self._limits = limits
+        self.limits = limits
         self._searches = Searches(sampler, session, limits, n=n, copies=copies)
         self._extender = Extender(session, limits, tokenizer)
         self.live = [
@@ -208,7 +208,7 @@ class Decoding:
         ranks = [0] * len(searches)  # of each search's next candidate, best first
         outcomes: list[Hypothesis | None] = []
         placeholders: dict[int, int] = {}
-        late = self._limits.is_late()
+        late = self.limits.is_late()
         for number, (parent, token, logprob, score) in enumerate(
             zip(parents, tokens, logprobs, scores, strict=True)
         ):
