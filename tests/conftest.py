@@ -26,6 +26,14 @@ hypothesis.settings.load_profile("gptk")
 collect_ignore = ["builtins/openai/make_fixture.py"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of tests/fuzz, see the fixture `attack` there."""
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz-inputs", type=int, default=20, help="Inputs for each fuzz target.")
+    group.addoption("--fuzz-minutes", type=float, help="Minutes for all fuzz targets together.")
+    group.addoption("--fuzz-seed", type=int, default=0, help="The seed of the first input.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Write token files to a temporary folder."""
