@@ -98,7 +98,7 @@ def all_pages(run, again):
     for kind, title in KINDS.items():
         index += ["", f"## {title}", "", "| name | what it does |", "| --- | --- |"]
         for plugin in provided(kind).values():
-            if not plugin.distribution.startswith("gptk "):
+            if not plugin.distribution.startswith("gptk-decoding "):
                 continue
             path = DOCS / FOLDERS[kind] / f"{plugin.name}.md"
             index.append(f"| [{plugin.name}]({path.relative_to(DOCS)}) | {summary(plugin.item)} |")
@@ -272,7 +272,7 @@ def hook(name, kind):
     contract = f"{name.capitalize()}Contract"
     if contract in gptk.testing.__all__:
         lines += ["", f"Tested by `gptk.testing.{contract}`: [its promises](contracts.md)."]
-    built_in = [p for p in provided(name).values() if p.distribution.startswith("gptk ")]
+    built_in = [p for p in provided(name).values() if p.distribution.startswith("gptk-decoding ")]
     return [*lines, "", f"Built in: {', '.join(map(linked, built_in))}."] if built_in else lines
 
 
@@ -493,7 +493,8 @@ class TestMySampler(SamplerContract):
 
 `pytest` then checks each promise below on examples that Hypothesis generates. A failure names the
 promise, with the smallest example that was found, and links to this page.
-`pip install 'gptk[testing]'` installs what this needs. There are three fixtures for your tests:
+`pip install 'gptk-decoding[testing]'` installs what this needs. There are three fixtures for your
+tests:
 
 | fixture | what it is |
 | --- | --- |

@@ -1,8 +1,9 @@
 """Hooks of mkdocs for pages from outside this folder, and for links to them (see mkdocs.yml).
 
-Some files from elsewhere (the changelog, CONTRIBUTING, the examples' READMEs) become pages. A
-pattern in the navigation is replaced by the pages that match. A link to a file outside this folder,
-which works in the repository, leads to the file's page, or becomes plain text if it has none.
+Some files from elsewhere (the changelog, CONTRIBUTING, SECURITY, the examples' READMEs) become
+pages. A pattern in the navigation is replaced by the pages that match. A link to a file outside
+this folder, which works in the repository, leads to the file's page, or becomes plain text if it
+has none.
 """
 
 import os
@@ -19,7 +20,8 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 def outside():
     """The pages made from files outside docs/, by the files' paths in the repository."""
-    pages = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+    names = ("CHANGELOG", "CONTRIBUTING", "SECURITY")
+    pages = {f"{name}.md": f"{name.lower()}.md" for name in names}
     for readme in sorted(ROOT.glob("examples/*/README.md")):
         pages[readme.relative_to(ROOT).as_posix()] = f"examples/{readme.parent.name}.md"
     return pages

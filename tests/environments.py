@@ -52,14 +52,31 @@ class Environment:
         )  # fmt: skip
 
 
-def fresh_environment(folder: Path) -> Environment:
-    """A new environment in a folder that is not there yet."""
+def fresh_environment(folder: Path, *, with_gptk: bool = True) -> Environment:
+    """A new environment in a folder that is not there yet.
+
+    with_gptk: it sees the gptk of the running environment; otherwise only the other packages.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     environment = Environment(folder)
     folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     # A line that begins with `import` is run. addsitedir reads the .pth files of a folder in
     # turn, those of editable installs among them.
     lines = [f"import site; site.addsitedir({path!r})\n" for path in folders]
+    if not with_gptk:
+        # A plain line adds a folder without reading the .pth files in it.
+        lines = [
+            f"{_without_gptk(Path(path), folder / f'seen-{n}')}\n" for n, path in enumerate(folders)
+        ]
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "of_the_running_environment.pth").write_text("".join(lines))
     return environment
+
+
+def _without_gptk(packages: Path, seen: Path) -> Path:
+    """A folder of links to all packages of a folder but gptk."""
+    seen.mkdir()
+    for path in packages.iterdir():
+        if not path.name.startswith(("gptk", "__editable__")):
+            (seen / path.name).symlink_to(path)
+    return seen

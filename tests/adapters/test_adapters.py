@@ -823,7 +823,7 @@ def test_without_transformers_the_error_names_the_extra():
         "except gptk.PluginError as error:\n    print(error)"
     )
     assert out.stdout == (
-        "gptk.adapters.transformers needs a package: pip install 'gptk[transformers]'\n"
+        "gptk.adapters.transformers needs a package: pip install 'gptk-decoding[transformers]'\n"
     ), out.stderr
 
 

@@ -460,7 +460,7 @@ def test_without_a_tokenizer_there_is_no_text_to_constrain():
 def test_without_llguidance_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     for name, options in PROCESSORS.items():
-        with pytest.raises(PluginError, match=r"pip install 'gptk\[constraints\]'"):
+        with pytest.raises(PluginError, match=r"pip install 'gptk-decoding\[constraints\]'"):
             constraint(name, **options)
 
 

@@ -81,7 +81,7 @@ LM = tiny_lm()
 SPECS = {
     name: f"{name}:{OPTIONS[name]}" if name in OPTIONS else name
     for name, processor in provided("processor").items()
-    if processor.distribution.startswith("gptk ")
+    if processor.distribution.startswith("gptk-decoding ")
 }
 BY_SIGN = {"repetition-penalty", "length-decay"}
 """By their definitions these depend on the sign or the size of a logit."""

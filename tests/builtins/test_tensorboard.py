@@ -84,5 +84,5 @@ def test_without_a_directory_it_needs_a_path():
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(gptk.PluginError, match=r"pip install 'gptk\[tensorboard\]'"):
+    with pytest.raises(gptk.PluginError, match=r"pip install 'gptk-decoding\[tensorboard\]'"):
         create("training-observer", "tensorboard", gptk.TrainingObserver).start(tmp_path)

@@ -141,7 +141,7 @@ def test_plugins_lists_kind_name_and_distribution():
     rows = [line.split() for line in out.stdout.splitlines()]
     for kind, name in [("sampler", "beam"), ("processor", "min-p"), ("loader", "gguf"),
                        ("tokenizer", "gpt2")]:  # fmt: skip
-        assert any(row[:3] == [kind, name, "gptk"] for row in rows)
+        assert any(row[:3] == [kind, name, "gptk-decoding"] for row in rows)
     assert out.stderr == ""
 
 
@@ -151,8 +151,9 @@ def test_plugins_show_gives_options_bounds_defaults_and_an_example():
     assert "integer ≥ 1" in out
     assert "true or false or never" in out
     assert "--sampler beam:width=4" in out
-    assert gptk("plugins", "show", "top-k").stdout.count("(gptk ") == 2
-    assert gptk("plugins", "show", "top-k", "--kind", "processor").stdout.count("(gptk ") == 1
+    assert gptk("plugins", "show", "top-k").stdout.count("(gptk-decoding ") == 2
+    processor = gptk("plugins", "show", "top-k", "--kind", "processor").stdout
+    assert processor.count("(gptk-decoding ") == 1
 
 
 def test_every_shown_example_is_a_valid_spec():

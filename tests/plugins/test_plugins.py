@@ -140,7 +140,7 @@ def test_a_name_that_is_taken_is_an_error_naming_both():
     class TopK(gptk.LogitsProcessor):
         name = "top-k"
 
-    with pytest.raises(gptk.PluginError, match=r"'top-k': one from gptk .*, one from mine 1.0"):
+    with pytest.raises(gptk.PluginError, match=r"'top-k': one from gptk-dec.*, one from mine 1.0"):
         plugins.register(Provider(TopK), origin="mine 1.0")
     assert "top-k" in plugins.provided("processor")
 

@@ -712,7 +712,7 @@ OPTIONS = [
     for plugin in gptk.plugins.provided(kind).values()
     for option, field in plugin.item.model_fields.items()
     if field.annotation in (float, int, float | None, int | None)
-    and plugin.distribution.startswith("gptk ")
+    and plugin.distribution.startswith("gptk-decoding ")
 ]
 
 

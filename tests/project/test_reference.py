@@ -18,7 +18,7 @@ PAGES = [
     pytest.param(kind, plugin, id=f"{kind}-{plugin.name}")
     for kind in ("sampler", "processor", "drafter")
     for plugin in provided(kind).values()
-    if plugin.distribution.startswith("gptk ")
+    if plugin.distribution.startswith("gptk-decoding ")
 ]
 
 

@@ -102,8 +102,8 @@ class TestThePackage:
         project = tomllib.loads((folder / "pyproject.toml").read_text())
         assert project["build-system"]["build-backend"] == "hatchling.build"
         assert project["project"]["name"] == "gptk-runner-up"
-        assert project["project"]["dependencies"] == [f"gptk>={gptk.__version__}"]
-        assert project["project"]["optional-dependencies"] == {"test": ["gptk[testing]"]}
+        assert project["project"]["dependencies"] == [f"gptk-decoding>={gptk.__version__}"]
+        assert project["project"]["optional-dependencies"] == {"test": ["gptk-decoding[testing]"]}
         assert project["project"]["entry-points"] == {"gptk": {"runner-up": "gptk_runner_up"}}
         code = source(folder).read_text()
         assert ast.get_docstring(ast.parse(code))
@@ -227,7 +227,7 @@ class TestTheCommand:
             ("2nd", "would be a class 2nd, which is no name in Python"),
             ("tensor", "would be a class Tensor, which its module uses already"),
             ("sampler-contract", "would be a class SamplerContract, which its module"),
-            ("greedy", f"there is a sampler greedy already, in gptk {gptk.__version__}"),
+            ("greedy", f"there is a sampler greedy already, in gptk-decoding {gptk.__version__}"),
             ("plugins", "there is a module gptk_plugins already"),
             ("test-me", "would be TestMe, a test's name"),
         ],
@@ -416,7 +416,7 @@ class TestAFile:
              "x.py: GPTK_API is '1'; it must be the version of gptk's hooks that the plug-in was "
              "built for, a whole number such as 1"),
             ("x.py", COLDEST.replace('"coldest"', '"greedy"'),
-             "two samplers are called 'greedy': one from gptk "),
+             "two samplers are called 'greedy': one from gptk-decoding "),
             ("x.py", "import gptk\n@gptk.hookimpl\ndef gptk_samplers():\n    return 1 / 0\n",
              "hook gptk_samplers of x.py: ZeroDivisionError"),
             ("x.py", COLDEST.replace('"hello"', '"train"'), "gptk has a command train of its own"),

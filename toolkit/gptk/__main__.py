@@ -1,5 +1,5 @@
 """`python -m gptk` is the program `gptk`."""
 
-from gptk.cli import main
+from gptk_command import main
 
 main()

@@ -281,7 +281,7 @@ def llguidance() -> Any:
         import llguidance
     except ImportError:
         raise gptk.PluginError(
-            "constraints need the package llguidance: pip install 'gptk[constraints]'"
+            "constraints need the package llguidance: pip install 'gptk-decoding[constraints]'"
         ) from None
     return llguidance
 

@@ -38,7 +38,7 @@ class TensorBoard(gptk.TrainingObserver):
             import torch.utils.tensorboard  # noqa: F401 - fails here, not at the first record
         except ImportError:
             raise gptk.PluginError(
-                "observer tensorboard needs a package: pip install 'gptk[tensorboard]'"
+                "observer tensorboard needs a package: pip install 'gptk-decoding[tensorboard]'"
             ) from None
         return _Events(folder)
 

@@ -27,7 +27,7 @@ try:
     from transformers.generation import logits_process, stopping_criteria
 except ImportError:
     raise gptk.PluginError(
-        "gptk.adapters.transformers needs a package: pip install 'gptk[transformers]'"
+        "gptk.adapters.transformers needs a package: pip install 'gptk-decoding[transformers]'"
     ) from None
 
 __all__ = ["from_stopping_criteria", "from_transformers", "to_transformers"]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptk import kernels
+from gptk.distribution import install_command
 from gptk.errors import DeviceError
 from gptk.model.levels import (
     GROUP,
@@ -68,7 +69,7 @@ def check_device(precision: Precision | Literal["stored"], device: torch.device)
 
     if not is_installed():
         raise DeviceError(
-            f"quantize {precision} on cuda needs torchao; install it: pip install 'gptk[torchao]'"
+            f"quantize {precision} on cuda needs torchao; install it: {install_command('torchao')}"
         )
 
 

@@ -1,6 +1,6 @@
 """Quantized weights on CUDA by torchao: int8 by channel and int4 by groups of 32 inputs.
 
-torchao is an optional dependency: `pip install 'gptk[torchao]'`. int4 takes PyTorch's own
+torchao is an optional dependency: `pip install 'gptk-decoding[torchao]'`. int4 takes PyTorch's own
 tensor-core kernel ("tinygemm"), which torchao packs for, and needs compute capability 8.0.
 """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from string import Template
 
 from gptk import __version__
+from gptk.distribution import NAME as DISTRIBUTION
 from gptk.errors import OptionError, PluginError
 from gptk.plugins.registry import API_VERSION, provided
 from gptk.spec import NAME
@@ -91,7 +92,8 @@ def _values(name: str, kind: str) -> dict[str, str]:
         "module": f"gptk_{'_'.join(parts).lower()}",
         "cls": "".join(part[:1].upper() + part[1:] for part in parts),
         "api": str(API_VERSION),
-        "gptk": __version__.partition("+")[0],
+        "gptk": DISTRIBUTION,
+        "version": __version__.partition("+")[0],
         "year": str(datetime.date.today().year),
     }
 

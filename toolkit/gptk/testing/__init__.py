@@ -1,4 +1,6 @@
-"""The conformance kit: contracts that tests of plug-ins and models inherit (`gptk[testing]`).
+"""The conformance kit: contracts that tests of plug-ins and models inherit.
+
+`pip install 'gptk-decoding[testing]'` installs what they need.
 
     from gptk.testing import ProcessorContract
 

@@ -1,0 +1,50 @@
+"""The entry of the program `gptk`.
+
+It stands outside the package `gptk` because another project's distribution, which is called `gptk`,
+installs a package of that name as well. Where both are installed, files of one have replaced
+files of the other, and `import gptk` may give either. This module notices and says so.
+"""
+
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the program, or exit with 1 if the package `gptk` is not, or not only, this project's."""
+    problem = find_problem()
+    if problem is not None:
+        print(f"gptk: {problem}", file=sys.stderr)
+        sys.exit(1)
+    from gptk.cli import main
+
+    main()
+
+
+def find_problem() -> str | None:
+    """What is wrong with the installed package `gptk`, and what to do; None if nothing is."""
+    other = _other_distribution()
+    if other is not None:
+        return (
+            f"another project's package, gptk {other.version}, is installed in this environment "
+            f"({other.metadata['Summary']}); both have a folder gptk, so that only one of them can "
+            "be installed: pip uninstall --yes gptk gptk-decoding && pip install gptk-decoding"
+        )
+    package = find_spec("gptk")
+    if package is None or package.origin is None or find_spec("gptk.cli") is None:
+        return (
+            "files of the package gptk are missing, perhaps removed with another package of that "
+            "name; install it again: pip install --force-reinstall --no-deps gptk-decoding"
+        )
+    return None
+
+
+def _other_distribution() -> metadata.Distribution | None:
+    """The distribution named `gptk`, if it is installed and has files in the folder gptk."""
+    try:
+        other = metadata.distribution("gptk")
+    except metadata.PackageNotFoundError:
+        return None
+    has_folder = any(file.parts[0] == "gptk" for file in other.files or ())
+    return other if has_folder else None
