@@ -553,7 +553,7 @@ API = {
         adapters.transformers.from_stopping_criteria adapters.transformers.to_transformers
         adapters.llama_cpp.to_llama_cpp""",
     "Errors": """GptkError DataError DecodingError DeviceError IncompatibleError OptionError
-        PluginError PromptError SourceError SpecError TokenizerError TrainingError
+        OutOfMemory PluginError PromptError SourceError SpecError TokenizerError TrainingError
         UnknownNameError""",
 }
 MEMBERS = {

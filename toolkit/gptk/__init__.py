@@ -62,6 +62,7 @@ _HOMES = {
     "LRScheduler": "hooks.training",
     "ModelConfig": "model.protocol",
     "OptionError": "errors",
+    "OutOfMemory": "errors",
     "Plugin": "hooks.base",
     "PluginError": "errors",
     "PluginWarning": "plugins.registry",
@@ -119,6 +120,7 @@ if TYPE_CHECKING:
     from gptk.errors import GptkError as GptkError
     from gptk.errors import IncompatibleError as IncompatibleError
     from gptk.errors import OptionError as OptionError
+    from gptk.errors import OutOfMemory as OutOfMemory
     from gptk.errors import PluginError as PluginError
     from gptk.errors import PromptError as PromptError
     from gptk.errors import SourceError as SourceError

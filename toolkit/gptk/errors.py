@@ -67,21 +67,12 @@ class DataError(GptkError):
     """A text to train on or to evaluate on is missing, not UTF-8, or too short."""
 
 
+class OutOfMemory(GptkError):  # noqa: N818 - torch.OutOfMemoryError is another error
+    """The memory of this machine, or what the process may use of it, does not suffice."""
+
+
 class TrainingError(GptkError):
     """Training cannot go on: a loss that is not finite, a checkpoint that does not fit."""
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out; on a CPU torch raises a bare RuntimeError then.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("mat1 and mat2 do not fit"))
-    (True, False)
-    """
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
 
 
 def suggest(name: str, known: Iterable[str], *, what: str) -> str:

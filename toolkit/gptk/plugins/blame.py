@@ -9,15 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 
-from gptk.errors import (
-    GptkError,
-    PluginError,
-    brief,
-    out_of_memory,
-)
+from gptk.errors import GptkError, PluginError, brief
 from gptk.hooks.base import Plugin
 from gptk.plugins.kinds import KINDS
 from gptk.plugins.registry import PluginWarning, Provided, provided
+from gptk.system.memory import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -51,11 +47,11 @@ def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
     """
     try:
         yield
-    except (GptkError, MemoryError):
+    except GptkError:
         raise
     except Exception as error:
-        # torch's out-of-memory errors, and errors in functions that the caller passed
-        if out_of_memory(error) or getattr(error, _CALLERS, False):
+        # no plug-in is to blame for a lack of memory, nor for functions that the caller passed
+        if is_out_of_memory(error) or getattr(error, _CALLERS, False):
             raise
         if line := blame(error, plugins):
             raise PluginError(line) from error

@@ -1,14 +1,64 @@
-"""The CPU's memory: keeping what was freed, and huge pages for weights."""
+"""Memory: recognizing that it ran out, keeping what was freed, huge pages for weights."""
 
 import contextlib
 import ctypes
+import errno
 import math
 import mmap
+import re
 import sys
 import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from gptk.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated or mapped.
+
+    Python and NumPy raise MemoryError, the system's calls OSError, PyTorch OutOfMemoryError on a
+    GPU and a bare RuntimeError on a CPU, of which only the message tells.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes do not fit"))
+    (True, False)
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return (
+        isinstance(error, MemoryError | OutOfMemory)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and bool(_ALLOCATION_FAILED.search(str(error))))
+    )
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raise OutOfMemory where memory runs out in the block: a line of `what`, how many bytes were
+    asked for where the error tells, and `remedy`.
+
+    what: the subject of a sentence, such as `the model m.gguf`. An OutOfMemory that was explained
+    further inside passes unchanged.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = _ASKED_FOR.search(str(error))
+        last = f": the last piece takes {int(asked[1] or asked[2]):,} bytes" if asked else ""
+        raise OutOfMemory(f"{what} needs more memory than there is{last}; {remedy}") from error
+
+
+_ALLOCATION_FAILED = re.compile(
+    "DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc|out of memory|ALLOC_FAILED"
+)
+_ASKED_FOR = re.compile(r"allocate (\d+) bytes|mmap (\d+) bytes")
 
 
 def keep_freed_memory() -> None:
@@ -25,7 +75,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def new_bytes(*shape: int) -> Tensor:
+def new_bytes(*shape: int) -> "Tensor":
     """Memory for weights, uint8 on the CPU, in huge pages if Linux has them.
 
     Matrices in consecutive memory, each read once, are read a quarter faster with huge pages: with
@@ -43,6 +93,8 @@ class _Arena:
     """A block of memory from which tensors are taken one after the other."""
 
     def __init__(self, size: int) -> None:
+        import torch  # not at the top: an error is recognized without it
+
         memory = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -50,7 +102,7 @@ class _Arena:
         self.free = self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._populated = 0
 
-    def take(self, count: int) -> Tensor:
+    def take(self, count: int) -> "Tensor":
         taken = self.free[:count]
         self.free = self.free[count + -count % 64 :]
         # Populate the pages now. By the first writes they would be allocated one by one, and two

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from gptk.errors import PluginError, TrainingError, out_of_memory
+from gptk.errors import PluginError, TrainingError
+from gptk.system.memory import is_out_of_memory
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def explaining_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             "out of memory for the model; take a smaller one (width, n_layers) or another device"
@@ -36,7 +37,7 @@ def explaining_failures(device: torch.device, last_good: Callable[[], str]) -> I
     except PluginError as error:
         raise PluginError(f"{error}; {last_good()}") from error
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise TrainingError(
                 f"out of memory on {device}: lower batch_size (and raise accumulate) or "
                 f"context_length; {last_good()}"
