@@ -8,9 +8,16 @@ from collections.abc import Iterable
 
 
 class GptkError(Exception):
-    """The base of every error gptk raises on purpose."""
+    """The base of every error gptk raises on purpose.
+
+    Its message is one line: line breaks become spaces, and characters that cannot be printed
+    (in the names of files and tensors, for example) are escaped.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
 
 
 class OptionError(GptkError):
@@ -91,6 +98,24 @@ def suggest(name: str, known: Iterable[str], *, what: str) -> str:
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}{what}: {', '.join(names)}"
+
+
+def _one_line(text: str) -> str:
+    """The text in one line, without characters that cannot be printed.
+
+    >>> _one_line("a file\\nb\\x1b[0m\\udcff")
+    'a file b\\\\x1b[0m\\\\udcff'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character.isprintable()
+        else " "
+        if character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def brief(error: BaseException) -> str:

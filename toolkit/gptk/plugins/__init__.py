@@ -24,3 +24,9 @@ from gptk.plugins.registry import register as register
 from gptk.plugins.registry import summary as summary
 from gptk.plugins.registry import unregister as unregister
 from gptk.spec import parse_spec as parse_spec
+from gptk.system.metadata import Fields as Fields
+from gptk.system.metadata import open_regular as open_regular
+from gptk.system.metadata import parse_json as parse_json
+from gptk.system.metadata import read_json as read_json
+from gptk.system.metadata import read_text as read_text
+from gptk.system.metadata import shown as shown
