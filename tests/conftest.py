@@ -70,7 +70,7 @@ def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels.checks, "enabled", False)
             yield
-    elif reason := kernels.reason_against():
+    elif reason := kernels.why_not():
         pytest.skip(f"gptk's kernels cannot run: {reason}")
     else:
         yield

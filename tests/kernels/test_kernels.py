@@ -483,20 +483,36 @@ def test_a_damaged_library_is_compiled_again(fresh, monkeypatch):
 def test_without_a_compiler_kernels_are_not_available(compiler, fresh, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     assert not kernels.available()
-    assert compiler in kernels.reason_against()
+    assert compiler in kernels.why_not()
     assert not list(fresh.iterdir())
 
 
 def test_without_the_instructions_kernels_are_not_available(fresh, monkeypatch):
     has = dict.fromkeys(kernels.build._NEEDED, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
-    assert kernels.reason_against() == "the processor has no avx512_vnni"
+    assert kernels.why_not() == "this processor lacks AVX-512 VNNI"
     assert not kernels.available()
+
+
+def test_kernels_that_are_switched_off_say_so(monkeypatch):
+    monkeypatch.setattr(kernels.checks, "enabled", False)
+    assert kernels.why_not() == "they are switched off"
+    assert not kernels.available()
+
+
+def test_the_first_error_of_a_compiler_is_the_reason(fresh, monkeypatch, tmp_path_factory):
+    compiler = tmp_path_factory.mktemp("compiler") / "c++"
+    compiler.write_text(
+        "#!/bin/sh\necho 'In a file:' >&2\necho 'x: error: bad' >&2\necho '1 error' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert kernels.why_not() == f"{compiler} cannot compile them: x: error: bad"
 
 
 def test_info_says_which_kernels_run(tmp_path, monkeypatch):
     gptk.LanguageModel(tiny_gpt()).save(tmp_path / "model")
     for against, shown in ((None, "gptk and PyTorch"), ("they need Linux", "PyTorch (they need")):
-        monkeypatch.setattr(kernels, "reason_against", lambda against=against: against)
+        monkeypatch.setattr(kernels, "why_not", lambda against=against: against)
         out = CliRunner().invoke(cli, ["info", str(tmp_path / "model")]).stdout
         assert f"\nkernels: {shown}" in out

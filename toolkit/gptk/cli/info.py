@@ -46,7 +46,7 @@ def command(model: str | None) -> None:
         click.echo(f"  {option}: {_sizes(bytes_in_memory(checkpoint, option.split()[1], {}))}")
     if bits:
         click.echo(f"  --quantize stored: {_sizes(bytes_in_memory(checkpoint, 'bfloat16', bits))}")
-    reason = kernels.reason_against()
+    reason = kernels.why_not()
     click.echo(f"kernels: {'gptk and PyTorch' if reason is None else f'PyTorch ({reason})'}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)

@@ -12,10 +12,10 @@ from gptk.kernels.checks import aoti_shims as aoti_shims
 from gptk.kernels.checks import available as available
 from gptk.kernels.checks import can_run as can_run
 from gptk.kernels.checks import can_run_cross_entropy as can_run_cross_entropy
-from gptk.kernels.checks import reason_against as reason_against
 from gptk.kernels.checks import should_run_causal_attention as should_run_causal_attention
 from gptk.kernels.checks import should_run_gelu as should_run_gelu
 from gptk.kernels.checks import should_run_product as should_run_product
+from gptk.kernels.checks import why_not as why_not
 from gptk.kernels.layers import gelu as gelu
 from gptk.kernels.layers import rms_norm as rms_norm
 from gptk.kernels.layers import rotate as rotate

@@ -43,13 +43,13 @@ def library() -> ctypes.CDLL:
 def load() -> ctypes.CDLL | str:
     """The kernels, compiled if this machine has not done so yet; or why they cannot run."""
     if sys.platform != "linux":
-        return "they need Linux"
+        return "they need Linux and an x86 processor with AVX-512"
     capabilities = torch.cpu.get_capabilities()
     if missing := [name for name in _NEEDED if not capabilities.get(name)]:
-        return f"the processor has no {', '.join(missing)}"
+        return f"this processor lacks {', '.join(_words(name) for name in missing)}"
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
-        return "there is no C++ compiler: neither g++ nor $CXX"
+        return "there is no C++ compiler; install g++, or name one in $CXX"
     flags = (*_FLAGS, "-mavx512bf16") if capabilities.get("avx512_bf16") else _FLAGS
     sources = [path.read_text() for path in sorted(_SOURCES.iterdir())]
     key = (*sources, torch.__version__, compiler, *flags)
@@ -60,10 +60,21 @@ def load() -> ctypes.CDLL | str:
         _compile([*shlex.split(compiler), *flags], path)
         return _open(path)
     except subprocess.CalledProcessError as error:
-        last_line = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return f"{compiler} fails: {last_line or error}"
+        return f"{compiler} cannot compile them: {_first_error(error.stderr) or error}"
     except OSError as error:
         return str(error)
+
+
+def _words(capability: str) -> str:
+    """The name that people know a capability of PyTorch's list by: AVX-512 VNNI for avx512_vnni."""
+    return capability.upper().replace("AVX512_F", "AVX-512").replace("AVX512_", "AVX-512 ")
+
+
+def _first_error(output: bytes) -> str:
+    """The first line of a compiler's output that speaks of an error, else the first line."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return next((line for line in (*errors, *lines) if line), "")
 
 
 def _compile(compiler: list[str], path: Path) -> None:

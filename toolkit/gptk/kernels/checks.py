@@ -19,11 +19,17 @@ enabled = True
 
 def available() -> bool:
     """Whether this machine can run the kernels. The first call compiles them, in a few seconds."""
-    return enabled and reason_against() is None
+    return why_not() is None
 
 
-def reason_against() -> str | None:
-    """Why this machine cannot run the kernels, or None. Defines PyTorch's operators for them."""
+def why_not() -> str | None:
+    """Why gptk's kernels do not run here, and what to do about it; None if they run.
+
+    A clause for a message, such as "there is no C++ compiler; install g++". The first call compiles
+    the kernels, or loads them, and defines PyTorch's operators for them.
+    """
+    if not enabled:
+        return "they are switched off"
     loaded = load()
     if isinstance(loaded, str):
         return loaded
