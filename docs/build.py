@@ -138,10 +138,10 @@ def page(kind, plugin, lm, again):
         + [f"--{flag} {shlex.quote(value)}" for flag, value in settings]
         + [f"--max-new-tokens {NEW_TOKENS} --seed 0"]
     ).replace("\n", r"\n")
-    lines += ["", RUN, "", "On SmolLM2-135M-Instruct, float32:", "", f"    {command}", ""]
+    lines += ["", RUN, "", "On SmolLM2-135M-Instruct:", "", f"```sh\n{command}\n```", ""]
     text = "\n".join(lines) + "\n"
     old = read(DOCS / FOLDERS[kind] / f"{plugin.name}.md")
-    kept = old.partition(f"    {command}\n\n")[2]
+    kept = old.partition(f"```sh\n{command}\n```\n\n")[2]
     if lm is None or (kept and not again):
         return text + kept
     return text + result(lm, prompt, settings)
@@ -149,9 +149,9 @@ def page(kind, plugin, lm, again):
 
 def result(lm, prompt, settings):
     out = lm.generate(prompt, **keywords(settings), max_new_tokens=NEW_TOKENS, seed=0)
-    text = "\n".join(f"    {line}".rstrip() for line in (prompt + out.text).splitlines())
+    text = "\n".join(line.rstrip() for line in (prompt + out.text).splitlines())
     note = f"{len(out.tokens)} tokens, score {out.score:.2f}, finish reason: {out.finish_reason}."
-    return f"{text}\n\n{note}\n"
+    return f"````text\n{text}\n````\n\n{note}\n"
 
 
 def example(plugin):

@@ -40,10 +40,11 @@ def test_a_page_has_formula_options_and_a_run(kind, plugin):
     docstring = inspect.getmodule(plugin.item).__doc__
     assert docstring.strip() in text
     if kind != "drafter":
-        assert re.search(r"[=≥≤·/+Σσ~]|argmax|softmax|logit -|-inf", docstring), "no formula"
+        assert re.search(r"^\$\$.+?\$\$$", docstring, re.MULTILINE | re.DOTALL), "no formula"
     for option in plugin.item.model_fields:
         assert f"| `{option}` |" in text
-    assert re.search(r"\n    gptk generate .*\n\n(    .*\n|\n)+\d+ tokens, score ", text)
+    run = r"```sh\ngptk generate .*\n```\n\n````text\n(.*\n)+````\n\n\d+ tokens, score "
+    assert re.search(run, text)
 
 
 def test_the_index_names_every_page():

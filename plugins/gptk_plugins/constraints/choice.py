@@ -1,6 +1,6 @@
-"""Choice: the new text is one of a list of texts.
+r"""Choice: the new text is one of a list of texts.
 
-valid(text) = text in choices
+$$\text{valid}(\text{text}) \iff \text{text} \in \text{choices}$$
 """
 
 import json

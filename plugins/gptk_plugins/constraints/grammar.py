@@ -1,6 +1,6 @@
-"""Context-free grammars in Lark's notation: the new text is one that `start` derives.
+r"""Context-free grammars in Lark's notation: the new text is one that `start` derives.
 
-    valid(text) = start =>* text
+$$\text{valid}(\text{text}) \iff \text{start} \Rightarrow^{*} \text{text}$$
 
 llguidance parses with Earley's algorithm (1970) over a lexer of the terminals, and has its own
 dialect: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md. A special token of

@@ -1,6 +1,7 @@
-"""JSON schema (draft 2020-12): the new text is a JSON value that the schema allows.
+r"""JSON schema (draft 2020-12): the new text is a JSON value that the schema allows.
 
-    valid(text) = the schema allows json(text), and text is written as json.dumps writes it
+$$\text{valid}(\text{text}) \iff \text{the schema allows } \text{json}(\text{text})
+\text{, and text is written as json.dumps writes it}$$
 
 That is: a space after each comma and colon, no other whitespace, and properties in the order of
 the schema. With free whitespace small models write only whitespace up to the last token; the

@@ -1,6 +1,7 @@
-"""Regular expressions: the new text as a whole matches the pattern.
+r"""Regular expressions: the new text as a whole matches the pattern.
 
-    valid(text) = the pattern matches text from its first character to its last
+$$\text{valid}(\text{text}) \iff
+\text{the pattern matches text from its first character to its last}$$
 
 The syntax is that of the Rust crate regex: no look-around, no backreferences. `\\d` means the
 digits 0 to 9, `.` any character but a newline.

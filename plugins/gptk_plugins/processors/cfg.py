@@ -1,6 +1,7 @@
-"""Classifier-free guidance (Sanchez et al. 2023): away from a negative prompt's continuation.
+r"""Classifier-free guidance (Sanchez et al. 2023): away from a negative prompt's continuation.
 
-    log p'(v) = log p(v | negative) + scale · (log p(v | row) - log p(v | negative))
+$$\log p'(v) = \log p(v \mid \text{negative})
++ \text{scale} \cdot \left(\log p(v \mid \text{row}) - \log p(v \mid \text{negative})\right)$$
 
 The row's new tokens are appended to both prompts. Without a negative prompt, that is the last
 token of the row's own prompt, as in transformers; scale 1 changes nothing. Each step runs the model

@@ -1,4 +1,7 @@
-"""Epsilon sampling (Hewitt et al. 2022): only tokens with p(v) ≥ ε and the likeliest stay."""
+r"""Epsilon sampling (Hewitt et al. 2022): only tokens above a fixed probability, and the likeliest.
+
+$$v \text{ stays} \iff p(v) \ge \varepsilon \ \text{ or }\ p(v) = \max_w p(w)$$
+"""
 
 from pydantic import Field
 from torch import Tensor

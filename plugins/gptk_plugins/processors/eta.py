@@ -1,7 +1,10 @@
-"""Eta sampling (Hewitt et al. 2022): only tokens with p(v) ≥ η and the likeliest stay.
+r"""Eta sampling (Hewitt et al. 2022): only tokens with $p(v) \ge \eta$ and the likeliest stay.
 
-η = min(ε, √ε·exp(-H)) with the entropy H = -Σ p(v)·log p(v) in nats: where the model is unsure,
-less likely tokens stay than with epsilon sampling.
+$$\eta = \min\left(\varepsilon,\ \sqrt{\varepsilon}\, e^{-H}\right),
+\qquad H = -\sum_v p(v) \log p(v)$$
+
+with the entropy $H$ in nats: where the model is unsure, less likely tokens stay than with epsilon
+sampling.
 """
 
 import math

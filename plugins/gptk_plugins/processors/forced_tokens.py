@@ -1,6 +1,9 @@
-"""Forced tokens: the new text has the given tokens at a given position.
+r"""Forced tokens: the new text has the given tokens at a given position.
 
-    logit'(v) = 0 for the token forced at this position, -inf for all others
+$$\text{logit}'(v) = \begin{cases}
+0 & \text{if } v \text{ is forced at this position} \\
+-\infty & \text{otherwise}
+\end{cases}$$
 
 With eos_at, EOS is forced after that many new tokens. A token that an earlier processor has masked
 stays masked. It does what transformers' ForcedBOS- and ForcedEOSTokenLogitsProcessor do.

@@ -1,4 +1,6 @@
-"""Frequency penalty (OpenAI's API): logit - penalty · count.
+r"""Frequency penalty (OpenAI's API): a penalty for each time that a token has occurred.
+
+$$\text{logit}'(v) = \text{logit}(v) - \text{penalty} \cdot \text{count}(v)$$
 
 count is how often the token occurs in the row's new tokens, as with OpenAI and vLLM; llama.cpp
 counts in the prompt, too.

@@ -1,9 +1,11 @@
-"""Exponential decay length penalty: EOS becomes likelier with each token past a length.
+r"""Exponential decay length penalty: EOS becomes likelier with each token past a length.
 
-    logit'(EOS) = logit(EOS) + |logit(EOS)| · (factor^(n - after) - 1) after n > after new tokens
+$$\text{logit}'(\text{EOS}) = \text{logit}(\text{EOS}) + \lvert \text{logit}(\text{EOS}) \rvert
+\left(\text{factor}^{\,n - \text{after}} - 1\right) \quad\text{if } n > \text{after}$$
 
-It is transformers' ExponentialDecayLengthPenalty. Its effect depends on the absolute value of the
-logit, so adding a constant to all logits, which leaves softmax unchanged, changes it.
+where $n$ is the number of new tokens. It is transformers' ExponentialDecayLengthPenalty. Its effect
+depends on the absolute value of the logit, so adding a constant to all logits, which leaves softmax
+unchanged, changes it.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Logit bias (OpenAI's API): logit(v) + bias(v) for the given tokens."""
+r"""Logit bias (OpenAI's API): a number added to the logits of the given tokens.
+
+$$\text{logit}'(v) = \text{logit}(v) + \text{bias}(v)$$
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
-"""Minimum length: EOS is masked while the row has fewer than n new tokens.
+r"""Minimum length: EOS is masked while the row has fewer than n new tokens.
 
-logit(EOS) = -inf while new tokens < n
+$$\text{logit}'(\text{EOS}) = -\infty \quad\text{while new tokens} < n$$
 """
 
 import torch

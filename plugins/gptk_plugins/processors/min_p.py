@@ -1,4 +1,9 @@
-"""Min-p (Nguyen et al. 2024): only tokens with p(v) ≥ min_p · max p stay."""
+r"""Min-p (Nguyen et al. 2024): only tokens with a share of the highest probability stay.
+
+$$v \text{ stays} \iff p(v) \ge p_{\min} \cdot \max_w p(w)$$
+
+with $p_{\min}$ = p, the option.
+"""
 
 import math
 

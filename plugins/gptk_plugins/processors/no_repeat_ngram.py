@@ -1,6 +1,7 @@
-"""No repeated n-grams (Paulus et al. 2018): no sequence of `size` tokens occurs twice.
+r"""No repeated n-grams (Paulus et al. 2018): no sequence of `size` tokens occurs twice.
 
-    logit'(v) = -inf if v has followed the row's last size - 1 tokens before
+$$\text{logit}'(v) = -\infty \quad\text{if } v
+\text{ has followed the row's last size} - 1 \text{ tokens before}$$
 
 The prompt is part of the row.
 """

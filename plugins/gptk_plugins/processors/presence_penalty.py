@@ -1,4 +1,6 @@
-"""Presence penalty (OpenAI's API): logit - penalty if the token is among the row's new tokens.
+r"""Presence penalty (OpenAI's API): a penalty if the token is among the row's new tokens.
+
+$$\text{logit}'(v) = \text{logit}(v) - \text{penalty} \cdot [\,v \in \text{new tokens}\,]$$
 
 As with OpenAI and vLLM; llama.cpp looks at the prompt, too.
 """

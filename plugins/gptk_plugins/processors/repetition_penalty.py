@@ -1,7 +1,11 @@
-"""Repetition penalty (CTRL, Keskar et al. 2019).
+r"""Repetition penalty (CTRL, Keskar et al. 2019), for each token already in the row.
 
-For each token already in the row, prompt included: logit / penalty if it is positive, else
-logit · penalty.
+$$\text{logit}'(v) = \begin{cases}
+\text{logit}(v) / \text{penalty} & \text{if } \text{logit}(v) > 0 \\
+\text{logit}(v) \cdot \text{penalty} & \text{otherwise}
+\end{cases}$$
+
+The prompt is part of the row.
 """
 
 import torch

@@ -1,4 +1,6 @@
-"""Sequence bias: logit(v) + bias(s) for each given sequence s that v would complete.
+r"""Sequence bias: a number added to the logit of a token that would complete a given sequence.
+
+$$\text{logit}'(v) = \text{logit}(v) + \sum_{s \text{ completed by } v} \text{bias}(s)$$
 
 The bias of a single token applies at every step. A sequence may begin in the prompt. It is
 transformers' SequenceBiasLogitsProcessor.

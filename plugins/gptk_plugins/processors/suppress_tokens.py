@@ -1,4 +1,7 @@
-"""Suppressed tokens: logit(v) = -inf for the given tokens, at every step or only at the first."""
+r"""Suppressed tokens: the given tokens are masked, at every step or only at the first.
+
+$$\text{logit}'(v) = -\infty \quad\text{for the given } v$$
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,8 @@
-"""Temperature: logits / T, so that p(v) ∝ p(v)^(1/T)."""
+r"""Temperature: below 1 sharpens the distribution, above 1 flattens it.
+
+$$\text{logit}'(v) = \text{logit}(v) / T,
+\qquad\text{so that}\quad p'(v) \propto p(v)^{1/T}$$
+"""
 
 from pydantic import Field
 from torch import Tensor

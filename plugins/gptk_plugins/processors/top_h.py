@@ -1,8 +1,12 @@
-"""Top-H (Baradaran Potraj et al. 2025): likely tokens up to a share of the entropy.
+r"""Top-H (Baradaran Potraj et al. 2025): likely tokens up to a share of the entropy.
 
-Of the 100 likeliest tokens, with probabilities p renormalized to sum to 1, the likeliest stay while
--Σ p(v)·log p(v) over them is at most h·H, where H is the same sum over all 100. The paper calls h
-alpha; the limit of 100 is that of its authors' code and of transformers.
+Of the 100 likeliest tokens, with probabilities $p$ renormalized to sum to 1, the likeliest stay
+while
+
+$$-\sum_{\text{stay}} p(v) \log p(v) \le h \cdot H$$
+
+where $H$ is the same sum over all 100. The paper calls $h$ alpha; the limit of 100 is that of its
+authors' code and of transformers.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""Top-k (Fan et al. 2018): only the k largest logits stay.
+r"""Top-k (Fan et al. 2018): only the k largest logits stay.
 
-logit(v) ≥ the k-th largest logit
+$$v \text{ stays} \iff \text{logit}(v) \ge \text{the } k\text{-th largest logit}$$
 """
 
 from pydantic import Field

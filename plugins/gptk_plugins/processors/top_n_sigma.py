@@ -1,7 +1,10 @@
-"""Top-nσ (Tang et al. 2024): only tokens with logit(v) ≥ max logit - n·σ stay.
+r"""Top-nσ (Tang et al. 2024): only tokens within n standard deviations of the largest logit stay.
 
-σ is the standard deviation of the row's logits that are not masked yet (√(Σ(x - mean)²/N), as in
-llama.cpp). Both sides scale with 1/T, so the temperature does not change which tokens stay.
+$$v \text{ stays} \iff \text{logit}(v) \ge \max_w \text{logit}(w) - n \sigma$$
+
+$\sigma$ is the standard deviation of the row's logits that are not masked yet, $\sqrt{\sum (x -
+\text{mean})^2 / N}$ as in llama.cpp. Both sides scale with $1/T$, so the temperature does not
+change which tokens stay.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p.
+r"""Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p.
 
-the smallest S with Σ p(v) ≥ p, v in S, that contains every token likelier than one of its members
+$$\text{the smallest } S \text{ with } \sum_{v \in S} p(v) \ge p
+\text{ that contains every token likelier than one of its members}$$
 """
 
 from pydantic import Field

@@ -1,7 +1,11 @@
-"""Locally typical sampling (Meister et al. 2022): tokens of about the expected surprise.
+r"""Locally typical sampling (Meister et al. 2022): tokens of about the expected surprise.
 
-With the entropy H = -Σ p(v)·log p(v), tokens in the order of |-log p(v) - H| stay until they reach
-mass p. So where the likeliest token is much likelier than the rest, it is the first to be masked.
+In the order of
+
+$$\lvert -\log p(v) - H \rvert, \qquad H = -\sum_v p(v) \log p(v)$$
+
+tokens stay until they reach mass $p$. So where the likeliest token is much likelier than the rest,
+it is the first to be masked.
 """
 
 from pydantic import Field

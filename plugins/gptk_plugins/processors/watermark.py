@@ -1,13 +1,19 @@
-"""Watermark (Kirchenbauer et al. 2023): favours a pseudorandom part of the vocabulary, the green
+r"""Watermark (Kirchenbauer et al. 2023): favours a pseudorandom part of the vocabulary, the green
 list, which depends on the tokens before.
 
-    logit(v) + bias for v in the green list, a share of the vocabulary drawn by a random generator
-    whose seed depends on hashing_key and
-    lefthash: the last token; every token of the list is favoured (algorithm 2)
-    selfhash: v and the last context_width - 1 tokens; the 40 likeliest v are tried (algorithm 3)
+$$\text{logit}'(v) = \text{logit}(v) + \text{bias} \cdot [\,v \in \text{green list}\,]$$
 
-A text with the watermark has a large z = (green - share · n) / sqrt(n · share · (1 - share)), where
-green of its n tokens are in their green lists.
+The green list is a share of the vocabulary, drawn by a random generator whose seed depends on
+hashing_key and, for lefthash (algorithm 2), on the last token: every token of the list is favoured.
+For selfhash (algorithm 3) it depends on $v$ and the last context_width - 1 tokens; the 40 likeliest
+$v$ are tried.
+
+A text with the watermark has a large
+
+$$z = \frac{\text{green} - \text{share} \cdot n}
+{\sqrt{n \cdot \text{share} \cdot (1 - \text{share})}}$$
+
+where green of its $n$ tokens are in their green lists.
 
 Lists and scores equal those of transformers on a CPU, so that each detects texts of the other; here
 they are drawn on the CPU for models on other devices, too. A list of 49,152 tokens takes 0.1 ms to

@@ -1,8 +1,10 @@
-"""XTC, "exclude top choices" (Weidmann 2024): masks the most likely tokens but one.
+r"""XTC, "exclude top choices" (Weidmann 2024): masks the most likely tokens but one.
 
-With a probability, drawn for each row and step, all tokens with p(v) ≥ threshold but the least
-likely of them are masked. As in llama.cpp, and unlike text-generation-webui, end of text and line
-breaks are tokens as any other.
+$$v \text{ is masked} \iff p(v) \ge \text{threshold}
+\text{ and } p(w) \ge \text{threshold for a less likely } w$$
+
+This happens with a probability, drawn for each row and step. As in llama.cpp, and unlike
+text-generation-webui, end of text and line breaks are tokens as any other.
 """
 
 import numpy as np

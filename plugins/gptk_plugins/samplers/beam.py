@@ -1,9 +1,11 @@
-"""Beam search: keep the `width` likeliest partial sequences at each step.
+r"""Beam search: keep the `width` likeliest partial sequences at each step.
 
-A result's score is Σ log p(tokenₜ) / lengthᵃ with a = length_penalty and the length of the
-continuation, EOS included. The bookkeeping follows transformers, so that results are equal: of
-the 2·width best candidates, those that end become results if they are among the first `width`,
-and the first `width` that do not end go on.
+$$\text{score}(y) = \frac{1}{|y|^{\alpha}} \sum_{t=1}^{|y|} \log p(y_t \mid y_{<t})$$
+
+with $\alpha$ = length_penalty and $|y|$ the length of the continuation, EOS included. The
+bookkeeping follows transformers, so that results are equal: of the 2·width best candidates, those
+that end become results if they are among the first `width`, and the first `width` that do not end
+go on.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,12 @@
-"""Beam sampling (beam-search multinomial sampling of transformers): candidates are drawn.
+r"""Beam sampling (beam-search multinomial sampling of transformers): candidates are drawn.
 
 At each step the candidates of a prompt, all tokens of all its beams, are drawn without
-replacement with probabilities ∝ exp(score / T), where the score is the sum of log-probabilities,
+replacement with probabilities
+
+$$q(y) \propto \exp\left(\frac{1}{T} \sum_t \log p(y_t \mid y_{<t})\right)$$
+
 and the drawn ones go on as in beam search, best score first. Drawing is by Gumbel-top-k (Vieira
-2014): the largest score / T + Gumbel noise.
+2014): those with the largest sum of score / T and Gumbel noise.
 """
 
 from pydantic import Field

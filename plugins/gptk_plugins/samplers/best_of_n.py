@@ -1,6 +1,7 @@
-"""Best of n (Stiennon et al. 2020): draw n results, keep those with the highest scores.
+r"""Best of n (Stiennon et al. 2020): draw n results, keep those with the highest scores.
 
-argmaxᵢ scorer(resultᵢ),   by default  Σ log p(tokenₜ) / length
+$$\operatorname*{argmax}_{i \le n}\ \text{scorer}(y^{(i)}),
+\qquad\text{by default}\quad \frac{1}{|y|} \sum_t \log p(y_t \mid y_{<t})$$
 """
 
 import dataclasses

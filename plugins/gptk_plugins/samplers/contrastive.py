@@ -1,9 +1,9 @@
-"""Contrastive search (Su et al. 2022): a likely token whose hidden state is unlike earlier ones.
+r"""Contrastive search (Su et al. 2022): a likely token whose hidden state is unlike earlier ones.
 
-    argmaxᵥ (1 - α) · p(v) - α · maxⱼ cos(h_v, h_j),   v among the k likeliest tokens
+$$\operatorname*{argmax}_{v\,\in\,\text{top-}k}\ (1 - \alpha) p(v) - \alpha \max_j \cos(h_v, h_j)$$
 
-h_v is the final hidden state that the model would have after v, h_j those of the row so far,
-prompt included. Each step therefore runs the model on k continuations of every row.
+$h_v$ is the final hidden state that the model would have after $v$, $h_j$ those of the row so far,
+prompt included. Each step therefore runs the model on $k$ continuations of every row.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
-"""Diverse beam search (Vijayakumar et al. 2018): groups of beams with a penalty on equal tokens.
+r"""Diverse beam search (Vijayakumar et al. 2018): groups of beams with a penalty on equal tokens.
 
-At each step the groups choose in turn. Group g takes the candidates y with the largest
+At each step the groups choose in turn. Group $g$ takes the candidates $y$ with the largest
 
-    Θ(y) - λ · (how often groups 1 … g-1 have chosen y's last token at this step)
+$$\Theta(y) - \lambda \sum_{h < g} \#\{\text{beams of group } h \text{ that chose } y_t
+\text{ at this step } t\}$$
 
-where Θ is the sum of log-probabilities: the Hamming diversity of the paper. Results are ranked
-by Θ / lengthᵃ. As in the paper, the penalty affects the choice and is not part of the score; in
-transformers it is.
+where $\Theta$ is the sum of log-probabilities and $y_t$ the candidate's last token: the Hamming
+diversity of the paper. Results are ranked by $\Theta / |y|^{\alpha}$. As in the paper, the penalty
+affects the choice and is not part of the score; in transformers it is.
 """
 
 import torch

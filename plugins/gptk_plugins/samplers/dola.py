@@ -1,12 +1,15 @@
-"""DoLa (Chuang et al. 2024): contrasts the last layer's predictions with an earlier layer's.
+r"""DoLa (Chuang et al. 2024): contrasts the last layer's predictions with an earlier layer's.
 
-    F(v) = log q_N(v) - log q_M(v)   where q_N(v) ≥ α · max q_N,   log q_N(v) - 1000 elsewhere
+$$F(v) = \begin{cases}
+\log q_N(v) - \log q_M(v) & \text{if } q_N(v) \ge \alpha \max_w q_N(w) \\
+\log q_N(v) - 1000 & \text{otherwise}
+\end{cases}$$
 
-q_N are the model's probabilities, q_M those that its head computes from an earlier layer's hidden
-state, without the final norm. M is the candidate layer farthest from the last one by
+$q_N$ are the model's probabilities, $q_M$ those that its head computes from an earlier layer's
+hidden state, without the final norm. $M$ is the candidate layer farthest from the last one by
 Jensen-Shannon divergence, chosen anew for each row and step. Processors and the sampler work on
-softmax(F). In the paper F is -inf elsewhere; here it is a penalty instead, so that a constraint
-can still choose these tokens.
+$\operatorname{softmax}(F)$. In the paper $F$ is $-\infty$ otherwise; here it is a penalty instead,
+so that a constraint can still choose these tokens.
 
 Layers are counted as in the paper's code and transformers: 0 are the embeddings. As there, "low"
 are every second layer of the lower half, from 2 on where the head is tied to the embeddings, and

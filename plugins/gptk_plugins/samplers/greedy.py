@@ -1,4 +1,7 @@
-"""Greedy decoding: argmaxᵥ p(v | tokens so far)."""
+r"""Greedy decoding: the likeliest token at each step.
+
+$$\operatorname*{argmax}_v\ p(v \mid y_{<t})$$
+"""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,9 @@
-"""Min-p sampling (Nguyen et al. 2024): multinomial sampling after min-p.
+r"""Min-p sampling (Nguyen et al. 2024): multinomial sampling after min-p.
 
-v ~ softmax(logits / T) over the v with p(v) ≥ p · max p
+$$v \sim \operatorname{softmax}(\text{logits} / T)
+\quad\text{over the } v \text{ with } p(v) \ge p_{\min} \cdot \max_w p(w)$$
+
+with $p_{\min}$ = p, the option.
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,25 @@
-"""Mirostat (Basu et al. 2021): feedback keeps the text's mean surprise at a target τ, in bits.
+r"""Mirostat (Basu et al. 2021): feedback keeps the text's mean surprise at a target τ, in bits.
 
-A token's surprise is S(v) = -log₂ p(v). Each row has an estimate μ, at first 2τ. At each step
+A token's surprise is $S(v) = -\log_2 p(v)$. Each row has an estimate $\mu$, at first $2\tau$. At
+each step some tokens stay, one of them is drawn, and the estimate is corrected:
 
-    version 2 (Algorithm 2)   tokens with S(v) ≤ μ stay, and always the most likely one
-    version 1 (Algorithm 1)   the k most likely stay, k = (ε·2^μ / (1 - N^-ε))^(1/s), where N is the
-                              size of the vocabulary, ε = s - 1, and s the exponent of Zipf's law
-                              fitted to the m most likely: s = Σ tᵢbᵢ / Σ tᵢ², i < m, where
-                              tᵢ = ln((i + 1) / i), bᵢ = ln(p(i) / p(i + 1))
-    both                      a token is drawn from these, and μ ← μ - η·(S(token) - τ)
+$$\mu \leftarrow \mu - \eta\,(S(\text{token}) - \tau)$$
 
-S is the surprise before the truncation, as in the paper and in its authors' program, because the
+Version 2 (Algorithm 2): tokens with $S(v) \le \mu$ stay, and always the most likely one. Version 1
+(Algorithm 1): the $k$ most likely stay,
+
+$$k = \left(\frac{\varepsilon\, 2^{\mu}}{1 - N^{-\varepsilon}}\right)^{1/s},
+\qquad \varepsilon = s - 1,
+\qquad s = \frac{\sum_{i<m} t_i b_i}{\sum_{i<m} t_i^2},
+\qquad t_i = \ln\frac{i+1}{i},
+\qquad b_i = \ln\frac{p(i)}{p(i+1)}$$
+
+where $N$ is the size of the vocabulary, and $s$ the exponent of Zipf's law fitted to the $m$ most
+likely tokens.
+
+$S$ is the surprise before the truncation, as in the paper and in its authors' program, because the
 text's perplexity is measured by the full distribution. llama.cpp takes the probability after the
-truncation, so that its texts have a higher perplexity at an equal τ. k is rounded to the
+truncation, so that its texts have a higher perplexity at an equal $\tau$. $k$ is rounded to the
 nearest whole number, at least 1 (llama.cpp rounds down, the authors' program adds 1 more).
 
 "Before the truncation" means after the temperature and all other processors.

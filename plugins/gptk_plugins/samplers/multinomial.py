@@ -1,11 +1,13 @@
-"""Multinomial (ancestral) sampling: v ~ softmax(logits / T).
+r"""Multinomial (ancestral) sampling: each token is drawn from the model's distribution.
 
-    argminᵥ E(v) / p(v)
+$$v \sim p = \operatorname{softmax}(\text{logits} / T),
+\qquad\text{by}\quad \operatorname*{argmin}_v\ \frac{E(v)}{p(v)}$$
 
-where E(v) ~ Exp(1) is drawn independently for each row, position and token: a race that each token
-wins with its probability (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014). So a row's text
-depends on its own random stream alone; a small change of the logits, as by another batch size or by
-a draft model, seldom changes the token; and a truncation changes it only if it removes it.
+where $E(v) \sim \operatorname{Exp}(1)$ is drawn independently for each row, position and token: a
+race that each token wins with its probability (the Gumbel-max trick; Gumbel 1954, Maddison et al.
+2014). So a row's text depends on its own random stream alone; a small change of the logits, as by
+another batch size or by a draft model, seldom changes the token; and a truncation changes it only
+if it removes it.
 """
 
 from collections.abc import Sequence

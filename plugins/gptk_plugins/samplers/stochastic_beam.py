@@ -1,13 +1,15 @@
-"""Stochastic beam search (Kool et al. 2019): samples of whole sequences, without replacement.
+r"""Stochastic beam search (Kool et al. 2019): samples of whole sequences, without replacement.
 
-Every sequence has a Gumbel-perturbed log-probability G = log p + Gumbel(0), and the sequences with
-the `width` largest G are a sample without replacement. They are found top-down: the G of a partial
-sequence is the largest among the sequences that begin with it, so the G of its children are drawn
-conditioned on their maximum being the parent's Gₚ,
+Every sequence has a Gumbel-perturbed log-probability $G = \log p + \operatorname{Gumbel}(0)$, and
+the sequences with the `width` largest $G$ are a sample without replacement. They are found
+top-down: the $G$ of a partial sequence is the largest among the sequences that begin with it, so
+the $G$ of its children are drawn conditioned on their maximum being the parent's $G_p$,
 
-    G = -log(exp(-Gₚ) - exp(-Z) + exp(-G̃)),   G̃ = log p + Gumbel(0),   Z = maxᵥ G̃
+$$G = -\log\left(e^{-G_p} - e^{-Z} + e^{-\tilde G}\right),
+\qquad \tilde G = \log p + \operatorname{Gumbel}(0),
+\qquad Z = \max_v \tilde G$$
 
-and only the `width` largest go on. The score of a result is its G; its log-probability is the sum
+and only the `width` largest go on. The score of a result is its $G$; its log-probability is the sum
 of `token_logprobs`.
 """
 

@@ -1,6 +1,7 @@
-"""Top-k sampling (Fan et al. 2018): multinomial sampling from the k most likely tokens.
+r"""Top-k sampling (Fan et al. 2018): multinomial sampling from the k most likely tokens.
 
-v ~ softmax(logits / T) over the k largest logits
+$$v \sim \operatorname{softmax}(\text{logits} / T)
+\quad\text{over the } k \text{ largest logits}$$
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
-"""Top-p or nucleus sampling (Holtzman et al. 2020): draws from the most likely tokens that reach p.
+r"""Top-p or nucleus sampling (Holtzman et al. 2020): draws from the most likely tokens that reach
+p.
 
-v ~ softmax(logits / T) over the smallest set S with Σ p(v) ≥ p, v in S
+$$v \sim \operatorname{softmax}(\text{logits} / T)
+\quad\text{over the smallest set } S \text{ of likeliest tokens with } \sum_{v \in S} p(v) \ge p$$
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,10 @@
-"""Locally typical sampling (Meister et al. 2022): draws tokens of about the expected surprise.
+r"""Locally typical sampling (Meister et al. 2022): draws tokens of about the expected surprise.
 
-    v ~ softmax(logits / T) over the v with the smallest |-log p(v) - H| that reach p together
+$$v \sim \operatorname{softmax}(\text{logits} / T)
+\quad\text{over the } v \text{ with the smallest } \lvert -\log p(v) - H \rvert
+\text{ that reach } p \text{ together}$$
 
-H is the entropy; see the processor `typical`.
+$H$ is the entropy; see the processor `typical`.
 """
 
 from collections.abc import Sequence

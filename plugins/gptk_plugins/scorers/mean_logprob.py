@@ -1,4 +1,7 @@
-"""Mean log-probability: Σ log p(tokenₜ) / length, after all processors, without EOS."""
+r"""Mean log-probability of a result's tokens, after all processors, without EOS.
+
+$$\frac{1}{|y|} \sum_t \log p(y_t \mid y_{<t})$$
+"""
 
 import math
 
