@@ -10,8 +10,9 @@ Version 2 (Algorithm 2): tokens with $S(v) \le \mu$ stay, and always the most li
 
 $$k = \left(\frac{\varepsilon\, 2^{\mu}}{1 - N^{-\varepsilon}}\right)^{1/s},
 \qquad \varepsilon = s - 1,
-\qquad s = \frac{\sum_{i<m} t_i b_i}{\sum_{i<m} t_i^2},
-\qquad t_i = \ln\frac{i+1}{i},
+\qquad s = \frac{\sum_{i<m} t_i b_i}{\sum_{i<m} t_i^2}$$
+
+$$t_i = \ln\frac{i+1}{i},
 \qquad b_i = \ln\frac{p(i)}{p(i+1)}$$
 
 where $N$ is the size of the vocabulary, and $s$ the exponent of Zipf's law fitted to the $m$ most
