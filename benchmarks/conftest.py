@@ -145,7 +145,7 @@ def pytest_terminal_summary(terminalreporter, config):
         text = f"{about}.\n\n{session.table.markdown()}"
         if session.table.measured:
             session.table.plot(folder / "ratios.svg")
-            text += "\n![Ratios, with what is asked](ratios.svg)\n"
+            text += "\n![How many times as fast gptk is, for each row of the table](ratios.svg)\n"
         write_section(page, "peers", text)
     if session.results or session.lines:
         text = f"{about}.\n\n{results_markdown(session.results, session.lines)}"

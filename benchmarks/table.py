@@ -1,4 +1,4 @@
-"""The targets for gptk beside its peers, the measurements, and the pages made from them."""
+"""The goals for gptk beside its peers, the measurements, and the pages made from them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the table: a comparison with a peer, and the target for it."""
+    """A row of the table: a comparison with a peer, and the goal for it."""
 
     work: str
     peer: str
-    ratio: float | None = None
-    """The least speedup that is asked for; None if the ratio is only reported."""
+    goal: float | None = None
+    """The least speedup that developers aim at; the page for readers does not show it."""
 
 
 ROWS = {
@@ -55,7 +55,7 @@ ROWS = {
     "training": Comparison("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
     "start": Comparison("process start to first token, float32", "transformers, GGUF", 8),
     "start-q41": Comparison("process start to first token, Q4_1", "transformers, GGUF", 8),
-    # Reported only
+    # Without a goal
     "greedy-float32": Comparison("greedy, float32", "transformers float32"),
     "top-p-float32": Comparison("top-p sampling, float32", "transformers float32"),
     "beams-float32": Comparison("4 beams, float32", "transformers float32, 4 beams"),
@@ -105,12 +105,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bound:
-    """A measurement of gptk alone, and the bound that is asked for it."""
+    """A measurement of gptk alone, and the bound that it should keep."""
 
     what: str
     value: str
-    asked: str
-    reached: bool | None
+    goal: str = ""
+    is_kept: bool = True
 
 
 class Table:
@@ -145,54 +145,46 @@ class Table:
     def skip(self, key: str, reason: str) -> None:
         self.skipped[key] = reason
 
-    def bound(self, what: str, value: str, asked: str, reached: bool | None) -> None:
-        self.bounds.append(Bound(what, value, asked, reached))
+    def bound(self, what: str, value: str, goal: str = "", *, is_kept: bool = True) -> None:
+        self.bounds.append(Bound(what, value, goal, is_kept))
 
     def __bool__(self) -> bool:
         return bool(self.measured or self.skipped or self.bounds)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Rows of work, gptk, peer, peer's, ratio, asked, reached, in the order of ROWS."""
+        """Rows of work, gptk, peer, peer's, ratio or why it is missing, as in ROWS."""
         rows = []
-        for key, asked in ROWS.items():
-            at_least = "" if asked.ratio is None else f"{asked.ratio:g}"
+        for key, row in ROWS.items():
             if (measured := self.measured.get(key)) is not None:
-                reached = "" if asked.ratio is None else _yes(measured.ratio >= asked.ratio)
                 ours, theirs = measured.shown(measured.ours), measured.shown(measured.theirs)
-                speeds = ours, asked.peer, theirs, f"{measured.ratio:.2f}"
-                rows.append((asked.work, *speeds, at_least, reached))
+                rows.append((row.work, ours, row.peer, theirs, f"{measured.ratio:.2f}"))
             elif key in self.skipped:
-                rows.append((asked.work, "", asked.peer, "", "", at_least, self.skipped[key]))
+                rows.append((row.work, "", row.peer, "", f"not measured: {self.skipped[key]}"))
         return rows
 
     def lines(self) -> list[str]:
-        """The table as lines for the terminal."""
-        lines = []
-        for work, ours, peer, theirs, ratio, asked, reached in self.cells():
-            if not ratio:
-                lines.append(f"{work}: not measured, {reached}")
-                continue
-            verdict = f" (asked {asked}: {reached})" if asked else ""
-            lines.append(f"{work}: gptk {ours}, {peer} {theirs}, ratio {ratio}{verdict}")
-        lines += [
-            f"  {ROWS[key].work}: {measured.note}"
-            for key, measured in self.measured.items()
-            if measured.note
+        """The table as lines for the terminal, with the goals that were missed."""
+        lines = [
+            f"{work}: gptk {ours}, {peer} {theirs}, ratio {ratio}" if ours else f"{work}: {ratio}"
+            for work, ours, peer, theirs, ratio in self.cells()
         ]
+        for key, measured in self.measured.items():
+            goal = ROWS[key].goal
+            if measured.note:
+                lines.append(f"  {ROWS[key].work}: {measured.note}")
+            if goal is not None and measured.ratio < goal:
+                lines.append(f"goal missed: {ROWS[key].work}: {measured.ratio:.2f}, not {goal:g}")
         for bound in self.bounds:
-            reached = "" if bound.reached is None else f" ({_yes(bound.reached)})"
-            lines.append(f"{bound.what}: {bound.value}; asked {bound.asked}{reached}")
+            lines.append(f"{bound.what}: {bound.value}")
+            if not bound.is_kept:
+                lines.append(f"goal missed: {bound.what}: {bound.value}, not {bound.goal}")
         return lines
 
     def markdown(self) -> str:
-        head = ("work", "gptk", "peer", "peer's", "ratio", "asked", "reached")
-        text = _table(head, self.cells())
+        text = _table(("work", "gptk", "peer", "peer's", "ratio"), self.cells())
         if self.bounds:
-            bounds = [
-                (b.what, b.value, b.asked, "" if b.reached is None else _yes(b.reached))
-                for b in self.bounds
-            ]
-            text += "\n" + _table(("gptk alone", "measured", "asked", "reached"), bounds)
+            rows = [(bound.what, bound.value) for bound in self.bounds]
+            text += "\n" + _table(("gptk alone", "measured"), rows)
         notes = [
             f"- {ROWS[key].work} (beside {ROWS[key].peer}): {measured.note}"
             for key, measured in self.measured.items()
@@ -201,42 +193,54 @@ class Table:
         return text + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
     def plot(self, path: Path) -> None:
-        """The ratios as bars with marks for the targets; the same results give the same bytes."""
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-
+        """The ratios as dots on a logarithmic axis; the same results give the same bytes."""
         rows = [(ROWS[key], self.measured[key].ratio) for key in ROWS if key in self.measured]
-        labels = [f"{asked.work}\n{asked.peer}" for asked, _ in rows]
-        ratios = [ratio for _, ratio in rows]
-        reached = [asked.ratio is None or ratio >= asked.ratio for asked, ratio in rows]
-        with mpl.rc_context({"svg.hashsalt": "gptk", "font.size": 8}):
-            figure = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout="constrained")
-            axis = figure.subplots()
-            colours = ["#0072B2" if is_reached else "#D55E00" for is_reached in reached]
-            axis.barh(labels, ratios, color=colours, height=0.6)
-            targets = [
-                (bar, asked.ratio) for bar, (asked, _) in enumerate(rows) if asked.ratio is not None
-            ]
-            axis.scatter(
-                [ratio for _, ratio in targets],
-                [bar for bar, _ in targets],
-                marker="|",
-                s=220,
-                linewidths=2.5,
-                color="black",
-                label="asked",
-                zorder=3,
-            )
-            for bar, ratio in enumerate(ratios):
-                axis.annotate(f" {ratio:.2f}", (ratio, bar), va="center")
-            axis.axvline(1, color="#555555", linewidth=0.8)
-            axis.set_xscale("log")
-            axis.set_xlim(min([0.5, *ratios]) * 0.9, max([2, *ratios]) * 1.5)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.set_xlabel("gptk over its peer (times faster)")
-            axis.invert_yaxis()
-            axis.legend(loc="lower right")
-            figure.savefig(path, metadata={"Date": None})
+        plot_ratios([(f"{row.work}\nbeside {row.peer}", ratio) for row, ratio in rows], path)
+
+
+FASTER, SLOWER = "#0072B2", "#D55E00"
+
+
+def plot_ratios(ratios: Sequence[tuple[str, float]], path: Path) -> None:
+    """Draw labelled ratios as dots, filled where gptk is faster and hollow where it is slower."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    with mpl.rc_context({"svg.hashsalt": "gptk", "font.size": 8, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(8, 1.2 + 0.4 * len(ratios)), layout="constrained")
+        figure.patch.set_facecolor("white")
+        axis = figure.subplots()
+        for place, (_, ratio) in enumerate(ratios):
+            colour = FASTER if ratio >= 1 else SLOWER
+            axis.plot([1, ratio], [place, place], color=colour, alpha=0.35, linewidth=1)
+            fill = colour if ratio >= 1 else "white"
+            axis.plot([ratio], [place], "o", color=colour, markerfacecolor=fill, markersize=6)
+            side, gap = ("left", 6) if ratio >= 1 else ("right", -6)
+            axis.annotate(
+                f"{ratio:.2f}", (ratio, place), (gap, 0), textcoords="offset points",
+                va="center", ha=side,
+            )  # fmt: skip
+        axis.set_yticks(range(len(ratios)), [label for label, _ in ratios])
+        axis.set_ylim(len(ratios) - 0.5, -0.5)
+        axis.axvline(1, color="#555555", linewidth=0.8)
+        axis.set_xscale("log")
+        values = [ratio for _, ratio in ratios]
+        axis.set_xlim(min([0.6, *values]) * 0.75, max([2, *values]) * 1.5)
+        axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axis.set_xlabel("speed of gptk divided by that of the other program (logarithmic axis)")
+        axis.grid(axis="both", color="#e4e4e4", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        dot = {"linestyle": "None", "marker": "o"}
+        keys = [
+            Line2D([], [], color=FASTER, label="gptk is faster", **dot),
+            Line2D([], [], color=SLOWER, markerfacecolor="white", label="gptk is slower", **dot),
+        ]
+        figure.legend(handles=keys, loc="outside upper right", ncols=2, frameon=False)
+        figure.savefig(path, metadata={"Date": None})
 
 
 @dataclass(frozen=True)
@@ -292,10 +296,6 @@ Written by `make bench`; [what is measured, and how](../benchmarks.md).
 <!-- suite -->
 <!-- end of suite -->
 """
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "no"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,9 @@
 """Hooks of mkdocs for pages from outside this folder, and for links to them (see mkdocs.yml).
 
-Some files from elsewhere (the changelog, CONTRIBUTING, SECURITY, the examples' READMEs) become
-pages. A pattern in the navigation is replaced by the pages that match. A link to a file outside
-this folder, which works in the repository, leads to the file's page, or becomes plain text if it
-has none.
+Some files from elsewhere (README, the changelog, CONTRIBUTING, SECURITY, the examples' READMEs)
+become pages. A pattern in the navigation is replaced by the pages that match. A link to a file
+outside this folder, which works in the repository, leads to the file's page, or becomes plain text
+if it has none.
 """
 
 import os
@@ -15,13 +15,16 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
+PUBLISHED = (".md", ".svg", ".png")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
 def outside():
     """The pages made from files outside docs/, by the files' paths in the repository."""
-    names = ("CHANGELOG", "CONTRIBUTING", "SECURITY")
-    pages = {f"{name}.md": f"{name.lower()}.md" for name in names}
+    pages = {
+        f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")
+    }
+    pages["README.md"] = "index.md"
     for readme in sorted(ROOT.glob("examples/*/README.md")):
         pages[readme.relative_to(ROOT).as_posix()] = f"examples/{readme.parent.name}.md"
     return pages
@@ -76,10 +79,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def site_path(path):
-    """The page made from a file of the repository, or None."""
-    if path == "README.md":
-        return "index.md"
+    """The page made from a file of the repository, or a file beside the pages, or None."""
     if path in outside():
         return outside()[path]
     folder, _, rest = path.partition("/")
-    return rest if folder == "docs" and os.path.splitext(rest)[1] == ".md" else None
+    return rest if folder == "docs" and os.path.splitext(rest)[1] in PUBLISHED else None

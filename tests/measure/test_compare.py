@@ -254,6 +254,7 @@ def test_the_plane_has_a_point_for_each_sampler(figures, tmp_path):
     )
     said = svg_texts(tmp_path / "plane.svg")
     assert {"multinomial", "greedy", "mean log-probability (nats/token)"} <= {*said}
+    assert "hollow: always the same result" in said
     assert "nothing:a=$1$" not in said
 
 

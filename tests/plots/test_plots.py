@@ -12,7 +12,7 @@ from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
 import gptk
-from gptk.plots.curves import smoothed
+from gptk.plots.curves import smoothed, warmup_steps
 from gptk.plots.runs import plot_runs
 from gptk.runs.metrics import MetricsFile
 from pictures import SIGNATURES, svg_texts
@@ -31,7 +31,9 @@ def loss_at(step):
     return 1 + 4 / (1 + step)
 
 
-def make_run(path, steps=50, every=10, batch=64, averaged=False, **more):
+def make_run(
+    path, steps=50, every=10, batch=64, averaged=False, lr=lambda step: 0.1 / step, **more
+):
     """A run's metrics, with a loss that falls."""
     path.mkdir(parents=True)
     file = MetricsFile(path / "metrics.jsonl")
@@ -39,7 +41,7 @@ def make_run(path, steps=50, every=10, batch=64, averaged=False, **more):
         loss = loss_at(step)
         common = {"step": step, "tokens": batch * step}
         if step:
-            file.record({"kind": "step", **common, "loss": loss, "lr": 0.1 / step, **more})
+            file.record({"kind": "step", **common, "loss": loss, "lr": lr(step), **more})
         if every and step % every == 0:
             losses = {"train_loss": loss, "validation_loss": loss + 0.1}
             if averaged:
@@ -145,6 +147,31 @@ def test_several_runs_have_a_colour_and_a_marker_each(drawn, tmp_path):
     assert len(set(keys)) == 8
     for axes in (panels.perplexity, panels.learning):
         assert [(line.get_color(), line.get_marker()) for line in axes.lines] == keys
+
+
+@pytest.mark.parametrize(
+    ("rates", "warmup"),
+    [
+        ([0.1, 0.2, 0.3, 0.3, 0.2], 3),
+        ([0.1, 0.2, 0.3], 3),
+        ([0.3, 0.3, 0.2], 0),
+        ([0.3, 0.2, 0.4], 0),
+        ([0.3], 0),
+        ([], 0),
+    ],
+)
+def test_warmup_is_the_steps_at_which_the_rate_rises(rates, warmup):
+    steps = np.arange(1, len(rates) + 1)
+    assert warmup_steps(steps, np.array(rates)) == warmup
+
+
+def test_a_short_warmup_of_a_long_run_is_written_into_the_plot(tmp_path):
+    run = make_run(tmp_path / "run", 1000, 100, lr=lambda step: min(step / 20, 1))
+    plot_runs([run], tmp_path / "plot.svg")
+    assert "warmup: 20 steps" in svg_texts(tmp_path / "plot.svg")
+    flat = make_run(tmp_path / "flat", 1000, 100, lr=lambda step: 1)
+    plot_runs([flat], tmp_path / "flat.svg")
+    assert not any("warmup" in text for text in svg_texts(tmp_path / "flat.svg"))
 
 
 class TestLines:

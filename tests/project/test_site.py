@@ -21,11 +21,13 @@ def hooks():
 @pytest.mark.parametrize(
     ("page", "markdown", "wanted"),
     [
-        ("index.md", "[a](../CHANGELOG.md)", "[a](changelog.md)"),
+        ("chat.md", "[a](../CHANGELOG.md)", "[a](changelog.md)"),
+        ("index.md", "[a](docs/chat.md) ![b](docs/c.svg)", "[a](chat.md) ![b](docs/c.svg)"),
+        ("benchmarks/results.md", "![a](ratios.svg)", "![a](ratios.svg)"),
         ("samplers/beam.md", "[a](../../README.md#use-it)", "[a](../index.md#use-it)"),
         ("changelog.md", "[a](docs/chat.md)", "[a](chat.md)"),
-        ("index.md", "[`hookspecs.py`](../toolkit/gptk/hooks/hookspecs.py)", "`hookspecs.py`"),
-        ("index.md", "[a](chat.md#b) [c](#d)", "[a](chat.md#b) [c](#d)"),
+        ("chat.md", "[`hookspecs.py`](../toolkit/gptk/hooks/hookspecs.py)", "`hookspecs.py`"),
+        ("chat.md", "[a](decoding.md#b) [c](#d)", "[a](decoding.md#b) [c](#d)"),
         ("index.md", "[a](https://pypi.org/project/gptk/)", "[a](https://pypi.org/project/gptk/)"),
         ("index.md", "[a](../is-not-there.md)", "[a](../is-not-there.md)"),
         ("index.md", "```py\nx[0](../README.md)\n```\n", "```py\nx[0](../README.md)\n```\n"),

@@ -10,14 +10,17 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
     """Draw quality by diversity, a point for each sampler, as PNG, SVG or PDF by target's suffix.
 
     Diversity is 1 - self-BLEU. A deterministic sampler with one result would repeat that result:
-    its diversity is 0, with a hollow marker. If self-BLEU is not known for the other samplers, as
-    with one result each, diversity is distinct-2 for all. Samplers without a value are left out.
+    its diversity is 0, with a hollow marker, which the legend explains. If self-BLEU is not known
+    for the other samplers, as with one result each, diversity is distinct-2 for all. Samplers
+    without a value are left out.
     Raises OptionError for another suffix, OSError if the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from gptk.plots.style import (
         COLOURS,
+        GREY,
         MARKERS,
         check_format,
         set_literally,
@@ -48,6 +51,12 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
             )
             name = comparison.sampler
             labels.append(name if len(name) <= 60 else name[:59] + "…")
+        keys = list(axes.get_lines())
+        if any(key.get_markerfacecolor() == "white" for key in keys):
+            hollow_key = Line2D([], [], linestyle="None", marker="o", color=GREY)
+            hollow_key.set_markerfacecolor("white")
+            keys.append(hollow_key)
+            labels.append("hollow: always the same result")
         measure = "1 − self-BLEU" if by_self_bleu else "distinct-2"
         axes.set(xlabel=f"diversity ({measure})", ylabel="mean log-probability (nats/token)")
         axes.set_xlim(-0.03, 1.03)
@@ -55,7 +64,7 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
         if labels:
             columns = max(1, min(len(labels), 70 // (max(map(len, labels)) + 6)))
             legend = figure.legend(
-                axes.get_lines(), [""] * len(labels), loc="outside lower center", ncols=columns
+                keys, [""] * len(labels), loc="outside lower center", ncols=columns
             )
             set_literally(legend, labels)
         write_figure(figure, target)

@@ -15,6 +15,13 @@ def perplexity(loss: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(np.minimum(loss, 100)))
 
 
+def warmup_steps(steps: np.ndarray, rates: np.ndarray) -> float:
+    """How many steps the learning rate rises from the first step on; 0 if it does not rise."""
+    falls = np.flatnonzero(np.diff(rates) <= 0)
+    last = falls[0] if len(falls) else max(len(rates) - 1, 0)
+    return float(steps[last]) if last else 0.0
+
+
 def extremes(x: np.ndarray, y: np.ndarray) -> Points:
     """A curve thinned to the least and greatest y of each group of neighbours: peaks stay."""
     if len(x) <= _POINTS:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptk.errors import OptionError
-from gptk.plots.curves import extremes, means, perplexity, smoothed
+from gptk.plots.curves import extremes, means, perplexity, smoothed, warmup_steps
 from gptk.plots.history import History
 from gptk.plots.style import (
     COLOURS,
@@ -151,7 +151,25 @@ def _learning_rate(axes: "Axes", runs: _Runs) -> None:
     _from_zero(axes, runs, "step")
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
+    _show_warmup(axes, runs)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+
+
+def _show_warmup(axes: "Axes", runs: _Runs) -> None:
+    """Shade the steps of the longest warmup, and write how many they are.
+
+    In a long run they are too few to be seen in the line.
+    """
+    longest = max(warmup_steps(*history.step("lr")) for history, _ in runs)
+    if longest:
+        axes.axvspan(0, longest, color=GREY, alpha=0.25, linewidth=0)
+        axes.annotate(
+            f"warmup: {longest:g} steps",
+            (longest, 0),
+            (4, 4),
+            textcoords="offset points",
+            color=GREY,
+        )
 
 
 def _gradient_norm(axes: "Axes", runs: _Runs) -> None:
