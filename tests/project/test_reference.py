@@ -3,6 +3,8 @@
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,12 @@ def test_a_page_has_formula_options_and_a_run(kind, plugin):
         assert f"| `{option}` |" in text
     run = r"```sh\ngptk generate .*\n```\n\n````text\n(.*\n)+````\n\n\d+ tokens, score "
     assert re.search(run, text)
+
+
+@pytest.mark.slow
+def test_the_picture_on_the_first_page_shows_what_its_commands_print():
+    picture = [sys.executable, DOCS / "picture.py", "--check"]
+    assert subprocess.run(picture, check=False).returncode == 0
 
 
 def test_the_index_names_every_page():
