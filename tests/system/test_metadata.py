@@ -120,7 +120,7 @@ class Part(Fields):
     size: int = pydantic.Field(ge=1)
     scale: float = 1.0
     name: str | None = None
-    ids: list[int] = []
+    ids: list[int] = pydantic.Field(default_factory=list)
 
 
 def test_fields_are_typed_and_nothing_is_converted():

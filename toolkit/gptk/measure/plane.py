@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptk.measure.comparison import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 
 def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
@@ -16,11 +20,9 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
     Raises OptionError for another suffix, OSError if the file cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     from gptk.plots.style import (
         COLOURS,
-        GREY,
         MARKERS,
         check_format,
         set_literally,
@@ -53,9 +55,7 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
             labels.append(name if len(name) <= 60 else name[:59] + "…")
         keys = list(axes.get_lines())
         if any(key.get_markerfacecolor() == "white" for key in keys):
-            hollow_key = Line2D([], [], linestyle="None", marker="o", color=GREY)
-            hollow_key.set_markerfacecolor("white")
-            keys.append(hollow_key)
+            keys.append(_hollow_key())
             labels.append("hollow: always the same result")
         measure = "1 − self-BLEU" if by_self_bleu else "distinct-2"
         axes.set(xlabel=f"diversity ({measure})", ylabel="mean log-probability (nats/token)")
@@ -68,6 +68,17 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
             )
             set_literally(legend, labels)
         write_figure(figure, target)
+
+
+def _hollow_key() -> "Line2D":
+    """What the legend shows beside the words on hollow markers."""
+    from matplotlib.lines import Line2D
+
+    from gptk.plots.style import GREY
+
+    return Line2D(
+        [], [], linestyle="None", marker="o", markersize=7, color=GREY, markerfacecolor="white"
+    )
 
 
 def _diversity(compared: Sequence[Comparison]) -> tuple[bool, list[float | None]]:
