@@ -1,7 +1,5 @@
 """gptk's kernels, compared with PyTorch's operations in float64; and what runs without them."""
 
-import io
-import sys
 from functools import partial
 
 import pytest
@@ -442,72 +440,10 @@ def test_without_kernels_eight_bits_are_for_pytorchs_too(monkeypatch):
     assert isinstance(pack(levels), PyTorchInt8Groups)
 
 
-@pytest.fixture
-def fresh(tmp_path, monkeypatch):
-    """An empty cache folder, and no loaded kernels."""
-    monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
-    kernels.build.load.cache_clear()
-    yield tmp_path
-    kernels.build.load.cache_clear()
-
-
-@NEEDS_KERNELS
-def test_kernels_are_compiled_once(fresh, monkeypatch):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    assert kernels.available()
-    assert terminal.getvalue() == "gptk: compiling its kernels for this machine, once…\n"
-    (library,) = fresh.iterdir()
-    before = library.stat().st_mtime_ns
-    kernels.build.load.cache_clear()
-    assert kernels.available()
-    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [before]
-    assert terminal.getvalue().count("\n") == 1
-
-
-@NEEDS_KERNELS
-def test_a_damaged_library_is_compiled_again(fresh, monkeypatch):
-    assert kernels.available()
-    (library,) = fresh.iterdir()
-    damaged = fresh / "another" / library.name  # a path that this process has not loaded
-    damaged.parent.mkdir()
-    damaged.write_bytes(b"\x7fELF and no more")
-    monkeypatch.setenv("GPTK_CACHE", str(damaged.parent))
-    kernels.build.load.cache_clear()
-    assert kernels.available()
-    assert damaged.stat().st_size == library.stat().st_size
-
-
-@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
-def test_without_a_compiler_kernels_are_not_available(compiler, fresh, monkeypatch):
-    monkeypatch.setenv("CXX", compiler)
-    assert not kernels.available()
-    assert compiler in kernels.why_not()
-    assert not list(fresh.iterdir())
-
-
-def test_without_the_instructions_kernels_are_not_available(fresh, monkeypatch):
-    has = dict.fromkeys(kernels.build._NEEDED, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
-    assert kernels.why_not() == "this processor lacks AVX-512 VNNI"
-    assert not kernels.available()
-
-
 def test_kernels_that_are_switched_off_say_so(monkeypatch):
     monkeypatch.setattr(kernels.checks, "enabled", False)
     assert kernels.why_not() == "they are switched off"
     assert not kernels.available()
-
-
-def test_the_first_error_of_a_compiler_is_the_reason(fresh, monkeypatch, tmp_path_factory):
-    compiler = tmp_path_factory.mktemp("compiler") / "c++"
-    compiler.write_text(
-        "#!/bin/sh\necho 'In a file:' >&2\necho 'x: error: bad' >&2\necho '1 error' >&2\nexit 1\n"
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert kernels.why_not() == f"{compiler} cannot compile them: x: error: bad"
 
 
 def test_info_says_which_kernels_run(tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 """gptk's own kernels for CPUs: which there are, and whether they can and should be run.
 
 Before a kernel is called, `available` or one of the functions `can_run…` and `should_run…` must
-have said yes: the kernels themselves check neither dtypes nor shapes.
+have said yes. Arguments that a kernel cannot take raise ValueError, too little memory MemoryError.
 """
 
-from gptk.kernels.attention import FEW_QUERIES as FEW_QUERIES
 from gptk.kernels.attention import HEAD_DIMS as HEAD_DIMS
 from gptk.kernels.attention import attend as attend
 from gptk.kernels.attention import attend_causally as attend_causally
+from gptk.kernels.build import FEW_QUERIES as FEW_QUERIES
 from gptk.kernels.checks import aoti_shims as aoti_shims
 from gptk.kernels.checks import available as available
 from gptk.kernels.checks import can_run as can_run

@@ -1,15 +1,16 @@
-"""Attention over a KV cache, and causal attention among the tokens of a prompt, with gradients."""
+"""Attention over a KV cache, and causal attention among the tokens of a prompt, with gradients.
+
+All tensors are on the CPU. All functions raise ValueError for other arguments than they document.
+"""
 
 import torch
 from torch import Tensor
 
-from gptk.kernels.build import library
+from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
+from gptk.kernels.build import FEW_QUERIES, library
 
 HEAD_DIMS = (32, 64, 96, 128)
 """The head sizes that there are kernels for."""
-FEW_QUERIES = 16
-"""The most queries of a key head over a cache that `attend` takes (MAX_QUERIES in cpp/attention.h).
-With more, PyTorch's attention is faster."""
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: int) -> Tensor:
@@ -17,21 +18,49 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
 
     q: (query tokens, heads, d), the tokens of a tree adjacent, each token contiguous; keys, values:
     (trees · kv_heads, 1, length, d), with equal strides, each head contiguous; mask: (1 or trees,
-    query tokens of a tree, length), for all heads. d: one of HEAD_DIMS; all of one dtype. Returns
+    query tokens of a tree, length), for all heads, each row contiguous. d: one of HEAD_DIMS; all of
+    one dtype, float32 or bfloat16. A key head has at most FEW_QUERIES queries in a tree. Returns
     (query tokens, heads, d), in q's dtype.
     """
     tokens, heads, d = q.shape
-    y = q.new_empty(tokens, heads, d)
+    batch, _, length, _ = keys.shape
+    kv_heads = batch // trees if trees > 0 else 0
+    rows = tokens // trees if trees > 0 else 0
+    if (
+        kv_heads < 1
+        or (rows * trees, kv_heads * trees) != (tokens, batch)
+        or heads % kv_heads
+        or heads // kv_heads * rows > FEW_QUERIES
+        or d not in HEAD_DIMS
+        or q.stride()[1:] != (d, 1)
+        or keys.shape != (batch, 1, length, d)
+        or values.shape != keys.shape
+        or keys.stride()[2:] != (d, 1)
+        or values.stride() != keys.stride()
+        or not are_floats(q, keys, values)
+    ):
+        refuse("attend", q=q, keys=keys, values=values, trees=trees)
+    mask_address = None
     tree_stride = mask_stride = 0
     if mask is not None:
+        mask_address = mask.data_ptr()
+        if (
+            mask.shape[-2:] != (rows, length)
+            or mask.dim() != 3
+            or len(mask) not in (1, trees)
+            or (mask.stride(2) != 1 and length > 1)
+            or not are(q.dtype, mask)
+        ):
+            refuse("attend", q=q, keys=keys, mask=mask, trees=trees)
         tree_stride, mask_stride = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
-    batch, _, length, _ = keys.shape
-    library().gptk_attend(
-        *(q.dtype == torch.bfloat16, q.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(None if mask is None else mask.data_ptr(), y.data_ptr(), d**-0.5),
-        *(trees, tokens // trees, heads, batch // trees, length, d),
+    y = q.new_empty(tokens, heads, d)
+    if status := library().gptk_attend(
+        *(q.dtype is BFLOAT16, q.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(mask_address, y.data_ptr(), d**-0.5),
+        *(trees, rows, heads, kv_heads, length, d),
         *(q.stride(0), keys.stride(0), tree_stride, mask_stride),
-    )
+    ):
+        fail(status)
     return y
 
 
@@ -50,17 +79,31 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, logsums: Tensor | None) -> Tensor:
     """logsums: where log Σ exp of each query's scores goes, (rows, heads, time), or None."""
     q, k, v = _with_fitting_strides(q, k, v)
-    rows, time, heads, d = q.shape
-    y = q.new_empty(rows, time, heads, d)
-    library().gptk_attend_causally(
-        *(q.dtype == torch.bfloat16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
+    y = q.new_empty(q.shape)
+    if status := library().gptk_attend_causally(
+        *(q.dtype is BFLOAT16, q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()),
         *(None if logsums is None else logsums.data_ptr(), *_causal_arguments(q, k)),
-    )
+    ):
+        fail(status)
     return y
 
 
 def _with_fitting_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make each token contiguous, and the strides of k and v equal; copy where needed."""
+    """Make each token contiguous, and the strides of k and v equal; copy where needed.
+
+    Raises ValueError if shapes or dtypes do not fit.
+    """
+    if (
+        not q.dim() == k.dim() == v.dim() == 4
+        or k.shape != v.shape
+        or q.shape[:2] != k.shape[:2]
+        or q.shape[3] != k.shape[3]
+        or q.shape[3] not in HEAD_DIMS
+        or not k.shape[2]
+        or q.shape[2] % k.shape[2]
+        or not are_floats(q, k, v)
+    ):
+        refuse("attend_causally", q=q, k=k, v=v)
     q, k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
     return (q, k, v) if k.stride() == v.stride() else (q, k.contiguous(), v.contiguous())
 
@@ -81,11 +124,19 @@ def causal_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsums: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v from dy, with y and logsums as `causal_attention` gave them."""
-    assert q.dtype == torch.bfloat16, "see should_run_causal_attention"
     q, k, v = _with_fitting_strides(q, k, v)
     y, logsums, dy = y.contiguous(), logsums.contiguous(), dy.contiguous()
+    rows, time, heads, _ = q.shape
+    if (
+        not are(BFLOAT16, q, y, dy)  # see should_run_causal_attention
+        or not y.shape == dy.shape == q.shape
+        or logsums.shape != (rows, heads, time)
+        or not are(FLOAT32, logsums)
+    ):
+        refuse("causal_attention_backward", q=q, y=y, logsums=logsums, dy=dy)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    library().gptk_attend_causally_backward(
+    if status := library().gptk_attend_causally_backward(
         *(x.data_ptr() for x in (q, k, v, y, dy, logsums, dq, dk, dv)), *_causal_arguments(q, k)
-    )
+    ):
+        fail(status)
     return dq, dk, dv

@@ -3,6 +3,7 @@
 An operator has a schema, an implementation on the CPU, the shapes of its results, and derivatives.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ _ON_CPU: dict[str, Callable[..., Any]] = {
 }
 _libraries: list[object] = []
 """The torch.library.Library of the operators, once defined; freeing it would remove them."""
+_lock = threading.Lock()
 
 
 def defined() -> bool:
@@ -50,6 +52,12 @@ def define() -> None:
     """
     if _libraries:
         return
+    with _lock:  # another thread may be defining them
+        if not _libraries:
+            _libraries.append(_define())
+
+
+def _define() -> object:
     library: Any = torch.library.Library("gptk", "DEF")  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
@@ -57,7 +65,7 @@ def define() -> None:
         torch.library.register_fake(f"gptk::{name}", _SHAPES[name], lib=library)
     for name, (setup, backward) in _DERIVATIVES.items():
         torch.library.register_autograd(f"gptk::{name}", backward, setup_context=setup, lib=library)
-    _libraries.append(library)
+    return library
 
 
 def _like(x: Tensor) -> Tensor:

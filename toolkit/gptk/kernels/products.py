@@ -1,12 +1,20 @@
-"""Products of matrices: bfloat16 ones for training, and of a few rows with weights for decoding."""
+"""Products of matrices: bfloat16 ones for training, and of a few rows with weights for decoding.
+
+All tensors are on the CPU. All functions raise ValueError for other arguments than they document.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
+from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
 from gptk.kernels.build import library
 
 FEW_ROWS = {torch.float32: 24, torch.bfloat16: 32}
 """From this many rows on, PyTorch's products with plain weights are as fast as `linear`."""
+_GROUP, _BLOCK = 32, 16
+"""Inputs that share a scale and an offset; outputs of a block. As in cpp/products.h."""
 
 
 def product(
@@ -16,19 +24,33 @@ def product(
 
     a: (rows, depth), bfloat16; b: (depth, columns) and y: (rows, columns), bfloat16 or float32; b
     is rounded to bfloat16. bias: (columns,), float32. Either of a and b may be row-major or
-    column-major; each row of y is contiguous. With `add` y must be float32.
+    column-major; each row of y is contiguous, and rows do not overlap. With `add` y must be
+    float32.
     """
-    assert y.dtype == torch.float32 or not add
+    if bias is not None:
+        bias = bias.contiguous()
+    if (
+        not a.dim() == b.dim() == y.dim() == 2
+        or a.shape[1] != b.shape[0]
+        or y.shape != (a.shape[0], b.shape[1])
+        or (y.stride(1) != 1 and y.shape[1] > 1)
+        or (y.stride(0) < y.shape[1] and y.shape[0] > 1)
+        or not (are(BFLOAT16, a) and are_floats(b) and are_floats(y))
+        or (bias is not None and not (are(FLOAT32, bias) and bias.shape == y.shape[1:]))
+        or (add and y.dtype is not FLOAT32)
+    ):
+        refuse("product", a=a, b=b, y=y, bias=bias, add=add)
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     a_contiguous_in_depth, b_contiguous_in_depth = a.stride(1) == 1, b.stride(0) == 1
     a_stride = a.stride(0 if a_contiguous_in_depth else 1)
     b_stride = b.stride(1 if b_contiguous_in_depth else 0)
-    library().gptk_product(
+    if status := library().gptk_product(
         *(a.data_ptr(), a_stride, a_contiguous_in_depth),
-        *(b.dtype == torch.bfloat16, b.data_ptr(), b_stride, b_contiguous_in_depth),
-        *(y.dtype == torch.bfloat16, y.data_ptr(), y.stride(0)),
+        *(b.dtype is BFLOAT16, b.data_ptr(), b_stride, b_contiguous_in_depth),
+        *(y.dtype is BFLOAT16, y.data_ptr(), y.stride(0)),
         *(None if bias is None else bias.data_ptr(), add, *y.shape, a.shape[1]),
-    )
+    ):
+        fail(status)
 
 
 def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,7 +59,7 @@ def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x: (…, inputs); weight: (outputs, inputs) and bias: (outputs,), float32, as their gradients
     are. Returns (…, outputs).
     """
-    rows = x.flatten(0, -2).to(torch.bfloat16)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.bfloat16)
     y: Tensor = torch.ops.gptk.product(rows, weight.t(), bias, False)
     return y.view(*x.shape[:-1], len(weight))
 
@@ -52,8 +74,13 @@ def new_product(a: Tensor, b: Tensor, bias: Tensor | None, in_float32: bool) -> 
 def column_sums(x: Tensor) -> Tensor:
     """The sums of the columns of x, (rows, columns): (columns,), float32."""
     x = x.contiguous()
+    if x.dim() != 2 or not are_floats(x):
+        refuse("column_sums", x=x)
     y = x.new_empty(x.shape[1], dtype=torch.float32)
-    library().gptk_column_sums(x.dtype == torch.bfloat16, x.data_ptr(), y.data_ptr(), *x.shape)
+    if status := library().gptk_column_sums(
+        x.dtype is BFLOAT16, x.data_ptr(), y.data_ptr(), *x.shape
+    ):
+        fail(status)
     return y
 
 
@@ -65,9 +92,8 @@ def quantized_linear(
     x: (rows, inputs); weights: uint8, as `pack` lays them out; bits: 4 or 8. Returns (rows,
     outputs), in x's dtype.
     """
-    x = x.contiguous()
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.gptk.quantized_linear(x, weights, bits, outputs)
+        y: Tensor = torch.ops.gptk.quantized_linear(x.contiguous(), weights, bits, outputs)
         return y if bias is None else y + bias
     return run_quantized_linear(x, weights, bias, bits, outputs)
 
@@ -76,52 +102,93 @@ def run_quantized_linear(
     x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: int
 ) -> Tensor:
     """`quantized_linear` by a call of the kernel, which no compiler can trace."""
+    x = x.contiguous()
+    bias_address = None
     if bias is not None:
-        bias = bias.to(x.dtype)
+        bias = bias.to(x.dtype).contiguous()
+        bias_address = bias.data_ptr()
+        if bias.shape != (outputs,) or not bias.is_cpu:
+            refuse("quantized_linear", x=x, bias=bias, outputs=outputs)
+    if x.dim() != 2 or not are_floats(x):
+        refuse("quantized_linear", x=x)
     rows, inputs = x.shape
+    _check_packed("quantized_linear", weights, bits, outputs, inputs)
     y = x.new_empty(rows, outputs)
-    library().gptk_quantized_linear(
-        *(x.dtype == torch.bfloat16, bits, x.data_ptr(), weights.data_ptr()),
-        *(None if bias is None else bias.data_ptr(), y.data_ptr(), rows, inputs, outputs),
-    )
+    if status := library().gptk_quantized_linear(
+        *(x.dtype is BFLOAT16, bits, x.data_ptr(), weights.data_ptr()),
+        *(bias_address, y.data_ptr(), rows, inputs, outputs),
+    ):
+        fail(status)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weightᵀ, plus the bias, for few rows: see FEW_ROWS.
 
-    x: (…, inputs); weight: (outputs, inputs), inputs a multiple of 32; all of one dtype. Returns
-    (…, outputs).
+    x: (…, inputs); weight: (outputs, inputs), inputs a multiple of 32; bias: (outputs,); all of one
+    dtype, float32 or bfloat16. Returns (…, outputs).
     """
+    x, weight = x.contiguous(), weight.contiguous()
+    if weight.dim() != 2:
+        refuse("linear", weight=weight)
     outputs, inputs = weight.shape
-    x = x.contiguous()
+    bias_address = None
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_address = bias.data_ptr()
+        if bias.shape != (outputs,) or not are(x.dtype, bias):
+            refuse("linear", x=x, bias=bias)
+    if inputs % 32 or x.shape[-1] != inputs or not are_floats(x, weight):
+        refuse("linear", x=x, weight=weight)
     y = x.new_empty(*x.shape[:-1], outputs)
-    library().gptk_linear(
-        *(x.dtype == torch.bfloat16, x.data_ptr(), weight.data_ptr()),
-        *(None if bias is None else bias.data_ptr(), y.data_ptr()),
-        *(x.numel() // inputs, inputs, outputs),
-    )
+    if status := library().gptk_linear(
+        *(x.dtype is BFLOAT16, x.data_ptr(), weight.data_ptr(), bias_address, y.data_ptr()),
+        *(x.numel() // inputs if inputs else math.prod(x.shape[:-1]), inputs, outputs),
+    ):
+        fail(status)
     return y
 
 
 def pack(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, y: Tensor) -> None:
     """Lay quantized weights out for `quantized_linear`, into y: uint8, 16 outputs a block.
 
-    codes, scale, offset: as gptk.Levels has them. The layout is in cpp/products.h.
+    codes, scale, offset: as gptk.Levels has them; a code has no more than `bits` bits. y:
+    contiguous, with room for all, see `packed_bytes`. The layout is in cpp/products.h.
     """
     codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
-    library().gptk_pack(
+    _check_levels("pack", codes, scale, offset)
+    if (
+        bits not in (4, 8)
+        or not are(torch.uint8, y)
+        or not y.is_contiguous()
+        or y.numel() < packed_bytes(codes.shape[0], codes.shape[1], bits)
+    ):
+        refuse("pack", codes=codes, bits=bits, y=y)
+    if status := library().gptk_pack(
         *(bits, codes.data_ptr(), scale.data_ptr(), offset.data_ptr(), y.data_ptr(), *codes.shape)
-    )
+    ):
+        fail(status)
+
+
+def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """The bytes of a matrix as `pack` lays it out: whole blocks of 16 outputs."""
+    return -(-outputs // _BLOCK) * (inputs // _GROUP) * (4 + _GROUP * bits // 8) * _BLOCK
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
-    """y = codes · scale + offset, as gptk.Levels has them. y: float32 or bfloat16, contiguous."""
+    """y = codes · scale + offset, as gptk.Levels has them.
+
+    y: float32 or bfloat16, contiguous, of codes' shape.
+    """
     codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
-    library().gptk_dequantize(
-        *(y.dtype == torch.bfloat16, codes.data_ptr(), scale.data_ptr(), offset.data_ptr()),
+    _check_levels("dequantize", codes, scale, offset)
+    if y.shape != codes.shape or not y.is_contiguous() or not are_floats(y):
+        refuse("dequantize", codes=codes, y=y)
+    if status := library().gptk_dequantize(
+        *(y.dtype is BFLOAT16, codes.data_ptr(), scale.data_ptr(), offset.data_ptr()),
         *(y.data_ptr(), scale.numel()),
-    )
+    ):
+        fail(status)
 
 
 def dequantize_packed(
@@ -131,8 +198,39 @@ def dequantize_packed(
 
     dtype: bfloat16 or float32.
     """
+    _check_packed("dequantize_packed", weights, bits, outputs, inputs)
     y = weights.new_empty(outputs, inputs, dtype=dtype)
-    library().gptk_dequantize_packed(
-        dtype == torch.bfloat16, bits, weights.data_ptr(), y.data_ptr(), inputs, outputs
-    )
+    if not are_floats(y):
+        refuse("dequantize_packed", weights=weights, dtype=dtype)
+    if status := library().gptk_dequantize_packed(
+        dtype is BFLOAT16, bits, weights.data_ptr(), y.data_ptr(), inputs, outputs
+    ):
+        fail(status)
     return y
+
+
+def _check_packed(kernel: str, weights: Tensor, bits: int, outputs: int, inputs: int) -> None:
+    """weights: of just this size, uint8, contiguous."""
+    if (
+        (bits != 4 and bits != 8)
+        or inputs % _GROUP
+        or inputs < 0
+        or outputs < 0
+        or weights.numel() != packed_bytes(outputs, inputs, bits)
+        or weights.dtype is not torch.uint8
+        or not weights.is_cpu
+        or not weights.is_contiguous()
+    ):
+        refuse(kernel, weights=weights, bits=bits, outputs=outputs, inputs=inputs)
+
+
+def _check_levels(kernel: str, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
+    """codes: (outputs, inputs) uint8; scale, offset: (outputs, groups of 32 inputs) float32."""
+    if (
+        codes.dim() != 2
+        or codes.shape[1] % _GROUP
+        or scale.shape != (codes.shape[0], codes.shape[1] // _GROUP)
+        or offset.shape != scale.shape
+        or not (are(torch.uint8, codes) and are(FLOAT32, scale, offset))
+    ):
+        refuse(kernel, codes=codes, scale=scale, offset=offset)

@@ -5,13 +5,16 @@
 // `vectors` is the head size in registers of 16 numbers: a head has 16 · vectors numbers.
 #pragma once
 
+#include <vector>
+
 #include "common.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 64;           // keys that are worked through together
 constexpr int64_t MAX_HEAD_SIZE = 128;  // numbers
-constexpr int64_t MAX_QUERIES = 16;     // of a key head over a cache; FEW_QUERIES in Python
+// Of a key head over a cache: FEW_QUERIES in kernels/build.py, which defines it.
+constexpr int64_t MAX_QUERIES = GPTK_MAX_QUERIES;
 
 // --- Over a cache ---
 
@@ -146,7 +149,7 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y,
             const CacheShape& shape) {
   constexpr int64_t size = 16 * vectors;
   const int64_t chunks = (shape.length + CHUNK - 1) / CHUNK, queries = shape.queries();
-  const std::unique_ptr<Partial[]> partial(new Partial[shape.batch() * chunks * queries]);
+  const Memory<Partial> partial(shape.batch() * chunks * queries);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -340,8 +343,7 @@ void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums,
   constexpr int64_t size = 16 * vectors;
   const int64_t chunks = shape.chunks();
   // (rows, kv_heads, chunks): keys with tokens in lanes, values with their numbers in lanes.
-  const std::unique_ptr<Chunk<T, vectors>[]> packed(
-      new Chunk<T, vectors>[shape.rows * shape.kv_heads * chunks]);
+  const Memory<Chunk<T, vectors>> packed(shape.rows * shape.kv_heads * chunks);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -403,29 +405,25 @@ struct Backward {
 
   // Of each chunk: keys in both layouts, values with tokens in lanes; queries and the gradients dy
   // with their numbers in lanes.
-  std::vector<Chunk<T, vectors>> keys, values, queries, gradients;
-  std::unique_ptr<float[]> memory;
-  Vector *dq, *dk, *dv;  // (chunks · CHUNK, size)
-  std::vector<float> d;  // (chunks · CHUNK)
+  const Memory<Chunk<T, vectors>> keys, values, queries, gradients;
+  const Memory<Vector> dq, dk, dv;  // (chunks · CHUNK, size)
+  const Memory<float> d;            // (chunks · CHUNK)
 
   explicit Backward(int64_t chunks)
       : keys(chunks),
         values(chunks),
         queries(chunks),
         gradients(chunks),
-        memory(new float[3 * chunks * CHUNK * size + 16]),
-        d(chunks * CHUNK) {
-    auto* start = (Vector*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
-    dq = start;
-    dk = start + chunks * CHUNK;
-    dv = start + 2 * chunks * CHUNK;
-  }
+        dq(chunks * CHUNK),
+        dk(chunks * CHUNK),
+        dv(chunks * CHUNK),
+        d(chunks * CHUNK) {}
 
   // Adds to dq, dk and dv the terms of one chunk of queries, `block`, with one chunk of keys. q,
   // dy: the head's first query and gradient, the next ones q_time and dy_time numbers on; logsums:
   // (time).
   void add_chunks(const T* q, int64_t q_time, const T* dy, int64_t dy_time, const float* logsums,
-                  int64_t block, int64_t chunk, const CausalShape& shape) {
+                  int64_t block, int64_t chunk, const CausalShape& shape) const {
     alignas(64) float p[CHUNK][CHUNK], ds[CHUNK][CHUNK];  // (queries, keys)
     alignas(64) T transposed[CHUNK][CHUNK];
     const int64_t count = shape.count(block), start = block * CHUNK;
@@ -454,15 +452,15 @@ struct Backward {
           store(&weights[r][16 * k], change);
         }
       }
-      add_weighted_tokens(weights, keys[chunk], CHUNK, ones, dq + start + i);
+      add_weighted_tokens(weights, keys[chunk], CHUNK, ones, dq.get() + start + i);
     }
     const int64_t first = chunk * CHUNK;
     transpose(p, transposed);
     for (int64_t i = 0; i < CHUNK; i += ROWS_AT_ONCE)
-      add_weighted_tokens(transposed + i, gradients[block], CHUNK, ones, dv + first + i);
+      add_weighted_tokens(transposed + i, gradients[block], CHUNK, ones, dv.get() + first + i);
     transpose(ds, transposed);
     for (int64_t i = 0; i < CHUNK; i += ROWS_AT_ONCE)
-      add_weighted_tokens(transposed + i, queries[block], CHUNK, ones, dk + first + i);
+      add_weighted_tokens(transposed + i, queries[block], CHUNK, ones, dk.get() + first + i);
   }
 };
 
@@ -472,13 +470,15 @@ template <typename T, int vectors>
 void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, const T* dy,
                               const float* logsums, T* dq, T* dk, T* dv, const CausalShape& shape) {
   constexpr int64_t size = 16 * vectors;
-  const int64_t chunks = shape.chunks();
+  const int64_t chunks = shape.chunks(), tasks = shape.rows * shape.kv_heads;
+  std::vector<std::unique_ptr<Backward<T, vectors>>> of_threads(omp_get_max_threads());
+  for (auto& of_thread : of_threads) of_thread.reset(new Backward<T, vectors>(chunks));
 #pragma omp parallel
   {
-    Backward<T, vectors> backward(chunks);
+    const Backward<T, vectors>& backward = *of_threads[omp_get_thread_num()];
     // A task is a key head of a row, with all the query heads that it serves.
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < shape.rows * shape.kv_heads; task++) {
+    for (int64_t task = 0; task < tasks; task++) {
       const int64_t row = task / shape.kv_heads, kv_head = task % shape.kv_heads;
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t from = row * shape.kv_row + chunk * CHUNK * shape.kv_time + kv_head * size;
@@ -486,8 +486,8 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
         backward.keys[chunk].fill_size_lanes(k + from, shape.count(chunk), shape.kv_time);
         backward.values[chunk].fill_token_lanes(v + from, shape.count(chunk), shape.kv_time);
       }
-      std::fill(backward.dk[0], backward.dk[chunks * CHUNK], 0.0f);
-      std::fill(backward.dv[0], backward.dv[chunks * CHUNK], 0.0f);
+      for (auto* gradient : {&backward.dk, &backward.dv})
+        std::fill(*gradient->get(), *(gradient->get() + chunks * CHUNK), 0.0f);
       // Rounds gradients (time, size) to T; `stride` numbers from one token to the next.
       const auto write = [&](const float (*from)[size], T* to, int64_t stride) {
         for (int64_t i = 0; i < shape.time; i++)
@@ -510,17 +510,17 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
                                   sum);
           backward.d[i] = _mm512_reduce_add_ps(sum);
         }
-        std::fill(backward.dq[0], backward.dq[chunks * CHUNK], 0.0f);
+        std::fill(*backward.dq.get(), *(backward.dq.get() + chunks * CHUNK), 0.0f);
         for (int64_t block = 0; block < chunks; block++)
           for (int64_t chunk = 0; chunk <= block; chunk++)
             backward.add_chunks(head_q, shape.q_time, head_dy, stride,
                                 logsums + (row * shape.heads + head) * shape.time, block, chunk,
                                 shape);
-        write(backward.dq, dq + first, stride);
+        write(backward.dq.get(), dq + first, stride);
       }
       const int64_t stride = shape.kv_heads * size, to = row * shape.time * stride + kv_head * size;
-      write(backward.dk, dk + to, stride);
-      write(backward.dv, dv + to, stride);
+      write(backward.dk.get(), dk + to, stride);
+      write(backward.dv.get(), dv + to, stride);
     }
   }
 }

@@ -5,13 +5,17 @@
 #pragma once
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
-#include <vector>
+#include <new>
+#include <type_traits>
 
 // Runs a statement with the type T set to uint16_t (bfloat16) or float.
 #define DISPATCH_DTYPE(is_bfloat16, ...) \
@@ -27,6 +31,65 @@ namespace {
 
 constexpr int64_t PARALLEL_FROM = 1 << 15;  // numbers; with fewer a second thread does not pay
 constexpr __mmask16 ALL_LANES = 0xffff;
+
+// What an exported function returns; Python raises an exception for all but OK.
+enum Status : int32_t { OK = 0, OUT_OF_MEMORY = 1, BAD_VALUE = 2, NO_DATA = 3 };
+
+// The memory of a tensor: where it is, and how many numbers a kernel reads or writes. PyTorch's
+// tensors without data, such as those of a tracer, have null pointers.
+struct Numbers {
+  const void* data;
+  int64_t count;
+};
+
+// Runs a kernel, which returns nothing or a Status, on these numbers. Kernels take memory outside
+// of parallel regions only: an exception that leaves one ends the process.
+template <typename Run>
+int32_t status_of(std::initializer_list<Numbers> tensors, const Run& run) {
+  for (const Numbers& numbers : tensors)
+    if (numbers.count > 0 && !numbers.data) return NO_DATA;
+  try {
+    if constexpr (std::is_void<decltype(run())>::value) {
+      run();
+      return OK;
+    } else {
+      return run();
+    }
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+// `count`, rounded up to a multiple of `unit`.
+inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Memory for the intermediate numbers of a call, uninitialized, from the start of a cache line on.
+// It is for numbers and structs of these: no constructors run.
+template <typename T>
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t count) { reserve(count); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(data); }
+
+  // Makes it hold at least `count`; what it held is lost. Throws std::bad_alloc.
+  void reserve(int64_t count) {
+    if (count <= capacity) return;
+    std::free(data);
+    capacity = 0;
+    data = (T*)std::aligned_alloc(64, round_up(count * sizeof(T), 64));
+    if (!data) throw std::bad_alloc();
+    capacity = count;
+  }
+  T* get() const { return data; }
+  T& operator[](int64_t index) const { return data[index]; }
+
+ private:
+  T* data = nullptr;
+  int64_t capacity = 0;
+};
 
 // A mask of the first `count` lanes: all of them for 16 or more, none for 0 or less.
 inline __mmask16 first_lanes(int64_t count) {

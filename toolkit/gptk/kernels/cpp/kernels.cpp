@@ -1,5 +1,6 @@
 // The exported functions of all kernels except attention, which kernels/build.py compiles and
-// loads. They need an x86 processor with AVX-512 and VNNI.
+// loads. They need an x86 processor with AVX-512 and VNNI. They return a Status. Whoever calls them
+// has checked dtypes and shapes.
 //
 // is_bfloat16: matrices passed as void* are bfloat16; else they are float32.
 
@@ -13,43 +14,57 @@ extern "C" {
 // y (rows, outputs) = x (rows, inputs) times quantized weights, as gptk_pack lays them out, plus
 // the bias (outputs) unless it is null. x is rounded to 15 bits and a sign in each group of 32
 // inputs. bits: 4 or 8.
-void gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const void* weights,
-                           const void* bias, void* y, int64_t rows, int64_t inputs,
-                           int64_t outputs) {
-  DISPATCH_DTYPE(is_bfloat16, {
-    const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
-    run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
+int32_t gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const void* weights,
+                              const void* bias, void* y, int64_t rows, int64_t inputs,
+                              int64_t outputs) {
+  return status_of({{x, rows * inputs}, {weights, outputs * inputs}, {y, rows * outputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, {
+      const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
+      run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
+    });
   });
 }
 
 // y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
 // unless it is null, summed in float32. inputs: a multiple of 32.
-void gptk_linear(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
-                 int64_t rows, int64_t inputs, int64_t outputs) {
-  DISPATCH_DTYPE(is_bfloat16, linear((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows,
-                                     inputs, outputs));
+int32_t gptk_linear(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
+                    int64_t rows, int64_t inputs, int64_t outputs) {
+  return status_of({{x, rows * inputs}, {weights, outputs * inputs}, {y, rows * outputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, linear((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows,
+                                       inputs, outputs));
+  });
 }
 
 // Lays quantized weights out for gptk_quantized_linear. codes: (outputs, inputs), a code in a byte;
 // scale, offset: (outputs, groups of 32 inputs); weights: the result, see `pack`. bits: 4 or 8.
-void gptk_pack(int bits, const void* codes, const float* scale, const float* offset, void* weights,
-               int64_t outputs, int64_t inputs) {
-  (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)weights, outputs,
-                                  inputs);
+int32_t gptk_pack(int bits, const void* codes, const float* scale, const float* offset,
+                  void* weights, int64_t outputs, int64_t inputs) {
+  return status_of({{codes, outputs * inputs},
+                    {scale, outputs * inputs},
+                    {offset, outputs * inputs},
+                    {weights, outputs * inputs}},
+                   [&] {
+                     return (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset,
+                                                            (uint8_t*)weights, outputs, inputs);
+                   });
 }
 
 // y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
-void gptk_dequantize(int is_bfloat16, const void* codes, const float* scale, const float* offset,
-                     void* y, int64_t groups) {
-  DISPATCH_DTYPE(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
+int32_t gptk_dequantize(int is_bfloat16, const void* codes, const float* scale, const float* offset,
+                        void* y, int64_t groups) {
+  return status_of({{codes, groups}, {scale, groups}, {offset, groups}, {y, groups}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
+  });
 }
 
 // y (outputs, inputs) = the dequantized weights of a matrix that gptk_pack laid out.
-void gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, void* y, int64_t inputs,
-                            int64_t outputs) {
-  DISPATCH_DTYPE(is_bfloat16, {
-    const auto run = bits == 4 ? dequantize_packed<4, T> : dequantize_packed<8, T>;
-    run((const uint8_t*)weights, (T*)y, inputs, outputs);
+int32_t gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, void* y,
+                               int64_t inputs, int64_t outputs) {
+  return status_of({{weights, outputs * inputs}, {y, outputs * inputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, {
+      const auto run = bits == 4 ? dequantize_packed<4, T> : dequantize_packed<8, T>;
+      run((const uint8_t*)weights, (T*)y, inputs, outputs);
+    });
   });
 }
 
@@ -61,123 +76,148 @@ void gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, void
 // column-major, and a_stride leads to the next column. b_contiguous_in_depth: b is column-major,
 // and b_stride leads to the next column; else it is row-major, and b_stride leads to the next row.
 // y is row-major, a row every y_stride numbers.
-void gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth, int b_is_bfloat16,
-                  const void* b, int64_t b_stride, int b_contiguous_in_depth, int y_is_bfloat16,
-                  void* y, int64_t y_stride, const float* bias, int add, int64_t rows,
-                  int64_t columns, int64_t depth) {
-  const Operand<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_contiguous_in_depth != 0};
-  DISPATCH_DTYPE(b_is_bfloat16, {
-    const Operand<T> right{(const T*)b, b_stride, columns, b_contiguous_in_depth != 0};
-    if (y_is_bfloat16)
-      product(left, right, depth, (uint16_t*)y, y_stride, bias, add);
-    else
-      product(left, right, depth, (float*)y, y_stride, bias, add);
+int32_t gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth, int b_is_bfloat16,
+                     const void* b, int64_t b_stride, int b_contiguous_in_depth, int y_is_bfloat16,
+                     void* y, int64_t y_stride, const float* bias, int add, int64_t rows,
+                     int64_t columns, int64_t depth) {
+  return status_of({{a, rows * depth}, {b, depth * columns}, {y, rows * columns}}, [&] {
+    const Operand<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_contiguous_in_depth != 0};
+    DISPATCH_DTYPE(b_is_bfloat16, {
+      const Operand<T> right{(const T*)b, b_stride, columns, b_contiguous_in_depth != 0};
+      if (y_is_bfloat16)
+        product(left, right, depth, (uint16_t*)y, y_stride, bias, add);
+      else
+        product(left, right, depth, (float*)y, y_stride, bias, add);
+    });
   });
 }
 
 // y = x / √(mean x² + eps) · weight for each row. x, y: (rows, size); weight: (size). size: a
 // multiple of 16.
-void gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
-                   int64_t rows, int64_t size) {
-  DISPATCH_DTYPE(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
+int32_t gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
+                      int64_t rows, int64_t size) {
+  return status_of({{x, rows * size}, {weight, size}, {y, rows * size}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
+  });
 }
 
 // y (rows, size) = silu(x[:, :size]) · x[:, size:]. size: a multiple of 16.
-void gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
-  DISPATCH_DTYPE(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size));
+int32_t gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
+  return status_of({{x, rows * size}, {y, rows * size}},
+                   [&] { DISPATCH_DTYPE(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size)); });
 }
 
 // y (size) = gelu(x); or, unless dy is null, the gradient of x from dy, that of gelu(x).
-void gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
-  DISPATCH_DTYPE(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
-                                 : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
+int32_t gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
+  return status_of({{x, size}, {y, size}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
+                                   : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
+  });
 }
 
 // Rotary position embedding of x (heads, size) into y, see `rotate`. cosines, sines: (angles,
 // size); head i takes those of i % angles. size: a multiple of 32.
-void gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
-                 int64_t heads, int64_t angles, int64_t size) {
-  DISPATCH_DTYPE(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y, heads,
-                                     angles, size));
+int32_t gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
+                    int64_t heads, int64_t angles, int64_t size) {
+  return status_of(
+      {{x, heads * size}, {cosines, angles * size}, {sines, angles * size}, {y, heads * size}},
+      [&] {
+        DISPATCH_DTYPE(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y,
+                                           heads, angles, size));
+      });
 }
 
 // y (count): exponential noise for tokens (count), by keys (count, 2), `key_stride` numbers from
 // one to the next, or by one key (2) for all, with a key_stride of 0.
-void gptk_exponential(const int32_t* keys, int64_t key_stride, const int32_t* tokens, float* y,
-                      int64_t count) {
-  exponential(keys, key_stride, tokens, y, count);
+int32_t gptk_exponential(const int32_t* keys, int64_t key_stride, const int32_t* tokens, float* y,
+                         int64_t count) {
+  return status_of({{keys, count}, {tokens, count}, {y, count}},
+                   [&] { exponential(keys, key_stride, tokens, y, count); });
 }
 
 // For each row of x (rows, size): the highest number, the sum of the weights exp(x - highest), and
 // the sum of weight · (x - highest).
-void gptk_softmax_sums(const float* x, float* highest, float* weight, float* weighted, int64_t rows,
-                       int64_t size) {
+int32_t gptk_softmax_sums(const float* x, float* highest, float* weight, float* weighted,
+                          int64_t rows, int64_t size) {
+  return status_of({{x, rows * size}, {highest, rows}, {weight, rows}, {weighted, rows}}, [&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++) {
-    const SoftmaxSums sums(x + row * size, size);
-    highest[row] = sums.highest;
-    weight[row] = sums.weight;
-    weighted[row] = sums.weighted;
-  }
+    for (int64_t row = 0; row < rows; row++) {
+      const SoftmaxSums sums(x + row * size, size);
+      highest[row] = sums.highest;
+      weight[row] = sums.weight;
+      weighted[row] = sums.weighted;
+    }
+  });
 }
 
 // y (rows): for each row of keys and logits (rows, size) the key at which tokens, in the order of
 // falling keys, reach the probability p.
-void gptk_last_key(const float* keys, const float* logits, double p, float* y, int64_t rows,
-                   int64_t size) {
-#pragma omp parallel if (rows * size > PARALLEL_FROM)
-  {
-    std::vector<WeightedKey> scratch;
-#pragma omp for schedule(static)
+int32_t gptk_last_key(const float* keys, const float* logits, double p, float* y, int64_t rows,
+                      int64_t size) {
+  return status_of({{keys, rows * size}, {logits, rows * size}, {y, rows}}, [&] {
+    const bool parallel = rows * size > PARALLEL_FROM;
+    const Memory<WeightedKey> scratch(size * (parallel ? omp_get_max_threads() : 1));
+#pragma omp parallel for schedule(static) if (parallel)
     for (int64_t row = 0; row < rows; row++)
-      y[row] = last_key(keys + row * size, logits + row * size, size, p, scratch);
-  }
+      y[row] = last_key(keys + row * size, logits + row * size, size, p,
+                        scratch.get() + omp_get_thread_num() * size);
+  });
 }
 
 // y = x where the key is at least its row's `least` or either is NaN, else -inf. x, keys, y: (rows,
 // size); least: (rows).
-void gptk_keep_from(const float* x, const float* least, const float* keys, float* y, int64_t rows,
-                    int64_t size) {
+int32_t gptk_keep_from(const float* x, const float* least, const float* keys, float* y,
+                       int64_t rows, int64_t size) {
+  return status_of({{x, rows * size}, {least, rows}, {keys, rows * size}, {y, rows * size}}, [&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = row * size; i < (row + 1) * size; i++)
-      y[i] = keys[i] < least[row] ? -INFINITY : x[i];
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = row * size; i < (row + 1) * size; i++)
+        y[i] = keys[i] < least[row] ? -INFINITY : x[i];
+  });
 }
 
 // values, tokens (rows, k): the k largest numbers of each row of x (rows, size), and their indexes.
 // found (rows): 0 for a row with a NaN, else 1.
-void gptk_top(const float* x, float* values, int64_t* tokens, int32_t* found, int64_t rows,
-              int64_t size, int64_t k) {
+int32_t gptk_top(const float* x, float* values, int64_t* tokens, int32_t* found, int64_t rows,
+                 int64_t size, int64_t k) {
+  return status_of({{x, rows * size}, {values, rows * k}, {tokens, rows * k}, {found, rows}}, [&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++)
-    found[row] = top(x + row * size, size, k, values + row * k, tokens + row * k);
+    for (int64_t row = 0; row < rows; row++)
+      found[row] = top(x + row * size, size, k, values + row * k, tokens + row * k);
+  });
 }
 
 // tokens (rows): for each row of logits (rows, size) one token, drawn with probability
 // softmax(logits) by the row's key, keys (rows, 2); logprobs (rows): its log-probability.
-void gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float* logprobs,
-               int64_t rows, int64_t size) {
+int32_t gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float* logprobs,
+                  int64_t rows, int64_t size) {
+  return status_of({{logits, rows * size}, {keys, rows}, {tokens, rows}, {logprobs, rows}}, [&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++)
-    logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
+    for (int64_t row = 0; row < rows; row++)
+      logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
+  });
 }
 
 // y (columns) = the sums of the columns of x (rows, columns), float32.
-void gptk_column_sums(int is_bfloat16, const void* x, float* y, int64_t rows, int64_t columns) {
-  DISPATCH_DTYPE(is_bfloat16, column_sums((const T*)x, y, rows, columns));
+int32_t gptk_column_sums(int is_bfloat16, const void* x, float* y, int64_t rows, int64_t columns) {
+  return status_of({{x, rows * columns}, {y, columns}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, column_sums((const T*)x, y, rows, columns));
+  });
 }
 
 // losses (rows) = -log softmax(logits)[target] for each row of logits (rows, size), a row every
 // `stride` numbers; and, unless scale is 0, logits = scale · (softmax(logits) - 1 at the target).
-void gptk_cross_entropy(int is_bfloat16, void* logits, const int64_t* targets, float* losses,
-                        float scale, int64_t rows, int64_t size, int64_t stride) {
-  DISPATCH_DTYPE(is_bfloat16,
-                 cross_entropy((T*)logits, targets, losses, scale, rows, size, stride));
+int32_t gptk_cross_entropy(int is_bfloat16, void* logits, const int64_t* targets, float* losses,
+                           float scale, int64_t rows, int64_t size, int64_t stride) {
+  return status_of({{logits, rows * size}, {targets, rows}, {losses, rows}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16,
+                   return cross_entropy((T*)logits, targets, losses, scale, rows, size, stride));
+  });
 }
 
 // y (count): the first numbers of a random permutation of 0 to size - 1.
-void gptk_permutation(int64_t seed, int64_t size, int64_t count, int32_t* y) {
-  permutation((uint32_t)seed, size, count, y);
+int32_t gptk_permutation(int64_t seed, int64_t size, int64_t count, int32_t* y) {
+  return status_of({{y, count}}, [&] { permutation((uint32_t)seed, size, count, y); });
 }
 }
 
@@ -187,28 +227,36 @@ using Tensor = struct AtenTensorOpaque*;
 extern "C" {
 int32_t aoti_torch_get_data_ptr(Tensor, void**);
 int32_t aoti_torch_get_size(Tensor, int64_t, int64_t*);
+int32_t aoti_torch_get_stride(Tensor, int64_t, int64_t*);
+int32_t aoti_torch_get_numel(Tensor, int64_t*);
 int32_t aoti_torch_get_dtype(Tensor, int32_t*);
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
                                  Tensor*);
 
-// Returns 0, or 1 for an error of PyTorch's.
+// Returns 0; or 1 if memory is too little, or if a tensor is not what the program was compiled for.
 int32_t aoti_torch_cpu_quantized_linear(Tensor x, Tensor weights, int64_t bits, int64_t outputs,
                                         Tensor* y) {
-  int64_t rows, inputs;
+  int64_t rows, inputs, row_stride, stride, bytes;
   int32_t dtype;
   void *x_data, *weights_data, *y_data;
   if (aoti_torch_get_size(x, 0, &rows) || aoti_torch_get_size(x, 1, &inputs) ||
+      aoti_torch_get_stride(x, 0, &row_stride) || aoti_torch_get_stride(x, 1, &stride) ||
       aoti_torch_get_dtype(x, &dtype) || aoti_torch_get_data_ptr(x, &x_data) ||
-      aoti_torch_get_data_ptr(weights, &weights_data))
+      aoti_torch_get_numel(weights, &bytes) || aoti_torch_get_data_ptr(weights, &weights_data))
+    return 1;
+  const bool is_bfloat16 = dtype == aoti_torch_dtype_bfloat16();
+  if (!is_bfloat16 && dtype != aoti_torch_dtype_float32()) return 1;
+  if (stride != 1 || (rows > 1 && row_stride != inputs) ||
+      bytes != round_up(outputs, BLOCK) / BLOCK * (inputs / GROUP) * group_bytes(bits))
     return 1;
   const int64_t sizes[2] = {rows, outputs}, strides[2] = {outputs, 1};
   if (aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, y) ||
       aoti_torch_get_data_ptr(*y, &y_data))
     return 1;
-  gptk_quantized_linear(dtype == aoti_torch_dtype_bfloat16(), bits, x_data, weights_data, nullptr,
-                        y_data, rows, inputs, outputs);
-  return 0;
+  return gptk_quantized_linear(is_bfloat16, bits, x_data, weights_data, nullptr, y_data, rows,
+                               inputs, outputs);
 }
 }

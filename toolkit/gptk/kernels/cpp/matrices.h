@@ -6,10 +6,6 @@
 // way.
 #pragma once
 
-#include <omp.h>
-
-#include <type_traits>
-
 #include "common.h"
 
 namespace {
@@ -22,10 +18,6 @@ constexpr int64_t MAX_PART_DEPTH = 1536;
 // operand passes by.
 constexpr int64_t BLOCK_NUMBERS = 512 * MAX_PART_DEPTH;
 
-struct alignas(64) CacheLine {
-  uint16_t numbers[32];
-};
-
 // A matrix as an operand: `count` rows of A (count, depth), or columns of B (depth, count).
 template <typename T>
 struct Operand {
@@ -36,9 +28,6 @@ struct Operand {
   // depth are next to each other, and `stride` leads to the next depth.
   bool contiguous_in_depth;
 };
-
-// `count`, rounded up to a multiple of `unit`.
-inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 // As in common.h, from float32: the first `count` of 32 consecutive numbers, rounded to bfloat16.
 inline __m512i load_pairs(const float* x, int64_t count) {
@@ -190,6 +179,20 @@ void multiply_tile(const uint16_t* a, const uint16_t* b, int64_t pairs, const Ta
     store_tile<false>(sum, to, rows, columns);
 }
 
+// `product` for a depth of 0: y = 0, plus the bias, plus y itself if `add`.
+template <typename Y>
+void sum_of_nothing(int64_t rows, int64_t columns, Y* y, int64_t stride, const float* bias,
+                    bool add) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t j = 0; j < columns; j += 16) {
+      const __mmask16 lanes = first_lanes(columns - j);
+      Y* to = y + row * stride + j;
+      __m512 sum = bias ? load_masked(bias + j, lanes) : _mm512_setzero_ps();
+      if (add) sum = _mm512_add_ps(sum, load_masked(to, lanes));
+      store_masked(to, lanes, sum);
+    }
+}
+
 // y (rows of A, columns of B) = A B, plus the bias (columns) unless it is null, plus y itself if
 // `add`, for which y must be float32. y is row-major, a row every `stride` numbers.
 //
@@ -201,6 +204,8 @@ void multiply_tile(const uint16_t* a, const uint16_t* b, int64_t pairs, const Ta
 template <typename B, typename Y>
 void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* y, int64_t stride,
              const float* bias, bool add) {
+  if (a.count == 0 || b.count == 0) return;
+  if (depth == 0) return sum_of_nothing(a.count, b.count, y, stride, bias, add);
   const bool a_in_blocks = a.contiguous_in_depth && a.count <= b.count;
   const int64_t block_total = a_in_blocks ? a.count : b.count;
   const int64_t chunk_total = a_in_blocks ? b.count : a.count;
@@ -208,9 +213,13 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
   const int64_t part_depth = round_up((depth - 1) / parts + 1, 32);
   const int64_t block_size = std::min(round_up(BLOCK_NUMBERS / part_depth, TILE_COLUMNS),
                                       round_up(block_total, TILE_COLUMNS));
-  thread_local std::vector<CacheLine> block_lines, sums_lines;
-  block_lines.resize(block_size * part_depth / 32);
-  uint16_t* const block_panels = (uint16_t*)block_lines.data();
+  // Kept for the next call. A block and, for each thread, a chunk.
+  thread_local Memory<uint16_t> block_memory, chunk_memory;
+  thread_local Memory<float> sums_memory;
+  const int64_t chunk_numbers = TILE_COLUMNS * part_depth;
+  block_memory.reserve(block_size * part_depth);
+  chunk_memory.reserve(omp_get_max_threads() * chunk_numbers);
+  uint16_t *const block_panels = block_memory.get(), *const chunks = chunk_memory.get();
   // Sums of parts of the depth are kept in y if that is float32, else in memory for one block.
   constexpr bool y_is_float32 = std::is_same<Y, float>::value;
   const int64_t sums_stride = y_is_float32  ? stride
@@ -218,14 +227,12 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
                                             : block_size;
   float* sums = (float*)y;
   if (!y_is_float32 && parts > 1) {
-    sums_lines.resize((a_in_blocks ? block_size : a.count) * sums_stride / 16);
-    sums = (float*)sums_lines.data();
+    sums_memory.reserve((a_in_blocks ? block_size : a.count) * sums_stride);
+    sums = sums_memory.get();
   }
 #pragma omp parallel
   {
-    thread_local std::vector<CacheLine> chunk_lines;
-    chunk_lines.resize(TILE_COLUMNS * part_depth / 32);
-    uint16_t* const chunk_panels = (uint16_t*)chunk_lines.data();
+    uint16_t* const chunk_panels = chunks + omp_get_thread_num() * chunk_numbers;
     for (int64_t first = 0; first < block_total; first += block_size)
       for (int64_t from = 0; from < depth; from += part_depth) {
         const int64_t count = std::min(block_size, block_total - first);

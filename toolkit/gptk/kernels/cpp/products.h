@@ -23,16 +23,21 @@ constexpr int64_t group_bytes(int bits) { return 4 * BLOCK + GROUP * BLOCK * bit
 // Rows of x, (rows, inputs), quantized in groups of 32 inputs: x = scale · (128 · high + low), and
 // for each group the sum of these.
 struct QuantizedRows {
-  int64_t groups;                       // in a row
-  std::unique_ptr<int8_t[]> high, low;  // (rows, inputs)
-  std::unique_ptr<float[]> scale, sum;  // (rows, groups)
+  int64_t groups;      // in a row
+  int8_t *high, *low;  // (rows, inputs)
+  float *scale, *sum;  // (rows, groups)
 
-  QuantizedRows(int64_t rows, int64_t inputs)
+  // memory: of at least `bytes(rows, inputs)`.
+  QuantizedRows(int64_t rows, int64_t inputs, int8_t* memory)
       : groups(inputs / GROUP),
-        high(new int8_t[rows * inputs]),
-        low(new int8_t[rows * inputs]),
-        scale(new float[rows * groups]),
-        sum(new float[rows * groups]) {}
+        high(memory),
+        low(high + rows * inputs),
+        scale((float*)(low + rows * inputs)),
+        sum(scale + rows * groups) {}
+
+  static int64_t bytes(int64_t rows, int64_t inputs) {
+    return round_up(2 * rows * inputs + 2 * rows * (inputs / GROUP) * sizeof(float), 64);
+  }
 
   // Quantizes one group; `group` counts through all rows of x. Infinity and NaN make the group NaN.
   template <typename T>
@@ -147,17 +152,19 @@ constexpr int64_t ROWS_QUANTIZED_BY_EACH = 8;
 template <int bits, typename T>
 void quantized_linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t rows,
                       int64_t inputs, int64_t outputs) {
-  const int64_t groups = rows * (inputs / GROUP);
-  if (rows <= ROWS_QUANTIZED_BY_EACH) {
+  const int64_t groups = rows * (inputs / GROUP), bytes = QuantizedRows::bytes(rows, inputs);
+  const bool by_each = rows <= ROWS_QUANTIZED_BY_EACH;
+  const Memory<int8_t> memory((by_each ? omp_get_max_threads() : 1) * bytes);
+  if (by_each) {
 #pragma omp parallel
     {
-      QuantizedRows quantized(rows, inputs);
+      QuantizedRows quantized(rows, inputs, memory.get() + omp_get_thread_num() * bytes);
       for (int64_t group = 0; group < groups; group++) quantized.quantize(x, group);
       multiply_blocks<bits>(quantized, weights, bias, y, rows, outputs);
     }
     return;
   }
-  QuantizedRows quantized(rows, inputs);
+  QuantizedRows quantized(rows, inputs, memory.get());
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
@@ -172,12 +179,14 @@ void quantized_linear(const T* x, const uint8_t* weights, const T* bias, T* y, i
 // y: (blocks, groups), each of `group_bytes`: the scales and the offsets of a group for the block's
 // 16 outputs in float16, then the codes of inputs 0 to 3 for each of the 16 outputs, 64 bytes,
 // those of inputs 4 to 7, and so on. With 4 bits, the low nibbles of these bytes are inputs 0 to 15
-// of the group, the high nibbles 16 to 31. Outputs that the last block lacks are zeros.
+// of the group, the high nibbles 16 to 31. Outputs that the last block lacks are zeros. Returns
+// BAD_VALUE if a code has more bits.
 template <int bits>
-void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
-          int64_t outputs, int64_t inputs) {
+Status pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
+            int64_t outputs, int64_t inputs) {
   const int64_t groups = inputs / GROUP;
-#pragma omp parallel for schedule(static)
+  uint32_t used = 0;  // the bits that are set in any of four codes
+#pragma omp parallel for schedule(static) reduction(| : used)
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++)
     for (int64_t group = 0; group < groups; group++) {
       uint8_t* packed = y + (block * groups + group) * group_bytes(bits);
@@ -190,7 +199,10 @@ void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t
         offsets[i] = offset[index];
         uint32_t row[GROUP / 4];
         std::memcpy(row, codes + index * GROUP, GROUP);
-        for (int four = 0; four < GROUP / 4; four++) fours[four][i] = row[four];
+        for (int four = 0; four < GROUP / 4; four++) {
+          fours[four][i] = row[four];
+          used |= row[four];
+        }
       }
       _mm256_storeu_si256((__m256i*)packed, _mm512_cvtps_ph(_mm512_load_ps(scales), 0));
       _mm256_storeu_si256((__m256i*)packed + 1, _mm512_cvtps_ph(_mm512_load_ps(offsets), 0));
@@ -201,6 +213,7 @@ void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t
         _mm512_storeu_si512(packed + 64 + 64 * i, line);
       }
     }
+  return bits == 4 && (used & 0xf0f0f0f0) ? BAD_VALUE : OK;
 }
 
 // y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).

@@ -117,32 +117,34 @@ struct WeightedKey {
   float key, weight;
 };
 
-// Collects in `found` the tokens whose keys are at least `least`. Returns the sum of their weights.
-double collect(const float* keys, const float* logits, int64_t count, float least, __m512 shift,
-               std::vector<WeightedKey>& found) {
-  double mass = 0;
-  found.clear();
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 key = load_tokens(keys, i, count);
-    const __mmask16 high = _mm512_cmp_ps_mask(key, _mm512_set1_ps(least), _CMP_GE_OQ);
-    if (!high) continue;
-    alignas(64) float lane_keys[16], weights[16];
-    _mm512_store_ps(lane_keys, key);
-    _mm512_store_ps(weights, exp(_mm512_sub_ps(load_tokens(logits, i, count), shift)));
-    for (unsigned left = high; left; left &= left - 1) {
-      const int lane = __builtin_ctz(left);
-      if (i + lane >= count) break;
-      found.push_back({lane_keys[lane], weights[lane]});
-      mass += weights[lane];
+// Collects in `found`, which has room for all, the tokens whose keys are at least `least`.
+struct Collected {
+  int64_t count = 0;
+  double mass = 0;  // the sum of their weights
+
+  Collected(const float* keys, const float* logits, int64_t size, float least, __m512 shift,
+            WeightedKey* found) {
+    for (int64_t i = 0; i < size; i += 16) {
+      const __m512 key = load_tokens(keys, i, size);
+      const __mmask16 high = _mm512_cmp_ps_mask(key, _mm512_set1_ps(least), _CMP_GE_OQ);
+      if (!high) continue;
+      alignas(64) float lane_keys[16], weights[16];
+      _mm512_store_ps(lane_keys, key);
+      _mm512_store_ps(weights, exp(_mm512_sub_ps(load_tokens(logits, i, size), shift)));
+      for (unsigned left = high; left; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
+        if (i + lane >= size) break;
+        found[count++] = {lane_keys[lane], weights[lane]};
+        mass += weights[lane];
+      }
     }
   }
-  return mass;
-}
+};
 
 // The key at which tokens, in the order of falling keys, together reach a mass; the lowest key if
-// they do not. By a quickselect, which reorders `tokens`.
-float key_reaching(std::vector<WeightedKey>& tokens, double mass) {
-  auto from = tokens.begin(), to = tokens.end();
+// they do not. By a quickselect, which reorders the tokens.
+float key_reaching(WeightedKey* const begin, WeightedKey* const end, double mass) {
+  auto from = begin, to = end;
   double before = 0;
   const auto mass_of = [](auto first, auto last) {
     double sum = 0;
@@ -159,7 +161,7 @@ float key_reaching(std::vector<WeightedKey>& tokens, double mass) {
                  with_pivot = higher + mass_of(above, equal);
     if (higher >= mass && above != from) {
       to = above;
-    } else if (with_pivot >= mass || equal == tokens.end()) {
+    } else if (with_pivot >= mass || equal == end) {
       return pivot;
     } else {
       before = with_pivot;
@@ -169,28 +171,31 @@ float key_reaching(std::vector<WeightedKey>& tokens, double mass) {
   std::sort(from, to, [](auto& token, auto& other) { return token.key > other.key; });
   for (; from < to; from++)
     if ((before += from->weight) >= mass) return from->key;
-  return tokens.empty() ? -INFINITY : to[-1].key;
+  return begin == end ? -INFINITY : to[-1].key;
 }
 
 // The key at which tokens, in the order of falling keys, reach the probability p under
-// softmax(logits); the lowest key if rounding keeps them short of it.
+// softmax(logits); the lowest key if rounding keeps them short of it. scratch: (count).
 float last_key(const float* keys, const float* logits, int64_t count, double p,
-               std::vector<WeightedKey>& scratch) {
+               WeightedKey* scratch) {
   const SoftmaxSums sums(logits, count);
   // Keys are log-probabilities or distances of these, in nats: most often the tokens with keys
   // within 8 of the highest suffice.
   const float highest = keys == logits ? sums.highest : highest_of(keys, count);
   const __m512 shift = softmax_shift(sums.highest);
+  Collected found(keys, logits, count, highest - 8, shift, scratch);
   double mass = p * sums.weight;
-  if (!(collect(keys, logits, count, highest - 8, shift, scratch) >= mass))
-    mass = p * collect(keys, logits, count, -INFINITY, shift, scratch);
-  return key_reaching(scratch, mass);
+  if (!(found.mass >= mass)) {
+    found = Collected(keys, logits, count, -INFINITY, shift, scratch);
+    mass = p * found.mass;
+  }
+  return key_reaching(scratch, scratch + found.count, mass);
 }
 
 // values, tokens (k): the k largest numbers in falling order, of equal numbers that of the lowest
 // token first, and their tokens. Returns false, and leaves them unfinished, if a number is NaN.
 bool top(const float* x, int64_t count, int64_t k, float* values, int64_t* tokens) {
-  for (int64_t found = 0, i = 0; i < count; i += 16) {
+  for (int64_t found = 0, i = 0; i < count && k > 0; i += 16) {
     const __m512 numbers = load_tokens(x, i, count);
     if (_mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q)) return false;
     unsigned left = first_lanes(count - i);
@@ -246,8 +251,8 @@ float draw(const float* x, int64_t count, const int32_t* key, int64_t* token) {
 // y (count): the first numbers of PyTorch's random permutation of 0 to size - 1 on a CPU. Its
 // shuffle settles them one by one, by the 32-bit numbers of a Mersenne Twister.
 inline void permutation(uint32_t seed, int64_t size, int64_t count, int32_t* y) {
-  std::vector<int32_t> numbers(size);
-  std::iota(numbers.begin(), numbers.end(), 0);
+  const Memory<int32_t> numbers(size);
+  std::iota(numbers.get(), numbers.get() + size, 0);
   std::mt19937 generator(seed);
   for (int64_t i = 0; i < count; i++) {
     if (i < size - 1) std::swap(numbers[i], numbers[i + generator() % (uint32_t)(size - i)]);

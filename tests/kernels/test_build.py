@@ -1,0 +1,305 @@
+"""Compiling and loading the kernels, and what is said where that cannot be done."""
+
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptk import kernels
+from gptk.kernels import build
+from gptk.system import compiled_code
+
+NEEDS_KERNELS = pytest.mark.skipif(
+    not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
+)
+LIBRARY = Path(build.library()._name if kernels.available() else "")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels need Linux")
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache folder, and no loaded kernels."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(compiled_code, "_told", set())
+    monkeypatch.setattr(build, "_loaded", None)
+    # As on a machine that could run them.
+    has = torch.cpu.get_capabilities() | dict.fromkeys(build._NEEDED, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiled(fresh):
+    """The path of the kernels' library in a cache folder of its own, which is not loaded."""
+    (fresh / "code").mkdir(mode=0o700, parents=True)
+    key = LIBRARY.stem.rpartition("-")[0]
+    for path in LIBRARY.parent.glob(f"{key}*"):
+        shutil.copy2(path, fresh / "code")
+    return fresh / "code" / LIBRARY.name
+
+
+def program(body, cache, **environment):
+    """Run a Python program with that cache folder. Returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body)],
+        env={**os.environ, "GPTK_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compiler(folder, script):
+    """The path of a compiler that is a shell script, and keeps its options of outputs in $out."""
+    path = folder / "c++"
+    find_output = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done\n'
+    path.write_text(f"#!/bin/sh\n{find_output}{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@NEEDS_KERNELS
+def test_kernels_are_compiled_once(fresh, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert kernels.available()
+    assert terminal.getvalue() == "gptk: compiling its kernels for this machine, once…\n"
+    (library,) = fresh.glob("code/*.so")
+    before = library.stat().st_mtime_ns
+    monkeypatch.setattr(build, "_loaded", None)
+    assert kernels.available()
+    assert [path.stat().st_mtime_ns for path in fresh.glob("code/*.so")] == [before]
+    assert terminal.getvalue().count("\n") == 1
+
+
+@NEEDS_KERNELS
+@pytest.mark.slow
+def test_a_library_that_is_cut_short_is_compiled_again(compiled):
+    """Loaded as it is, it ends the process with SIGBUS."""
+    whole = compiled.read_bytes()
+    compiled.write_bytes(whole[: len(whole) // 2])
+    out = program(
+        """
+        import torch
+        from gptk import kernels
+        assert kernels.why_not() is None
+        print(kernels.rms_norm(torch.full((1, 16), 3.0), torch.ones(16), 0.0)[0, 0].item())
+        """,
+        compiled.parents[1],
+    )
+    assert out == "1.0\n"
+    (library,) = compiled.parent.glob("*.so")
+    assert library.stat().st_size == len(whole)
+
+
+@NEEDS_KERNELS
+def test_a_library_without_a_symbol_is_refused(fresh, tmp_path):
+    source = tmp_path / "empty.cpp"
+    source.write_text('extern "C" int gptk_linear() { return 0; }')
+    library = tmp_path / "empty.so"
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    with pytest.raises(AttributeError, match="undefined symbol: gptk_quantized_linear"):
+        build._open(library)
+
+
+@NEEDS_KERNELS
+def test_threads_may_use_them_for_the_first_time_at_once(compiled):
+    body = """
+        import threading, torch
+        from gptk import kernels
+        together, results = threading.Barrier(8), []
+        def use():
+            together.wait()
+            assert kernels.why_not() is None
+            with torch.enable_grad():
+                results.append(kernels.gelu(torch.ones(40, requires_grad=True)).sum().item())
+        threads = [threading.Thread(target=use) for _ in range(8)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        assert len(results) == 8 and len(set(results)) == 1, results
+    """
+    program(body, compiled.parents[1])
+
+
+@NEEDS_KERNELS
+@pytest.mark.slow
+def test_processes_may_use_them_for_the_first_time_at_once(fresh):
+    body = "from gptk import kernels; assert kernels.why_not() is None, kernels.why_not()"
+    environment = {**os.environ, "GPTK_CACHE": str(fresh)}
+    processes = [subprocess.Popen([sys.executable, "-c", body], env=environment) for _ in range(4)]
+    assert [process.wait(300) for process in processes] == [0] * 4
+    assert len(list(fresh.glob("code/*.so"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ("false", "{false} cannot compile them: it ends with 1 and says nothing"),
+        ("/no/such/compiler", "$CXX names a C++ compiler that is not there: /no/such/compiler"),
+        ('g++ "', "$CXX is g++ \", which is no command: No closing quotation"),
+        (".", "$CXX names a C++ compiler that is not there: ."),
+        ("''", "$CXX names a C++ compiler that is not there: "),
+    ],
+)  # fmt: skip
+def test_without_a_compiler_kernels_are_not_available(named, reason, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", named)
+    assert kernels.why_not() == reason.format(false=shutil.which("false"))
+    assert not kernels.available()
+    assert not list(fresh.glob("code/*.so"))
+
+
+@pytest.mark.parametrize("named", ["", " "])
+def test_an_empty_cxx_is_none(named, fresh, monkeypatch):
+    monkeypatch.setenv("CXX", named)
+    monkeypatch.setenv("PATH", str(fresh))
+    assert kernels.why_not() == "there is no C++ compiler; install g++, or name another one in $CXX"
+
+
+SAYS = "it is an error: bad"
+COMPILERS = {
+    "fails": (f"echo 'In a file:' >&2; echo '{SAYS}' >&2; echo '1 error' >&2; exit 1", SAYS),
+    "is not UTF-8": (r"printf 'error: \377\001x\n' >&2; exit 1", "error: \ufffd x"),
+    "is killed": ("kill -9 $$", "it ends with -9 and says nothing"),
+    "fills the disk": ("echo 'No space left on device' >&2; exit 4", "No space left on device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_a_compiler_that_fails_is_the_reason(kind, fresh, monkeypatch, tmp_path):
+    script, says = COMPILERS[kind]
+    path = compiler(tmp_path, script)
+    monkeypatch.setenv("CXX", str(path))
+    assert kernels.why_not() == f"{path} cannot compile them: {says}"
+    assert not list(fresh.glob("code/*.so"))
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("true", "writes no file"),
+        ("echo garbage > $out", "file too short"),
+        ("head -c 100000 /dev/zero > $out", "invalid ELF header"),
+        ("sleep 1000 & wait", "was not done after 1 s"),
+    ],
+)
+def test_a_compiler_that_makes_no_library_is_the_reason(script, says, fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_PATIENCE", 1.0)
+    monkeypatch.setenv("CXX", str(compiler(tmp_path, script)))
+    assert says in kernels.why_not()
+    assert not list(fresh.glob("code/*.so"))
+    assert not list(fresh.glob("code/.*"))
+
+
+def test_without_a_folder_for_them_it_says_so(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    reason = kernels.why_not()
+    assert reason.startswith("compiled code cannot be kept: ")
+    assert reason.endswith("; name a folder of your own in $GPTK_CACHE")
+
+
+def test_a_full_disk_is_the_reason(fresh, monkeypatch):
+    def run(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setenv("CXX", "true")
+    assert kernels.why_not() == "[Errno 28] No space left on device"
+
+
+@NEEDS_KERNELS
+@pytest.mark.slow
+def test_without_a_home_and_a_directory_for_temporary_files_they_run(compiled):
+    body = "from gptk import kernels; assert kernels.why_not() is None, kernels.why_not()"
+    program(body, compiled.parents[1], HOME="", TMPDIR="/no/such/folder", LC_ALL="C")
+
+
+def test_without_the_instructions_kernels_are_not_available(fresh, monkeypatch):
+    has = dict.fromkeys(build._NEEDED, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
+    assert kernels.why_not() == "this processor lacks AVX-512 VNNI"
+    assert not kernels.available()
+
+
+@NEEDS_KERNELS
+def test_too_little_memory_is_an_exception(compiled):
+    """Each kernel that needs memory of its own: with enough for its result, and with less."""
+    body = """
+        import resource, torch
+        from gptk import kernels
+        from gptk.errors import out_of_memory
+        from gptk.kernels import attention, products
+
+        torch.set_num_threads(2)
+        torch.set_grad_enabled(False)
+        assert kernels.available()
+        bfloat16 = torch.bfloat16
+        x, logits = torch.ones(9, 32 * 32768), torch.ones(1, 5_000_000)
+        weights = torch.zeros(products.packed_bytes(16, 32 * 32768, 4), dtype=torch.uint8)
+        a, b = torch.ones(30_000, 1600).to(bfloat16), torch.ones(1600, 96)
+        y = torch.empty(30_000, 96, dtype=bfloat16)
+        q, long = (torch.ones(*shape, 4, 64, dtype=bfloat16) for shape in ((400, 64), (1, 6000)))
+        keys = torch.ones(8, 1, 20_000, 32)
+        few = torch.ones(1, 128, 32)
+        forward = attention.causal_attention(long, long, long)
+        calls = {
+            "permutation": (1, lambda: kernels.permutation(2**24, 1, 5)),
+            "last_key": (1, lambda: kernels.last_key(logits, logits, 0.5)),
+            "few rows": (1, lambda: kernels.quantized_linear(x[:8], weights, None, 4, 16)),
+            "rows": (1, lambda: kernels.quantized_linear(x, weights, None, 4, 16)),
+            "product": (1, lambda: kernels.product(a, b, y)),
+            "attend": (1, lambda: kernels.attend(few, keys, keys, None, 1)),
+            "causal": (17, lambda: kernels.attend_causally(q, q, q)),
+            "backward": (
+                11, lambda: attention.causal_attention_backward(long, long, long, *forward, long)
+            ),
+        }
+        for name, (megabytes, call) in calls.items():
+            used = 4096 * int(open("/proc/self/statm").read().split()[0])
+            for left in (-256, 0, megabytes):
+                resource.setrlimit(resource.RLIMIT_AS, (used + left * 2**20, -1))
+                try:
+                    call()
+                    last = None
+                except (MemoryError, RuntimeError) as error:
+                    last = error
+                resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+                assert last and out_of_memory(last), (name, left, last)
+            assert isinstance(last, MemoryError), (name, last)
+        for _, call in calls.values():
+            call()
+        print("done")
+    """
+    # With a heap that keeps no memory for later.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    assert program(body, compiled.parents[1], **settings) == "done\n"
+
+
+def test_threads_that_do_not_start_are_not_used():
+    """OpenMP would end the process with the first operation on a large tensor."""
+    body = """
+        import logging, resource, torch
+        from gptk.system.threads import use_threads_that_start
+        logging.basicConfig(format="%(message)s", stream=__import__("sys").stdout)
+        torch.set_num_threads(4)
+        used = 4096 * int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (used + 6 * 2**20, -1))
+        use_threads_that_start()
+        assert torch.get_num_threads() == 1
+        assert torch.ones(500, 500).sum() == 250_000
+    """
+    out = program(body, os.environ["GPTK_CACHE"], OMP_STACKSIZE="8M")
+    assert out == "of 4 threads the system starts 1; these are used\n"

@@ -1,0 +1,290 @@
+"""Machine code that gptk compiles, keeps on disk, and loads into its process.
+
+Whoever can write such a file can run code as the user who loads it. So it lies in a folder that
+belongs to the user and that nobody else can write, as ssh asks of the folder of its keys; and a
+record beside it has its SHA-256, so that code which is damaged, cut short or foreign is not loaded
+but made again.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from gptk.system.caches import cache_folder
+from gptk.system.files import sync
+
+Loaded = TypeVar("Loaded")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Code that can be made, and what it depends on."""
+
+    name: str
+    suffix: str
+    """Its file's name begins and ends with these."""
+    origin: Mapping[str, str]
+    """All that it depends on; other values are other code."""
+    make: Callable[[Path], None]
+    """Writes it to a path, whose name has the suffix, in an empty folder."""
+
+
+def load_or_make(code: Code, load: Callable[[Path], Loaded]) -> Loaded:
+    """Load code that was kept; or make, keep and load it.
+
+    load: loads a file, and raises OSError, AttributeError or RuntimeError if it is not what it
+    should be; then it is made again, once. Processes and threads that need the same code at the
+    same time wait for the first to make it. A line in the log says why code that was found is not
+    loaded, and where it is kept if not in the cache folder.
+
+    Raises what `make` and `load` raise, and PermissionError if there is no folder for the code.
+    """
+    problems: list[str] = []
+    for folder in _folders(problems):
+        found = _load(folder, code, load)
+        if not isinstance(found, _Unusable):
+            return found
+        if not os.access(folder, os.W_OK | os.X_OK):
+            problems.append(f"{folder} cannot be written")
+            continue
+        with _locked(folder / f"{code.name}.lock"):
+            found = _load(folder, code, load)  # another process may have made it meanwhile
+            if not isinstance(found, _Unusable):
+                return found
+            if found.reason:
+                _log.warning("%s is not loaded, and is made again: %s", found.path, found.reason)
+            path = _make(folder, code)
+            try:
+                return load(path)
+            except BaseException:  # it is no good, and is not kept
+                for file in (path, _record(folder, code)):
+                    file.unlink(missing_ok=True)
+                raise
+    raise PermissionError(f"compiled code cannot be kept: {'; '.join(problems)}")
+
+
+def use_private_inductor_folder() -> None:
+    """Have TorchInductor keep its files where nobody else can write them.
+
+    It loads compiled code and pickles from `torchinductor_USER` in the directory for temporary
+    files, whoever made that folder. If others can write there, a folder beside gptk's own code is
+    used, and a line in the log says so. Call this before anything is compiled. Does nothing if
+    $TORCHINDUCTOR_CACHE_DIR names another folder. Raises OSError if there is no private folder.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    default = default_cache_dir()
+    # TorchInductor itself sets the variable to its default.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
+        return
+    problem = _make_private(Path(default))
+    if problem is None:
+        return
+    problems = [problem]
+    for folder in _folders(problems):
+        if os.access(folder, os.W_OK | os.X_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+            _log.warning("TorchInductor's files are kept in %s/inductor: %s", folder, problem)
+            return
+    raise PermissionError(f"compiled code cannot be kept: {'; '.join(problems)}")
+
+
+def _folders(problems: list[str]) -> Iterator[Path]:
+    """The folders for compiled code, made if need be and checked to be private.
+
+    They are `code` in the cache folder and, should that not do, a folder in the directory for
+    temporary files. problems: why a folder will not do; it may be added to between the folders.
+    """
+    folder = cache_folder() / "code"
+    if (problem := _make_private(folder)) is None:
+        yield folder.resolve()
+    else:
+        problems.append(problem)
+    try:
+        folder = Path(tempfile.gettempdir()) / f"gptk-{_user()}"
+    except FileNotFoundError:
+        problems.append("there is no directory for temporary files")
+        return
+    if (problem := _make_private(folder)) is None:
+        if problems[0] not in _told:
+            _told.add(problems[0])
+            _log.warning("compiled code is kept in %s: %s", folder, problems[0])
+        yield folder.resolve()
+    else:
+        problems.append(problem)
+
+
+_told: set[str] = set()
+"""Why the cache folder is not used, once it has been said."""
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """A file that is not loaded, and why; no reason if it does not exist."""
+
+    path: Path
+    reason: str = ""
+
+
+def _load(folder: Path, code: Code, load: Callable[[Path], Loaded]) -> "Loaded | _Unusable":
+    """Load the code in a folder, if it is there and as it was made."""
+    path = record = _record(folder, code)
+    try:
+        path = _recorded_file(record, code)
+        if hashlib.sha256(_read_private(path)).hexdigest() != path.stem.rpartition("-")[2]:
+            return _Unusable(path, "it has changed since it was compiled")
+        return load(path)
+    except (OSError, AttributeError, RuntimeError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and path == record:
+            return _Unusable(record)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            reason = "it is a link"
+        return _Unusable(path, reason.partition("\n")[0])
+
+
+def _record(folder: Path, code: Code) -> Path:
+    """Where the record of the code in a folder is: its origin, and the name of its file."""
+    origin = json.dumps(dict(code.origin), sort_keys=True)
+    return folder / f"{code.name}-{hashlib.sha256(origin.encode()).hexdigest()[:24]}.json"
+
+
+def _recorded_file(record: Path, code: Code) -> Path:
+    """The file that a record names; the name ends with the file's SHA-256."""
+    try:
+        fields = json.loads(_read_private(record))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError("it is damaged") from None
+    if not isinstance(fields, dict) or fields.get("origin") != dict(code.origin):
+        raise ValueError("it is the record of other code")
+    file = fields.get("file")
+    if not isinstance(file, str) or not file.startswith(f"{record.stem}-") or "/" in file:
+        raise ValueError("it names no file")
+    return record.with_name(file)
+
+
+def _read_private(path: Path) -> bytes:
+    """Read a file of the user's own that nobody else can write."""
+    # Without following a link, and without waiting for the other end of a pipe.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a file")
+        if problem := _problem(path, status):
+            raise ValueError(problem)
+        return file.read()
+
+
+def _make(folder: Path, code: Code) -> Path:
+    """Make code in a new folder, sync it to disk, and only then give it and its record names."""
+    record = _record(folder, code)
+    for left in folder.glob(f".{code.name}-*"):  # by a process that was killed
+        _remove(left)
+    with tempfile.TemporaryDirectory(prefix=f".{code.name}-", dir=folder) as new_folder:
+        new, new_record = Path(new_folder, f"new{code.suffix}"), Path(new_folder, "record")
+        code.make(new)
+        new.chmod(0o600)
+        digest = hashlib.sha256(new.read_bytes()).hexdigest()
+        path = folder / f"{record.stem}-{digest}{code.suffix}"
+        new_record.touch(0o600)
+        new_record.write_text(json.dumps({"file": path.name, "origin": dict(code.origin)}))
+        for written in (new, new_record):
+            sync(written)
+        for old in folder.glob(f"{record.stem}*"):
+            _remove(old)
+        new.replace(path)
+        new_record.replace(record)
+        sync(folder)
+    return path
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in such a block. On Windows nothing is locked."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, 0o600), "r+b") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_private(folder: Path) -> str | None:
+    """Make a folder if need be. Returns why code cannot be kept in it, or None.
+
+    It must belong to the user, and nobody else may be able to write it, nor to exchange it by
+    writing one of its parents.
+    """
+    try:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        for place in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                place.mkdir(mode=0o700)
+        resolved = folder.resolve(strict=True)
+        places = [(place, place.lstat()) for place in (resolved, *resolved.parents)]
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        return f"{folder} cannot be made: {getattr(error, 'strerror', None) or error}"
+    if folder.is_symlink() or not stat.S_ISDIR(places[0][1].st_mode):
+        return f"{folder} is not a folder"
+    for place, status in places:
+        # In a directory with the sticky bit, such as /tmp, only its owner can exchange a folder.
+        sticky = place != resolved and bool(status.st_mode & stat.S_ISVTX)
+        if problem := _problem(place, status, sticky=sticky):
+            return problem
+    return None
+
+
+def _problem(place: Path, status: os.stat_result, *, sticky: bool = False) -> str | None:
+    """Why others than the user can write a file or folder, or None. The superuser always can."""
+    if sys.platform == "win32":  # which keeps the folders of users apart by other means
+        return None
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{place} belongs to another user"
+    by_group = mode & stat.S_IWGRP and not _is_private_group(status.st_gid)
+    if (mode & stat.S_IWOTH or by_group) and not sticky:
+        return f"others can write to {place} (mode {mode:o})"
+    return None
+
+
+def _is_private_group(group: int) -> bool:
+    """Whether a group is the user's own: it has their name, and no other members.
+
+    Systems that give each user such a group let it write new files (umask 002).
+    """
+    import grp
+    import pwd
+
+    try:
+        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:  # a user or a group without a name
+        return False
+    is_theirs = user.pw_gid == group and user.pw_name == found.gr_name
+    return is_theirs and set(found.gr_mem) <= {user.pw_name}
+
+
+def _user() -> str:
+    return str(os.geteuid()) if sys.platform != "win32" else "code"
