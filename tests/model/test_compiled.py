@@ -1,5 +1,10 @@
 """The compiled step: the same results, and one program on disk for all models of a shape."""
 
+import copy
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -8,6 +13,9 @@ import gptk
 from gptk import kernels
 from gptk.cli import cli
 from gptk.model import compiled
+from gptk.model.captured import weights_of
+from gptk.system import compiled_code
+from gptk.system.compiled_code import Code
 from gptk.testing import tiny_gpt, tiny_lm
 from toys import CONFIGS
 
@@ -56,15 +64,39 @@ def test_a_program_is_compiled_once_and_takes_the_weights_of_any_model_of_its_sh
     assert len(announced) <= 1
 
 
-def test_a_damaged_program_is_compiled_again(tmp_path, monkeypatch):
+DAMAGE = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "foreign": lambda path: path.write_bytes(b"PK and no more"),
+    "writable by others": lambda path: path.chmod(0o602),
+}
+
+
+def test_a_program_that_is_damaged_or_not_gptks_is_compiled_again(tmp_path, monkeypatch, caplog):
+    """Whoever can write a program runs code in the process that loads it."""
+    config, compilations = CONFIGS["llama-like"], []
+    gptk.compile_step(tiny_gpt(config))  # in the cache of all tests
+    (kept,) = (Path(os.environ["GPTK_CACHE"]) / "code").glob(f"{record_of(config)}-*")
+
+    def compile_again(model, path):
+        compilations.append(path)
+        shutil.copy(kept, path)
+
+    monkeypatch.setattr(compiled, "_compile", compile_again)
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
-    config, announced = CONFIGS["llama-like"], []
-    program = compiled.cache_folder() / f"step-{compiled._key(tiny_gpt(config))}.pt2"
-    program.write_bytes(b"PK and no more")
-    gptk.compile_step(tiny_gpt(config), lambda: announced.append(1))
-    assert announced
-    gptk.compile_step(tiny_gpt(config), lambda: announced.append(1))
-    assert len(announced) == 1
+    for damage in (None, *DAMAGE.values()):
+        (copy,) = (tmp_path / "code").glob("*.pt2") if damage else (None,)
+        if damage:
+            damage(copy)
+        compilations.clear()
+        for _ in range(2):
+            assert gptk.compile_step(tiny_gpt(config)).step is not None
+        assert len(compilations) == 1
+    assert caplog.text.count("is made again") == len(DAMAGE)
+
+
+def record_of(config):
+    code = Code("step", ".pt2", compiled._origin(tiny_gpt(config)), lambda path: None)
+    return compiled_code._record(Path(), code).stem
 
 
 def test_several_rows_and_guesses_run_without_it(monkeypatch):
@@ -79,6 +111,178 @@ def test_several_rows_and_guesses_run_without_it(monkeypatch):
     got = lm.generate([1, 2, 3, 1, 2, 3], max_new_tokens=12, draft="lookup", ignore_eos=True)
     want = plain.generate([1, 2, 3, 1, 2, 3], max_new_tokens=12, ignore_eos=True)
     assert got.tokens == want.tokens
+
+
+def test_values_written_into_its_weights_are_read():
+    model, plain = compiled_and_plain()
+    with torch.no_grad():
+        for gpt in (model, plain):
+            for parameter in gpt.parameters():
+                parameter.mul_(1.5)
+    step = model.step
+    gives_the_tokens_of(plain, model)
+    assert model.step is step
+
+
+def load_by_copying(model, other):
+    model.load_state_dict(other.state_dict())
+
+
+def load_by_assigning(model, other):
+    model.load_state_dict(other.state_dict(), assign=True)
+    model.tie()
+
+
+def replace_parameters(model, other):
+    for ours, theirs in zip(model.modules(), other.modules(), strict=True):
+        for name, parameter in theirs.named_parameters(recurse=False):
+            setattr(ours, name, torch.nn.Parameter(parameter.detach().clone()))
+    model.tie()
+
+
+def replace_data(model, other):
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        ours.data = theirs.detach().clone()
+
+
+def replace_layers(model, other):
+    model.blocks[1] = other.blocks[1]
+    model.embed, model.head, model.norm = other.embed, other.head, other.norm
+    model.blocks[0].mlp = other.blocks[0].mlp
+    model.blocks[0].attn.qkv = other.blocks[0].attn.qkv
+    model.blocks[0].attn.out = other.blocks[0].attn.out
+    model.blocks[0].attn_norm, model.blocks[0].mlp_norm = (
+        other.blocks[0].attn_norm,
+        other.blocks[0].mlp_norm,
+    )
+    assert len(model.blocks) == 2
+
+
+CHANGES = [load_by_copying, load_by_assigning, replace_parameters, replace_data, replace_layers]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_follows_weights_that_are_replaced(change, packed, monkeypatch):
+    """The oracle is a model that never had a step."""
+    model, plain = compiled_and_plain(packed)
+    change(model, tiny_gpt(CONFIGS["llama-like"], seed=5))
+    change(plain, tiny_gpt(CONFIGS["llama-like"], seed=5))
+    calls = counted(monkeypatch)
+    gives_the_tokens_of(plain, model)
+    assert calls
+    assert model.step is not None
+
+
+class Lora(torch.nn.Module):
+    """An update of low rank."""
+
+    def forward(self, weight):
+        return weight + 0.5 * weight.roll(1, dims=0)
+
+
+def parametrize(model):
+    for block in model.blocks:
+        torch.nn.utils.parametrize.register_parametrization(block.mlp.up, "weight", Lora())
+
+
+class Scaled(torch.nn.Module):
+    """A layer around another one, as adapters have it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * 3
+
+
+def wrap(model):
+    model.blocks[0].mlp.down = Scaled(model.blocks[0].mlp.down)
+
+
+def hook(model):
+    model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: output * 3)
+
+
+def hook_before(model):
+    model.blocks[0].mlp.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+
+
+def replace_forward(model):
+    model.blocks[0].mlp.forward = lambda x: x * 3
+
+
+STRANGERS = [parametrize, wrap, hook, hook_before, replace_forward]
+CONVERSIONS = {
+    "int8": lambda model: model.quantize("int8"),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "a part in bfloat16": lambda model: model.blocks[0].mlp.to(torch.bfloat16).float(),
+    "unpacked": lambda model: model.unpack(),
+}
+
+
+@pytest.mark.parametrize("change", [*STRANGERS, *CONVERSIONS.values()])
+def test_it_is_dropped_if_the_model_becomes_another_one(change, caplog):
+    model, plain = compiled_and_plain()
+    change(model), change(plain)
+    gives_the_tokens_of(plain, model)
+    follows = change is CONVERSIONS["a part in bfloat16"]  # and back to float32
+    assert (model.step is not None) == follows
+    if change is not CONVERSIONS["unpacked"] and not follows:
+        assert "the compiled step is dropped" in caplog.text
+
+
+@pytest.mark.parametrize("change", STRANGERS)
+def test_what_a_step_would_not_repeat_is_refused(change):
+    """A program lies on disk for all models of its shape: what one had would be in all."""
+    model = tiny_gpt(CONFIGS["llama-like"])
+    change(model)
+    with pytest.raises(gptk.IncompatibleError, match=r"the step cannot be compiled: .*blocks\.0"):
+        gptk.compile_step(model)
+
+
+def test_a_copy_of_the_model_has_no_step():
+    model, _ = compiled_and_plain()
+    assert copy.deepcopy(model).step is None
+    assert model.step is not None
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *STRANGERS, *CONVERSIONS.values()])
+def test_a_recorded_step_follows_or_is_dropped(change):
+    """With a recorder that, like CUDA's graphs, goes on with the tensors of its first run."""
+    plain, model = (tiny_gpt(CONFIGS["llama-like"]) for _ in range(2))
+
+    def record(run):
+        frozen = [weight.detach().clone() for _, _, weight in weights_of(model)]
+
+        def replay():
+            with compiled.weights_replaced(model, frozen):
+                return run()
+
+        return replay
+
+    model.step = compiled.RecordedStep(model, record)
+    gives_the_tokens_of(plain, model)
+    for gpt in (plain, model):
+        other = [tiny_gpt(CONFIGS["llama-like"], seed=5)] if change in CHANGES else []
+        change(gpt, *other)
+    gives_the_tokens_of(plain, model)
+
+
+def compiled_and_plain(packed=False):
+    """Two equal models, one with a compiled step."""
+    models = [tiny_gpt(CONFIGS["llama-like"]) for _ in range(2)]
+    for model in models if packed else ():
+        model.pack()
+    return gptk.compile_step(models[0]), models[1]
+
+
+def gives_the_tokens_of(plain, model):
+    settings = {"max_new_tokens": 12, "ignore_eos": True}
+    got, want = (gptk.LanguageModel(gpt).generate([1, 2], **settings) for gpt in (model, plain))
+    assert got.tokens == want.tokens
+    assert got.token_logprobs == pytest.approx(want.token_logprobs, abs=1e-3)
 
 
 def test_training_drops_it():

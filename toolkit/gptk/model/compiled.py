@@ -11,37 +11,76 @@ On CUDA a step's kernels take less time than launching them one by one. So they 
 CUDA graph, one for each cache, and launched together from then on.
 """
 
-import contextlib
 import hashlib
-import os
-import tempfile
+import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.errors import DeviceError
+from gptk.errors import DeviceError, IncompatibleError
 from gptk.model.cache import KVCache, Slots
+from gptk.model.captured import (
+    Snapshot,
+    description,
+    weights_of,
+    weights_replaced,
+    why_not_capturable,
+)
 from gptk.model.gpt import GPT
 from gptk.model.linear import Linear, OneDNNPacked
-from gptk.system.caches import cache_folder
+from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
+
+_log = logging.getLogger(__name__)
 
 
 class _RowStep:
     """`GPT.states` and `GPT.logits` for one new token of a single row with a cache.
 
-    Implements the protocol `gptk.model.protocol.Step`.
+    Implements the protocol `gptk.model.protocol.Step`. It follows the model: if weights are
+    replaced, the next text is decoded with the new ones; if it cannot, it is dropped, and the log
+    says so.
     """
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+        self._cache: weakref.ref[KVCache] | None = None
+        self._snapshot = Snapshot(model)
+        self._description = description(model)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of the model has no step: this one's is of this model
 
     def fits(self, ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> bool:
         """Whether a pass is one new token of one row, and returns no states of layers."""
         return (
-            ids.shape == (1, 1) and cache is not None and cache.slots_are_positions and not layers
+            ids.shape == (1, 1)
+            and cache is not None
+            and cache.slots_are_positions
+            and not layers
+            and (self._is_current(cache) or self._follows())
         )
+
+    def _is_current(self, cache: KVCache) -> bool:
+        """Compares all with the first step of a text, and what could crash with each."""
+        if self._cache is not None and self._cache() is cache:
+            return self._snapshot.is_in_place()
+        self._cache = weakref.ref(cache)
+        return self._snapshot.is_current()
+
+    def _follows(self) -> bool:
+        """Take the model's new weights, or drop this step if the model is now another one."""
+        if why_not_capturable(self._model) or description(self._model) != self._description:
+            if self._model.step is self:
+                self._model.step = None
+            _log.warning("the compiled step is dropped: since compile_step the model has changed")
+            return False
+        self._snapshot = Snapshot(self._model)
+        return True
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         """The hidden state (1, 1, 1, width) and the logits (1, 1, vocab), float32."""
@@ -52,8 +91,8 @@ class CompiledStep(_RowStep):
     """The step as a compiled program, on a CPU."""
 
     def __init__(self, model: GPT, program: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self._model, self._program = model, program
-        self._weights = [weight for _, _, weight in _weights(model)]
+        super().__init__(model)
+        self._program = program
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         slots = cache.plan(1)
@@ -62,7 +101,9 @@ class CompiledStep(_RowStep):
             cache.reserve(2 * cache.capacity)
         table = self._model.position_table(slots.end + 1)
         sized = _ELEMENT.expand(slots.end)
-        hidden, logits = self._program(ids, sized, table, list(cache.kv.unbind()), self._weights)
+        hidden, logits = self._program(
+            ids, sized, table, list(cache.kv.unbind()), self._snapshot.tensors
+        )
         cache.advance([1], slots)
         return hidden, logits
 
@@ -76,12 +117,16 @@ class RecordedStep(_RowStep):
 
     def __init__(self, model: GPT, record: "Recorder | None" = None) -> None:
         """record: by default `_cuda_graph`."""
-        self._model = model
+        super().__init__(model)
         self._record = _cuda_graph if record is None else record
         self._kv: Tensor | None = None
         self._ids: Tensor
         self._position: Tensor
         self._run: Callable[[], tuple[Tensor, Tensor]]
+
+    def _follows(self) -> bool:
+        self._kv = None  # to record anew
+        return super()._follows()
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         slots = cache.plan(1)
@@ -161,9 +206,15 @@ def compile_step(model: GPT, announce: Callable[[], None] | None = None) -> GPT:
     """Compile the step that decodes one row, or load it if this machine has compiled it before.
 
     announce: called before a compilation on a CPU, which takes half a minute or more. Weights in
-    bfloat16 that are packed for oneDNN are unpacked, which is slower for several rows. `GPT.unpack`
-    and `GPT.train` drop the step. Sets the model's `step`, and returns the model. Raises
-    DeviceError if there is no compiler, or the model is neither on a CPU nor on CUDA.
+    bfloat16 that are packed for oneDNN are unpacked, which is slower for several rows. Sets the
+    model's `step`, and returns the model.
+
+    The step goes on with the new weights if some are replaced by others of their dtype and shape.
+    It is dropped, with a line in the log, if the model is converted, moved or quantized, or if
+    layers are exchanged or get hooks; and silently by `GPT.unpack`, by `GPT.train`, and in copies.
+
+    Raises IncompatibleError if the model has layers that are not gptk's, or hooks; DeviceError if
+    there is no compiler, or if the model is neither on a CPU nor on CUDA.
     """
     for module in model.modules():
         if isinstance(module, Linear) and isinstance(module.packed, OneDNNPacked):
@@ -174,19 +225,27 @@ def compile_step(model: GPT, announce: Callable[[], None] | None = None) -> GPT:
 
 
 def _new_step(model: GPT, announce: Callable[[], None] | None) -> CompiledStep | RecordedStep:
+    if (reason := why_not_capturable(model)) is not None:
+        raise IncompatibleError(f"the step cannot be compiled: {reason}")
     if model.device.type == "cuda":
         return RecordedStep(model)
     if model.device.type != "cpu":
         raise DeviceError(f"a step can be compiled on cpu and on cuda, not on {model.device}")
-    path = cache_folder() / f"step-{_key(model)}.pt2"
-    if path.exists():
-        # If the file cannot be loaded, being damaged for example, it is compiled again.
-        with contextlib.suppress(RuntimeError):
-            return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
-    if announce is not None:
-        announce()
-    _compile(model, path)
-    return CompiledStep(model, torch._inductor.aoti_load_package(str(path)))
+
+    def make(path: Path) -> None:
+        if announce is not None:
+            announce()
+        _compile(model, path)
+
+    try:
+        code = Code("step", ".pt2", _origin(model), make)
+        return load_or_make(code, lambda path: CompiledStep(model, _load(path)))
+    except OSError as error:
+        raise DeviceError(f"the compiled step cannot be kept: {error}") from None
+
+
+def _load(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch._inductor.aoti_load_package(str(path))
 
 
 class _Traced(nn.Module):
@@ -219,16 +278,16 @@ class _Traced(nn.Module):
             keys=tuple(keys for keys, _ in keys_and_values),
             values=tuple(values for _, values in keys_and_values),
         )
-        with _weights_replaced(model, weights):
+        with weights_replaced(model, weights):
             hidden = model.states_at(ids, slots, table)
             return hidden, model.logits(hidden[:, :, 0])
 
 
 def _compile(model: GPT, path: Path) -> None:
-    """Compile the step's program and put it at `path`, atomically."""
+    """Compile the step's program into a file, whose folder has room for more."""
     layers = range(model.config.n_layers)
     auto = torch.export.Dim.AUTO
-    weights = [weight for _, _, weight in _weights(model)]
+    weights = [weight for _, _, weight in weights_of(model)]
     cache = model.new_cache(1, 96)
     example = (
         torch.zeros(1, 1, dtype=torch.int64),
@@ -238,6 +297,7 @@ def _compile(model: GPT, path: Path) -> None:
         weights,
     )
     shapes = (None, {0: auto}, {1: auto}, [{3: auto} for _ in layers], [None for _ in weights])
+    use_private_inductor_folder()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch's, about its own code
@@ -248,16 +308,11 @@ def _compile(model: GPT, path: Path) -> None:
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                package = torch._inductor.aoti_compile_and_package(
-                    program,
-                    package_path=os.path.join(folder, path.name),
-                    inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels.aoti_shims()},
-                )
-                os.replace(package, path)
-    except OSError as error:
-        raise DeviceError(f"the compiled step cannot be kept in {path.parent}: {error}") from None
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(path),
+                inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels.aoti_shims()},
+            )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise DeviceError(f"the step cannot be compiled here: {reason}") from error
@@ -266,54 +321,17 @@ def _compile(model: GPT, path: Path) -> None:
 _ELEMENT = torch.zeros(1)
 """Expanded to a tensor of any size, without memory, to pass a length to the program."""
 
-Weight = tuple[list[dict[str, Any]], str, Tensor]
-"""A weight: the dictionaries of attributes that hold it, its name in them, and the tensor."""
 
-
-def _weights(model: GPT) -> list[Weight]:
-    """All weights of a model: parameters, and the tensors of packed layers."""
-    found: list[Weight] = []
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                # `GPT.pack` has put them into the module's attributes, too.
-                holders = [module._parameters, module.__dict__]
-                found.append(([holder for holder in holders if name in holder], name, value))
-        if isinstance(module, Linear) and module.packed is not None:
-            for attributes in _attributes(module.packed):
-                tensors = [item for item in attributes.items() if isinstance(item[1], Tensor)]
-                found += [([attributes], name, tensor) for name, tensor in tensors]
-    return found
-
-
-def _attributes(packed: object) -> Iterator[dict[str, Any]]:
-    """The attributes of packed weights, and of packed weights that these are made of."""
-    yield vars(packed)
-    for value in vars(packed).values():
-        if type(value).__module__ == type(packed).__module__:
-            yield from _attributes(value)
-
-
-@contextlib.contextmanager
-def _weights_replaced(model: GPT, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block the model computes with these tensors instead of its weights."""
-    originals = _weights(model)
-    try:
-        for (holders, name, _), weight in zip(originals, weights, strict=True):
-            for holder in holders:
-                holder[name] = weight
-        yield
-    finally:
-        for holders, name, weight in originals:
-            for holder in holders:
-                holder[name] = weight
-
-
-def _key(model: GPT) -> str:
-    """A hash of all that a program depends on: code, PyTorch, processor, threads, shapes."""
-    parts = [torch.__version__, str(torch.cpu.get_capabilities()), str(torch.get_num_threads())]
+def _origin(model: GPT) -> dict[str, str]:
+    """All that a program depends on: code, PyTorch, processor, threads, shapes."""
     folders = Path(__file__).parent, Path(kernels.__file__).parent
-    parts += [path.read_text() for folder in folders for path in sorted(folder.glob("*.py"))]
-    parts += [repr(model.config), str(model.dtype)]
-    parts += [f"{name} {weight.dtype} {tuple(weight.shape)}" for _, name, weight in _weights(model)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    sources = [path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h")]
+    return {
+        "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
+        "torch": torch.__version__,
+        "processor": str(torch.cpu.get_capabilities()),
+        "threads": str(torch.get_num_threads()),
+        "kernels": str(kernels.available()),
+        "model": hashlib.sha256(description(model).encode()).hexdigest(),
+    }
