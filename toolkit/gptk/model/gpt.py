@@ -13,12 +13,14 @@ Read from top to bottom: normalization, attention, MLP, block, model. What is un
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
+from gptk.model.attributes import find_by_getattr, find_directly
 from gptk.model.cache import KVCache, Slots
 from gptk.model.config import GPTConfig
 from gptk.model.levels import Precision
@@ -288,24 +290,24 @@ class GPT(nn.Module):
                 module.dropout = p
 
     def pack(self) -> "GPT":
-        """Put the weights into the layout that is fastest to decode with.
-
-        They are ordinary parameters again after `unpack` or `train`. Returns the model.
-        """
+        """Lay weights out for fast decoding, until `unpack` or `train`. Returns the model."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-            # Attributes are found without Module.__getattr__: that saves 3 % of a step.
-            module.__dict__.update(module._modules, **module._parameters)
+            find_directly(module)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "blocks" in state:  # a copy of a packed model
+            self.pack()
 
     def quantize(self, precision: Precision) -> "GPT":
         """Round the weights of the linear layers, the head's too, to int8 or int4.
 
-        Embeddings, norms and biases stay as they are, and so do layers whose inputs are no
-        multiple of 32. On a CPU or, by torchao, on CUDA. One layer is quantized after the other, so
-        that only one layer's weights are in memory twice. `unpack` and `train` make ordinary
-        parameters of the rounded weights. Returns the model. See gptk.model.quantization.
+        Embeddings, norms, biases and layers whose inputs are no multiple of 32 stay as they are. On
+        a CPU or, by torchao, on CUDA. Only one layer's weights at a time are in memory twice.
+        `unpack` and `train` make ordinary parameters of the rounded weights. Returns the model.
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -327,10 +329,9 @@ class GPT(nn.Module):
         """Undo `pack` and `compile_step`; make parameters of weights that `quantize` rounded."""
         self.step = None
         for module in self.modules():
+            find_by_getattr(module)
             if isinstance(module, Linear):
                 module.unpack()
-            for name in (*module._modules, *module._parameters):
-                module.__dict__.pop(name, None)
         self.tie()
 
     def train(self, mode: bool = True) -> "GPT":

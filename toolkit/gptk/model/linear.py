@@ -73,7 +73,6 @@ class Linear(HooklessModule, nn.Linear):
         """Replace `weight` by packed weights."""
         self.packed = packed
         del self.weight
-        self.__dict__.pop("weight", None)  # GPT.pack puts it there, too
 
     def quantize(self, precision: Precision) -> None:
         """Round the weights to a precision, if `gptk.model.quantization.quantized` can."""
@@ -91,6 +90,28 @@ class Linear(HooklessModule, nn.Linear):
         if self.packed is not None:
             destination[prefix + "weight"] = self.packed.dense()
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        self._unpack_for_change()
+        if self.packed is not None and prefix + "weight" in state_dict:
+            *_, errors = lists
+            errors.append(
+                f"{prefix}weight: the layer is quantized; call the model's unpack() before, "
+                "and quantize() after"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
+    def _apply(self, function: Any, recurse: bool = True) -> "Linear":
+        self._unpack_for_change()
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _unpack_for_change(self) -> None:
+        """Unpack weights of which no value was changed: their layout is of one dtype and device."""
+        if isinstance(self.packed, OneDNNPacked):
+            self.unpack()
+
 
 class OneDNNPacked:
     """bfloat16 weights in oneDNN's blocked layout. No value is changed."""
@@ -100,6 +121,9 @@ class OneDNNPacked:
     def __init__(self, weight: Tensor) -> None:
         self.nbytes = weight.nbytes
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def __deepcopy__(self, memo: object) -> "OneDNNPacked":
+        return self  # never changed, and PyTorch cannot copy it
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _onednn(x, self._weight, bias)
