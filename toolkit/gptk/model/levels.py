@@ -24,7 +24,11 @@ WEIGHTS_AT_A_TIME = 1 << 18
 
 @dataclass(frozen=True)
 class Levels:
-    """A quantized matrix (outputs, inputs): w = code · scale + offset, in groups of 32 inputs."""
+    """A quantized matrix (outputs, inputs): w = code · scale + offset, in groups of 32 inputs.
+
+    Raises ValueError for tensors of other shapes, dtypes or devices. That codes of 4 bits are below
+    16 is checked where they are packed.
+    """
 
     codes: Tensor
     """(outputs, inputs) uint8: 0 to 15 with 4 bits, 0 to 255 with 8."""
@@ -33,6 +37,26 @@ class Levels:
     offset: Tensor
     """(outputs, groups) float32: the weight whose code is 0."""
     bits: Literal[4, 8]
+
+    def __post_init__(self) -> None:
+        groups = (*self.codes.shape[:-1], self.codes.shape[-1] // GROUP) if self.codes.dim() else ()
+        problem = None
+        if self.bits not in (4, 8):
+            problem = f"bits are 4 or 8, not {self.bits}"
+        elif self.codes.dtype != torch.uint8:
+            problem = f"codes are uint8, not {self.codes.dtype}"
+        elif self.codes.dim() != 2 or self.codes.shape[1] % GROUP:
+            problem = f"codes are (outputs, groups · {GROUP}), not {tuple(self.codes.shape)}"
+        for name, x in (("scale", self.scale), ("offset", self.offset)):
+            if x.dtype != torch.float32:
+                problem = problem or f"the {name} is float32, not {x.dtype}"
+            elif x.shape != groups or x.device != self.codes.device:
+                problem = problem or (
+                    f"the {name} is {groups} on {self.codes.device}, not {tuple(x.shape)} on "
+                    f"{x.device}"
+                )
+        if problem is not None:
+            raise ValueError(f"not the levels of a quantized matrix: {problem}")
 
     @property
     def shape(self) -> torch.Size:
@@ -61,14 +85,16 @@ class Levels:
     def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The dequantized weights, (outputs, inputs), in `dtype`; or in `out`, and in its dtype."""
         out = self.codes.new_empty(self.shape, dtype=dtype) if out is None else out
+        if out.shape != self.shape or not out.is_contiguous():
+            raise ValueError(f"weights {tuple(self.shape)} into {tuple(out.shape)}, or with gaps")
         if out.dtype in (torch.float32, torch.bfloat16) and kernels.available():
             kernels.dequantize(self.codes, self.scale, self.offset, out)
             return out
         dense = out.view(*self.scale.shape, GROUP)
-        step = max(1, WEIGHTS_AT_A_TIME // self.shape[1])
+        step = max(1, WEIGHTS_AT_A_TIME // max(1, self.shape[1]))
         for start in range(0, len(dense), step):
             part = slice(start, start + step)
-            codes = self.codes[part].view(dense[part].shape).float()
+            codes = self.codes[part].reshape(dense[part].shape).float()
             dense[part] = torch.addcmul(
                 self.offset[part, :, None], codes, self.scale[part, :, None]
             )
@@ -125,7 +151,7 @@ def to_eight_bits(weight: Tensor) -> Levels:
 
 def outputs_at_a_time(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of outputs, each with its weights in float32. See WEIGHTS_AT_A_TIME."""
-    step = max(1, WEIGHTS_AT_A_TIME // weight.shape[1])
+    step = max(1, WEIGHTS_AT_A_TIME // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         outputs = slice(start, start + step)
         yield outputs, weight[outputs].float()
