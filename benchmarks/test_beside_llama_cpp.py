@@ -21,17 +21,12 @@ def test_greedy(lm, table):
     peers = llama_cpp(len(ids) + NEW + 1)
     functions = {"gptk": lambda: generate(lm, ids, NEW)}
     functions |= {name: lambda peer=peer: peer.generate(ids, NEW) for name, peer in peers.items()}
-    fast, reason = compiled(str(smollm2_file()), quantize="stored")
-    warm = ""
-    if fast is not None:
-        functions["compiled"] = lambda: generate(fast, ids, NEW)
-        warm = warm_up(functions["compiled"])
+    fast = compiled(str(smollm2_file()), quantize="stored")
+    functions["compiled"] = lambda: generate(fast, ids, NEW)
+    warm = warm_up(functions["compiled"])
     times = in_turns(functions)
     table.row("q41", times, ["gptk"], list(peers), tokens=NEW)
-    if fast is None:
-        table.skip("q41-compiled", reason)
-    else:
-        table.row("q41-compiled", times, ["compiled"], list(peers), tokens=NEW, note=warm)
+    table.row("q41-compiled", times, ["compiled"], list(peers), tokens=NEW, note=warm)
 
 
 @pytest.mark.peers("prompt-q41")

@@ -60,17 +60,12 @@ def test_greedy_bfloat16(table):
         "gptk": lambda: generate(lm, ids, NEW),
         "transformers": lambda: peer.generate(ids, NEW),
     }
-    fast, reason = compiled(str(smollm2_file()), dtype="bfloat16")
-    warm = ""
-    if fast is not None:
-        functions["compiled"] = lambda: generate(fast, ids, NEW)
-        warm = warm_up(functions["compiled"])
+    fast = compiled(str(smollm2_file()), dtype="bfloat16")
+    functions["compiled"] = lambda: generate(fast, ids, NEW)
+    warm = warm_up(functions["compiled"])
     times = in_turns(functions)
     table.row("bf16", times, ["gptk"], ["transformers"], tokens=NEW)
-    if fast is None:
-        table.skip("bf16-compiled", reason)
-    else:
-        table.row("bf16-compiled", times, ["compiled"], ["transformers"], tokens=NEW, note=warm)
+    table.row("bf16-compiled", times, ["compiled"], ["transformers"], tokens=NEW, note=warm)
 
 
 @pytest.mark.peers("beams-bf16", "beams-q41")

@@ -230,7 +230,10 @@ def make_vocabulary(m: Maker) -> Call:
             Call("top", [x, k], lambda: x.double().topk(k)[0]),
             Call("draw", [x, streams]),
             Call("exponential", [streams_of_tokens, tokens]),
-            Call("permutation", [permuted, m.rng.randrange(2**64), m.number(min(count, size), size, 0)]),
+            Call(
+                "permutation",
+                [permuted, m.rng.randrange(2**64), m.number(min(count, size), size, 0)],
+            ),
         ]
     )
 

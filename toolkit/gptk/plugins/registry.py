@@ -1,6 +1,5 @@
 """How plug-ins are found: through entry points of the group `gptk`, or registered by hand."""
 
-import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -20,6 +19,7 @@ from gptk.errors import (
 from gptk.hooks import hookspecs
 from gptk.plugins.checks import check_hooks, item_problem, unknown_hooks, unmarked_hooks
 from gptk.plugins.kinds import KINDS
+from gptk.system.once import computed_once
 
 API_VERSION = hookspecs.API_VERSION
 """The version of the hooks, which a plug-in built for it states as GPTK_API."""
@@ -100,7 +100,7 @@ def find(kind: str, name: str) -> Provided:
     return survey.known[name]
 
 
-@functools.cache
+@computed_once
 def manager() -> pluggy.PluginManager:
     """The pluggy manager, with every installed plug-in that could be imported."""
     pm = pluggy.PluginManager("gptk")
@@ -146,7 +146,7 @@ class _Survey:
     failures: list[str] = field(default_factory=list)
 
 
-@functools.cache
+@computed_once
 def _survey(kind: str) -> _Survey:
     hook = KINDS[kind].hook
     survey = _Survey()

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
+from gptk.errors import TrainingError
 from gptk.hooks.training import Regularizer
 from gptk.model.gpt import GPT
 from gptk.model.linear import Linear
 from gptk.plugins.blame import expect
+from gptk.system.compiled_code import use_private_inductor_folder
 from gptk.training import processes as distributed
 from gptk.training.loader import Batch
 from gptk.training.objective import Objective, chunked_loss
@@ -57,6 +59,10 @@ class BatchLoss:
         )
         if compile:
             kernels.available()  # registers the kernels' operators, before torch.compile traces
+            try:
+                use_private_inductor_folder()
+            except OSError as error:
+                raise TrainingError(f"the model cannot be compiled: {error}") from None
             for part in model.blocks if shard else [module]:
                 part.compile()
         self._module = processes.parallelize(module, model.blocks, shard=shard)
