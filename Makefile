@@ -29,8 +29,12 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+# Then those of the rooms that run gptk's kernels once more without these, as on a machine that
+# cannot run them.
 test-slow: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
+	OMP_NUM_THREADS=1 CXX=/nonexistent .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		$(addprefix tests/,model session decoding weights measure builtins training adapters cli)
 
 # Hostile inputs for every reader of a file, for specs, templates and constraints: ten minutes.
 fuzz: setup

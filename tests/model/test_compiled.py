@@ -20,6 +20,9 @@ from gptk.testing import tiny_gpt, tiny_lm
 from toys import CONFIGS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler"
+)
 
 
 def counted(monkeypatch):
@@ -48,10 +51,12 @@ def is_equal_to_the_plain_model(config, monkeypatch, prepare=lambda model: None,
     torch.testing.assert_close(*[s.extend(torch.tensor([7])) for s in sessions], **close)
 
 
+@NEEDS_COMPILER
 def test_a_compiled_step_gives_the_logits_of_the_plain_one(monkeypatch):
     is_equal_to_the_plain_model(CONFIGS["llama-like"], monkeypatch)
 
 
+@NEEDS_COMPILER
 def test_a_program_is_compiled_once_and_takes_the_weights_of_any_model_of_its_shape():
     announced = []
     config = CONFIGS["llama-like"]
@@ -71,6 +76,7 @@ DAMAGE = {
 }
 
 
+@NEEDS_COMPILER
 def test_a_program_that_is_damaged_or_not_gptks_is_compiled_again(tmp_path, monkeypatch, caplog):
     """Whoever can write a program runs code in the process that loads it."""
     config, compilations = CONFIGS["llama-like"], []
@@ -99,6 +105,7 @@ def record_of(config):
     return compiled_code._record(Path(), code).stem
 
 
+@NEEDS_COMPILER
 def test_several_rows_and_guesses_run_without_it(monkeypatch):
     config = CONFIGS["llama-like"]
     lm = gptk.LanguageModel(gptk.compile_step(tiny_gpt(config)))
@@ -113,6 +120,7 @@ def test_several_rows_and_guesses_run_without_it(monkeypatch):
     assert got.tokens == want.tokens
 
 
+@NEEDS_COMPILER
 def test_values_written_into_its_weights_are_read():
     model, plain = compiled_and_plain()
     with torch.no_grad():
@@ -161,6 +169,7 @@ def replace_layers(model, other):
 CHANGES = [load_by_copying, load_by_assigning, replace_parameters, replace_data, replace_layers]
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_follows_weights_that_are_replaced(change, packed, monkeypatch):
@@ -222,6 +231,7 @@ CONVERSIONS = {
 }
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("change", [*STRANGERS, *CONVERSIONS.values()])
 def test_it_is_dropped_if_the_model_becomes_another_one(change, caplog):
     model, plain = compiled_and_plain()
@@ -242,6 +252,7 @@ def test_what_a_step_would_not_repeat_is_refused(change):
         gptk.compile_step(model)
 
 
+@NEEDS_COMPILER
 def test_a_copy_of_the_model_has_no_step():
     model, _ = compiled_and_plain()
     assert copy.deepcopy(model).step is None
@@ -285,6 +296,7 @@ def gives_the_tokens_of(plain, model):
     assert got.token_logprobs == pytest.approx(want.token_logprobs, abs=1e-3)
 
 
+@NEEDS_COMPILER
 def test_training_drops_it():
     model = gptk.compile_step(tiny_gpt(CONFIGS["llama-like"]))
     assert model.step is not None
@@ -344,11 +356,13 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.pt2"))
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 def test_compiled_layer_norms_biases_and_learned_positions(monkeypatch):
     is_equal_to_the_plain_model(CONFIGS["gpt2-like"], monkeypatch)
 
 
+@NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_compiled_quantized_weights(precision, monkeypatch):
@@ -362,6 +376,7 @@ def test_compiled_quantized_weights(precision, monkeypatch):
     )
 
 
+@NEEDS_COMPILER
 def test_the_command_compiles_says_so_and_gives_the_same_text(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path))
     tiny_lm().save(tmp_path / "model")
