@@ -173,7 +173,7 @@ def test_any_walk_of_guesses_gives_the_logits_of_the_plain_model(batch, data):
             ]
             session.rewind(counts)
             rows = [row[: len(row) - count] for row, count in zip(rows, counts, strict=True)]
-        assert session.rows.lengths == [len(row) for row in rows]
+        assert list(session.rows.lengths) == [len(row) for row in rows]
         for row, known in enumerate(session.known):
             assert session.rows.tokens[row][session.rows.mask[row]].tolist() == rows[row]
             if known:

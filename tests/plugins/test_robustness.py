@@ -639,7 +639,7 @@ class TestSessions:
         logits = session.logits
         with pytest.raises(gptk.DecodingError, match=message):
             session.extend(tokens)
-        assert session.rows.lengths == [3, 2]
+        assert list(session.rows.lengths) == [3, 2]
         assert torch.equal(session.logits, logits)
 
     @pytest.mark.parametrize("counts", [[1], [1, 1, 1], []])
@@ -647,9 +647,9 @@ class TestSessions:
         session.extend(torch.tensor([7, 8]))
         with pytest.raises(gptk.DecodingError, match=f"{len(counts)} counts for 2 rows"):
             session.rewind(counts)
-        assert session.rows.lengths == [4, 3]
+        assert list(session.rows.lengths) == [4, 3]
         session.rewind(1)
-        assert session.rows.lengths == [3, 2]
+        assert list(session.rows.lengths) == [3, 2]
 
     @pytest.mark.parametrize(
         ("prompts", "message"),

@@ -52,7 +52,7 @@ def test_any_walk_of_verbs_gives_the_logits_of_the_plain_model(name, use_cache, 
             ]
             session.rewind(counts)
             rows = [row[: len(row) - count] for row, count in zip(rows, counts, strict=True)]
-        assert session.rows.lengths == [len(row) for row in rows]
+        assert list(session.rows.lengths) == [len(row) for row in rows]
         for row, tokens in enumerate(rows):
             assert session.rows.tokens[row][session.rows.mask[row]].tolist() == tokens
 

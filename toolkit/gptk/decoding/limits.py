@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gptk.hooks.results import FinishReason, Hypothesis
+from gptk.hooks.results import FinishReason, Hypothesis, TopTokens
 from gptk.plugins.blame import callers_code
 from gptk.session.session import DecodeSession
 from gptk.text.tokenizer import Tokenizer
@@ -47,11 +47,12 @@ class Extender:
         score: float,
         limit: int,
         late: bool,
+        top: TopTokens | None = None,
     ) -> Hypothesis:
         """The hypothesis `row` with one more token.
 
         index: the session's row that holds its tokens. limit: the most new tokens it may have.
-        late: the deadline has passed.
+        late: the deadline has passed. top: the likeliest tokens at this step.
         """
         tail, stopped = self._tail(row, token)
         stopped = stopped or self._meets_condition(row, index, token)
@@ -76,6 +77,7 @@ class Extender:
             length=row.length + 1,
             tail=tail,
             reason=reason,
+            top=top,
         )
 
     def _tail(self, row: Hypothesis, token: int) -> tuple[bytes, bool]:
@@ -91,7 +93,7 @@ class Extender:
         if not self.limits.conditions:
             return False
         rows = self.session.rows
-        tokens = rows.tokens[index, : rows.prompt_lengths[index] + row.length].tolist()
+        tokens = rows.session_tokens[index, : rows.prompt_lengths[index] + row.length].tolist()
         return _any_holds(self.limits.conditions, [*tokens, token])
 
 

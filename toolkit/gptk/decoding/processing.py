@@ -34,11 +34,14 @@ class Processing:
     def __call__(self, logits: Tensor, removed: dict[str, Tensor] | None = None) -> Tensor:
         """The logits after all processors, (rows, vocab).
 
-        removed: filled with how many tokens each processor took out of each row, (rows,) by name.
+        A processor may write into the logits that it gets: the first gets a copy. removed: filled
+        with how many tokens each processor took out of each row, (rows,) by name.
         """
         shape = logits.shape
+        if self.started:
+            logits = logits.clone()
         for name, process in self.started:
-            before = logits
+            before = logits if removed is None else logits.clone()
             logits = process(logits, self._rows)
             _check(logits, name, shape)
             if removed is not None:
@@ -54,7 +57,7 @@ class Processing:
         Where no processor did, it names the sampler, or the model. index: the row's. token: what
         the sampler chose for it. where: the end of the message.
         """
-        logits = sampler.logits(session)
+        logits = sampler.logits(session).clone()
         if not _is_distribution(logits[index]):
             raise DecodingError("the model's logits are not numbers; are its weights damaged?")
         for name, process in self.started:

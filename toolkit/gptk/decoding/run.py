@@ -9,6 +9,7 @@ from torch import Tensor
 from gptk.decoding.checks import check_choice, check_draft, check_values
 from gptk.decoding.limits import Extender, Limits
 from gptk.decoding.listeners import Listeners
+from gptk.decoding.observed import ChoiceLogits, Observed
 from gptk.decoding.processing import Processing
 from gptk.decoding.searches import GoingOn, Searches
 from gptk.decoding.speculation import Acceptance, Speculation
@@ -16,7 +17,7 @@ from gptk.errors import PluginError
 from gptk.hooks.base import Plugin
 from gptk.hooks.choice import Choice
 from gptk.hooks.drafting import Drafter
-from gptk.hooks.observing import DecodingObserver
+from gptk.hooks.observing import DecodingObserver, DecodingStep
 from gptk.hooks.results import Hypothesis
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.plugins.blame import blaming
@@ -57,7 +58,9 @@ class Decoding:
         tokenizer: Tokenizer | None,
         drafter: Drafter | None = None,
         observers: Sequence[DecodingObserver] = (),
+        top_logprobs: int = 0,
     ) -> None:
+        """top_logprobs: how many of the likeliest tokens each link of a result has in `top`."""
         self.session = session
         self.sampler = sampler
         self.processors: tuple[LogitsProcessor, ...] = ()
@@ -77,7 +80,9 @@ class Decoding:
             for row, (prompt, group) in enumerate(zip(rows.prompts, rows.groups, strict=True))
         ]
         """The hypotheses of the session's rows, in their order."""
-        self._listeners = Listeners(rows.lengths)
+        self._listeners = Listeners()
+        self._observed = Observed(rows.lengths)
+        self._top_logprobs = top_logprobs
         self._speculation: Speculation | None = None
         self._choices = 0
         self._plugins: list[Plugin] = [sampler, *processors, *observers]
@@ -144,9 +149,12 @@ class Decoding:
 
     def process(self, logits: Tensor) -> Tensor:
         """What all processors make of other logits for the rows' next tokens, (rows, vocab)."""
-        if self._listeners:
-            return self._observed_processing(logits)
-        return self._processing(logits)
+        if not self._watched:
+            return self._processing(logits)
+        removed: dict[str, Tensor] = {}
+        processed = self._processing(logits, removed if self._listeners else None)
+        self._observed.keep(self.session.rows.lengths, logits, processed, removed)
+        return processed
 
     def guess(self, next_logits: Callable[[], Tensor], count: int) -> Tensor:
         """The next tokens that the sampler would choose by other logits: (rows, count).
@@ -156,11 +164,11 @@ class Decoding:
         """
         session = self.session
         guesses = []
-        with self._listeners.ignoring():
+        with self._observed.ignoring():
             for _ in range(count):
                 choice = self.sampler.step(self.process(next_logits()), session.rows)
                 check_choice(choice, self.sampler, len(self.live))
-                guesses.append(choice.tokens)
+                guesses.append(choice.tokens.clone())  # the sampler may use its tensor again
                 session.move(choice.tokens)
             session.rewind(count)
         return torch.stack(guesses, dim=1)
@@ -173,9 +181,10 @@ class Decoding:
         """
         check_choice(choice, self.sampler, len(self.live))
         waiting = self._waiting()
-        candidates = self._sorted(choice, waiting, extended=extended)
-        if self._listeners:
-            self._tell(choice, waiting, candidates.outcomes)
+        logits = self._choice_logits() if self._watched else None
+        candidates = self._sorted(choice, waiting, logits, extended=extended)
+        if self._listeners and logits is not None:
+            self._tell(choice, waiting, candidates.outcomes, logits)
         if self.sampler.competing:
             self._check_dead_ends(candidates)
         going_on, finished = self._searches.settled(candidates.kept, candidates.ended)
@@ -183,8 +192,21 @@ class Decoding:
         self._searches.store(finished)
         if self.live:
             self._move([index for index, _ in going_on], candidates.placeholders, extended)
-        self._listeners.moved(self.session.rows.lengths)
+        self._observed.moved(self.session.rows.lengths)
         self._choices += 1
+
+    @property
+    def _watched(self) -> bool:
+        """Whether anyone looks at the logits of a choice."""
+        return bool(self._listeners or self._top_logprobs)
+
+    def _choice_logits(self) -> ChoiceLogits:
+        """The logits of this choice; the model's if the sampler asked for no processing."""
+        kept = self._observed.take()
+        if kept is not None:
+            return kept
+        logits = self.session.logits
+        return ChoiceLogits(logits, logits, {})
 
     def _waiting(self) -> list[bool]:
         """For each row of the session whether it waits for the model, which happens with a draft.
@@ -194,7 +216,14 @@ class Decoding:
         known = self.session.known
         return [False] * len(known) if self._speculation is None else [not k for k in known]
 
-    def _sorted(self, choice: Choice, waiting: Sequence[bool], *, extended: bool) -> Candidates:
+    def _sorted(
+        self,
+        choice: Choice,
+        waiting: Sequence[bool],
+        logits: ChoiceLogits | None,
+        *,
+        extended: bool,
+    ) -> Candidates:
         """Sort the candidates into rows that can go on and rows that end.
 
         Raises PluginError or DecodingError for invalid candidates, before anything moves.
@@ -209,6 +238,7 @@ class Decoding:
         outcomes: list[Hypothesis | None] = []
         placeholders: dict[int, int] = {}
         late = self.limits.is_late()
+        top = logits.top(self._top_logprobs) if logits is not None and self._top_logprobs else None
         for number, (parent, token, logprob, score) in enumerate(
             zip(parents, tokens, logprobs, scores, strict=True)
         ):
@@ -228,6 +258,7 @@ class Decoding:
                     score=score,
                     limit=searches.limit(row),
                     late=late,
+                    top=None if top is None else top[parent],
                 )
                 if longer.reason is None and len(kept[search]) < places:
                     kept[search].append((index, longer))
@@ -250,7 +281,7 @@ class Decoding:
             self._speculation.select(parents)
         self.session.select(parents)
         rows = self.session.rows
-        device = rows.tokens.device
+        device = self.session.model.device
         rows.scores = torch.tensor([row.score for row in self.live], device=device)
         rows.logprobs = torch.tensor([row.total for row in self.live], device=device)
         if extended:
@@ -276,16 +307,24 @@ class Decoding:
         limits = [self._searches.limit(row) for row in self.live]
         self._speculation.guess(self, self.live, limits)
 
-    def _observed_processing(self, logits: Tensor) -> Tensor:
-        """The logits after all processors, kept for the listeners."""
-        removed: dict[str, Tensor] = {}
-        processed = self._processing(logits, removed)
-        self._listeners.observe(self.session.rows.lengths, logits, processed, removed)
-        return processed
-
-    def _tell(self, choice: Choice, waiting: list[bool], outcomes: list[Hypothesis | None]) -> None:
-        logits = None if self._listeners.has_observed else self.session.logits
-        self._listeners.tell(self.steps, self.live, waiting, choice, outcomes, logits)
+    def _tell(
+        self,
+        choice: Choice,
+        waiting: list[bool],
+        outcomes: list[Hypothesis | None],
+        logits: ChoiceLogits,
+    ) -> None:
+        step = DecodingStep(
+            number=self.steps,
+            rows=tuple(self.live),
+            waiting=tuple(waiting[: len(self.live)]),
+            logits=logits.logits,
+            processed=logits.processed,
+            removed=logits.removed,
+            choice=choice,
+            outcomes=tuple(outcomes),
+        )
+        self._listeners.tell(step)
 
     def _follow(self, state: object, whose: str) -> None:
         if isinstance(state, Follower):

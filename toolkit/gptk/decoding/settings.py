@@ -41,6 +41,7 @@ class CheckedSettings:
     ignore_eos: bool
     use_cache: bool
     observers: tuple[DecodingObserver, ...]
+    top_logprobs: int
 
     @property
     def groups(self) -> int:
@@ -62,6 +63,7 @@ def check_settings(
     ignore_eos: bool = False,
     use_cache: bool = True,
     observers: Iterable[str | DecodingObserver] = (),
+    top_logprobs: int = 0,
     **unknown: Any,
 ) -> CheckedSettings:
     """Check the settings of a generation, and make the plug-ins that they name.
@@ -72,10 +74,12 @@ def check_settings(
     for name in unknown:
         raise OptionError(_unknown_setting(name))
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
-    n = _whole_number("n", n, least=1)
-    seed = secrets.randbits(32) if seed is None else _whole_number("seed", seed)
+    n = _whole_number("n", n, least=1, most=_MOST_RESULTS)
+    seed = secrets.randbits(32) if seed is None else _whole_number("seed", seed, least=-(2**63))
+    top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
     _check_overflow(overflow)
-    _check_seconds(max_seconds)
+    max_seconds = _seconds(max_seconds)
+    ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)
     chosen = create("sampler", sampler, Sampler)
     user_processors = [
         create("processor", processor, LogitsProcessor)
@@ -106,7 +110,12 @@ def check_settings(
         ignore_eos=ignore_eos,
         use_cache=use_cache,
         observers=tuple(user_observers),
+        top_logprobs=top_logprobs,
     )
+
+
+_MOST_RESULTS = 100_000
+"""More results of a prompt in one call are a mistake, as each takes memory."""
 
 
 def _as_list(name: str, value: Any, single: type) -> list[Any]:
@@ -121,7 +130,7 @@ def _as_list(name: str, value: Any, single: type) -> list[Any]:
             if name == "stop"
             else "a list of specs or instances"
         )
-        raise OptionError(f"{name} is {value!r:.80}; it must be {what}")
+        raise OptionError(f"{name} is {_shown(value)}; it must be {what}")
     return list(value)
 
 
@@ -133,25 +142,46 @@ def _unknown_setting(name: str) -> str:
     return f"there is no setting {name}; {suggest(name, known, what='settings')}"
 
 
-def _whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -> int:
     """A setting that is a whole number, as an int; numpy's and torch's integers serve too."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise OptionError(f"{name} is {value!r}; it must be a whole number") from None
-    if least is not None and number < least:
-        raise OptionError(f"{name} is {number}; it must be {least} or more")
+        raise OptionError(f"{name} is {_shown(value)}; it must be a whole number") from None
+    if number < least:
+        raise OptionError(f"{name} is {_shown(number)}; it must be {least} or more")
+    if number > most:
+        raise OptionError(f"{name} is {_shown(number)}; it must be {most} or less")
     return number
 
 
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's, too
+        return bool(value)
+    raise OptionError(f"{name} is {_shown(value)}; it must be True or False")
+
+
 def _check_overflow(overflow: object) -> None:
-    if overflow not in get_args(Overflow):
-        raise OptionError(f"overflow is {overflow!r}; it must be stop or slide")
+    if not isinstance(overflow, str) or overflow not in get_args(Overflow):
+        raise OptionError(f"overflow is {_shown(overflow)}; it must be stop or slide")
 
 
-def _check_seconds(seconds: object) -> None:
-    if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
-        raise OptionError(f"max_seconds is {seconds!r}; it must be a number, 0 or more")
+def _seconds(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    try:
+        if not isinstance(seconds, str | bytes) and float(seconds) >= 0:
+            return float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise OptionError(f"max_seconds is {_shown(seconds)}; it must be a number, 0 or more")
+
+
+def _shown(value: object) -> str:
+    """A value for a message, of 80 characters at most."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print long ones
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.80}"
 
 
 def _checked_stops(stop: Any) -> list[str | StopCondition]:
@@ -165,7 +195,7 @@ def _checked_stops(stop: Any) -> list[str | StopCondition]:
 
 def _check_stop(text: Any) -> None:
     if not isinstance(text, str) or not text:
-        raise OptionError(f"the stop string {text!r} is not a text of at least one character")
+        raise OptionError(f"the stop string {_shown(text)} is not a text of at least one character")
     if "\N{REPLACEMENT CHARACTER}" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise OptionError(
             f"the stop string {text!r} has a character that no model writes: U+FFFD or half of a "

@@ -1,23 +1,41 @@
-"""A generation while it is decoded: pieces of text, and in the end the results."""
+"""A generation while it is decoded: pieces of text, tokens, and in the end the results."""
 
 import dataclasses
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from gptk.decoding.limits import Limits
+from gptk.decoding.live_text import LiveText
 from gptk.decoding.prompts import check_lengths
 from gptk.decoding.run import Decoding
 from gptk.decoding.settings import CheckedSettings
 from gptk.decoding.speculation import Acceptance
-from gptk.decoding.text import TextStream, make_generation
-from gptk.errors import DecodingError, GptkError, PluginError
-from gptk.hooks.results import Generation
+from gptk.decoding.text import make_generation
+from gptk.errors import DecodingError, GptkError, PluginError, brief
+from gptk.hooks.results import Generation, TopTokens
 from gptk.hooks.sampling import Sampler
 from gptk.model.protocol import CausalModel
 from gptk.plugins.blame import blaming
+from gptk.plugins.registry import PluginWarning
 from gptk.session.rows import Rows
 from gptk.session.session import DecodeSession
 from gptk.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """A new token of a stream, see Stream.tokens."""
+
+    token: int
+    logprob: float
+    """After all processors."""
+    text: str
+    """What it adds to the text; empty if it ends within a character."""
+    top_logprobs: TopTokens | None = None
+    """With the setting `top_logprobs`, the likeliest tokens at its step."""
 
 
 class Stream:
@@ -26,10 +44,13 @@ class Stream:
     Pieces are whole characters and never show part of a stop string; joined they are
     `result.text`. Where text cannot be shown while it is decoded (`live` is False: rows compete, or
     there are several results) each step's piece is empty, and the text of the first prompt's best
-    result comes last.
+    result comes last. `tokens()` gives token ids and log-probabilities with the pieces.
 
-    prompts: token ids. tokenizer: without one, texts are empty. Raises PromptError for a prompt
-    that fills the model's window.
+    In a `with` statement, leaving the block ends it and frees its memory; `.result` is then the
+    best so far. Any thread may read it or `interrupt()` it.
+
+    prompts: token ids. tokenizer: without one, texts are empty. ordinals: see Rows. Raises
+    PromptError for a prompt that fills the model's window.
     """
 
     def __init__(
@@ -38,20 +59,69 @@ class Stream:
         tokenizer: Tokenizer | None,
         prompts: Sequence[Sequence[int]],
         settings: CheckedSettings,
+        *,
+        ordinals: Sequence[int] | None = None,
     ) -> None:
         check_lengths(prompts, model.config, settings.overflow)
         self._model, self._tokenizer = model, tokenizer
-        self._prompts, self._settings = prompts, settings
+        self._prompts, self._settings, self._ordinals = prompts, settings, ordinals
         self._decoding: Decoding | None = None
-        self._results: list[Generation] | None = None
-        self._shown = ""
-        self._pieces = self._decode()
+        """None before the first step, and once there are results."""
+        self._acceptance: Acceptance | None = None
+        self._results: list[Generation] | None = None if prompts else []
+        self._text = LiveText(tokenizer, settings.stop)
+        self._ended = not prompts
+        self._stepping = False
+        self._interrupted = False
+        self._lock = threading.RLock()
+        """Held during a step, and while results are made."""
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._lock:
+            if self._stepping:
+                raise GptkError("a stream cannot be read by what its own steps call")
+            if self._ended:
+                raise StopIteration
+            self._stepping = True
+            try:
+                return self._step()
+            except BaseException:
+                self._end()
+                raise
+            finally:
+                self._stepping = False
+
+    def tokens(self) -> Iterator[StreamedToken]:
+        """The tokens of the first result, each with its log-probability and what it adds to the
+        text, as soon as they are certain; in the end they are `result.tokens`.
+
+        A token is held back while its text may be the beginning of a stop string, and all are where
+        `live` is False. Reads the stream: use this instead of iterating over it.
+        """
+        for _ in self:
+            yield from self._new_tokens()
+        yield from self._new_tokens()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        with self._lock:
+            if self._stepping:
+                self._interrupted = True
+                return
+            try:
+                self._end()
+                if self._decoding is not None:
+                    self._finish()
+            except GptkError:
+                if error is None:
+                    raise
+            finally:
+                self._decoding = None
 
     @property
     def live(self) -> bool:
@@ -61,7 +131,8 @@ class Stream:
     @property
     def acceptance(self) -> Acceptance | None:
         """With a draft, how many tokens it has guessed, and how many of them were accepted."""
-        return None if self._decoding is None else self._decoding.acceptance
+        decoding = self._decoding
+        return self._acceptance if decoding is None else decoding.acceptance
 
     @property
     def draws(self) -> bool:
@@ -85,37 +156,43 @@ class Stream:
     def interrupt(self) -> str:
         """End now. Returns the text not shown yet; `.results` are the best so far.
 
+        From another thread it waits for the step under way. Called by what a step calls, such as an
+        observer, it returns an empty text, and the stream ends after that step.
         Raises DecodingError if decoding has not started.
         """
-        self._pieces.close()
-        return self._finish()
+        self._interrupted = True  # so that a thread that reads on ends after its step
+        with self._lock:
+            if self._stepping:
+                return ""
+            self._end()
+            return self._finish()
 
     @property
     def _sampler(self) -> Sampler:
         return self._settings.sampler
 
-    def _decode(self) -> Generator[str, None, None]:
-        if not self._prompts:
-            self._results = []
-            return
-        self._decoding = decoding = self._start()
-        text = TextStream(self._settings.stop)
-        read = 0
-        try:
-            while decoding.live:
-                decoding.step()
-                piece = ""
-                if self.live and self._tokenizer is not None:
-                    row = decoding.live[0] if decoding.live else decoding.results(0)[0]
-                    for link in row.since(read):
-                        if link.reason != "eos":
-                            piece += text.push(self._tokenizer.token_bytes(link.token))
-                    read = row.length
-                    self._shown += piece
-                yield piece
-        finally:
-            decoding.close()
-        yield self._finish()
+    def _step(self) -> str:
+        """Take a step of decoding, or end. Returns the new piece of text."""
+        if self._decoding is None:
+            self._decoding = self._start()
+        decoding = self._decoding
+        if self._interrupted or not decoding.live:
+            self._end()
+            return self._finish()
+        decoding.step()
+        if not self.live:
+            return ""
+        return self._text.add(decoding.live[0] if decoding.live else decoding.results(0)[0])
+
+    def _new_tokens(self) -> Iterator[StreamedToken]:
+        for token, logprob, text, top in self._text.take():
+            yield StreamedToken(token, logprob, text, top)
+
+    def _end(self) -> None:
+        """Take no further step."""
+        self._ended = True
+        if self._decoding is not None:
+            self._decoding.close()
 
     def _start(self) -> Decoding:
         """Read the prompts into a new session, and start a run over its rows."""
@@ -131,9 +208,10 @@ class Stream:
             groups=groups,
             layers=layers,
             seed=settings.seed,
-            capacity=max(map(len, self._prompts)) + settings.max_new_tokens,
+            capacity=max(map(len, self._prompts)) + min(settings.max_new_tokens, _RESERVED),
             overflow=settings.overflow,
             use_cache=settings.use_cache,
+            ordinals=self._ordinals,
         )
         eos = () if self._tokenizer is None or settings.ignore_eos else self._tokenizer.eos
         limits = Limits(
@@ -152,21 +230,22 @@ class Stream:
             tokenizer=self._tokenizer,
             drafter=settings.drafter,
             observers=settings.observers,
+            top_logprobs=settings.top_logprobs,
         )
 
     def _finish(self) -> str:
-        """Make the results. Returns the text of the first that was not shown yet."""
-        if self._decoding is None:
-            raise DecodingError("interrupted before the first token")
+        """Make the results and free the session. Returns the text of the first result that was
+        not shown yet."""
         if self._results is None:
+            if self._decoding is None:
+                raise DecodingError("interrupted before the first token")
             with blaming([self._sampler, *self._settings.processors]):
                 self._results = [
                     self._generation(self._decoding, index) for index in range(len(self._prompts))
                 ]
-        text = self._results[0].text
-        rest = text[len(self._shown) :]
-        self._shown = text
-        return rest
+            self._acceptance = self._decoding.acceptance
+            self._decoding = None
+        return self._text.finish(self._results[0]) if self._results else ""
 
     def _generation(self, decoding: Decoding, index: int) -> Generation:
         """The result of a prompt, with its alternatives."""
@@ -178,7 +257,9 @@ class Stream:
                 seed=self._settings.seed,
                 tokenizer=self._tokenizer,
                 stop=self._settings.stop,
+                top_logprobs=bool(self._settings.top_logprobs),
                 is_complete=lambda tokens: self._is_complete(tokens, decoding.session.rows),
+                parse=self._parse,
             )
             for row in decoding.results(index)
         ]
@@ -193,3 +274,23 @@ class Stream:
         answers = [processor.is_complete(tokens, rows) for processor in self._settings.processors]
         asked = [answer for answer in answers if answer is not None]
         return all(asked) if asked else None
+
+    def _parse(self, text: str) -> object:
+        """What the first processor that can read a complete text makes of it, or None.
+
+        A text that it cannot read is told in a warning, so that the other results are not lost.
+        """
+        for processor in self._settings.processors:
+            try:
+                parsed = processor.parse(text)
+            except (GptkError, ValueError) as error:  # pydantic's validation error is a ValueError
+                line = f"processor {processor.name} cannot read its text: {brief(error)}"
+                warnings.warn(line, PluginWarning, stacklevel=2)
+                return None
+            if parsed is not None:
+                return parsed
+        return None
+
+
+_RESERVED = 1024
+"""New tokens of each row for which memory is reserved at the start; for more it grows."""

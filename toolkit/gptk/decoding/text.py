@@ -1,10 +1,10 @@
 """Text from tokens as they come, and the result of a finished hypothesis."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
-from gptk.hooks.results import Generation, Hypothesis
+from gptk.hooks.results import Generation, Hypothesis, TopTokens
 from gptk.text.tokenizer import Tokenizer
 
 
@@ -27,6 +27,10 @@ class TextStream:
             self.stopped = True
             return self._release(min(cuts))
         return self._release(len(self._held) - self._open_stop())
+
+    def each(self, data: Iterable[bytes]) -> list[str]:
+        """The text that is certain after each of several pushes."""
+        return [self.push(part) for part in data]
 
     def flush(self) -> str:
         """The rest: what was held back as the possible beginning of a stop string.
@@ -57,31 +61,60 @@ def make_generation(
     seed: int,
     tokenizer: Tokenizer | None,
     stop: Sequence[str],
+    top_logprobs: bool = False,
     is_complete: Callable[[list[int]], bool | None] = lambda tokens: None,
+    parse: Callable[[str], object] = lambda text: None,
 ) -> Generation:
-    """The public result of a finished hypothesis. Without a tokenizer the text is empty."""
+    """The public result of a finished hypothesis. Without a tokenizer the text is empty.
+
+    parse: called with the text if it is complete.
+    """
     links = row.chain()
     if row.reason == "eos":
         links.pop()
-    text = ""
+    text, texts = "", [""] * len(links)
     if tokenizer is not None:
         data = [tokenizer.token_bytes(link.token) for link in links]
         stream = TextStream(stop)
         text = "".join(map(stream.push, data)) + stream.flush()
+        texts = _texts(data, text)
         if stream.stopped:
             # Keep the tokens up to the one that completes the text.
-            unstopped = TextStream(())
-            sizes = accumulate((len(unstopped.push(part)) for part in data), initial=0)
+            sizes = accumulate(map(len, TextStream(()).each(data)), initial=0)
             links = links[: sum(size < len(text) for size in sizes)]
     assert row.reason is not None
     tokens = [link.token for link in links]
+    complete = is_complete(tokens)
     return Generation(
         text=text,
         tokens=tokens,
-        complete=is_complete(tokens),
+        complete=complete,
         token_logprobs=[link.logprob for link in links],
         score=score,
         finish_reason=row.reason,
         prompt_tokens=list(prompt),
         seed=seed,
+        token_texts=texts[: len(links)],
+        top_logprobs=[with_texts(link.top, tokenizer) for link in links] if top_logprobs else None,
+        parsed=parse(text) if complete else None,
+    )
+
+
+def _texts(data: Sequence[bytes], text: str) -> list[str]:
+    """The part of a text that each token adds. data: the bytes of each token."""
+    texts = []
+    size = 0
+    for piece in TextStream(()).each(data):
+        texts.append(text[size : size + len(piece)])
+        size += len(piece)
+    return texts
+
+
+def with_texts(top: TopTokens | None, tokenizer: Tokenizer | None) -> TopTokens:
+    """The likeliest tokens of a step with the text of each."""
+    assert top is not None
+    if tokenizer is None:
+        return top
+    return TopTokens(
+        *(tuple(t._replace(text=tokenizer.decode([t.token])) for t in tokens) for tokens in top)
     )

@@ -1,11 +1,34 @@
 """Results: a hypothesis is a row while it is decoded, a generation is what the caller gets."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
 """Why a row ended: end-of-text token, stop string or condition, token limit or full window, time
 limit, or the user's interrupt."""
+
+
+class RankedToken(NamedTuple):
+    """A token with its log-probability."""
+
+    token: int
+    logprob: float
+    text: str = ""
+    """Empty without a tokenizer; bytes that are no UTF-8 by themselves are U+FFFD."""
+
+
+class TopTokens(NamedTuple):
+    """The likeliest tokens at a step, likeliest first; see the setting `top_logprobs`.
+
+    They are fewer than asked for where the vocabulary, or what processors leave of it, has fewer.
+    """
+
+    before: tuple[RankedToken, ...]
+    """By the logits that the processors begin with: the model's, unless the sampler has others."""
+    after: tuple[RankedToken, ...]
+    """By the logits after the processors, from which the sampler chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +48,8 @@ class Hypothesis:
     tail: bytes = b""
     """The last bytes of the text, which may be the beginning of a stop string."""
     reason: FinishReason | None = None
+    top: TopTokens | None = None
+    """The likeliest tokens at the step of `token`, if they were asked for."""
 
     def chain(self) -> "list[Hypothesis]":
         """The links from the first new token to this one."""
@@ -40,9 +65,12 @@ class Hypothesis:
         return links[::-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
-    """One continuation of a prompt, and the others of the same prompt."""
+    """One continuation of a prompt, and the others of the same prompt.
+
+    In a notebook it is shown as its text, with improbable tokens coloured.
+    """
 
     text: str
     """The continuation, without the prompt and EOS; it ends before a stop string."""
@@ -62,3 +90,56 @@ class Generation:
     alternatives: list["Generation"] = field(default_factory=list)
     """The 2nd to n-th result: best first for beams (of which there may be fewer than n), in the
     order of drawing for samples."""
+    token_texts: list[str] = field(default_factory=list)
+    """The part of `text` that each of `tokens` adds; empty for a token that ends within a
+    character. Joined they are `text`."""
+    top_logprobs: list[TopTokens] | None = None
+    """With the setting `top_logprobs`: for each of `tokens` the likeliest tokens at its step."""
+    parsed: Any = None
+    """With a constraint that can read its text: the object that the text stands for, such as an
+    instance of the schema's pydantic class. None if the text is not complete."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them: numbers that are not finite are None, objects are dicts."""
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        top = values["top_logprobs"]
+        values["top_logprobs"] = top and [
+            {name: [token._asdict() for token in tokens] for name, tokens in step._asdict().items()}
+            for step in top
+        ]
+        values["alternatives"] = [other.to_dict() for other in self.alternatives]
+        values["parsed"] = _plain(self.parsed)
+        values["score"] = _finite(self.score)
+        values["token_logprobs"] = list(map(_finite, self.token_logprobs))
+        return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+
+    def __repr__(self) -> str:
+        others = f", {len(self.alternatives)} alternatives" if self.alternatives else ""
+        return (
+            f"Generation({shortened(self.text)}, {len(self.tokens)} tokens, "
+            f"score {self.score:.4f}, finish_reason={self.finish_reason!r}{others})"
+        )
+
+    def _repr_html_(self) -> str:
+        from gptk.hooks.html import generation_as_html
+
+        return generation_as_html(self)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text in quotes on one line, cut after `most` characters.
+
+    >>> shortened("one" * 40, 10)
+    "'oneoneoneo…'"
+    """
+    return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _plain(value: Any) -> Any:
+    """A parsed object as JSON has it: a pydantic object as its fields."""
+    dump = getattr(value, "model_dump", None)
+    return value if dump is None else dump(mode="json")

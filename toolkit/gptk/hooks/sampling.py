@@ -55,6 +55,13 @@ class LogitsProcessor(Plugin):
         """
         return None
 
+    def parse(self, text: str) -> object:
+        """The object that a complete text stands for, for `Generation.parsed`; None, the default.
+
+        text: a result's text for which `is_complete` says True.
+        """
+        return None
+
 
 class Sampler(Plugin):
     """A decoding strategy. One that only chooses tokens implements `step` alone.

@@ -32,17 +32,17 @@ class Follower(Protocol):
 class Rows:
     """The partial sequences being decoded, as processors and samplers see them."""
 
-    lengths: list[int]
+    lengths: tuple[int, ...]
     """Tokens of each row, the prompt's included."""
-    prompt_lengths: list[int]
-    prompts: list[int]
+    prompt_lengths: tuple[int, ...]
+    prompts: tuple[int, ...]
     """For each row the index of its prompt in the call; rows of one prompt are adjacent."""
-    streams: list[RandomStream]
+    streams: tuple[RandomStream, ...]
     scores: Tensor
     """(rows,) float32: what the sampler ranks by so far."""
     logprobs: Tensor
     """(rows,) float32: the sum of the new tokens' log-probabilities."""
-    groups: list[int]
+    groups: tuple[int, ...]
     """For each row its group among the rows of its prompt, see Sampler.groups."""
     eos: tuple[int, ...]
     """The tokens that end a row; empty where end-of-text tokens are ignored."""
@@ -60,32 +60,46 @@ class Rows:
         eos: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
         model: CausalModel | None = None,
+        ordinals: Sequence[int] | None = None,
     ) -> None:
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.prompt_lengths = list(self.lengths)
-        self.prompts = list(range(len(prompts)))
+        """ordinals: for each prompt how many equal prompts came before it, which its random stream
+        depends on; by default as they are counted in `prompts`."""
+        self.lengths = tuple(len(prompt) for prompt in prompts)
+        self.prompt_lengths = self.lengths
+        self.prompts = tuple(range(len(prompts)))
         self.scores = torch.zeros(len(prompts), device=device)
         self.logprobs = torch.zeros(len(prompts), device=device)
-        self.groups = [0] * len(prompts)
+        self.groups = (0,) * len(prompts)
         self.eos = tuple(eos)
         self.tokenizer = tokenizer
         self.model = model
         self._tokens = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64)
-        seen: Counter[tuple[int, ...]] = Counter()
+        self._copy: Tensor | None = None
+        """The copy that `tokens` gives until the rows move."""
         self._origins: list[tuple[int, tuple[int, ...], int]] = []
+        ordinals = equal_before(prompts) if ordinals is None else ordinals
         for i, prompt in enumerate(prompts):
             self._tokens[i, : len(prompt)] = torch.tensor(prompt)
-            self._origins.append((seed, tuple(prompt), seen[tuple(prompt)]))
-            seen[tuple(prompt)] += 1
+            self._origins.append((seed, tuple(prompt), ordinals[i]))
         self._tokens = self._tokens.to(device)
-        self.streams = [RandomStream.of(s, p, repeat=r) for s, p, r in self._origins]
+        self.streams = tuple(RandomStream.of(s, p, repeat=r) for s, p, r in self._origins)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def tokens(self) -> Tensor:
-        """(rows, longest) int64: all tokens of each row, prompt first; zeros pad the right."""
+        """(rows, longest) int64: all tokens of each row, prompt first; zeros pad the right.
+
+        It is a copy, which stays as it is when the rows move.
+        """
+        if self._copy is None:
+            self._copy = self.session_tokens.clone()
+        return self._copy
+
+    @property
+    def session_tokens(self) -> Tensor:
+        """As `tokens`, but the session's memory: it must not be changed, and changes."""
         return self._tokens[:, : max(self.lengths)]
 
     @property
@@ -146,9 +160,10 @@ class Rows:
         return as_keys(bits, self._tokens.device)
 
     def extend(self, tokens: Tensor) -> None:
+        self._copy = None
         end = max(self.lengths) + tokens.shape[1]
-        if end > self._tokens.shape[1]:
-            room = self._tokens.new_zeros(len(self), end)
+        if end > (size := self._tokens.shape[1]):
+            room = self._tokens.new_zeros(len(self), max(end - size, size // 2))
             self._tokens = torch.cat((self._tokens, room), dim=1)
         if min(self.lengths) == max(self.lengths):
             self._tokens[:, end - tokens.shape[1] : end] = tokens
@@ -156,21 +171,23 @@ class Rows:
             starts = torch.tensor(self.lengths, device=tokens.device)[:, None]
             positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
             self._tokens.scatter_(1, positions, tokens)
-        self.lengths = [length + tokens.shape[1] for length in self.lengths]
+        self.lengths = tuple(length + tokens.shape[1] for length in self.lengths)
 
     def select(self, parents: Sequence[int]) -> None:
+        self._copy = None
         index = torch.tensor(parents, device=self._tokens.device)
         self._tokens = self._tokens[index]
         self.scores = self.scores[index]
         self.logprobs = self.logprobs[index]
-        self.groups = [self.groups[p] for p in parents]
-        self.lengths = [self.lengths[p] for p in parents]
-        self.prompt_lengths = [self.prompt_lengths[p] for p in parents]
-        self.prompts = [self.prompts[p] for p in parents]
-        self.streams = [self.streams[p] for p in parents]
+        self.groups = tuple(self.groups[p] for p in parents)
+        self.lengths = tuple(self.lengths[p] for p in parents)
+        self.prompt_lengths = tuple(self.prompt_lengths[p] for p in parents)
+        self.prompts = tuple(self.prompts[p] for p in parents)
+        self.streams = tuple(self.streams[p] for p in parents)
 
     def rewind(self, counts: Sequence[int]) -> None:
-        self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
+        self._copy = None
+        self.lengths = tuple(length - n for length, n in zip(self.lengths, counts, strict=True))
         self._tokens = self._tokens.masked_fill(
             torch.arange(self._tokens.shape[1], device=self._tokens.device)
             >= torch.tensor(self.lengths, device=self._tokens.device)[:, None],
@@ -183,10 +200,24 @@ class Rows:
         group: each copy is one of its prompt's groups; otherwise each gets a random stream.
         """
         if group:
-            self.groups = list(range(copies)) * (len(self) // copies)
+            self.groups = tuple(range(copies)) * (len(self) // copies)
             return
-        self.streams = [
+        self.streams = tuple(
             RandomStream.of(seed, prompt, repeat=repeat, sample=sample)
             for seed, prompt, repeat in self._origins
             for sample in range(copies)
-        ]
+        )
+
+
+def equal_before(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt how many equal prompts come before it.
+
+    >>> equal_before([[1], [2], [1], [1]])
+    [0, 0, 1, 2]
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    counts = []
+    for prompt in map(tuple, prompts):
+        counts.append(seen[prompt])
+        seen[prompt] += 1
+    return counts

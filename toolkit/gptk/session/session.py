@@ -26,7 +26,8 @@ class DecodeSession:
     empty. samples: how many rows each prompt gets, each with a random stream of its own. groups:
     instead, how many rows that share the prompt's random stream, see Sampler.groups. capacity: how
     many tokens a row is expected to reach, so that memory is reserved once; rows may grow beyond.
-    layers: those whose states `layer_hidden` returns; 0 are the embeddings, i is block i.
+    layers: those whose states `layer_hidden` returns; 0 are the embeddings, i is block i. ordinals:
+    for each prompt how many equal prompts came before it, see Rows.
 
     overflow says what happens when a row outgrows the window: "stop", extending it is an error;
     "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's
@@ -64,6 +65,7 @@ class DecodeSession:
         overflow: Overflow = "stop",
         use_cache: bool = True,
         layers: Sequence[int] = (),
+        ordinals: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         if not prompts:
@@ -72,7 +74,9 @@ class DecodeSession:
             if not len(prompt):
                 raise PromptError(f"prompt {number} has no tokens")
             self._check_ids(prompt, PromptError)
-        self.rows = Rows(prompts, seed=seed, device=model.device, model=model)
+        self.rows = Rows(
+            prompts, seed=seed, device=model.device, model=model, ordinals=ordinals
+        )
         self.overflow = overflow
         self._layers = tuple(layers)
         window = model.config.context_length
@@ -159,7 +163,7 @@ class DecodeSession:
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
         for follower in self._followers:
-            follower.extend(tokens)
+            follower.extend(tokens.clone())  # a follower may write into it
         if not any(self._ahead):
             self._state_column = [None] * len(self.rows)
             return
@@ -231,6 +235,7 @@ class DecodeSession:
             return
         if not parents or not 0 <= min(parents) <= max(parents) < len(self.rows):
             raise DecodingError(f"parents {list(parents)} do not select from {len(self.rows)} rows")
+        parents = tuple(parents)
         for follower in self._followers:
             follower.select(parents)
         if self._cache is not None:
@@ -246,8 +251,7 @@ class DecodeSession:
         The logits of a row that loses tokens are unknown until it is extended. Raises
         DecodingError if a row would lose a token of its prompt.
         """
-        if isinstance(counts, int):
-            counts = [counts] * len(self.rows)
+        counts = (counts,) * len(self.rows) if isinstance(counts, int) else tuple(counts)
         if len(counts) != len(self.rows):
             raise DecodingError(f"there are {len(counts)} counts for {len(self.rows)} rows")
         for row, count in enumerate(counts):
@@ -258,7 +262,7 @@ class DecodeSession:
             if count and self._cache is not None and self._cached:
                 end = self.rows.lengths[row]
                 cached = min(end, self._cache.lengths[row] - len(self._ahead[row]))
-                dropped = self.rows.tokens[row, end - count : max(cached, end - count)]
+                dropped = self.rows.session_tokens[row, end - count : max(cached, end - count)]
                 self._ahead[row] = dropped.tolist() + self._ahead[row]
             self._state_column[row] = None if count else self._state_column[row]
         for follower in self._followers:
@@ -321,10 +325,10 @@ class DecodeSession:
         """(rows, n): the last n tokens of each row."""
         lengths = self.rows.lengths
         if min(lengths) == max(lengths):
-            return self.rows.tokens[:, -n:]
-        last = torch.tensor(lengths, device=self.rows.tokens.device)[:, None] - n
+            return self.rows.session_tokens[:, -n:]
+        last = torch.tensor(lengths, device=self.model.device)[:, None] - n
         last = last + torch.arange(n, device=last.device)
-        return self.rows.tokens.gather(1, last)
+        return self.rows.session_tokens.gather(1, last)
 
     def _states(self, ids: Tensor, cache: Cache | None, counts: list[int] | None = None) -> Tensor:
         with evaluating(self.model):
@@ -353,7 +357,7 @@ class DecodeSession:
 
         (rows, time), from the left; what follows a row's last token is padding.
         """
-        window, lengths, ids = self._window, self.rows.lengths, self.rows.tokens
+        window, lengths, ids = self._window, self.rows.lengths, self.rows.session_tokens
         counts = [min(length, window) for length in lengths]
         if max(lengths) > window:
             starts = torch.tensor(lengths, device=ids.device) - torch.tensor(counts).to(ids.device)
