@@ -213,7 +213,8 @@ def test_samplers_that_cannot_be_compared(lm, samplers, words):
 
 
 def measured(sampler, **known):
-    about = {"random": True, "results": 4, "texts": [[""]], "tokens": 8, "tokens_per_second": 1.0}
+    about = {"random": True, "results": 4, "generations": [], "tokens": 8}
+    about |= {"tokens_per_second": 1.0}
     numbers = dict.fromkeys(("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"))
     return Comparison(sampler=sampler, **{**about, **numbers, **known})
 

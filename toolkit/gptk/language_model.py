@@ -1,8 +1,9 @@
 """The public face: load a model, then generate, stream, chat and score."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 from gptk.decoding.limits import StopCondition
 from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
@@ -11,7 +12,7 @@ from gptk.decoding.stream import Stream
 from gptk.errors import OptionError, PromptError, TokenizerError
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
-from gptk.hooks.results import Generation
+from gptk.hooks.results import Generation, shortened
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.model import scoring
 from gptk.model.compiled import compile_step
@@ -22,9 +23,11 @@ from gptk.model.scoring import Score
 from gptk.session.session import Overflow
 from gptk.system import collector
 from gptk.system.devices import resolve_device, resolve_dtype
+from gptk.text.fingerprint import fingerprint
 from gptk.text.tokenizer import Tokenizer
 from gptk.weights.building import build_model
 from gptk.weights.loading import default_source, load_checkpoint
+from gptk.weights.origin import Origin
 from gptk.weights.saving import save_checkpoint
 from gptk.weights.tokenizers import load_tokenizer
 
@@ -61,6 +64,9 @@ class Settings(TypedDict, total=False):
     """Use a KV cache; without it the results are the same, but slow [True]."""
     observers: Iterable[str | DecodingObserver]
     """Plug-ins that see every step, such as trace:path=steps.jsonl [none]."""
+    top_logprobs: int
+    """How many of the likeliest tokens of each step the result has in `.top_logprobs`, before and
+    after the processors [0]."""
 
 
 @collector.paused()
@@ -93,25 +99,36 @@ def load(
     target_dtype = resolve_dtype(dtype, target_device, quantized=quantize is not None)
     # Quantized matrices are read as they are stored, since they are small. Those that the model
     # needs dense are dequantized by build_model, one at a time.
-    checkpoint = load_checkpoint(str(source or default_source()), stored=True)
+    name = str(source or default_source())
+    checkpoint = load_checkpoint(name, stored=True)
+    origin = Origin.of(checkpoint, name, quantize)
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
 
     model = build_model(checkpoint, target_device, target_dtype, quantize=quantize, pack=True)
-    return LanguageModel(compile_step(model) if compile else model, tokenizer)
+    return LanguageModel(compile_step(model) if compile else model, tokenizer, origin)
 
 
 class LanguageModel:
     """A model and its tokenizer. Without a tokenizer, prompts are token ids and texts are empty.
 
-    model: a gptk.GPT, or any other object that does what gptk.CausalModel asks for.
+    model: a gptk.GPT, or any other object that does what gptk.CausalModel asks for. origin: where
+    it was loaded from, which `load` says.
+
+    Several threads may use it at the same time, each with a call or a stream of its own.
     """
 
-    def __init__(self, model: CausalModel, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        tokenizer: Tokenizer | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         self.model = model
         self._tokenizer = tokenizer
+        self._origin = origin
 
     @property
     def has_tokenizer(self) -> bool:
@@ -211,6 +228,38 @@ class LanguageModel:
         ids = encode_text(prompt, self.tokenizer) if isinstance(prompt, str) else read_ids(prompt)
         check_vocabulary(ids, self.model.config)
         return ids
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the model is, as JSON has it: where it was loaded from, the SHA-256 of its files and
+        its tokenizer (which reads the files once more), its configuration, dtype and device."""
+        origin, model, tokenizer = self._origin, self.model, self._tokenizer
+        config = model.config
+        values: dict[str, Any] = {}
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            values = dataclasses.asdict(config)
+        return {
+            "source": None if origin is None else origin.source,
+            "path": None if origin is None or origin.path is None else str(origin.path),
+            "files": [] if origin is None else origin.files(),
+            "class": type(model).__name__,
+            "config": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantize": None if origin is None else origin.quantize,
+            "device": str(model.device),
+            "compiled": model.step is not None,
+            "tokenizer": tokenizer
+            and {"name": tokenizer.encoding.name, "sha256": fingerprint(tokenizer)},
+        }
+
+    def __repr__(self) -> str:
+        model, config = self.model, self.model.config
+        source = f"{shortened(self._origin.source)}, " if self._origin is not None else ""
+        tokenizer = self._tokenizer.encoding.name if self._tokenizer is not None else "none"
+        return (
+            f"LanguageModel({source}{type(model).__name__} of {config.n_layers} layers, "
+            f"{config.vocab_size:,} tokens, window {config.context_length:,}, "
+            f"{str(model.dtype).removeprefix('torch.')} on {model.device}, tokenizer {tokenizer})"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the model and its tokenizer as a gptk checkpoint, a directory.

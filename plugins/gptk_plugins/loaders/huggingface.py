@@ -84,7 +84,7 @@ class HuggingFace(gptk.WeightLoader):
             if not config.tied_head:
                 notes["head"] = "untied, as stored, though config.json has tie_word_embeddings"
         notes = {"format": "Hugging Face", "stored as": stored, **notes}
-        return gptk.Checkpoint(config, state, _tokenizer(folder), source, notes)
+        return gptk.Checkpoint(config, state, _tokenizer(folder), source, notes, folder)
 
 
 def _is_hub_id(source: str) -> bool:

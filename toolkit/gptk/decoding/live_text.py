@@ -61,7 +61,7 @@ class LiveText:
     def finish(self, result: Generation) -> str:
         """Give the rest of the result. Returns the text that was not given yet."""
         rest, self._shown = result.text[len(self._shown) :], result.text
-        tops = result.top_logprobs or [None] * len(result.tokens)
+        tops: Sequence[TopTokens | None] = result.top_logprobs or [None] * len(result.tokens)
         entries = zip(result.tokens, result.token_logprobs, result.token_texts, tops, strict=True)
         for entry in list(entries)[self._given :]:
             self._give(entry)

@@ -76,7 +76,7 @@ class Observed:
 
 
 def _likeliest(logits: Tensor, k: int) -> list[tuple[RankedToken, ...]]:
-    """For each row the k likeliest tokens; fewer where fewer are possible. logits: (rows, vocab)."""
+    """For each row of logits the k likeliest tokens; fewer where fewer are possible."""
     top = vocabulary.top(logits, min(k, logits.shape[-1]))
     logprobs = vocabulary.logprobs_of(top.values, logits).tolist()
     return [

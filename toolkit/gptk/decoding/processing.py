@@ -34,8 +34,9 @@ class Processing:
     def __call__(self, logits: Tensor, removed: dict[str, Tensor] | None = None) -> Tensor:
         """The logits after all processors, (rows, vocab).
 
-        A processor may write into the logits that it gets: the first gets a copy. removed: filled
-        with how many tokens each processor took out of each row, (rows,) by name.
+        A processor may write into what it gets: the first gets a copy of the logits, and each its
+        copy of the rows' tokens. removed: filled with how many tokens each processor took out of
+        each row, (rows,) by name.
         """
         shape = logits.shape
         if self.started:
@@ -43,6 +44,7 @@ class Processing:
         for name, process in self.started:
             before = logits if removed is None else logits.clone()
             logits = process(logits, self._rows)
+            self._rows.forget_copy()
             _check(logits, name, shape)
             if removed is not None:
                 count = (logits.isneginf() & ~before.isneginf()).sum(dim=-1)

@@ -18,6 +18,7 @@ from gptk.plugins.blame import blaming
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.session.session import Overflow
+from gptk.system.metadata import shown
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _as_list(name: str, value: Any, single: type) -> list[Any]:
             if name == "stop"
             else "a list of specs or instances"
         )
-        raise OptionError(f"{name} is {_shown(value)}; it must be {what}")
+        raise OptionError(f"{name} is {shown(value)}; it must be {what}")
     return list(value)
 
 
@@ -147,23 +148,23 @@ def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -
     try:
         number = operator.index(value)
     except TypeError:
-        raise OptionError(f"{name} is {_shown(value)}; it must be a whole number") from None
+        raise OptionError(f"{name} is {shown(value)}; it must be a whole number") from None
     if number < least:
-        raise OptionError(f"{name} is {_shown(number)}; it must be {least} or more")
+        raise OptionError(f"{name} is {shown(number)}; it must be {least} or more")
     if number > most:
-        raise OptionError(f"{name} is {_shown(number)}; it must be {most} or less")
+        raise OptionError(f"{name} is {shown(number)}; it must be {most} or less")
     return number
 
 
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's, too
         return bool(value)
-    raise OptionError(f"{name} is {_shown(value)}; it must be True or False")
+    raise OptionError(f"{name} is {shown(value)}; it must be True or False")
 
 
 def _check_overflow(overflow: object) -> None:
     if not isinstance(overflow, str) or overflow not in get_args(Overflow):
-        raise OptionError(f"overflow is {_shown(overflow)}; it must be stop or slide")
+        raise OptionError(f"overflow is {shown(overflow)}; it must be stop or slide")
 
 
 def _seconds(seconds: Any) -> float | None:
@@ -174,14 +175,7 @@ def _seconds(seconds: Any) -> float | None:
             return float(seconds)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise OptionError(f"max_seconds is {_shown(seconds)}; it must be a number, 0 or more")
-
-
-def _shown(value: object) -> str:
-    """A value for a message, of 80 characters at most."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print long ones
-        return f"a number of {value.bit_length()} bits"
-    return f"{value!r:.80}"
+    raise OptionError(f"max_seconds is {shown(seconds)}; it must be a number, 0 or more")
 
 
 def _checked_stops(stop: Any) -> list[str | StopCondition]:
@@ -195,7 +189,7 @@ def _checked_stops(stop: Any) -> list[str | StopCondition]:
 
 def _check_stop(text: Any) -> None:
     if not isinstance(text, str) or not text:
-        raise OptionError(f"the stop string {_shown(text)} is not a text of at least one character")
+        raise OptionError(f"the stop string {shown(text)} is not a text of at least one character")
     if "\N{REPLACEMENT CHARACTER}" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise OptionError(
             f"the stop string {text!r} has a character that no model writes: U+FFFD or half of a "

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from gptk.hooks.results import Generation, RankedToken
+from gptk.hooks.results import Generation, RankedToken, TopTokens
 
 _UNLIKELY = 6.0
 """Nats: a token with log-probability -6, of p = 0.25 %, has the full colour."""
@@ -42,7 +42,7 @@ def _result(generation: Generation) -> str:
 
 
 def _tokens(generation: Generation) -> Iterable[str]:
-    tops = generation.top_logprobs or [None] * len(generation.tokens)
+    tops: Sequence[TopTokens | None] = generation.top_logprobs or [None] * len(generation.tokens)
     texts = generation.token_texts or [""] * len(generation.tokens)
     entries = zip(generation.tokens, texts, generation.token_logprobs, tops, strict=True)
     for token, text, logprob, top in entries:

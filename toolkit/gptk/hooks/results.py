@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from pydantic_core import to_jsonable_python
+
 FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
 """Why a row ended: end-of-text token, stop string or condition, token limit or full window, time
 limit, or the user's interrupt."""
@@ -108,7 +110,7 @@ class Generation:
             for step in top
         ]
         values["alternatives"] = [other.to_dict() for other in self.alternatives]
-        values["parsed"] = _plain(self.parsed)
+        values["parsed"] = to_jsonable_python(self.parsed, fallback=repr, inf_nan_mode="null")
         values["score"] = _finite(self.score)
         values["token_logprobs"] = list(map(_finite, self.token_logprobs))
         return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -137,9 +139,3 @@ def shortened(text: str, most: int = 60) -> str:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def _plain(value: Any) -> Any:
-    """A parsed object as JSON has it: a pydantic object as its fields."""
-    dump = getattr(value, "model_dump", None)
-    return value if dump is None else dump(mode="json")

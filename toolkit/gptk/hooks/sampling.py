@@ -56,9 +56,10 @@ class LogitsProcessor(Plugin):
         return None
 
     def parse(self, text: str) -> object:
-        """The object that a complete text stands for, for `Generation.parsed`; None, the default.
+        """The value that a row's new text stands for, such as the object that JSON describes.
 
-        text: a result's text for which `is_complete` says True.
+        None, the default: there is none, or the text is not complete. Raises DecodingError for a
+        complete text that has no value.
         """
         return None
 

@@ -32,6 +32,9 @@ class Checkpoint:
     """Where it came from, for messages."""
     notes: Mapping[str, str] | None = None
     """More for `gptk info`: the format, the precision it was stored in."""
+    path: Path | None = None
+    """The file or folder that was read, if `source` is another name for it. Records of results have
+    the hashes of its files."""
 
 
 class WeightLoader(Plugin):

@@ -14,10 +14,11 @@ The other measures compare sequences of the model's tokens. A measure for which 
 is None.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from gptk.model.protocol import CausalModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The results of one sampler, measured."""
 
@@ -44,7 +45,7 @@ class Comparison:
     """Whether the sampler draws random numbers."""
     results: int
     """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
-    texts: list[list[str]]
+    generations: list[list[Generation]]
     """The results of each prompt."""
     mean_logprob: float | None
     """Nats a token, under the model itself. None if no result has a token."""
@@ -59,6 +60,42 @@ class Comparison:
     tokens: int
     """New tokens in all results."""
     tokens_per_second: float
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The texts of the results of each prompt."""
+        return [[result.text for result in group] for group in self.generations]
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The measures by their names, from `mean_logprob` to `tokens_per_second`."""
+        return {name: getattr(self, name) for name in _METRICS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it, with the measures in `metrics`."""
+        return {
+            "sampler": self.sampler,
+            "random": self.random,
+            "results": self.results,
+            "metrics": self.metrics,
+            "generations": [[result.to_dict() for result in group] for group in self.generations],
+        }
+
+    def __repr__(self) -> str:
+        prompts = "1 prompt" if len(self.generations) == 1 else f"{len(self.generations)} prompts"
+        results = "1 result" if self.results == 1 else f"{self.results} results"
+        known = [
+            f"{name} {value:.3f}"
+            for name, value in self.metrics.items()
+            if value is not None and name != "tokens"
+        ]
+        return f"Comparison({self.sampler!r}, {prompts}, {results} each, {', '.join(known)})"
+
+
+_METRICS = (
+    *("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"),
+    *("tokens", "tokens_per_second"),
+)
 
 
 def compare(
@@ -78,10 +115,31 @@ def compare(
     progress: called after each sampler with the number of samplers done, and of all.
     Raises what `check_samplers` and `LanguageModel.generate_batch` raise.
     """
+    comparisons = compare_one_by_one(
+        lm, prompts, samplers, processors=processors, n=n, max_new_tokens=max_new_tokens, seed=seed
+    )
+    compared = []
+    for comparison in comparisons:
+        compared.append(comparison)
+        if progress is not None:
+            progress(len(compared), len(samplers))
+    return compared
+
+
+def compare_one_by_one(
+    lm: "LanguageModel",
+    prompts: "Sequence[Prompt]",
+    samplers: Sequence[str | Sampler],
+    *,
+    processors: Sequence[str | LogitsProcessor] = (),
+    n: int = 4,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Iterator[Comparison]:
+    """As `compare`, each comparison as soon as it is made."""
     checked = check_samplers(samplers, n)
     if prompts:  # warm up, so that the first sampler is not measured as slower
         lm.generate_batch(prompts[:1], max_new_tokens=1)
-    compared = []
     for spec, (sampler, results) in zip(samplers, checked, strict=True):
         start = time.perf_counter()
         best = lm.generate_batch(
@@ -94,10 +152,7 @@ def compare(
         )
         seconds = time.perf_counter() - start
         groups = [[result, *result.alternatives] for result in best]
-        compared.append(_measured(_label(spec), sampler, results, groups, lm.model, seconds))
-        if progress is not None:
-            progress(len(compared), len(samplers))
-    return compared
+        yield _measured(_label(spec), sampler, results, groups, lm.model, seconds)
 
 
 def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Sampler, int]]:
@@ -120,7 +175,7 @@ def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Samp
                 "give each once"
             )
         labels[sampler.spec] = label
-        checked.append((sampler, _most_results(sampler, n)))
+        checked.append((sampler, most_results(sampler, n)))
     return checked
 
 
@@ -128,16 +183,27 @@ def _label(sampler: str | Sampler) -> str:
     return sampler if isinstance(sampler, str) else sampler.spec
 
 
-def _most_results(sampler: Sampler, n: int) -> int:
-    """The most results for a prompt that the sampler can give, at most n. Raises OptionError."""
-    for fewer in range(n, 1, -1):
+def most_results(sampler: Sampler, n: int) -> int:
+    """The most results for a prompt that the sampler can give, at most n. Raises OptionError.
+
+    A sampler that can give k results can give fewer.
+    """
+
+    def can_give(count: int) -> bool:
         try:
-            sampler.max_rows(fewer)
+            sampler.max_rows(count)
         except OptionError:
-            continue
-        return fewer
+            return False
+        return True
+
+    if can_give(n):
+        return n
     sampler.max_rows(1)
-    return 1
+    fewest, most = 1, n  # it can give `fewest` results, and not `most`
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (middle, most) if can_give(middle) else (fewest, middle)
+    return fewest
 
 
 def _measured(
@@ -156,7 +222,9 @@ def _measured(
         sampler=label,
         random=sampler.random,
         results=results,
-        texts=[[result.text for result in group] for group in groups],
+        generations=[
+            [dataclasses.replace(result, alternatives=[]) for result in group] for group in groups
+        ],
         mean_logprob=mean(logprob for result in logprobs for logprob in result),
         distinct_1=mean(distinct(group, 1) for group in tokens),
         distinct_2=mean(distinct(group, 2) for group in tokens),

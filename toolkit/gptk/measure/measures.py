@@ -59,9 +59,8 @@ def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
     """
     if len(texts) < 2:
         return None
-    return mean(
-        bleu(text, [*texts[:number], *texts[number + 1 :]], n) for number, text in enumerate(texts)
-    )
+    references = _References(texts, n)
+    return mean(_bleu(text, references, n, is_one_of_them=True) for text in texts)
 
 
 def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
@@ -79,20 +78,57 @@ def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
     >>> round(bleu("abcdx", ["abcde"]), 4)
     0.6687
     """
+    return _bleu(text, _References(references, n), n, is_one_of_them=False)
+
+
+class _References:
+    """What BLEU asks of several references: how often each has an n-gram, and their lengths.
+
+    One of them can be left out without counting the others again, so that the time that self-BLEU
+    takes grows with the number of texts, and not with its square.
+    """
+
+    def __init__(self, texts: Sequence[Text], n: int) -> None:
+        self._lengths = Counter(map(len, texts))
+        self._counts: dict[tuple[Hashable, ...], tuple[int, int]] = {}
+        """For each n-gram the two largest numbers of times that a text has it."""
+        for text in texts:
+            for size in range(1, n + 1):
+                for gram, count in Counter(_ngrams(text, size)).items():
+                    most, second = self._counts.get(gram, (0, 0))
+                    most, second, _ = sorted((most, second, count), reverse=True)
+                    self._counts[gram] = (most, second)
+
+    def most(self, gram: tuple[Hashable, ...], without: int) -> int:
+        """How often the reference has the n-gram that has it most often.
+
+        without: how often a reference has it that is left out; 0: none is.
+        """
+        most, second = self._counts.get(gram, (0, 0))
+        return second if most == without else most
+
+    def lengths(self, without: int | None) -> list[int]:
+        """The lengths of the references, each once. without: the length of one that is left out."""
+        return [length for length, many in self._lengths.items() if many > (length == without)]
+
+
+def _bleu(text: Text, references: _References, n: int, *, is_one_of_them: bool) -> float:
+    """BLEU-n. is_one_of_them: the text is one of the references, and is left out."""
+    lengths = references.lengths(len(text) if is_one_of_them else None)
     if not text:
-        return float(any(not reference for reference in references))
+        return float(0 in lengths)
     order = min(n, len(text))
     logs = []
     for size in range(1, order + 1):
-        known = Counter[tuple[Hashable, ...]]()
-        for reference in references:
-            known |= Counter(_ngrams(reference, size))
         grams = Counter(_ngrams(text, size))
-        matches = (grams & known).total()
+        matches = sum(
+            min(count, references.most(gram, count if is_one_of_them else 0))
+            for gram, count in grams.items()
+        )
         if size == 1 and not matches:
             return 0.0
         logs.append(math.log((matches or 0.1) / grams.total()))
-    nearest = min(map(len, references), key=lambda length: (abs(length - len(text)), length))
+    nearest = min(lengths, key=lambda length: (abs(length - len(text)), length))
     return math.exp(min(0.0, 1 - nearest / len(text)) + math.fsum(logs) / order)
 
 

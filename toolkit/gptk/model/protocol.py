@@ -1,6 +1,8 @@
 """What decoding needs of a model. `gptk.GPT` implements it; decoding uses nothing else of it."""
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -129,14 +131,31 @@ class CausalModel(Protocol):
 
 @contextlib.contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Evaluation mode (no dropout) within the block; afterwards the mode from before."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        assert isinstance(model, nn.Module)
-        model.eval()
+    """Evaluation mode (no dropout) within the block; afterwards the mode from before.
+
+    Where several threads are in such blocks, the mode is restored when the last one leaves.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with _lock:
+        blocks = _blocks.get(model, 0)
+        counted = bool(blocks) or model.training
+        if counted:
+            _blocks[model] = blocks + 1
+            if not blocks:
+                model.eval()
     try:
         yield
     finally:
-        if training:
-            assert isinstance(model, nn.Module)
-            model.train()
+        if counted:
+            with _lock:
+                _blocks[model] -= 1
+                if not _blocks[model]:
+                    del _blocks[model]
+                    model.train()
+
+
+_lock = threading.Lock()
+_blocks: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+"""For models that were in training mode, how many blocks of `evaluating` they are in."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptk.model.protocol import CausalModel, evaluating
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Score:
     """How probable a text is under a model."""
 
@@ -29,23 +29,29 @@ class Score:
         """exp(loss): the number of equally probable tokens that would give the same loss."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
+    def __repr__(self) -> str:
+        return (
+            f"Score({len(self.tokens)} tokens, loss {self.loss:.4f}, "
+            f"perplexity {self.perplexity:.4f})"
+        )
+
 
 @torch.inference_mode()
 def score(model: CausalModel, ids: Sequence[int]) -> Score:
     """The log-probability of each token but the first. ids: two or more, within the window."""
-    with evaluating(model):
-        tokens = torch.tensor(ids, device=model.device)
-        states = final_states(model, tokens[None, :-1])[0]
-        logprobs = token_logprobs(model, states, tokens[1:])
+    tokens = torch.tensor(ids, device=model.device)
+    states = final_states(model, tokens[None, :-1])[0]
+    logprobs = token_logprobs(model, states, tokens[1:])
     return Score(tokens=list(ids), token_logprobs=logprobs.tolist())
 
 
 def final_states(model: CausalModel, ids: Tensor) -> Tensor:
-    """The final hidden state after each token, without a cache: (rows, time, width).
+    """The final hidden state after each token, without a cache and without dropout.
 
-    ids: (rows, time).
+    ids: (rows, time). Returns (rows, time, width).
     """
-    return model.states(ids, None, None, ())[:, :, 0]
+    with evaluating(model):
+        return model.states(ids, None, None, ())[:, :, 0]
 
 
 def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +61,8 @@ def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tenso
     """
     parts = []
     for start in range(0, len(states), _CHUNK):
-        logits = model.logits(states[start : start + _CHUNK])
+        with evaluating(model):
+            logits = model.logits(states[start : start + _CHUNK])
         chunk = targets[start : start + _CHUNK]
         parts.append(-F.cross_entropy(logits, chunk, reduction="none"))
     return torch.cat(parts)

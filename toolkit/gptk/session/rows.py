@@ -75,7 +75,7 @@ class Rows:
         self.model = model
         self._tokens = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64)
         self._copy: Tensor | None = None
-        """The copy that `tokens` gives until the rows move."""
+        """The copy that `tokens` gives until the rows move, or the next plug-in asks."""
         self._origins: list[tuple[int, tuple[int, ...], int]] = []
         ordinals = equal_before(prompts) if ordinals is None else ordinals
         for i, prompt in enumerate(prompts):
@@ -96,6 +96,10 @@ class Rows:
         if self._copy is None:
             self._copy = self.session_tokens.clone()
         return self._copy
+
+    def forget_copy(self) -> None:
+        """Let the next plug-in have a copy of its own as `tokens`."""
+        self._copy = None
 
     @property
     def session_tokens(self) -> Tensor:

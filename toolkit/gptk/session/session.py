@@ -74,9 +74,7 @@ class DecodeSession:
             if not len(prompt):
                 raise PromptError(f"prompt {number} has no tokens")
             self._check_ids(prompt, PromptError)
-        self.rows = Rows(
-            prompts, seed=seed, device=model.device, model=model, ordinals=ordinals
-        )
+        self.rows = Rows(prompts, seed=seed, device=model.device, model=model, ordinals=ordinals)
         self.overflow = overflow
         self._layers = tuple(layers)
         window = model.config.context_length
@@ -90,8 +88,7 @@ class DecodeSession:
         """For each row the tokens that the cache holds past its end: guesses, or rewound tokens."""
         self._state_column = [0] * len(prompts)
         with torch.inference_mode():
-            hidden = self._recompute(1)
-            self._store(hidden, model.logits(hidden[:, :, 0]))
+            self._store(self._recompute(1))
             copies = max(samples, groups)
             if copies > 1:
                 self.select([i for i in range(len(prompts)) for _ in range(copies)])
@@ -217,8 +214,10 @@ class DecodeSession:
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
             step = self.model.step
             if step is not None and step.fits(ids, cache, self._layers):
+                with evaluating(self.model):
+                    states, logits = step(ids, cache)
                 self._ahead, self._state_column = [[]], [0]
-                return self._store(*step(ids, cache))
+                return self._store(states, logits)
             hidden = self._states(ids, cache)
         else:
             hidden = self._recompute(n + d)
@@ -226,7 +225,7 @@ class DecodeSession:
             rows.rewind([d] * len(rows))
         self._ahead = [[] for _ in rows.lengths] if guesses is None else guesses.tolist()
         self._state_column = [n - 1] * len(rows)
-        return self._store(hidden, self.model.logits(hidden[:, :, 0]))
+        return self._store(hidden)
 
     @torch.inference_mode()
     def select(self, parents: Sequence[int]) -> None:
@@ -285,8 +284,11 @@ class DecodeSession:
         columns = torch.tensor([c or 0 for c in self._state_column], device=states.device)
         return states[torch.tensor(self._state_row, device=states.device), columns]
 
-    def _store(self, hidden: Tensor, logits: Tensor) -> Tensor:
+    def _store(self, hidden: Tensor, logits: Tensor | None = None) -> Tensor:
         """Keep what a pass has computed; returns its logits."""
+        if logits is None:
+            with evaluating(self.model):
+                logits = self.model.logits(hidden[:, :, 0])
         self._hidden, self._logits = hidden, logits
         self._state_row = list(range(len(logits)))
         return logits
