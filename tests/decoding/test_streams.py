@@ -222,6 +222,33 @@ def test_tokens_without_a_tokenizer_have_no_text():
     assert follows(list(stream.tokens()), stream.result)
 
 
+# --- Memory -----------------------------------------------------------------------------------
+
+
+def test_a_lack_of_memory_is_one_line(monkeypatch):
+    """With the error that PyTorch raises on a CPU."""
+    asked = (
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+    )
+    plan = gptk.KVCache.plan
+
+    def scarce(self, time, group=1):
+        if max(self.lengths) > 6:
+            raise RuntimeError(asked)
+        return plan(self, time, group)
+
+    monkeypatch.setattr(gptk.KVCache, "plan", scarce)
+    stream = LM.stream("abc", sampler="multinomial", n=3, ignore_eos=True)
+    with pytest.raises(gptk.OutOfMemory) as caught:
+        list(stream)
+    assert str(caught.value) == (
+        "decoding a prompt with 3 rows each needs more memory than there is: the last piece takes "
+        "99 bytes; ask for fewer prompts, results or beams at a time, or for fewer new tokens"
+    )
+    stream.interrupt()
+    assert len(stream.result.tokens) > 2
+
+
 # --- Threads ----------------------------------------------------------------------------------
 
 JOBS = [

@@ -1,5 +1,6 @@
 """Rows that share a tree of slots: the same results, with the prompt's keys stored once."""
 
+import dataclasses
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from gptk import DecodeSession
 from gptk.model import cache
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
+from toys import LLAMA_LIKE as LONG
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 MODELS = {name: tiny_gpt(config) for name, config in CONFIGS.items()}
@@ -50,9 +52,12 @@ def walk(model, prompts, steps, seed):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("separate_from", [1, 4])
-@pytest.mark.parametrize("spare", [0, 6])
-def test_compacting_and_separating_rows_change_no_logits(name, spare, separate_from, monkeypatch):
+@pytest.mark.parametrize(("spare", "most_rows"), [(0, 64), (6, 64), (0, 2), (6, 1)])
+def test_compacting_separating_and_splitting_trees_change_no_logits(
+    name, spare, most_rows, separate_from, monkeypatch
+):
     monkeypatch.setattr(cache, "_SPARE", spare)
+    monkeypatch.setattr(cache, "_MOST_ROWS", most_rows)
     monkeypatch.setattr(cache, "_SEPARATE_FROM", separate_from)
     for seed in range(6):
         walk(MODELS[name], [[1, 2, 3], [4], [5, 6, 7, 8, 9]], steps=24, seed=seed)
@@ -122,3 +127,45 @@ def test_prompts_without_rows_give_their_memory_back():
     assert trees(session) == 2
     session.select([2, 3])
     assert trees(session) == 1
+
+
+@pytest.mark.parametrize("sampler", ["multinomial", "beam:width={n}", "best-of-n:n={n}"])
+def test_many_rows_take_no_memory_by_their_square(sampler):
+    """Four times the rows may take some four times the memory, and not sixteen times."""
+    lm = gptk.LanguageModel(MODELS["llama-like"])
+
+    def taken(n):
+        counted = []
+
+        def follow(self, *args, **kwargs):
+            slots = plan(self, *args, **kwargs)
+            mask = 0 if slots.mask is None else slots.mask.nbytes
+            counted.append(self.kv.nbytes + mask + slots.rows_per_tree * slots.trees * slots.end)
+            return slots
+
+        with pytest.MonkeyPatch.context() as patch:
+            plan = cache.KVCache.plan
+            patch.setattr(cache.KVCache, "plan", follow)
+            settings = {"sampler": sampler.format(n=n), "n": n, "max_new_tokens": 8}
+            lm.generate([1, 2], seed=0, ignore_eos=True, **settings)
+        return max(counted)
+
+    assert taken(800) < 6 * taken(200)
+
+
+def test_samples_of_a_long_prompt_share_it():
+    """Trees of their own would take 40 times the memory of the prompt."""
+    session = DecodeSession(MODELS["llama-like"], [list(range(70))], samples=40, capacity=80)
+    for step in range(20):
+        session.extend(torch.arange(40) + step)
+    assert trees(session) == 1
+
+
+def test_memory_for_many_new_tokens_is_taken_as_they_come():
+    lm = gptk.LanguageModel(tiny_gpt(dataclasses.replace(LONG, context_length=10**9)))
+    with lm.stream([1, 2], max_new_tokens=10**9) as stream:
+        next(stream)
+        assert stream._decoding.session._cache.capacity < 2000
+    with lm.stream([1, 2], max_new_tokens=10**9, n=100, sampler="multinomial") as stream:
+        next(stream)
+        assert stream._decoding.session._cache.capacity < 200

@@ -22,6 +22,7 @@ from gptk.plugins.blame import blaming
 from gptk.plugins.registry import PluginWarning
 from gptk.session.rows import Rows
 from gptk.session.session import DecodeSession
+from gptk.system.memory import explaining_out_of_memory
 from gptk.text.tokenizer import Tokenizer
 
 
@@ -87,7 +88,8 @@ class Stream:
                 raise StopIteration
             self._stepping = True
             try:
-                return self._step()
+                with explaining_out_of_memory(self._what(), _LESS):
+                    return self._step()
             except BaseException:
                 self._end()
                 raise
@@ -184,6 +186,12 @@ class Stream:
             return ""
         return self._text.add(decoding.live[0] if decoding.live else decoding.results(0)[0])
 
+    def _what(self) -> str:
+        """What is decoded, for messages."""
+        prompts, rows = len(self._prompts), self._settings.rows
+        many = f"{prompts:,} prompts" if prompts > 1 else "a prompt"
+        return f"decoding {many} with {rows:,} rows each" if rows > 1 else f"decoding {many}"
+
     def _new_tokens(self) -> Iterator[StreamedToken]:
         for token, logprob, text, top in self._text.take():
             yield StreamedToken(token, logprob, text, top)
@@ -208,7 +216,7 @@ class Stream:
             groups=groups,
             layers=layers,
             seed=settings.seed,
-            capacity=max(map(len, self._prompts)) + min(settings.max_new_tokens, _RESERVED),
+            capacity=self._capacity(),
             overflow=settings.overflow,
             use_cache=settings.use_cache,
             ordinals=self._ordinals,
@@ -232,6 +240,12 @@ class Stream:
             observers=settings.observers,
             top_logprobs=settings.top_logprobs,
         )
+
+    def _capacity(self) -> int:
+        """The tokens of a row for which memory is reserved at the start; for more it grows."""
+        rows = len(self._prompts) * self._settings.rows
+        new = min(self._settings.max_new_tokens, max(_RESERVED // rows, _RESERVED_FOR_MANY))
+        return max(map(len, self._prompts)) + new
 
     def _finish(self) -> str:
         """Make the results and free the session. Returns the text of the first result that was
@@ -292,5 +306,7 @@ class Stream:
         return None
 
 
-_RESERVED = 1024
-"""New tokens of each row for which memory is reserved at the start; for more it grows."""
+_LESS = "ask for fewer prompts, results or beams at a time, or for fewer new tokens"
+
+_RESERVED, _RESERVED_FOR_MANY = 1024, 64
+"""New tokens for which memory is reserved at the start: of a single row, of each of many rows."""

@@ -10,18 +10,24 @@ mask and moves no keys. Slots that no row sees any more are removed now and then
     row 0    x   x   x       x       x           the cat sat on a
     row 1    x   x       x       x       x       the cat lay by the
 
+A pass takes memory for each row and each slot of its tree. So that it does not grow with the square
+of the rows, a prompt with very many rows gets several trees, each with a copy of the prompt.
+
 If each row has its own tree, without gaps, and all rows have the same length, then slots are
 positions, and no mask is needed. Slots that no row sees must hold finite numbers, as a masked
 weight of 0 times infinity is not 0. Memory is reserved ahead and grows when it runs out.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gptk.model.paths import Paths, tree_index_of
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,15 @@ class KVCache:
     ) -> None:
         shape = (n_layers, 2, rows, n_kv_heads, capacity, head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self._expected = capacity
+        """The tokens that a row is expected to reach."""
         self.lengths = [0] * rows
         """Tokens held for each row."""
         self._trees = list(range(rows))
         """The tree of each row."""
         self._used = 0
         """Slots in use, in every tree."""
-        self._paths: _Paths | None = None
+        self._paths: Paths | None = None
         """The slots of each row's tokens; None if each row has its own tree and slots 0, 1, …"""
         self._compact_from = 0
         """From this many slots in use on, `plan` compacts the cache."""
@@ -137,10 +145,12 @@ class KVCache:
         """
         device, lengths = self.kv.device, self.lengths
         longest, shortest = max(lengths), min(lengths)
-        if self._paths is not None and self._used >= self._compact_from:
-            self._compact()
+        if self._paths is not None:
+            if self._used >= self._compact_from:
+                self._compact()
+            self._split_trees()
         trees = self.kv.shape[2]
-        tree_index, rows_per_tree = _tree_index(self._trees, trees)
+        tree_index, rows_per_tree = tree_index_of(self._trees, trees)
         start, end = self._used, self._used + rows_per_tree * time
         starts = [start + time * (index % rows_per_tree) for index in tree_index]
         if end > self.capacity:
@@ -187,7 +197,7 @@ class KVCache:
         self._used = slots.end
         padded = min(counts) < time
         if self._paths is None and padded:
-            self._paths = _Paths(self.lengths, self.kv)
+            self._paths = Paths(self.lengths, self.kv)
         if self._paths is not None:
             self._paths.extend(self.lengths, slots.starts, counts)
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
@@ -199,7 +209,7 @@ class KVCache:
         if list(parents) == list(range(len(self.lengths))):
             return
         if self._paths is None:
-            self._paths = _Paths(self.lengths, self.kv)
+            self._paths = Paths(self.lengths, self.kv)
             self._compact_from = 0
         self._forked |= len(set(parents)) < len(parents)
         self._paths.select(parents)
@@ -218,19 +228,20 @@ class KVCache:
             return
         longest = max(self.lengths)
         slots = torch.from_numpy(self._paths.slots[:, :longest]).to(self.kv.device)
-        n_layers, _, _, *rest = self.kv.shape
-        new = self.kv.new_zeros((n_layers, 2, len(slots), *rest))
+        n_layers, _, _, n_kv_heads, _, head_dim = self.kv.shape
+        capacity = max(self._expected, longest + longest // 4)
+        new = self.kv.new_zeros((n_layers, 2, len(slots), n_kv_heads, capacity, head_dim))
         for row, tree in enumerate(self._trees):
             new[:, :, row, :, :longest] = self.kv[:, :, tree].index_select(3, slots[row])
         self.kv = new
         self._trees = list(range(len(slots)))
-        self._paths = _Paths(self.lengths, self.kv)
+        self._paths = Paths(self.lengths, self.kv)
         self._drop_unused()
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Drop the last counts[i] tokens of row i."""
         if self._paths is None and len(set(counts)) > 1:
-            self._paths = _Paths(self.lengths, self.kv)
+            self._paths = Paths(self.lengths, self.kv)
         if self._paths is not None:
             self._paths.rewind(self.lengths, counts)
         self.lengths = [have - drop for have, drop in zip(self.lengths, counts, strict=True)]
@@ -261,7 +272,7 @@ class KVCache:
         for tree, slots, length in zip(self._trees, self._paths.slots, self.lengths, strict=True):
             seen[tree, slots[:length]] = True
         counts = seen.sum(axis=1)
-        if not self._forked and counts.max() > _SEPARATE_FROM * max(self.lengths):
+        if self._have_little_in_common(int(counts.max())):
             self.separate_rows()
             counts = np.array(self.lengths)
         elif counts.max() < used:
@@ -274,6 +285,37 @@ class KVCache:
             self._drop_unused()
         self._forked = False
         self._compact_from = int(counts.max() * 5 // 4) + _SPARE
+
+    def _have_little_in_common(self, count: int) -> bool:
+        """Whether rows are better kept in trees of their own. count: slots seen in a tree."""
+        longest = max(self.lengths)
+        separate, shared = len(self.lengths) * longest, self.kv.shape[2] * count
+        return (
+            not self._forked
+            and count > _SEPARATE_FROM * longest
+            and separate <= _SEPARATE_FROM * shared
+        )
+
+    def _split_trees(self) -> None:
+        """Give more trees to very many rows, each tree about as many rows as the others."""
+        rows, trees = len(self._trees), self.kv.shape[2]
+        if rows <= _MOST_ROWS:
+            return
+        most = min(_MOST_ROWS, 2 * -(-rows // trees))
+        sizes = Counter(self._trees)
+        if max(sizes.values()) <= most:
+            return
+        parts = {tree: -(-size // most) for tree, size in sizes.items()}
+        first: dict[int, int] = {}  # of each old tree the first new one
+        copied: list[int] = []  # of each new tree the old one
+        for tree in sorted(sizes):
+            first[tree] = len(copied)
+            copied += [tree] * parts[tree]
+        seen: Counter[int] = Counter()
+        for row, tree in enumerate(self._trees):
+            self._trees[row] = first[tree] + seen[tree] * parts[tree] // sizes[tree]
+            seen[tree] += 1
+        self.kv = self.kv[:, :, torch.tensor(copied, device=self.kv.device)]
 
     def reserve(self, capacity: int) -> None:
         """Grow the memory to `capacity` slots in each tree."""
@@ -290,107 +332,6 @@ _SPARE = 64
 attention over them takes microseconds."""
 _SEPARATE_FROM = 4
 """Unforked rows get trees of their own once the slots they use together exceed this many times
-the longest row."""
-
-
-class _Paths:
-    """The path of each row through its tree: the slots of its tokens, and so what it sees."""
-
-    def __init__(self, lengths: Sequence[int], kv: Tensor) -> None:
-        capacity = kv.shape[4]
-        self.slots = np.broadcast_to(np.arange(capacity), (len(lengths), capacity)).copy()
-        """(rows, capacity) int64, on the host: the slot of each token, in ascending order."""
-        self._mask = kv.new_empty(len(lengths), capacity)
-        """(rows, capacity), in kv's dtype: 0 for slots that a row sees, -inf for others."""
-        self.update_mask(lengths)
-
-    def mask(
-        self,
-        tree_index: Sequence[int],
-        count: int,
-        starts: list[int],
-        start: int,
-        end: int,
-        time: int,
-    ) -> Tensor:
-        """Mark the new slots as seen by their rows; return the mask of a pass.
-
-        Each query sees the slots of its row, and its new ones up to itself.
-
-        tree_index: of each row, below `count`; the other arguments are those of `Slots`. Returns
-        (count · time, end).
-        """
-        first = torch.tensor(starts, device=self._mask.device)[:, None]
-        new = torch.arange(start, end, device=first.device)
-        # What a row's last query sees, which is what the row sees from then on.
-        self._mask[:, start:end] = self._additive((new >= first) & (new < first + time))
-        rows = self._mask[:, None, :end]
-        if time > 1:
-            rows = rows.repeat(1, time, 1)
-            for query in range(time):
-                visible = (new >= first) & (new <= first + query)
-                rows[:, query, start:end] = self._additive(visible)
-        if list(tree_index) != list(range(count)):
-            # An index without a row sees all slots: a softmax over none would give NaN.
-            full = rows.new_zeros(count, time, end)
-            rows = full.index_copy_(0, torch.tensor(tree_index, device=rows.device), rows)
-        return rows.reshape(-1, end)
-
-    def extend(self, lengths: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Append to row i counts[i] tokens, in the slots from starts[i] on."""
-        longest = max(have + new for have, new in zip(lengths, counts, strict=True))
-        if longest > self.slots.shape[1]:
-            self.slots = np.pad(self.slots, ((0, 0), (0, longest)))
-        for slots, have, start, new in zip(self.slots, lengths, starts, counts, strict=True):
-            slots[have : have + new] = range(start, start + new)
-
-    def select(self, parents: Sequence[int]) -> None:
-        self.slots = self.slots[list(parents)]
-        self._mask = self._mask[torch.tensor(parents, device=self._mask.device)]
-
-    def rewind(self, lengths: Sequence[int], counts: Sequence[int]) -> None:
-        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            if count:
-                dropped = torch.from_numpy(self.slots[row, length - count : length])
-                self._mask[row, dropped.to(self._mask.device)] = -torch.inf
-
-    def end(self, lengths: Sequence[int]) -> int:
-        """One past the last slot that a row sees."""
-        last = [row[length - 1] for row, length in zip(self.slots, lengths, strict=True) if length]
-        return int(max(last, default=-1)) + 1
-
-    def renumber(self, lengths: Sequence[int], new_slots: np.ndarray, trees: Sequence[int]) -> None:
-        """Slot i of a tree has become new_slots[tree, i]. trees: the tree of each row."""
-        for row, (length, tree) in enumerate(zip(lengths, trees, strict=True)):
-            self.slots[row, :length] = new_slots[tree, self.slots[row, :length]]
-        self.update_mask(lengths)
-
-    def reserve(self, capacity: int) -> None:
-        """Grow the mask to `capacity` slots."""
-        more = self._mask.new_full((len(self._mask), capacity - self._mask.shape[1]), -torch.inf)
-        self._mask = torch.cat((self._mask, more), dim=1)
-
-    def update_mask(self, lengths: Sequence[int]) -> None:
-        """Compute the mask from `slots`: each row sees the slots of its tokens."""
-        seen = np.zeros(self._mask.shape, dtype=bool)
-        for row, length in enumerate(lengths):
-            seen[row, self.slots[row, :length]] = True
-        self._mask = self._additive(torch.from_numpy(seen).to(self._mask.device))
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        """0 where visible, -inf elsewhere."""
-        return self._mask.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-
-
-def _tree_index(trees: Sequence[int], count: int) -> tuple[list[int], int]:
-    """For each row tree · rows_per_tree + its index in its tree; and rows_per_tree.
-
-    trees: the tree of each row, below `count`. rows_per_tree: the most rows that one of them has.
-    """
-    sizes = [0] * count
-    index_in_tree = []
-    for tree in trees:
-        index_in_tree.append(sizes[tree])
-        sizes[tree] += 1
-    most = max(sizes)
-    return [tree * most + index for tree, index in zip(trees, index_in_tree, strict=True)], most
+the longest row, unless that would take more than this many times the memory."""
+_MOST_ROWS = 64
+"""More rows than this are divided between trees."""
