@@ -41,4 +41,5 @@ def failing(*args: object, code: int, **settings: Any) -> str:
     line: str
     (line,) = out.stderr.splitlines()
     assert line.startswith("gptk: ")
+    assert "internal error" not in line
     return line

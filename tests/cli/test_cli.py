@@ -75,8 +75,11 @@ def test_json_is_one_object_for_each_prompt(model, tmp_path):
     )  # fmt: skip
     one, two = map(json.loads, out.stdout.splitlines())
     assert [one["prompt"], two["prompt"]] == ["one", "two words"]
-    assert one["sampler"] == "top-p:p=0.9"
-    assert one["processors"] == ["repetition-penalty:penalty=1.2", "temperature:temperature=2"]
+    assert one["settings"]["sampler"] == "top-p:temperature=1.0,p=0.9"
+    assert one["settings"]["processors"] == [
+        "repetition-penalty:penalty=1.2",
+        "temperature:temperature=2.0",
+    ]
     assert len(one["alternatives"]) == 2
     assert one["seed"] == 4
     assert len(one["tokens"]) == len(one["token_logprobs"])
@@ -345,7 +348,7 @@ def test_an_incomplete_text_is_told(model):
     assert "incomplete" not in gptk(*chosen).stderr
     assert "finish reason: length, incomplete" in gptk(*chosen, "--max-new-tokens", 5).stderr
     out = json.loads(gptk(*chosen, "--max-new-tokens", 5, "--json").stdout)
-    assert (out["complete"], out["draft"]) == (False, None)
+    assert (out["complete"], out["settings"]["draft"]) == (False, None)
 
 
 @pytest.mark.parametrize("extra", [(), ("--json",)])

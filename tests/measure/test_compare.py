@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -315,17 +318,17 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
     )  # fmt: skip
     out = run_gptk(*args)
     object_ = json.loads(out.stdout)
-    top_p, greedy = object_.pop("samplers")
-    assert object_ == {
-        "prompts": ["one", "two words"],
-        "processors": ["temperature:temperature=2"],
+    top_p, greedy = object_["samplers"]
+    assert object_["prompts"] == ["one", "two words"]
+    assert object_["settings"] == {
+        "processors": ["temperature:temperature=2.0"],
         "n": 2,
         "max_new_tokens": 5,
         "seed": 7,
     }
     assert (top_p["sampler"], top_p["random"], top_p["results"]) == ("top-p:p=0.9", True, 2)
-    assert [len(texts) for texts in top_p["texts"]] == [2, 2]
-    assert [len(texts) for texts in greedy["texts"]] == [1, 1]
+    assert [len(results) for results in top_p["generations"]] == [2, 2]
+    assert [len(results) for results in greedy["generations"]] == [1, 1]
     measures = {
         "mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu", "tokens",
         "tokens_per_second",
@@ -333,14 +336,16 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
     assert top_p["metrics"].keys() == greedy["metrics"].keys() == measures
     assert greedy["metrics"]["self_bleu"] is None
     again = json.loads(run_gptk(*args).stdout)["samplers"][0]
-    assert again["texts"] == top_p["texts"]
+    assert again["generations"] == top_p["generations"]
 
 
 def test_the_texts_are_those_of_generate(model):
     args = ("abc", "--model", model, "--sampler", "top-k:k=9", "--n", 2, "--seed", 3, "--json")
     compared = json.loads(run_gptk("compare", *args).stdout)["samplers"][0]
     generated = json.loads(run_gptk("generate", *args).stdout)
-    assert compared["texts"] == [[generated["text"], generated["alternatives"][0]["text"]]]
+    assert [[result["text"] for result in group] for group in compared["generations"]] == [
+        [generated["text"], generated["alternatives"][0]["text"]]
+    ]
 
 
 def test_the_prompt_can_come_from_standard_input(model):
@@ -370,7 +375,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
         (("--sampler", "top-p:p=2"), "p=2 is not allowed", 2),
         ((*greedy, *greedy), "are equal: greedy and greedy", 2),
         ((*greedy, "--processor", "top-n"), "no processor is called 'top-n'", 2),
-        ((*greedy, "--n", 0), "x>=1", 2),
+        ((*greedy, "--n", 0), "0 is not in the range 1<=x<=100000", 2),
         ((*greedy, "--plot", tmp_path / "x.txt"), "allowed: .png, .svg", 2),
         ((*greedy, "--plot", tmp_path / "no" / "x.png"), "there is no directory", 1),
         ((*greedy, "--prompts-file", tmp_path / "none.txt"), "none.txt", 2),
@@ -381,3 +386,64 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
     both = ("compare", "x", *greedy, "--prompts-file", tmp_path / "empty.txt")
     assert "not both" in failing(*both, code=2)
     assert "no/such/model" in failing("compare", "x", *greedy, "--model", "no/such/model", code=1)
+
+
+def test_many_results_are_found_and_measured_in_time_that_grows_with_them(lm):
+    """Not with their square: that of 3,000 texts takes minutes; nor one by one, down from 10^9."""
+    from gptk.measure.comparison import check_samplers
+
+    assert [n for _, n in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
+    choose = random.Random(0)
+    texts = [[choose.randrange(50) for _ in range(20)] for _ in range(3000)]
+    start = time.monotonic()
+    value = self_bleu(texts)
+    assert time.monotonic() - start < 20
+    some = [*texts[:4], *texts[2:4]]
+    assert self_bleu(some) == pytest.approx(
+        mean(bleu(text, [*some[:i], *some[i + 1 :]]) for i, text in enumerate(some))
+    )
+    assert 0 < value < 1
+
+
+class EndedBy(gptk.Sampler):
+    """Greedy, but Ctrl-C comes at its third step."""
+
+    name = "ended-by-ctrl-c"
+
+    def step(self, logits, rows):
+        if rows.lengths[0] - rows.prompt_lengths[0] == 2:
+            raise KeyboardInterrupt
+        return gptk.Choice.one_each(logits.argmax(-1), logits, rows)
+
+
+@pytest.fixture
+def ctrl_c():
+    """A sampler for the command line during which Ctrl-C comes."""
+    plugin = types.ModuleType("ctrl_c")
+    plugin.gptk_samplers = gptk.hookimpl(lambda: [EndedBy], specname="gptk_samplers")
+    gptk.plugins.register(plugin)
+    yield "ended-by-ctrl-c"
+    gptk.plugins.unregister(plugin)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_leaves_the_samplers_that_are_done(model, ctrl_c, as_json):
+    out = run_gptk(
+        "compare", "abc", "--model", model, "--sampler", "greedy", "--sampler", ctrl_c,
+        "--sampler", "top-p", "--max-new-tokens", 5, *(["--json"] if as_json else []),
+    )  # fmt: skip
+    assert out.returncode == 130
+    assert out.stderr == "interrupted: 1 of 3 samplers compared\n"
+    if as_json:
+        record = json.loads(out.stdout)
+        assert [sampler["sampler"] for sampler in record["samplers"]] == ["greedy"]
+    else:
+        assert "greedy" in out.stdout
+        assert "top-p" not in out.stdout
+
+
+def test_ctrl_c_before_the_first_sampler_leaves_a_valid_object(model, ctrl_c):
+    args = ("compare", "abc", "--model", model, "--sampler", ctrl_c)
+    assert json.loads(run_gptk(*args, "--json").stdout)["samplers"] == []
+    out = run_gptk(*args)
+    assert (out.stdout, out.returncode) == ("", 130)

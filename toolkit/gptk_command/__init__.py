@@ -13,12 +13,14 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Run the program, or exit with 1 if the package `gptk` is not, or not only, this project's."""
-    problem = find_problem()
-    if problem is not None:
-        print(f"gptk: {problem}", file=sys.stderr)
-        sys.exit(1)
-    from gptk.cli import main
-
+    try:
+        problem = find_problem()
+        if problem is not None:
+            print(f"gptk: {problem}", file=sys.stderr)
+            sys.exit(1)
+        from gptk.cli import main
+    except KeyboardInterrupt:
+        sys.exit(130)
     main()
 
 

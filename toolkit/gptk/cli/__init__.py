@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from gptk import __version__
+from gptk.cli.streams import discard_output, explain, prepare_streams, text_arguments
 from gptk.errors import GptkError, PluginError, UnknownNameError, suggest
 
 # Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
@@ -27,6 +28,7 @@ COMMANDS = {
     "info": "Show what a model is made of.",
     "plot": "Plot the losses of training runs.",
     "plugins": "List plug-ins, show one with its options, or begin a new one.",
+    "repeat": "Repeat recorded runs, and say what differs.",
     "train": "Train a model, or go on training one.",
 }
 
@@ -97,10 +99,15 @@ def cli(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Run the program. Exits 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Run the program.
+
+    Exits with 0; with 1 for an error, a fault in gptk itself included; with 2 for a wrong command
+    line; with 130 for Ctrl-C.
+    """
     warnings.showwarning = _show_warning
     try:
-        ended = cli.main(prog_name="gptk", standalone_mode=False)
+        prepare_streams()
+        ended = cli.main(text_arguments(sys.argv[1:]), prog_name="gptk", standalone_mode=False)
         code = ended if isinstance(ended, int) else 0
         sys.stdout.flush()
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -110,21 +117,19 @@ def main() -> NoReturn:
             os._exit(code)
         sys.exit(code)
     except BrokenPipeError:
-        # The reader has gone, as in `gptk … | head -1`: nothing is left to say, and the
-        # interpreter must not complain when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone, as in `gptk … | head -1`: nothing is left to say.
+        discard_output()
         sys.exit(0)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except GptkError as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        if "--debug" in sys.argv and not isinstance(error, click.ClickException):
             traceback.print_exc()
-        _fail(str(error), error.exit_code)
+        message, code = explain(error)
+        _fail(message, code)
     finally:
         # At exit Python collects garbage, which takes 0.3 s with all of PyTorch's objects.
         gc.freeze()

@@ -1,6 +1,5 @@
 """`gptk compare`: samplers side by side on the same prompts."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from gptk.cli.generate import read_prompts
 from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
 
 if TYPE_CHECKING:
+    from gptk.hooks.sampling import LogitsProcessor
+    from gptk.language_model import LanguageModel
     from gptk.measure.comparison import Comparison
 
 _NOTE = (
@@ -48,7 +49,7 @@ _SAMPLE = 160  # characters
 )
 @click.option(
     "--n",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 100_000),
     default=4,
     show_default=True,
     help="Results for each prompt; a sampler that cannot give as many gives the most it can.",
@@ -58,7 +59,12 @@ _SAMPLE = 160  # characters
 @model_option
 @tokenizer_option
 @precision_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with all texts.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object: a record with all results, and all that `gptk repeat` needs.",
+)
 @click.option(
     "--plot",
     metavar="FILE",
@@ -94,15 +100,13 @@ def command(
     warn_of_failures()
     from gptk.errors import SourceError
     from gptk.hooks.sampling import LogitsProcessor
-    from gptk.measure.comparison import check_samplers, compare
-    from gptk.measure.plane import plot_comparison
+    from gptk.measure.comparison import check_samplers
     from gptk.plots.style import check_format
     from gptk.plugins.creating import create
 
     # Report mistakes before the model is loaded.
-    check_samplers(samplers, n)
-    for processor in processors:
-        create("processor", processor, LogitsProcessor)
+    created = [sampler for sampler, _ in check_samplers(samplers, n)]
+    with_processors = [create("processor", spec, LogitsProcessor) for spec in processors]
     if plot is not None:
         check_format(plot)
         if not plot.parent.is_dir():
@@ -111,40 +115,57 @@ def command(
 
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed}
-    with progress_bar("Comparing") as progress:
-        compared = compare(
-            lm, prompts, samplers, processors=processors, progress=progress, **settings
-        )
+    compared, is_interrupted = _compare(lm, prompts, samplers, with_processors, settings)
     if as_json:
-        click.echo(json.dumps(_as_object(prompts, processors, settings, compared)))
-    else:
+        from gptk.records.writing import comparison_record
+
+        used = created[: len(compared)]
+        record = comparison_record(
+            lm, prompts, compared, used, with_processors, tokenizer=tokenizer, **settings
+        )
+        click.echo(json.dumps(record))
+    elif compared:
         _print(compared, n)
-    if plot is not None:
-        try:
-            plot_comparison(compared, plot)
-        except OSError as error:
-            raise SourceError(f"{plot} cannot be written: {error.strerror or error}") from None
-        click.echo(f"plot: {plot}", err=True)
+    if plot is not None and compared:
+        _plot(compared, plot)
+    if is_interrupted:
+        click.echo(f"interrupted: {len(compared)} of {len(samplers)} samplers compared", err=True)
+        sys.exit(130)
 
 
-def _as_object(
+def _compare(
+    lm: "LanguageModel",
     prompts: Sequence[str],
-    processors: Sequence[str],
+    samplers: Sequence[str],
+    processors: "Sequence[LogitsProcessor]",
     settings: dict[str, Any],
-    compared: "Sequence[Comparison]",
-) -> dict[str, Any]:
-    listed = []
-    for comparison in compared:
-        metrics = dataclasses.asdict(comparison)
-        about = {key: metrics.pop(key) for key in ("sampler", "random", "results")}
-        texts = metrics.pop("texts")
-        listed.append({**about, "metrics": metrics, "texts": texts})
-    return {
-        "prompts": list(prompts),
-        "processors": list(processors),
-        **settings,
-        "samplers": listed,
-    }
+) -> "tuple[list[Comparison], bool]":
+    """The comparisons, and whether Ctrl-C has ended them before the last sampler."""
+    from gptk.measure.comparison import compare_one_by_one
+
+    compared: list[Comparison] = []
+    with progress_bar("Comparing") as progress:
+        try:
+            for comparison in compare_one_by_one(
+                lm, prompts, samplers, processors=processors, **settings
+            ):
+                compared.append(comparison)
+                if progress is not None:
+                    progress(len(compared), len(samplers))
+        except KeyboardInterrupt:
+            return compared, True
+    return compared, False
+
+
+def _plot(compared: "Sequence[Comparison]", plot: Path) -> None:
+    from gptk.errors import SourceError
+    from gptk.measure.plane import plot_comparison
+
+    try:
+        plot_comparison(compared, plot)
+    except OSError as error:
+        raise SourceError(f"{plot} cannot be written: {error.strerror or error}") from None
+    click.echo(f"plot: {plot}", err=True)
 
 
 def _print(compared: "Sequence[Comparison]", n: int) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -65,19 +67,33 @@ def command(
     from gptk.data.sources import find_sources
     from gptk.data.token_files import prepare_tokens
     from gptk.language_model import load
-    from gptk.measure.evaluation import evaluate
+    from gptk.measure.evaluation import evaluations
 
     find_sources(sources)  # report mistakes before the model is loaded
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
     tokens = prepare_tokens(sources, lm.tokenizer).tokens[:max_tokens]
     start = time.perf_counter()
+    result, is_interrupted = None, False
     with progress_bar("Evaluating") as progress:
-        result = evaluate(lm, tokens, stride=stride, batch_size=batch_size, progress=progress)
-    speed = result.tokens / (time.perf_counter() - start)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result) | {"tokens_per_second": speed}))
-    else:
-        _print(result, speed)
+        try:
+            for result, all_tokens in evaluations(lm, tokens, stride=stride, batch_size=batch_size):
+                if progress is not None:
+                    progress(result.tokens, all_tokens)
+        except KeyboardInterrupt:
+            is_interrupted = True
+    if result is not None:
+        speed = result.tokens / (time.perf_counter() - start)
+        if as_json:
+            values = dataclasses.asdict(result) | {"tokens_per_second": speed}
+            if math.isinf(result.perplexity):  # JSON has no infinity
+                values["perplexity"] = None
+            click.echo(json.dumps(values))
+        else:
+            _print(result, speed)
+    if is_interrupted:
+        scored = 0 if result is None else result.tokens
+        click.echo(f"interrupted: {scored:,} of {len(tokens) - 1:,} tokens scored", err=True)
+        sys.exit(130)
 
 
 def _print(result: "Evaluation", speed: float) -> None:

@@ -1,17 +1,18 @@
 """`gptk generate`: continue prompts and print the text as it comes."""
 
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.shared import model_option, precision_options, tokenizer_option
-from gptk.errors import DecodingError, OptionError
+from gptk.cli.streams import is_text
+from gptk.errors import DecodingError, OptionError, OutOfMemory
 from gptk.spec import unescape
 
 if TYPE_CHECKING:
@@ -103,7 +104,19 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False),
     help="Write every step to a file, as JSON lines; short for --observer trace:path=FILE.",
 )
-@click.option("--json", "as_json", is_flag=True, help="A JSON object a prompt, one on each line.")
+@click.option(
+    "--top-logprobs",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="With --json: the K likeliest tokens of each step, before and after the processors.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="A record of each prompt, on a line: the result, and all that `gptk repeat` needs.",
+)
 @click.option("--no-stream", is_flag=True, help="Print the text at the end, not as it comes.")
 def command(
     prompt: str | None,
@@ -137,6 +150,10 @@ def command(
     prompts = read_prompts(prompt, prompts_file)
     if chat and not all(prompts):
         raise click.UsageError("--chat needs a message")
+    if system is not None and not is_text(system):
+        raise click.UsageError("--system is not UTF-8 text")
+    if settings["top_logprobs"] and not as_json:
+        raise click.UsageError("--top-logprobs works with --json")
     used = {"processor": settings["processors"], "drafter": settings["draft"]}
     used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
     warn_of_failures(["sampler", "loader", *(kind for kind, value in used.items() if value)])
@@ -156,31 +173,44 @@ def command(
         from gptk.text.chat import conversation, encode_chat
 
         inputs = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
-    stream = lm.stream_batch(inputs, **settings)
-    _print_stream(stream, prompts, settings, as_json=as_json, at_the_end=as_json or no_stream)
+    record = None
+    if as_json:
+        made_by = {"system": system, "template": template} if chat else None
+        record = partial(_records, lm, prompts, tokenizer=tokenizer, chat=made_by)
+    with lm.stream_batch(inputs, **settings) as stream:
+        _print_stream(
+            stream,
+            prompts,
+            settings["max_new_tokens"],
+            record,
+            at_the_end=as_json or no_stream,
+            seed_given=settings["seed"] is not None,
+        )
 
 
 def _print_stream(
     stream: "Stream",
     prompts: Sequence[str],
-    settings: dict[str, Any],
+    steps: int,
+    record: "Callable[[Stream], list[dict[str, Any]]] | None",
     *,
-    as_json: bool,
     at_the_end: bool,
+    seed_given: bool,
 ) -> None:
     """Run a stream to its end and print the results, even if Ctrl-C or an error ends it.
 
-    Exits with 130 after Ctrl-C. Raises the DecodingError that ended it.
+    steps: the most there can be. record: makes the records to print instead of the texts.
+    Exits with 130 after Ctrl-C. Raises the error that ended it.
     """
     print_pieces = stream.live and not at_the_end
     start = time.perf_counter()
-    ended_by: KeyboardInterrupt | DecodingError | None = None
+    ended_by: KeyboardInterrupt | DecodingError | OutOfMemory | None = None
     try:
-        for piece in _with_progress(stream, settings["max_new_tokens"]):
+        for piece in _with_progress(stream, steps):
             if print_pieces and piece:
                 click.echo(piece, nl=False)
                 sys.stdout.flush()
-    except (KeyboardInterrupt, DecodingError) as error:
+    except (KeyboardInterrupt, DecodingError, OutOfMemory) as error:
         ended_by = error
         try:
             rest = stream.interrupt()
@@ -191,14 +221,32 @@ def _print_stream(
     seconds = time.perf_counter() - start
     if print_pieces:
         click.echo()
+    elif record is not None:
+        for line in record(stream):
+            click.echo(json.dumps(line))
     else:
-        _print_results(prompts, stream.results, settings, as_json=as_json)
-    _print_closing_line(stream, seconds, seed_given=settings["seed"] is not None)
+        _print_results(prompts, stream.results)
+    _print_closing_line(stream, seconds, seed_given=seed_given)
     if ended_by is not None:
         _end(ended_by)
 
 
-def _end(error: KeyboardInterrupt | DecodingError) -> NoReturn:
+def _records(
+    lm: "LanguageModel",
+    prompts: Sequence[str],
+    stream: "Stream",
+    *,
+    tokenizer: str | None,
+    chat: dict[str, str | None] | None,
+) -> list[dict[str, Any]]:
+    from gptk.records.writing import generation_records
+
+    return generation_records(
+        lm, prompts, stream.settings, stream.results, tokenizer=tokenizer, chat=chat
+    )
+
+
+def _end(error: KeyboardInterrupt | DecodingError | OutOfMemory) -> NoReturn:
     """Exit with 130 after Ctrl-C; otherwise raise the error."""
     if isinstance(error, KeyboardInterrupt):
         sys.exit(130)
@@ -253,6 +301,8 @@ def read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
             prompt = sys.stdin.read().removesuffix("\n") if piped else ""
         except UnicodeDecodeError:
             raise click.UsageError("standard input is not UTF-8 text") from None
+    if not is_text(prompt):
+        raise click.UsageError("PROMPT is not UTF-8 text")
     return [prompt]
 
 
@@ -283,22 +333,7 @@ def _with_progress(stream: "Stream", steps: int) -> Any:
     yield from track(stream, "Searching", total=steps, console=Console(stderr=True), transient=True)
 
 
-def _print_results(
-    prompts: Sequence[str],
-    results: "Sequence[Generation]",
-    settings: dict[str, Any],
-    *,
-    as_json: bool,
-) -> None:
-    if as_json:
-        used = {
-            "sampler": settings["sampler"],
-            "processors": list(settings["processors"]),
-            "draft": settings["draft"],
-        }
-        for prompt, result in zip(prompts, results, strict=True):
-            click.echo(json.dumps({"prompt": prompt, **used, **dataclasses.asdict(result)}))
-        return
+def _print_results(prompts: Sequence[str], results: "Sequence[Generation]") -> None:
     is_only_text = len(prompts) == 1 and not results[0].alternatives
     for prompt, result in zip(prompts, results, strict=True):
         for number, generation in enumerate((result, *result.alternatives), start=1):

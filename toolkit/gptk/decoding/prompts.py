@@ -15,8 +15,16 @@ Prompt = str | Sequence[int]
 def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     """The token ids of a text; an empty text becomes the tokenizer's start token.
 
-    Raises PromptError if the text is empty and there is no such token.
+    Raises PromptError if the text is empty and there is no such token, or if it has half of a
+    surrogate pair, which is no character.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt has half of a surrogate pair at character {error.start + 1}; "
+            "it is not the text of a UTF-8 file"
+        ) from None
     ids = tokenizer.encode(text)
     if ids:
         return ids

@@ -65,7 +65,9 @@ class Stream:
     ) -> None:
         check_lengths(prompts, model.config, settings.overflow)
         self._model, self._tokenizer = model, tokenizer
-        self._prompts, self._settings, self._ordinals = prompts, settings, ordinals
+        self.settings = settings
+        """The settings in effect, with the seed that was chosen."""
+        self._prompts, self._ordinals = prompts, ordinals
         self._decoding: Decoding | None = None
         """None before the first step, and once there are results."""
         self._acceptance: Acceptance | None = None
@@ -128,7 +130,7 @@ class Stream:
     @property
     def live(self) -> bool:
         """Whether pieces of text come during decoding, and not all at the end."""
-        return len(self._prompts) == self._settings.rows == 1 and not self._sampler.competing
+        return len(self._prompts) == self.settings.rows == 1 and not self._sampler.competing
 
     @property
     def acceptance(self) -> Acceptance | None:
@@ -171,7 +173,7 @@ class Stream:
 
     @property
     def _sampler(self) -> Sampler:
-        return self._settings.sampler
+        return self.settings.sampler
 
     def _step(self) -> str:
         """Take a step of decoding, or end. Returns the new piece of text."""
@@ -188,7 +190,7 @@ class Stream:
 
     def _what(self) -> str:
         """What is decoded, for messages."""
-        prompts, rows = len(self._prompts), self._settings.rows
+        prompts, rows = len(self._prompts), self.settings.rows
         many = f"{prompts:,} prompts" if prompts > 1 else "a prompt"
         return f"decoding {many} with {rows:,} rows each" if rows > 1 else f"decoding {many}"
 
@@ -204,7 +206,7 @@ class Stream:
 
     def _start(self) -> Decoding:
         """Read the prompts into a new session, and start a run over its rows."""
-        settings, sampler, model = self._settings, self._sampler, self._model
+        settings, sampler, model = self.settings, self._sampler, self._model
         seconds = settings.max_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
         with blaming([sampler]):
@@ -243,8 +245,8 @@ class Stream:
 
     def _capacity(self) -> int:
         """The tokens of a row for which memory is reserved at the start; for more it grows."""
-        rows = len(self._prompts) * self._settings.rows
-        new = min(self._settings.max_new_tokens, max(_RESERVED // rows, _RESERVED_FOR_MANY))
+        rows = len(self._prompts) * self.settings.rows
+        new = min(self.settings.max_new_tokens, max(_RESERVED // rows, _RESERVED_FOR_MANY))
         return max(map(len, self._prompts)) + new
 
     def _finish(self) -> str:
@@ -253,7 +255,7 @@ class Stream:
         if self._results is None:
             if self._decoding is None:
                 raise DecodingError("interrupted before the first token")
-            with blaming([self._sampler, *self._settings.processors]):
+            with blaming([self._sampler, *self.settings.processors]):
                 self._results = [
                     self._generation(self._decoding, index) for index in range(len(self._prompts))
                 ]
@@ -268,16 +270,16 @@ class Stream:
                 row,
                 score=decoding.rank(row),
                 prompt=self._prompts[index],
-                seed=self._settings.seed,
+                seed=self.settings.seed,
                 tokenizer=self._tokenizer,
-                stop=self._settings.stop,
-                top_logprobs=bool(self._settings.top_logprobs),
+                stop=self.settings.stop,
+                top_logprobs=bool(self.settings.top_logprobs),
                 is_complete=lambda tokens: self._is_complete(tokens, decoding.session.rows),
                 parse=self._parse,
             )
             for row in decoding.results(index)
         ]
-        picked = self._sampler.pick(results, self._settings.n)
+        picked = self._sampler.pick(results, self.settings.n)
         if not picked:
             raise PluginError(f"sampler {self._sampler.name} picked none of {len(results)} results")
         best, *others = picked
@@ -285,7 +287,7 @@ class Stream:
 
     def _is_complete(self, tokens: list[int], rows: Rows) -> bool | None:
         """Whether the text satisfies every processor that asks for something; None if none asks."""
-        answers = [processor.is_complete(tokens, rows) for processor in self._settings.processors]
+        answers = [processor.is_complete(tokens, rows) for processor in self.settings.processors]
         asked = [answer for answer in answers if answer is not None]
         return all(asked) if asked else None
 
@@ -294,7 +296,7 @@ class Stream:
 
         A text that it cannot read is told in a warning, so that the other results are not lost.
         """
-        for processor in self._settings.processors:
+        for processor in self.settings.processors:
             try:
                 parsed = processor.parse(text)
             except (GptkError, ValueError) as error:  # pydantic's validation error is a ValueError

@@ -77,6 +77,25 @@ def evaluate(
     OptionError for a stride or batch size out of bounds; DecodingError if the loss is not finite;
     and what `prepare_tokens` raises.
     """
+    result = None
+    for result, all_tokens in evaluations(lm, data, stride=stride, batch_size=batch_size):
+        if progress is not None:
+            progress(result.tokens, all_tokens)
+    assert result is not None
+    return result
+
+
+def evaluations(
+    lm: "LanguageModel",
+    data: Data,
+    *,
+    stride: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[tuple[Evaluation, int]]:
+    """After each batch, the evaluation of the tokens scored so far, and the number of all tokens.
+
+    Arguments and errors as of `evaluate`.
+    """
     model, tokenizer = lm.model, lm.tokenizer if lm.has_tokenizer else None
     vocabulary, window = model.config.vocab_size, model.config.context_length
     stride = max(window // 2, 1) if stride is None else stride
@@ -88,35 +107,39 @@ def evaluate(
     tokens = _tokens(lm, data)
     lengths = None if tokenizer is None else _text_lengths(tokenizer, vocabulary)
     nats, scored, n_bytes = 0.0, 0, 0
-    with evaluating(model), torch.inference_mode():
-        for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
-            # (windows, length); the last `new` targets of each window have not been scored
-            windows = Windows(tokens[starts.start :], length, stride)
-            inputs, targets = windows.batch(np.arange(len(starts)))
+    for starts, length, new in _batches(len(tokens) - 1, window, stride, batch_size):
+        # (windows, length); the last `new` targets of each window have not been scored
+        windows = Windows(tokens[starts.start :], length, stride)
+        inputs, targets = windows.batch(np.arange(len(starts)))
+        targets = targets[:, -new:].flatten()
+        with evaluating(model), torch.inference_mode():
             hidden = final_states(model, inputs.to(model.device))[:, -new:].flatten(0, 1)
-            targets = targets[:, -new:].flatten()
             logprobs = token_logprobs(model, hidden, targets.to(model.device))
-            nats -= float(logprobs.cpu().double().sum())
-            scored += len(targets)
-            if lengths is not None:
-                n_bytes += int(lengths[targets].sum())
-            if progress is not None:
-                progress(scored, len(tokens) - 1)
-    loss = nats / scored
+        nats -= float(logprobs.cpu().double().sum())
+        scored += len(targets)
+        if lengths is not None:
+            n_bytes += int(lengths[targets].sum())
+        loss = _finite(nats / scored)
+        evaluation = Evaluation(
+            loss=loss,
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
+            bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
+            tokens=scored,
+            bytes=None if lengths is None else n_bytes,
+            context_length=window,
+            stride=stride,
+        )
+        yield evaluation, len(tokens) - 1
+
+
+def _finite(loss: float) -> float:
+    """The loss. Raises DecodingError if it is not finite."""
     if not math.isfinite(loss):
         raise DecodingError(
             f"the loss is {loss}: not all logits are finite; the weights are damaged, or the dtype "
             "is too narrow for them"
         )
-    return Evaluation(
-        loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
-        tokens=scored,
-        bytes=None if lengths is None else n_bytes,
-        context_length=window,
-        stride=stride,
-    )
+    return loss
 
 
 _BATCH = 8192  # tokens

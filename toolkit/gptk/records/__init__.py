@@ -1,0 +1,1 @@
+"""Records of results: all that repeats a run, written by `--json`, and repeating it."""
