@@ -6,13 +6,18 @@ files of the other, and `import gptk` may give either. This module notices and s
 """
 
 import sys
-from importlib import metadata
-from importlib.util import find_spec
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from importlib import metadata
+    from typing import NoReturn
 
 
-def main() -> NoReturn:
-    """Run the program, or exit with 1 if the package `gptk` is not, or not only, this project's."""
+def main() -> "NoReturn":
+    """Run the program, or exit with 1 if the package `gptk` is not, or not only, this project's.
+
+    All imports are in functions, so that Ctrl-C during them ends the program without a traceback.
+    """
     try:
         problem = find_problem()
         if problem is not None:
@@ -26,6 +31,8 @@ def main() -> NoReturn:
 
 def find_problem() -> str | None:
     """What is wrong with the installed package `gptk`, and what to do; None if nothing is."""
+    from importlib.util import find_spec
+
     other = _other_distribution()
     if other is not None:
         return (
@@ -42,8 +49,10 @@ def find_problem() -> str | None:
     return None
 
 
-def _other_distribution() -> metadata.Distribution | None:
+def _other_distribution() -> "metadata.Distribution | None":
     """The distribution named `gptk`, if it is installed and has files in the folder gptk."""
+    from importlib import metadata
+
     try:
         other = metadata.distribution("gptk")
     except metadata.PackageNotFoundError:

@@ -163,8 +163,9 @@ def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
     from gptk.plugins.kinds import KINDS
     from gptk.plugins.registry import failures, reserve_commands
     from gptk.system import collector
+    from gptk.system.interrupts import exiting
 
     reserve_commands(COMMANDS)
-    with collector.paused():  # this is where PyTorch is imported
+    with collector.paused(), exiting():  # this is where PyTorch is imported
         for line in failures(KINDS if kinds is None else kinds):
             click.echo(f"gptk: skipped {line}", err=True)

@@ -5,11 +5,25 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from gptk.errors import GptkError, brief
 from gptk.system.memory import is_out_of_memory
+
+_OUTPUT = "standard output"
+
+
+class _Output(io.FileIO):
+    """Standard output, whose errors say that they are its."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = _OUTPUT
+            raise
 
 
 def prepare_streams() -> None:
@@ -24,7 +38,13 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if is_closed:
-        raise OSError("standard output is closed")
+        raise OSError(f"{_OUTPUT} is closed")
+    if type(sys.stdout) is io.TextIOWrapper and sys.stdout.fileno() == 1:
+        old = sys.stdout
+        output = io.BufferedWriter(_Output(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            output, old.encoding, old.errors, line_buffering=old.line_buffering
+        )
     for stream, errors in (
         (sys.stdin, "strict"),
         (sys.stdout, "backslashreplace"),
@@ -91,14 +111,10 @@ def discard_output() -> None:
 def _of_system(error: OSError) -> str:
     """An error of the system in words: which file, or standard output, and why."""
     reason = error.strerror or str(error)
-    if error.filename is not None:
-        return f"{error.filename}: {reason}"
-    try:
-        sys.stdout.flush()  # fails again if it has failed before
-    except (OSError, ValueError):
+    if error.filename == _OUTPUT:
         discard_output()
-        return f"standard output cannot be written: {reason}"
-    return reason
+        return f"{_OUTPUT} cannot be written: {reason}"
+    return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
 _NO_MEMORY = (

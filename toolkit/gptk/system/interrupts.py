@@ -1,7 +1,10 @@
-"""Ctrl-C as a request to stop at the next good moment."""
+"""Ctrl-C as a request to stop at the next good moment, or as the end of the process."""
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -30,3 +33,21 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+@contextlib.contextmanager
+def exiting() -> Iterator[None]:
+    """Within the block, Ctrl-C ends the process at once, with exit code 130.
+
+    For imports: KeyboardInterrupt in the midst of one is caught by some libraries, and becomes
+    another error in others. Does nothing outside the main thread, or where somebody handles Ctrl-C.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

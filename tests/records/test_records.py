@@ -1,0 +1,328 @@
+"""Records of results: what they hold, and that `gptk repeat` finds what differs."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+import gptk
+from gptk.plugins.registry import provided
+from gptk.records.reading import Result, read_records
+from gptk.records.repeating import calls, compare_results
+from gptk.records.writing import full_spec
+from gptk.testing import tiny_lm
+from program import failing
+from program import gptk as run_gptk
+from toys import PROCESSOR_OPTIONS
+
+FEW = ("--max-new-tokens", 6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small"
+    tiny_lm().save(path)
+    return path
+
+
+@pytest.fixture
+def recorded(model, tmp_path):
+    """`recorded(command, *args)`: the file with the records that a command writes."""
+
+    def record(command, *args, stdin=""):
+        out = run_gptk(command, "--model", model, "--json", *args, stdin=stdin)
+        assert out.returncode == 0, out.stderr
+        path = tmp_path / "records.jsonl"
+        path.write_text(out.stdout)
+        return path
+
+    return record
+
+
+def edited(path, change):
+    """The file with each record changed."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        change(record)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+# --- What a record holds ----------------------------------------------------------------------
+
+
+def test_a_record_has_every_setting_the_model_s_hash_and_the_versions(recorded, model):
+    path = recorded("generate", "abc", "--sampler", "beam", *FEW)
+    record = json.loads(path.read_text())
+    assert record["settings"] == {
+        "sampler": "beam:width=4,length_penalty=1.0,early_stopping=false",
+        "processors": [], "max_new_tokens": 6, "n": 1, "seed": record["seed"], "stop": [],
+        "draft": None, "overflow": "stop", "max_seconds": None, "ignore_eos": False,
+        "use_cache": True, "top_logprobs": 0, "observers": [],
+    }  # fmt: skip
+    weights = (model / "model.safetensors").read_bytes()
+    assert {
+        "name": "model.safetensors",
+        "bytes": len(weights),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    } in record["model"]["files"]
+    assert record["load"] == {
+        "model": str(model), "tokenizer": None, "device": "cpu", "dtype": "float32",
+        "quantize": record["model"]["quantize"], "compile": False,
+    }  # fmt: skip
+    assert record["model"]["config"]["n_layers"] == 2
+    assert len(record["model"]["tokenizer"]["sha256"]) == 64
+    assert record["environment"]["gptk"] == gptk.__version__
+    assert {"torch", "python", "kernels", "threads", "processor"} <= set(record["environment"])
+    assert set(record["plugins"]) == {"sampler beam", "loader gptk"}
+
+
+def test_plugins_that_others_wrap_or_bring_are_recorded(recorded):
+    path = recorded("generate", "abc", "--sampler", 'best-of-n:n=2,sampler="top-p:p=0.9"', *FEW)
+    plugins = json.loads(path.read_text())["plugins"]
+    assert {"sampler best-of-n", "sampler top-p", "scorer mean-logprob"} <= set(plugins)
+    assert all(value.startswith("gptk-decoding ") for value in plugins.values())
+
+
+@pytest.mark.parametrize("kind", ["sampler", "processor", "drafter", "scorer"])
+def test_a_full_spec_makes_an_equal_plugin(kind):
+    base = {"sampler": gptk.Sampler, "processor": gptk.LogitsProcessor}
+    base |= {"drafter": gptk.Drafter, "scorer": gptk.Scorer}
+    for name, plugin in provided(kind).items():
+        for options in {PROCESSOR_OPTIONS.get(name, plugin.item.example), plugin.item.example}:
+            spec = f"{name}:{options}" if options else name
+            made = gptk.plugins.create(kind, spec, base[kind])
+            again = gptk.plugins.create(kind, full_spec(made), base[kind])
+            assert again == made
+            assert set(type(made).model_fields) == set(again.model_dump())
+
+
+def test_a_hash_is_left_out_where_the_file_has_changed_since(tmp_path):
+    tiny_lm().save(tmp_path / "m")
+    lm = gptk.load(tmp_path / "m")
+    names = {file["name"]: file["sha256"] for file in lm.to_dict()["files"]}
+    assert all(names.values())
+    path = tmp_path / "m" / "model.safetensors"
+    os.utime(path, ns=(0, 0))
+    assert {f["name"] for f in lm.to_dict()["files"] if f["sha256"] is None} == {path.name}
+    path.unlink()
+    assert {f["name"] for f in lm.to_dict()["files"] if f["sha256"] is None} == {path.name}
+
+
+def test_smollm2_s_hash_is_that_of_its_file(smollm2_path):
+    lm = gptk.load("smollm2")
+    (file,) = lm.to_dict()["files"]
+    assert file["sha256"] == hashlib.sha256(smollm2_path.read_bytes()).hexdigest()
+
+
+def test_a_model_made_in_python_has_no_files():
+    assert tiny_lm().to_dict()["files"] == []
+    json.dumps(tiny_lm().to_dict())
+
+
+# --- Repeating --------------------------------------------------------------------------------
+
+
+CALLS = {
+    "greedy": ("abc",),
+    "beams": ("abc", "--sampler", "beam:width=3", "--n", 2),
+    "samples": ("abc", "--sampler", "top-p:p=0.9", "--n", 3),
+    "a draft": ("abab", "--sampler", "multinomial", "--draft", "lookup:ngram=1"),
+    "stop strings": ("abc", "--stop", "x", "--stop", r"\n"),
+    "processors": ("abc", "--processor", "dry:multiplier=0.8", "--processor", "min-p:p=0.1"),
+    "a constraint": ("abc", "--processor", 'regex:pattern="[a-c]{2,4} é, x"', "--seed", 5),
+    "likeliest tokens": ("abc", "--top-logprobs", 3),
+    "a full window": ("x" * 94,),
+    "a sliding window": ("x" * 94, "--overflow", "slide"),
+    "quantized": ("abc", "--quantize", "int8"),
+    "another tokenizer": ("abc", "--tokenizer", "bytes"),
+    "a prompt beyond ASCII": ("né \u6f22 \U0001f600",),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_run_repeated_is_equal(recorded, name):
+    out = run_gptk("repeat", recorded("generate", *CALLS[name], *FEW))
+    *results, last = out.stdout.splitlines()
+    assert (out.returncode, out.stderr) == (0, ""), out.stdout
+    assert last == f"{len(results)} of {len(results)} results are equal"
+    assert all(": equal; " in line and "within 0" in line for line in results)
+
+
+def test_a_chat_repeated_is_equal(recorded, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    path = recorded("generate", "hello", "--chat", "--system", "be brief", "--chat-template",
+                    tmp_path / "t.jinja", *FEW)  # fmt: skip
+    (tmp_path / "t.jinja").unlink()
+    record = json.loads(path.read_text())
+    assert record["chat"]["system"] == "be brief"
+    assert bytes(record["prompt_tokens"]) == b"<be brief><hello>"
+    assert run_gptk("repeat", path).returncode == 0
+
+
+@pytest.mark.parametrize("kept", [slice(None), slice(2, 3), slice(1, 4), slice(0, 1)])
+def test_prompts_of_a_file_are_repeated_together_or_some_of_them(recorded, tmp_path, kept):
+    """Also equal prompts, whose random numbers depend on how many came before."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo words\none\none\n")
+    path = recorded("generate", "--prompts-file", prompts, "--sampler", "multinomial", *FEW)
+    lines = path.read_text().splitlines()
+    assert len({json.loads(line)["text"] for line in lines}) == 4
+    path.write_text("\n".join(lines[kept]))
+    out = run_gptk("repeat", path)
+    assert out.returncode == 0, out.stdout
+    assert len(out.stdout.splitlines()) == len(lines[kept]) + 1
+    assert len(calls(read_records(path))) == 1
+
+
+def test_a_comparison_repeated_is_equal(recorded):
+    path = recorded("compare", "abc", "--sampler", "greedy", "--sampler", "top-k:k=5", "--n", 2,
+                    "--processor", "temperature:temperature=1.5", *FEW)  # fmt: skip
+    out = run_gptk("repeat", path)
+    assert (out.returncode, len(out.stdout.splitlines())) == (0, 4), out.stdout
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=2))  # laid out by somebody
+    assert run_gptk("repeat", path).stdout == out.stdout
+
+
+def test_other_tokens_are_told_with_both_log_probabilities(recorded):
+    path = recorded("generate", "abc", *FEW)
+    record = json.loads(path.read_text())
+
+    def change(record):
+        record["tokens"][3] = 65
+        record["token_texts"][3] = "A"
+        record["token_logprobs"][3] = -2.5
+        record["token_logprobs"][1] += 0.25
+
+    out = run_gptk("repeat", edited(path, change))
+    assert out.returncode == 1
+    now = f"{record['token_texts'][3]!r} (id {record['tokens'][3]}, log-probability "
+    assert out.stdout.splitlines() == [
+        f"prompt 1: DIFFERENT: token 4 is {now}{record['token_logprobs'][3]:.6f}), was 'A' (id 65, "
+        "log-probability -2.500000); 3 equal tokens, log-probabilities within 0.25",
+        "0 of 1 results are equal",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["settings"].update(seed=99), "token 1 is"),
+        (lambda r: r.update(tokens=r["tokens"][:-1]), "token 6 is"),
+        (lambda r: r.update(tokens=[*r["tokens"], 1]), "token 7 is the end, was ? (id 1"),
+        (lambda r: r.update(finish_reason="eos"), "the finish reason is length, was eos"),
+        (lambda r: r.update(text="\0" + r["text"]), "the text differs from character 1 on"),
+        (lambda r: r.update(prompt="abd"), "the prompt has other tokens from token 3 on"),
+        (lambda r: r.update(alternatives=[]), "there are 2 results, were 1"),
+    ],
+)
+def test_what_differs_is_told(recorded, change, words):
+    args = ("abc", "--sampler", "multinomial", "--n", 2, "--seed", 3)
+    out = run_gptk("repeat", edited(recorded("generate", *args, *FEW), change))
+    assert out.returncode == 1
+    assert words in out.stdout
+
+
+def test_another_environment_is_told_and_need_not_change_the_result(recorded, model, tmp_path):
+    path = recorded("generate", "abc", *FEW)
+
+    def change(record):
+        record["environment"] |= {"torch": "1.0", "gptk": "0.0"}
+        record["model"]["files"][1]["sha256"] = "f" * 64
+        record["model"]["dtype"] = "bfloat16"
+
+    out = run_gptk("repeat", edited(path, change))
+    assert out.returncode == 0
+    lines = out.stdout.splitlines()
+    assert f"environment: gptk: {gptk.__version__}, was 0.0" in lines
+    assert any(line.startswith("environment: torch: ") for line in lines)
+    assert "environment: model.dtype: float32, was bfloat16" in lines
+    assert any(line.startswith("environment: model.safetensors: SHA-256 ") for line in lines)
+    assert len(lines) == 4 + 2
+
+
+def test_the_model_may_be_in_another_place(recorded, model, tmp_path):
+    moved = tmp_path / "moved"
+    path = edited(recorded("generate", "abc", *FEW), lambda r: r["load"].update(model="/no/such"))
+    assert "/no/such" in failing("repeat", path, code=1)
+    moved.symlink_to(model)
+    out = run_gptk("repeat", path, "--model", moved)
+    assert (out.returncode, len(out.stdout.splitlines())) == (0, 2)
+
+
+def test_another_model_is_told(recorded, tmp_path):
+    path = recorded("generate", "abc", *FEW)
+    tiny_lm(seed=1).save(tmp_path / "other")
+    out = run_gptk("repeat", path, "--model", tmp_path / "other")
+    assert out.returncode == 1
+    assert "environment: model.safetensors: SHA-256" in out.stdout
+
+
+def test_an_interrupted_result_is_compared_as_far_as_it_goes():
+    done = tiny_lm().generate("abc", max_new_tokens=6)
+    cut = done.to_dict() | {
+        "tokens": done.tokens[:3], "text": "", "finish_reason": "interrupted",
+    }  # fmt: skip
+    was = Result.parse(cut, "here")
+    assert compare_results("x", was, done).difference is None
+    assert compare_results("x", was, done).compared == 3
+    other = Result.parse(cut | {"tokens": [*done.tokens[:2], 1]}, "here")
+    assert "token 3 is" in compare_results("x", other, done).difference
+
+
+def test_a_dead_end_is_repeated(recorded, model, tmp_path):
+    args = ("generate", "a", "--model", model, "--processor", "bad-words:words='[\"b\"]'",
+            "--processor", "regex:pattern=aab", "--json")  # fmt: skip
+    path = tmp_path / "dead.jsonl"
+    path.write_text(run_gptk(*args).stdout)
+    out = run_gptk("repeat", path)
+    assert out.returncode == 0, out.stdout
+    assert "2 equal tokens" in out.stdout
+
+
+def test_a_repetition_writes_no_trace(recorded, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    path = recorded("generate", "abc", "--trace", trace, *FEW)
+    assert json.loads(path.read_text())["settings"]["observers"] == [f"trace:path={trace}"]
+    trace.unlink()
+    assert run_gptk("repeat", path).returncode == 0
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(version=2), "line 1 has another version than 1"),
+        (lambda r: r.update(record="poem"), "is no record of gptk generate --json"),
+        (lambda r: r.pop("settings"), "line 1 has no settings"),
+        (lambda r: r["settings"].update(n="2"), "settings.n is '2'; it must be a whole number"),
+        (lambda r: r["settings"].update(colour="red"), "settings.colour is 'red'"),
+        (lambda r: r["settings"].update(max_new_tokens=0), "max_new_tokens is 0; it must be 1"),
+        (lambda r: r["settings"].update(sampler="bean"), "did you mean beam"),
+        (lambda r: r["load"].update(dtype="int3"), "int3"),
+        (lambda r: r["load"].update(device="abacus"), "no device 'abacus'"),
+    ],
+)
+def test_a_record_that_cannot_be_repeated_is_refused_in_one_line(recorded, change, words):
+    out = run_gptk("repeat", edited(recorded("generate", "abc", *FEW), change))
+    assert out.returncode in (1, 2)
+    (line,) = out.stderr.splitlines()
+    assert words in line
+    assert "internal error" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no record"),
+        ("[1]", "holds no JSON object"),
+        ('{"record": "generation"', "not valid JSON"),
+        ('{"text": "old"}', "no record of gptk generate --json"),
+    ],
+)
+def test_a_file_without_records_is_refused(tmp_path, text, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    assert words in failing("repeat", path, code=1)
+    assert "there is no such file" in failing("repeat", tmp_path / "none", code=1)
