@@ -202,7 +202,16 @@ def _is_shallow(value: object) -> bool:
     return False
 
 
-_short = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Python's own, for numbers that Python refuses to print as well."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 1000:
+            return f"a number of {x.bit_length():,} bits"
+        return super().repr_int(x, level)
+
+
+_short = _Short()
 _short.maxlevel = 3
 _short.maxstring = _short.maxother = 60
 _short.maxlong = 30
