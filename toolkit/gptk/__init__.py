@@ -69,6 +69,7 @@ _HOMES = {
     "prepare_tokens": "data.token_files",
     "PromptError": "errors",
     "RandomStream": "session.random",
+    "RankedToken": "hooks.results",
     "Regularizer": "hooks.training",
     "Rows": "session.rows",
     "Run": "hooks.run",
@@ -80,11 +81,13 @@ _HOMES = {
     "SpecError": "errors",
     "StopCondition": "decoding.limits",
     "Stream": "decoding.stream",
+    "StreamedToken": "decoding.stream",
     "Tensors": "weights.tensors",
     "TokenFile": "data.token_files",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "TokenizerLoader": "hooks.tokenizers",
+    "TopTokens": "hooks.results",
     "TrainConfig": "training.config",
     "Trainer": "training.trainer",
     "TrainingError": "errors",
@@ -114,6 +117,7 @@ if TYPE_CHECKING:
     from gptk.decoding.run import Decoding as Decoding
     from gptk.decoding.speculation import Acceptance as Acceptance
     from gptk.decoding.stream import Stream as Stream
+    from gptk.decoding.stream import StreamedToken as StreamedToken
     from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
@@ -137,6 +141,8 @@ if TYPE_CHECKING:
     from gptk.hooks.observing import DecodingStep as DecodingStep
     from gptk.hooks.results import FinishReason as FinishReason
     from gptk.hooks.results import Generation as Generation
+    from gptk.hooks.results import RankedToken as RankedToken
+    from gptk.hooks.results import TopTokens as TopTokens
     from gptk.hooks.run import Run as Run
     from gptk.hooks.sampling import LogitsProcessor as LogitsProcessor
     from gptk.hooks.sampling import Sampler as Sampler
