@@ -13,6 +13,7 @@ CUDA graph, one for each cache, and launched together from then on.
 
 import hashlib
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection
@@ -123,6 +124,8 @@ class RecordedStep(_RowStep):
         self._ids: Tensor
         self._position: Tensor
         self._run: Callable[[], tuple[Tensor, Tensor]]
+        self._lock = threading.Lock()
+        """Held during a step: the graph reads and writes the same tensors for all threads."""
 
     def _follows(self) -> bool:
         self._kv = None  # to record anew
@@ -130,15 +133,16 @@ class RecordedStep(_RowStep):
 
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
         slots = cache.plan(1)
-        if self._kv is not cache.kv:
-            self._ids, self._position = ids.clone(), torch.full_like(ids[0], slots.start)
-            self._run = self._record(self._step_over(cache))
-            self._kv = cache.kv
-        self._ids.copy_(ids)
-        self._position.fill_(slots.start)
-        hidden, logits = self._run()
+        with self._lock:
+            if self._kv is not cache.kv:
+                self._ids, self._position = ids.clone(), torch.full_like(ids[0], slots.start)
+                self._run = self._record(self._step_over(cache))
+                self._kv = cache.kv
+            self._ids.copy_(ids)
+            self._position.fill_(slots.start)
+            hidden, logits = (result.clone() for result in self._run())  # it overwrites them
         cache.advance([1], slots)
-        return hidden.clone(), logits.clone()  # the next replay overwrites them
+        return hidden, logits
 
     def _step_over(self, cache: KVCache) -> Callable[[], tuple[Tensor, Tensor]]:
         """A step that attends to all the memory of a cache, with a mask for what is in use."""
