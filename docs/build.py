@@ -24,9 +24,10 @@ import gptk.testing
 from gptk.cli.plugins import USES as COMMANDS
 from gptk.hooks import hookspecs
 from gptk.options import Options, option_help
-from gptk.plugins.creating import create
+from gptk.plugins.creating import create, short_form
 from gptk.plugins.kinds import KINDS as PLUGIN_KINDS
 from gptk.plugins.registry import provided, summary
+from gptk.spec import UNNAMED, format_spec, parse_spec
 
 DOCS = Path(__file__).parent
 KINDS = {
@@ -129,6 +130,7 @@ def page(kind, plugin, lm, again):
         lines += [f"| `{name}` | {' | '.join(rest)} |" for name, *rest in cells]
     else:
         lines += ["None."]
+    lines += ["", *ways_to_name(item)]
     if kind == "scorer":
         return "\n".join([*lines, "", f"Used by best-of-n: `best-of-n:scorer={plugin.name}`.", ""])
     settings = arguments(kind, plugin.name, spec)
@@ -145,6 +147,20 @@ def page(kind, plugin, lm, again):
     if lm is None or (kept and not again):
         return text + kept
     return text + result(lm, prompt, settings)
+
+
+def ways_to_name(item):
+    """The short form of a plug-in's spec, and where its class is imported from."""
+    lines = [f"In Python: `from {home(item)} import {item.__name__}`."]
+    if short := short_form(item):
+        long = format_spec(item.name, {item.positional: parse_spec(short)[1][UNNAMED]})
+        lines = [f"`{short}` is short for `{long}`. {lines[0]}"]
+    return lines
+
+
+def home(item):
+    """The package that a built-in class is imported from."""
+    return item.__module__.rpartition(".")[0]
 
 
 def result(lm, prompt, settings):
@@ -421,7 +437,11 @@ that raises an error, a missing method, and a value of another type than the tab
 observer that fails is called no more, and the run goes on.
 
 **A name with options** is a spec string, `NAME:key=value,key=value`, on the command line, in Python
-and in configuration files; in Python an instance of the class works, too.
+and in configuration files; in Python an instance of the class works, too. The option that the class
+names as `positional = "key"` may come first without its name, as in `beam:4`: give that to the
+option that your users would expect there. A value with a comma or a space is quoted, and so is a
+first value that begins like `key=`. In quotes `\\n`, `\\t`, `\\r`, `\\0`, `\\\\`, `\\"` and `\\'`
+are escapes; any other backslash stays, as in `regex:"\\d+, \\w"`.
 
 Below, *(needed)* marks what a class must define; everything else has a default.
 """
@@ -521,7 +541,33 @@ def api():
                 lines += ["    options:", f"      members: [{MEMBERS[name]}]"]
             elif name.endswith("Contract"):  # its promises have a page
                 lines += ["    options:", '      filters: ["!^_", "!^test_"]']
+    lines += ["", "## Built-in plug-ins", "", BUILT_INS]
+    lines += ["| kind | name | class | package |", "| --- | --- | --- | --- |"]
+    for kind, plugin in built_ins():
+        item = plugin.item
+        name = linked(plugin)
+        lines.append(f"| {kind} | {name} | `{item.__name__}` | `{home(item)}` |")
     return "\n".join(lines) + "\n"
+
+
+def built_ins():
+    """The kind and the plug-in of every class that comes with gptk."""
+    for kind in PLUGIN_KINDS:
+        for plugin in provided(kind).values():
+            if kind != "command" and plugin.distribution.startswith("gptk-decoding "):
+                yield kind, plugin
+
+
+BUILT_INS = """\
+Each class is imported from the package of its kind, and made with its options:
+
+```python
+from gptk_plugins.constraints import Regex
+from gptk_plugins.samplers import Beam
+
+sampler, processors = Beam(width=4), [Regex(pattern=r"\\d+")]
+```
+"""
 
 
 API_HEAD = """\

@@ -1,17 +1,24 @@
 """Constraints: against Python's regex module, jsonschema and plain sets of texts."""
 
+import dataclasses
 import gc
 import json
+import operator
 import subprocess
 import sys
 import weakref
+from decimal import Decimal
+from typing import Literal
 
 import jsonschema
+import pydantic
 import pytest
 import regex
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from gptk import DecodingError, LogitsProcessor, OptionError, PluginError, Rows, TokenizerError
 from gptk.plugins.creating import create
@@ -390,6 +397,9 @@ def test_schemas_and_grammars_are_read_from_files_or_given_as_they_are(tmp_path)
     ("spec", "options"),
     [
         (r'regex:pattern="\\d+, \\w"', {"pattern": r"\d+, \w"}),
+        (r'regex:pattern="\(\d{3}\) \d{3}"', {"pattern": r"\(\d{3}\) \d{3}"}),
+        (r'regex:"\d+, \w"', {"pattern": r"\d+, \w"}),
+        (r"regex:\d+", {"pattern": r"\d+"}),
         (r"regex:pattern=\d+", {"pattern": r"\d+"}),
         ("""json-schema:schema='{"type": "null"}'""", {"schema": {"type": "null"}}),
         ("""choice:choices='["a, b", "é"]'""", {"choices": ("a, b", "é")}),
@@ -419,9 +429,316 @@ WRONG = [
     ("grammar", {"grammar": 'start: "a" | x\nx: b'}, 'line 2, column 4: unknown name: "b"'),
     ("grammar", {"grammar": 'start: x "b"\nx: x "a"'}, "no text fits"),
     ("grammar", {"grammar": 'start: a\na[stop="x"]: /.*/'}, "stop of a rule are not supported"),
+    ("regex", {"pattern": "(" * 300 + ")" * 300}, "exceed the maximum number of nested"),
+    ("json-schema", {"schema": '{"const": 1, "const": 2}'}, "the key 'const' occurs twice"),
+    ("json-schema", {"schema": '{"const": NaN}'}, "NaN is no number of JSON"),
+    ("json-schema", {"schema": '{"const": ' + "[" * 10**5}, "schema: is nested too deeply"),
+    ("json-schema", {"schema": {"const": {1, 2}}}, "schema: {1, 2} is no value that JSON has"),
+    ("json-schema", {"schema": {"const": {1: 2}}}, "schema: 1 is no value that JSON has"),
+    ("json-schema", {"schema": {1: 2}}, "schema={1: 2} is not allowed"),
+    ("json-schema", {"schema": {"items": {1: 2}}}, "1 is a key, and keys in JSON are texts"),
+    ("json-schema", {"schema": {"properties": {"a": 1}}}, "a is 1, which is not a schema"),
+    ("json-schema", {"schema": "/dev/zero"}, "'/dev/zero': is not a regular file"),
+    ("grammar", {"grammar": 'start: "\x7f"'}, "control characters are written \\n, \\u007f"),
+    ("grammar", {"grammar": "start: %json {"}, "what follows %json is not JSON: '{'"),
+    ("grammar", {"grammar": "start: %json " + "[" * 10**5}, "is nested too deeply"),
+    ("grammar", {"grammar": '{"grammars": []}\nstart: "a"'}, "is JSON, and not a Lark grammar"),
+    ("grammar", {"grammar": "start: " + "(" * 100 + '"a"' + ")" * 100}, "too deeply nested"),
+    ("choice", {"choices": ["\ud800"]}, "choices: has characters that no text can have"),
     ("choice", {"choices": []}, "choices=[] is not allowed; choices is array of 1 or more"),
     ("choice", {"choices": "yes"}, """choices is a JSON list, '["yes", "no"]', not 'yes'"""),
 ]
+
+
+CHANGED = [
+    {"enum": [1234567890123456789]},
+    {"const": -(2**63)},
+    {"const": 2**63},
+    {"const": 10**25},
+    {"const": 9007199254740993.0 + 2**60},
+    {"const": 1e300},
+    {"const": [{"a": [2**53 + 1]}]},
+    {"$defs": {"a": {"anyOf": [{"enum": [None, 2**53 + 1]}]}}, "$ref": "#/$defs/a"},
+    {"type": "object", "properties": {"const": {"const": 2**53 + 1}}},
+    {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3},
+    {"type": "integer", "exclusiveMinimum": 2**53, "exclusiveMaximum": 2**53 + 2},
+    {"type": "integer", "exclusiveMinimum": 2**53 - 2, "exclusiveMaximum": 2**53},
+    {"type": "integer", "minimum": 2**62},
+    {"type": "number", "minimum": 1e300},
+    {"type": "number", "minimum": 1e-300},
+    {"type": "string", "minLength": 2**53},
+    {"type": "integer", "multipleOf": 2**53 + 1},
+    {"type": "number", "multipleOf": 0.07},
+    {"type": "number", "multipleOf": 1e-30},
+    {"allOf": [{"multipleOf": 65536}, {"multipleOf": 65537}], "type": "integer"},
+    {"const": float("nan")},
+    {"maximum": float("inf")},
+    '{"const": 1e400}',
+    '{"const": 1e99999999999999999999}',
+    '{"const": 1e-1000000000}',
+    '{"const": 12345678901234567890.0}',
+    '{"const": 0.1000000000000000055511151231257827}',
+    '{"maximum": 0.1000000000000000055511151231257827}',
+    '{"const": %s}' % ("9" * 5000),
+]
+
+
+@pytest.mark.parametrize("schema", CHANGED, ids=lambda schema: str(schema)[:60])
+def test_a_number_that_llguidance_would_change_is_refused_by_name(schema):
+    """It computes with float64 and int64: 1234567890123456789 would be …768."""
+    with pytest.raises(OptionError, match=r"^processor json-schema: schema: ") as raised:
+        constraint("json-schema", schema=schema)
+    said = str(raised.value)
+    assert "\n" not in said
+    assert regex.search(r"number|beyond|digits|Length|multipleOf", said)
+
+
+def test_numbers_of_a_schema_in_a_grammar_are_exact_or_refused():
+    for number in (1234567890123456789, -(2**63), 2**64):
+        with pytest.raises(OptionError, match=f"would change the number {number}"):
+            constraint("grammar", grammar=f'start: "n" %json {{"const": {number}}}')
+    text = '"%json {" // %json {\n  | /%json [{]/ | %json {"enum": [5, 9007199254740992]}'
+    found = texts_of(constraint("grammar", grammar=f"start: {text}"))
+    assert found == {"%json {", "5", "9007199254740992"}
+
+
+def test_a_schema_is_read_from_a_spec_without_losing_digits():
+    with pytest.raises(OptionError, match="the number 1234567890123456789"):
+        create("processor", 'json-schema:{"const": 1234567890123456789}', LogitsProcessor)
+    with pytest.raises(OptionError, match=r"the number 0\.10000000000000000555"):
+        create("processor", 'json-schema:{"const": 0.10000000000000000555}', LogitsProcessor)
+
+
+WRITTEN = [
+    (2**53, "9007199254740992"),
+    (2**60, "1152921504606846976"),
+    (-(2**62), "-4611686018427387904"),
+    (10**18, "1000000000000000000"),
+    (1e18, "1000000000000000000"),
+    (0.1, "0.1"),
+    (123456.789, "123456.789"),
+    (1e-7, "0.0000001"),
+    (-2.5e3, "-2500"),
+    (1.0, "1"),
+    (-0.0, "-0"),
+]
+
+
+@pytest.mark.parametrize(("number", "text"), WRITTEN)
+def test_a_constant_is_written_with_its_own_digits(number, text):
+    """Exactly: Decimal is the oracle."""
+    for schema in ({"const": number}, {"enum": [number]}, {"anyOf": [{"const": number}]}):
+        assert texts_of(constraint("json-schema", schema=schema)) == {text}
+    assert Decimal(text) == Decimal(repr(number))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        ({"minimum": -(2**63), "maximum": 2**63 - 1}, [0, -(10**18), 9 * 10**18], [2**63]),
+        ({"minimum": 0, "maximum": 2**64 - 1}, [0, 9 * 10**18], [-1, 2**63, 2**64]),
+        ({"maximum": 1e300}, [-(10**30), 9 * 10**18], [10**301]),
+        ({"exclusiveMaximum": 2**60 // 10**11 * 10**11}, [5], [2**60 // 10**11 * 10**11]),
+        ({"maximum": 2**60 // 10**11 * 10**11, "exclusiveMaximum": True}, [5], [10**19]),
+        ({"minimum": 2**53 - 1, "maximum": 2**62}, [2**53 - 1, 2**53, 4 * 10**18], [2**62 + 1]),
+        ({"exclusiveMinimum": 2**53 - 2, "maximum": 10**17}, [2**53 - 1], [2**53 - 2]),
+        ({"maximum": 10**400}, None, None),
+    ],
+)
+def test_bounds_beyond_float64_are_moved_inwards(bounds, inside, outside):
+    schema = {"type": "integer", **bounds}
+    if inside is None:
+        with pytest.raises(OptionError, match="beyond what float64 holds"):
+            constraint("json-schema", schema=schema)
+        return
+    processor = constraint("json-schema", schema=schema)
+    for number in inside:
+        assert processor.is_complete(str(number).encode(), rows_of()), number
+    for number in outside:
+        assert not processor.is_complete(str(number).encode(), rows_of()), number
+
+
+KEYWORDS = {
+    "minimum": operator.ge,
+    "maximum": operator.le,
+    "exclusiveMinimum": operator.gt,
+    "exclusiveMaximum": operator.lt,
+}
+
+
+def numbers_of(draw):
+    near = st.sampled_from([0, 2**31, 2**53, 10**15, 2**60, 2**63, 2**64, 10**18])
+    whole = st.builds(
+        lambda at, by, sign: sign * (at + by), near, st.integers(-9, 9), st.sampled_from([1, -1])
+    )
+    return draw(whole | st.floats(-1e4, 1e4).map(lambda x: round(x, 3)) | st.integers(-99, 99))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_whatever_is_written_satisfies_the_numbers_of_a_schema(data):
+    """In exact arithmetic; jsonschema computes with the numbers as Python reads them."""
+    chosen = data.draw(st.lists(st.sampled_from(list(KEYWORDS)), max_size=2, unique=True))
+    schema = {key: numbers_of(data.draw) for key in chosen}
+    if data.draw(st.booleans()):
+        schema["enum"] = [numbers_of(data.draw) for _ in range(3)]
+    schema["type"] = data.draw(st.sampled_from(["integer", "number"]))
+    try:
+        processor = constraint("json-schema", schema=schema)
+    except OptionError:
+        return
+    walk, text = Walk(processor), b""
+    for _ in range(30):
+        allowed = walk.allowed()
+        ends = allowed and allowed[-1] == 256
+        if ends:
+            number = Decimal(text.decode())
+            if "enum" in schema:
+                assert number in [Decimal(repr(n)) for n in schema["enum"]]
+            for key, holds in KEYWORDS.items():
+                assert key not in schema or holds(number, Decimal(repr(schema[key])))
+            assert schema["type"] == "number" or number == number.to_integral_value()
+        digits = [token for token in allowed if token != 256]
+        if not digits or (ends and len(text) > 20):
+            break
+        token = data.draw(st.sampled_from(digits))
+        text += bytes([token])
+        walk.extend([[token]])
+
+
+def references(count, part):
+    """A chain of so many references, each by way of `part`."""
+    definitions = {
+        f"a{i}": json.loads(part.replace("REF", f'{{"$ref": "#/$defs/a{i + 1}"}}'))
+        for i in range(count)
+    }
+    return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{count}": {"type": "null"}}}
+
+
+def test_chains_of_thousands_of_references_and_rules_work():
+    """llguidance alone overflows the stack at 3,000."""
+    assert texts_of(constraint("json-schema", schema=references(3000, "REF"))) == {"null"}
+    chain = "".join(f"\nr{i}: r{i + 1}" for i in range(3000))
+    grammar = constraint("grammar", grammar=f'start: r0{chain}\nr3000: "a"')
+    assert texts_of(grammar) == {"a"}
+
+
+STRINGS = {"type": "string", "pattern": "a.*b"}
+TOO_LARGE = {
+    "references": {"schema": references(20_000, '{"items": REF, "type": "array"}')},
+    "strings in each other": {
+        "schema": {
+            **references(40, '{"allOf": [REF, REF]}'),
+            "$defs": {**references(40, '{"allOf": [REF, REF]}')["$defs"], "a40": STRINGS},
+        }
+    },
+    "names": {"schema": {"type": "object", "required": [f"p{i}" for i in range(100_000)]}},
+    "multiple": {"schema": {"type": "integer", "multipleOf": 2**31}},
+    "rules": {"grammar": "start: r0" + "".join(f"\nr{i}: r{i + 1}" for i in range(40_000))},
+}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=[pytest.mark.slow] if what == "names" else []) for what in TOO_LARGE],
+)
+def test_what_would_end_the_process_or_fill_memory_is_refused(what):
+    """Each ends llguidance by a signal, or takes minutes or gigabytes."""
+    (option,) = TOO_LARGE[what]
+    name = "grammar" if option == "grammar" else "json-schema"
+    with pytest.raises(OptionError, match=rf"^processor {name}: {option}: ") as raised:
+        constraint(name, **TOO_LARGE[what])
+    assert "llguidance needs more than 3 s, 400 MB of memory or 16 MB of stack" in str(raised.value)
+
+
+def test_a_small_schema_is_compiled_without_a_process():
+    class Engine(pydantic.BaseModel):
+        power: int = Field(ge=0, le=1000)
+        kind: Literal["electric", "diesel"] | None = None
+
+    class Car(pydantic.BaseModel):
+        name: str = Field(max_length=20)
+        engines: list[Engine] = Field(max_length=4)
+
+    processor = constraint("json-schema", schema=Car.model_json_schema())
+    assert processor._grammar.is_plain
+    assert not constraint("json-schema", schema={"allOf": [True]})._grammar.is_plain
+
+
+@settings(max_examples=20)
+@given(
+    choices=st.lists(
+        st.text(st.characters(max_codepoint=0x80), min_size=1, max_size=3), min_size=1, max_size=4
+    )
+)
+@example(choices=["\x7f", "\0", "\x1f\n"])
+def test_choices_may_have_control_characters(choices):
+    assert texts_of(constraint("choice", choices=choices)) == set(choices)
+
+
+class Pet(pydantic.BaseModel):
+    name: str = Field(max_length=5)
+    age: int = Field(ge=0, le=30)
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _no_x(cls, name):
+        if "x" in name:
+            raise ValueError("no x in names")
+        return name
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+class Movie(TypedDict):
+    title: str
+
+
+def test_a_schema_may_be_a_class():
+    """The text is one that pydantic reads, and `parse` makes an instance of it."""
+    processor = constraint("json-schema", schema=Pet)
+    out = LM.generate("x", sampler="multinomial", processors=[processor], seed=3, max_new_tokens=60)
+    assert out.finish_reason == "eos"
+    value = json.loads(out.text)
+    assert value.keys() == {"name", "age"}
+    assert 0 <= value["age"] <= 30
+    assert processor.parse('{"name": "Tom", "age": 3}') == Pet(name="Tom", age=3)
+    point = constraint("json-schema", schema=Point)
+    assert point.is_complete(b'{"x": 1}', rows_of())
+    assert not point.is_complete(b'{"x": 1, "z": 1}', rows_of())
+    assert point.parse('{"x": 1}') == Point(1, 0)
+    assert constraint("json-schema", schema=Movie).parse('{"title": "M"}') == {"title": "M"}
+
+
+def test_parse_gives_the_value_of_a_complete_text_and_none_of_another():
+    plain = constraint("json-schema", schema=SMALL)
+    assert plain.parse('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
+    for text in ("", "{", '{"name": "To', "[" * 10**5):
+        assert plain.parse(text) is None
+        assert constraint("json-schema", schema=Pet).parse(text) is None
+    assert constraint("regex", pattern="a").parse("a") is None
+    assert constraint("choice", choices=["a"]).parse("a") is None
+
+
+def test_a_text_that_the_class_itself_refuses_is_an_error_that_says_why():
+    processor = constraint("json-schema", schema=Pet)
+    with pytest.raises(DecodingError, match=r"^Pet refuses the text .*name: .*no x in names$"):
+        processor.parse('{"name": "xy", "age": 3}')
+
+
+def test_the_spec_of_a_class_is_its_json_schema():
+    processor = constraint("json-schema", schema=Pet)
+    again = create("processor", processor.spec, LogitsProcessor)
+    assert again._grammar == processor._grammar
+
+
+def test_a_class_without_a_json_schema_is_refused():
+    with pytest.raises(OptionError, match=r"^processor json-schema: schema of Walk: .*schema"):
+        constraint("json-schema", schema=Walk)
 
 
 @pytest.mark.parametrize(("name", "options", "message"), WRONG)

@@ -268,7 +268,9 @@ def test_on_other_devices_the_error_says_what_is_missing(monkeypatch):
     with pytest.raises(gptk.DeviceError, match="needs the device cpu; on cuda it can be int8 or"):
         check_device("stored", cuda)
     monkeypatch.setattr("gptk.model.torchao.is_installed", lambda: False)
-    with pytest.raises(gptk.DeviceError, match=r"needs torchao; install it: pip .*gptk-decoding\[torchao\]"):
+    with pytest.raises(
+        gptk.DeviceError, match=r"needs torchao; install it: pip .*gptk-decoding\[torchao\]"
+    ):
         check_device("int4", cuda)
     monkeypatch.setattr("gptk.model.torchao.is_installed", lambda: True)
     check_device("int4", cuda)

@@ -1,26 +1,69 @@
 """Spec strings, typed options, registration, entry points."""
 
+import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 import textwrap
+from decimal import Decimal
+from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from click.testing import CliRunner
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, field_validator
 
 import gptk
+import gptk_plugins
 from gptk import plugins
-from gptk.spec import format_spec, parse_spec
+from gptk.cli.plugins import command as plugins_command
+from gptk.decoding.settings import check_settings
+from gptk.errors import shown
+from gptk.spec import format_spec, parse_spec, unescape
+from gptk.training.config import read_config
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9.-]*", fullmatch=True)
 KEYS = st.from_regex(r"[a-z_][a-z0-9_]*", fullmatch=True)
 
 
-@given(NAMES, st.dictionaries(KEYS, st.text(max_size=10), max_size=4))
+# Any text, and texts of the characters that specs give a meaning.
+TEXTS = st.text(st.characters(), max_size=10) | st.text("ab\\\"'nt0,:=[]{} \n\t\0", max_size=12)
+
+
+@settings(max_examples=500)
+@given(NAMES, st.dictionaries(KEYS, TEXTS, max_size=4))
+@example("x", {"a": r"\d\n\\"})
+@example("x", {"a": "[1, 2] "})
+@example("x", {"a": '{"b": "\n\\\\"}'})
 def test_a_spec_string_is_read_back(name, options):
     assert parse_spec(format_spec(name, options)) == (name, options)
+
+
+@given(TEXTS)
+def test_a_quoted_text_is_read_back_whichever_quotes_it_has(text):
+    for quote in "\"'":
+        quoted = text.replace("\\", "\\\\").replace(quote, f"\\{quote}")
+        assert parse_spec(f"x:a={quote}{quoted}{quote}") == ("x", {"a": text})
+
+
+@pytest.mark.parametrize(
+    ("quoted", "text"),
+    [
+        (r"\(\d{3}\) \d{3}", r"\(\d{3}\) \d{3}"),
+        (r"\\d \w", r"\d \w"),
+        (r"a\nb\tc\rd\0", "a\nb\tc\rd\0"),
+        (r"\"\'", "\"'"),
+        (r"\\n", r"\n"),
+        (r"\\\\", r"\\"),
+        (r"\x41\é", r"\x41\é"),
+    ],
+)
+def test_in_quotes_and_stop_strings_a_backslash_before_an_unknown_letter_stays(quoted, text):
+    assert unescape(quoted) == text  # used for --stop
+    assert parse_spec(f'x:a="{quoted}"') == ("x", {"a": text})
 
 
 @pytest.mark.parametrize(
@@ -35,6 +78,12 @@ def test_a_spec_string_is_read_back(name, options):
         ("x:a=b=c", {"a": "b=c"}),
         ("x:a=it's", {"a": "it's"}),
         ("x:a=1, b=2", {"a": "1", "b": "2"}),
+        ("x:4", {"": "4"}),
+        ("x: 4, b=2", {"": "4", "b": "2"}),
+        ('x:"a=b, c"', {"": "a=b, c"}),
+        (r"x:\d+=x", {"": r"\d+=x"}),
+        ('x:["a", "b"],c=1', {"": '["a", "b"]', "c": "1"}),
+        ("x:a=b", {"a": "b"}),
     ],
 )
 def test_spec_strings_of_every_form(spec, options):
@@ -42,13 +91,121 @@ def test_spec_strings_of_every_form(spec, options):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", ":a=1", "x:", "x:a", "x:a=", 'x:a="1', "x:a=1,", "x y", "x:a=1,a=2"]
+    "spec", ["", ":a=1", "x:", "x: ", "x:a=", 'x:a="1', "x:a=1,", "x y", "x:a=1,a=2"]
 )
 def test_other_strings_are_refused_in_one_line(spec):
     with pytest.raises(gptk.SpecError) as caught:
         parse_spec(spec)
     assert repr(spec) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["x:4,5", "x:a=1,5", "x:a=[a-z]{1,3}", "x:4,a=1,b"])
+def test_only_the_first_value_comes_without_a_name(spec):
+    with pytest.raises(gptk.SpecError, match="only the first value may come without"):
+        parse_spec(spec)
+
+
+ALL_CLASSES = [
+    pytest.param(plugin.item, id=f"{kind}-{plugin.name}")
+    for kind in plugins.KINDS
+    if kind != "command"
+    for plugin in plugins.provided(kind).values()
+    if plugin.distribution.startswith("gptk")
+]
+
+
+@pytest.mark.parametrize("item", ALL_CLASSES)
+def test_every_plugin_is_made_by_its_short_form(item):
+    """`beam:4` is `beam:width=4`; a plug-in that needs one option takes it without its name."""
+    needed = [name for name, option in item.model_fields.items() if option.is_required()]
+    if len(needed) == 1:
+        assert item.positional == needed[0]
+    if not item.positional:
+        with pytest.raises(gptk.OptionError, match="takes no value without a name") as raised:
+            plugins.create(item.kind, f"{item.name}:4", item)
+        assert all(f"{name}=" in str(raised.value) for name in item.model_fields)
+        return
+    short = plugins.short_form(item)
+    options = parse_spec(f"{item.name}:{item.example}")[1] if item.example else {}
+    if short is None:  # tensorboard's folder, which has no default and no example
+        short, options = f"{item.name}:folder", {item.positional: "folder"}
+    value = parse_spec(short)[1][""]
+    others = {name: text for name, text in options.items() if name != item.positional}
+    rest = format_spec("", others).removeprefix(":")
+    with_rest = f"{short},{rest}" if rest else short
+    named = {**others, item.positional: value}
+    made = plugins.create(item.kind, with_rest, item)
+    assert made == plugins.from_options(item, named)
+    with pytest.raises(gptk.OptionError, match=f"{item.positional} is given twice"):
+        plugins.create(item.kind, f"{short},{item.positional}=1", item)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "options"),
+    [
+        ("sampler", "beam:4,early_stopping=never", {"width": 4, "early_stopping": "never"}),
+        ("sampler", "top-p:0.8", {"p": 0.8}),
+        ("sampler", "multinomial:0.7", {"temperature": 0.7}),
+        ("sampler", "best-of-n:3", {"n": 3}),
+        ("sampler", "dola:[1, 2]", {"layers": (1, 2)}),
+        ("processor", "repetition-penalty:1.1", {"penalty": 1.1}),
+        ("processor", r"regex:\d+", {"pattern": r"\d+"}),
+        ("processor", 'choice:["a", "b"]', {"choices": ("a", "b")}),
+        ("drafter", "lookup:10", {"tokens": 10}),
+        ("scheduler", "linear:100", {"warmup": 100}),
+        ("regularizer", "grad-clip:0.5", {"max_norm": 0.5}),
+        ("loader", "gguf:model.gguf", {"path": "model.gguf"}),
+    ],
+)
+def test_the_short_form_sets_the_option_that_the_field_expects(kind, spec, options):
+    item = plugins.find(kind, spec.partition(":")[0]).item
+    assert plugins.create(kind, spec, item) == item(**options)
+
+
+def test_a_value_with_an_equals_sign_is_never_silently_an_option():
+    with pytest.raises(gptk.OptionError, match=r"no option 'a'.*is quoted, \"a=b\"$"):
+        plugins.create("processor", "regex:a=b", gptk.LogitsProcessor)
+    made = plugins.create("processor", 'regex:"a=b"', gptk.LogitsProcessor)
+    assert made.pattern == "a=b"
+    assert parse_spec(made.spec) == ("regex", {"pattern": "a=b"})
+
+
+@pytest.mark.parametrize("item", ALL_CLASSES)
+def test_every_built_in_is_imported_from_the_package_of_its_kind(item):
+    home = importlib.import_module(item.__module__.rpartition(".")[0])
+    assert item.__name__ in home.__all__
+    assert getattr(home, item.__name__) is item
+
+
+@pytest.mark.parametrize(
+    "package", sorted(p.name for p in pkgutil.iter_modules(gptk_plugins.__path__))
+)
+def test_the_classes_of_a_package_are_listed_for_type_checkers_and_at_run_time(package):
+    home = importlib.import_module(f"gptk_plugins.{package}")
+    if not hasattr(home, "__all__"):
+        return
+    source = ast.parse(Path(home.__file__).read_text())
+    typed = {
+        alias.name: node.module
+        for node in ast.walk(source)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{home.__name__}.")
+        for alias in node.names
+    }
+    assert typed == {name: getattr(home, name).__module__ for name in home.__all__}
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = home.Nothing
+
+
+def test_importing_a_built_in_loads_no_others():
+    code = "from gptk_plugins.samplers import Greedy; import sys; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = [name for name in out.stdout.split() if name.startswith("gptk_plugins.")]
+    assert loaded == [
+        "gptk_plugins._homes",
+        "gptk_plugins.samplers",
+        "gptk_plugins.samplers.greedy",
+    ]
 
 
 class Everything(gptk.LogitsProcessor):
@@ -105,6 +262,145 @@ def test_wrong_options_say_what_is_allowed(options, message):
         Everything(**options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HUGE = [10**20, -(10**30), 10**400, 10**5000, "9" * 30, "9" * 400, "9" * 5000, "1e999", "inf"]
+HUGE += [
+    float("inf"),
+    float("nan"),
+    "1e99999999999999999999",
+    "[" * 5000,
+    [[[]]],
+    {"": None},
+    None,
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: shown(value, 20))
+@pytest.mark.parametrize(
+    ("kind", "name", "option"),
+    [
+        ("scheduler", "linear", "warmup"),
+        ("scheduler", "linear", "floor"),
+        ("processor", "temperature", "temperature"),
+        ("processor", "top-k", "k"),
+        ("processor", "suppress-tokens", "tokens"),
+        ("processor", "logit-bias", "bias"),
+        ("sampler", "beam", "width"),
+        ("regularizer", "label-smoothing", "strength"),
+    ],
+)
+def test_a_number_that_cannot_be_used_is_refused_in_a_short_line(kind, name, option, value):
+    item = plugins.find(kind, name).item
+    tries = [lambda: item(**{option: value})]
+    if isinstance(value, str):
+        tries.append(lambda: plugins.create(kind, format_spec(name, {option: value}), item))
+    for make in tries:
+        with pytest.raises(gptk.OptionError) as raised:
+            make()
+        said = str(raised.value)
+        assert said.startswith(f"{kind} {name}: {option}")
+        assert "\n" not in said
+        assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("steps = true", "steps=true is not allowed; steps is integer > 0"),
+        ("lr = false", "lr=false is not allowed; lr is number > 0"),
+        ("shuffle = 'maybe'", "shuffle=maybe is not allowed; shuffle is true or false"),
+        ("scheduler = {}", "scheduler={} is not allowed; scheduler is string"),
+        ("regularizers = [5]", "regularizers=5 is not allowed; regularizers is array"),
+        ("data = 1979-05-27", "is not allowed; data is array"),
+        ("lr = inf", "lr=inf is not allowed"),
+        ("lr = 1" + "0" * 400, "is not allowed; lr is number"),
+        ("width = 1" + "0" * 30, "is not allowed; whole numbers go from -2^63"),
+        ("seed = " + "9" * 5000, "cannot be read as TOML"),
+        ("x = " + "[" * 3000, "cannot be read as TOML"),
+    ],
+)
+def test_a_training_configuration_with_a_wrong_value_is_refused_in_a_short_line(
+    tmp_path, toml, said
+):
+    (tmp_path / "config.toml").write_text(toml)
+    with pytest.raises(gptk.OptionError) as raised:
+        read_config(tmp_path / "config.toml")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_a_spec_in_toml_keeps_its_backslashes(tmp_path):
+    spec = r'regex:"\d{2}, \w\n"'
+    for toml in (f"scheduler = '{spec}'", 'scheduler = """' + spec.replace("\\", "\\\\") + '"""'):
+        (tmp_path / "config.toml").write_text(toml)
+        assert parse_spec(read_config(tmp_path / "config.toml").scheduler) == (
+            "regex",
+            {"": "\\d{2}, \\w\n"},
+        )
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**400, 10**5000, True, 1.5], ids=shown)
+def test_a_seed_that_64_bits_do_not_hold_is_refused(seed):
+    with pytest.raises(gptk.OptionError, match=r"^seed is .*whole number"):
+        check_settings(seed=seed)
+
+
+def test_as_many_rows_as_no_machine_holds_are_refused():
+    for sampler in ("beam:10000000000", "best-of-n:10000000000"):
+        with pytest.raises(gptk.OptionError, match="would decode 10000000000 rows for a prompt"):
+            check_settings(sampler=sampler)
+
+
+def test_models_and_tokenizers_are_named_by_the_short_form(smollm2_path, tmp_path):
+    assert gptk.load_tokenizer(f"gguf:{smollm2_path}").encode("a") == [81]
+    assert gptk.load_checkpoint(f"gguf:{smollm2_path}", stored=True).config.n_layers == 30
+    with pytest.raises(gptk.TokenizerError, match="nowhere"):
+        gptk.load_tokenizer(f"gguf:{tmp_path}/nowhere.gguf")
+
+
+def test_help_shows_the_short_form():
+    shown_text = CliRunner().invoke(plugins_command, ["show", "top-p"]).output
+    assert "p may come first without its name: top-p:0.9" in shown_text
+
+
+def test_whole_numbers_of_an_option_fit_into_64_bits():
+    item = plugins.find("scheduler", "linear").item
+    assert item(warmup=2**63 - 1).warmup == 2**63 - 1
+    with pytest.raises(gptk.OptionError, match="9223372036854775808 is not allowed; whole"):
+        item(warmup=2**63)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[1, 2.5]", [1, 2.5]),
+        ("0.10000000000000000001", Decimal("0.10000000000000000001")),
+        ("12345678901234567890", 12345678901234567890),
+        ("1e400", Decimal("1e400")),
+        ('"a\nb"', "a\nb"),
+    ],
+)
+def test_json_in_options_loses_nothing(text, value):
+    assert plugins.from_json(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' occurs twice"),
+        ("[NaN]", "NaN is no number"),
+        ("-Infinity", "-Infinity is no number"),
+        ("9" * 5000, "5,000 digits"),
+        ("1e99999999999999999999", "too large or too small"),
+        ("[1,", "Expecting value"),
+    ],
+)
+def test_json_that_readers_understand_differently_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        plugins.from_json(text)
 
 
 def test_plugins_are_frozen():
@@ -224,6 +520,12 @@ class Picky(gptk.LogitsProcessor):
         return 1 / value
 
 
+class NoSuchOption(gptk.LogitsProcessor):
+    name = "no-such-option"
+    positional = "cuont"
+    count: int = 3
+
+
 class WrongKind(gptk.Sampler):
     name = "wrong-kind"
 
@@ -249,6 +551,10 @@ class WrongKind(gptk.Sampler):
             "an option of Undefined has the type Nowhere, which is not defined",
         ),
         (Provider(Spaced), "Spaced has the name 'two words'"),
+        (
+            Provider(NoSuchOption),
+            "NoSuchOption has no option 'cuont', its `positional`; did you mean count?",
+        ),
         (Provider(WrongKind), "is not a subclass of gptk.LogitsProcessor"),
         (Provider(Everything(text="")), "is not a subclass of gptk.LogitsProcessor"),
     ],
@@ -490,11 +796,6 @@ def test_the_core_runs_without_built_ins(tmp_path):
 
 
 def test_built_ins_import_only_what_is_public():
-    import ast
-    from pathlib import Path
-
-    import gptk_plugins
-
     for file in Path(gptk_plugins.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             match node:

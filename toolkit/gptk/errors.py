@@ -4,6 +4,8 @@ It is one line of text. The CLI prints it and exits 1, or 2 where the command li
 """
 
 import difflib
+import reprlib
+import sys
 from collections.abc import Iterable
 
 
@@ -98,6 +100,24 @@ def suggest(name: str, known: Iterable[str], *, what: str) -> str:
     near = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}{what}: {', '.join(names)}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: its repr, cut short where it is long or nested.
+
+    most: the characters that a text, or any other single value, may have.
+
+    >>> shown("a, b"), shown("x" * 300, most=9), shown([[[[1]]]]), shown(10**5000)
+    ("'a, b'", "'xx...xx'", '[[[[...]]]]', 'a number of more than 4300 digits')
+    """
+    short = reprlib.Repr()
+    short.maxlevel = 4
+    short.maxstring = short.maxother = most
+    short.maxlong = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # of repr, for a large int
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
 
 def _one_line(text: str) -> str:

@@ -47,7 +47,7 @@ class Settings(TypedDict, total=False):
     n: int
     """How many results for each prompt; those after the first are in `.alternatives` [1]."""
     seed: int | None
-    """Any integer; the result reports it [a new one each time]."""
+    """From -2^63 to 2^64 - 1; the result reports it [a new one each time]."""
     stop: "str | StopCondition | Iterable[str | StopCondition]"
     """One or several, each a text that ends the continuation, or a function that is called after
     each new token with the row's tokens, prompt first, and says whether it ends [none]."""

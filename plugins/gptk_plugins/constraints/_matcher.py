@@ -18,19 +18,22 @@ import functools
 import os
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import gptk
+from gptk_plugins.constraints import _trial
 
 if TYPE_CHECKING:
     import tiktoken
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
+
+T = TypeVar("T")
 
 
 class Constraint(gptk.LogitsProcessor):
@@ -50,10 +53,15 @@ class Constraint(gptk.LogitsProcessor):
     def model_post_init(self, context: Any, /) -> None:
         self._grammar  # noqa: B018 - so that errors show here, not at the first prompt
 
+    def is_plain(self, grammar: str) -> bool:
+        """Whether llguidance is certain to compile it in little time, memory and stack."""
+        return len(grammar) <= 20_000
+
     @functools.cached_property
-    def _grammar(self) -> str:
+    def _grammar(self) -> "_Grammar":
         with self._option_errors():
-            grammar = self.grammar_text()
+            text = self.grammar_text()
+            grammar = _Grammar(text, is_plain=self.is_plain(text))
             check(grammar, positions=self.shows_positions)
         return grammar
 
@@ -90,6 +98,19 @@ class Constraint(gptk.LogitsProcessor):
             ) from None
         except ValueError as error:
             raise gptk.OptionError(f"{self.title()}: {self.subject()}: {error}") from None
+
+
+class _Grammar(NamedTuple):
+    """A grammar, and whether it may be compiled without a trial."""
+
+    text: str
+    is_plain: bool
+
+    def on_stack(self, compute: Callable[[], T]) -> T:
+        """Calls a function that compiles the grammar where the stack suffices."""
+        if self.is_plain:
+            return compute()
+        return _trial.on_stack(2 * _trial.STACK_MEGABYTES, compute)
 
 
 class RowMatchers:
@@ -228,17 +249,24 @@ class _Vocabulary:
     def has_text(self, token: int) -> bool:
         return token < len(self.tokens) and bool(self.tokens[token])
 
-    def matcher(self, grammar: str) -> "LLMatcher":
+    def matcher(self, grammar: _Grammar) -> "LLMatcher":
         """A matcher before its first token. Raises ValueError if no text is valid."""
         return self._cached_new(grammar).deep_copy()
 
-    def _new(self, grammar: str) -> "LLMatcher":
+    def _new(self, grammar: _Grammar) -> "LLMatcher":
         # The tokenizer drops bytes that its vocabulary lacks (SmolLM2's: six control characters and
         # a few others), so text with these bytes must not be forced to the tokenizer's own tokens.
-        escaped = re.search(r"\\[xuU]", grammar) is not None
-        if self._absent and (escaped or not self._absent.isdisjoint(grammar.encode())):
-            grammar += '\n%llguidance {"no_forcing": true}\n'
-        return first_matcher(self._tokenizer, grammar)
+        text = grammar.text
+        escaped = re.search(r"\\[xuU]", text) is not None
+        if self._absent and (escaped or not self._absent.isdisjoint(text.encode())):
+            text += '\n%llguidance {"no_forcing": true}\n'
+        matcher: LLMatcher
+        matcher, problem = grammar.on_stack(
+            lambda: _trial.first_matcher(llguidance(), self._tokenizer, text)
+        )
+        if problem:
+            raise ValueError(explain(problem))
+        return matcher
 
 
 class _Wrapper:
@@ -286,31 +314,21 @@ def llguidance() -> Any:
     return llguidance
 
 
-def check(grammar: str, *, positions: bool) -> None:
+def check(grammar: _Grammar, *, positions: bool) -> None:
     """Raise ValueError for errors of a grammar that can be found without the vocabulary.
 
     positions: whether the message has line and column.
     """
-    grammar.encode()  # a lone surrogate raises UnicodeEncodeError here, and another error below
-    if error := llguidance().LLMatcher.validate_grammar(grammar):
-        raise ValueError(explain(error, positions=positions))
-    if not re.search(r"<\S+>", grammar):  # a special token, which the byte tokenizer lacks
-        first_matcher(llguidance().LLTokenizer("byte"), grammar)
-
-
-def first_matcher(tokenizer: "LLTokenizer", grammar: str) -> "LLMatcher":
-    """A matcher before its first token. Raises ValueError if the grammar cannot be used."""
-    matcher: LLMatcher = llguidance().LLMatcher(tokenizer, grammar, log_level=0)
-    trial = matcher.deep_copy()
-    mask = np.unpackbits(np.frombuffer(trial.compute_bitmask(), np.uint8), bitorder="little")
-    if not trial.is_error():
-        token = int(mask.argmax())
-        if token != tokenizer.eos_token:
-            trial.consume_token(token)
-            trial.rollback(1)  # some features of llguidance's dialect do not support rollback
-    if trial.is_error():
-        raise ValueError(explain(trial.get_error()))
-    return matcher
+    grammar.text.encode()  # a lone surrogate raises UnicodeEncodeError here, another error below
+    # A special token is one that the byte tokenizer lacks.
+    reader = "validate" if re.search(r"<\S+>", grammar.text) else "check"
+    if grammar.is_plain:
+        problem = _trial.problem(llguidance(), grammar.text, reader)
+    else:
+        llguidance()  # for the message if it is not installed
+        problem = _trial.problem_in_child(grammar.text, reader)
+    if problem:
+        raise ValueError(explain(problem, positions=positions))
 
 
 def explain(error: str, *, positions: bool = False) -> str:
@@ -319,10 +337,14 @@ def explain(error: str, *, positions: bool = False) -> str:
         return "no text fits"
     if error.startswith("rollback not supported"):
         return "max_tokens and stop of a rule are not supported; suffix and lazy are"
+    if error.startswith("panic: "):
+        return "llguidance failed on it, probably since it is too large"
     position = re.match(r"(?:at )?(\d+)\((\d+)\): ", error)
     text = error[position.end() :] if position else error
     found = re.search(r"^error: (.*)", text, re.MULTILINE)
     reason = found[1] if found else text.partition("\n")[0]
+    if reason == "lexer error":
+        reason = "no part of a grammar; in texts, control characters are written \\n, \\u007f"
     reason = re.sub(r'^(invalid regex ".*" \(in regex\)|failed to compile .*?): ', "", reason)
     if position and positions:
         return f"line {position[1]}, column {position[2]}: {reason}"
@@ -338,6 +360,8 @@ def read_option(option: str, *, literal: bool, form: str) -> str:
         return option
     if not os.path.exists(option):
         raise ValueError(f"there is no such file, and it is not {form}")
+    if not os.path.isfile(option) and not os.path.isdir(option):
+        raise ValueError("is not a regular file")
     try:
         return Path(option).read_text(encoding="utf-8-sig")
     except OSError as error:

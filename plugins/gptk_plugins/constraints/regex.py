@@ -9,6 +9,7 @@ digits 0 to 9, `.` any character but a newline.
 
 from pydantic import Field
 
+import gptk
 from gptk_plugins.constraints._matcher import Constraint, llguidance
 
 
@@ -17,13 +18,12 @@ class Regex(Constraint):
 
     name = "regex"
     example = 'pattern="[0-9]{3}-[0-9]{4}"'
+    positional = "pattern"
 
-    pattern: str = Field(
-        description="no look-around, no backreferences; in quotes a backslash is written twice"
-    )
+    pattern: str = Field(description="no look-around, no backreferences")
 
     def grammar_text(self) -> str:
         return f"start: /{llguidance().regex_to_lark(self.pattern)}/"
 
     def subject(self) -> str:
-        return f"pattern {self.pattern!r}"
+        return f"pattern {gptk.plugins.shown(self.pattern)}"

@@ -17,6 +17,7 @@ class Lookup(gptk.Drafter):
 
     name = "lookup"
     example = "ngram=3,tokens=8"
+    positional = "tokens"
 
     ngram: int = Field(3, ge=1, description="the most tokens to look for")
     tokens: int = Field(8, ge=1, description="the most tokens to guess at a time")

@@ -22,6 +22,7 @@ class ModelDrafter(gptk.Drafter):
 
     name = "model"
     example = "source=smollm2,tokens=5"
+    positional = "source"
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     source: str | SkipJsonSchema[gptk.LanguageModel] = Field(

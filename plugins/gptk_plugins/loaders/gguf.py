@@ -41,6 +41,7 @@ class GGUF(gptk.WeightLoader):
 
     name = "gguf"
     example = "path=model.gguf"
+    positional = "path"
 
     path: str = Field(description="the file")
 

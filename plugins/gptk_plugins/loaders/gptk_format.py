@@ -21,6 +21,7 @@ class Gptk(gptk.WeightLoader):
 
     name = "gptk"
     example = "path=checkpoint"
+    positional = "path"
 
     path: str = Field(description="the directory")
 

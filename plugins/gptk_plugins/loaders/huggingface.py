@@ -51,6 +51,7 @@ class HuggingFace(gptk.WeightLoader):
 
     name = "huggingface"
     example = "path=openai-community/gpt2"
+    positional = "path"
 
     path: str = Field(description="a directory, or a hub id such as openai-community/gpt2")
     revision: str | None = Field(None, description="a branch, tag or commit on the hub")

@@ -53,6 +53,7 @@ class LLMsFromScratch(gptk.WeightLoader):
 
     name = "llms-from-scratch"
     example = "path=model.pth,n_heads=12"
+    positional = "path"
 
     path: str = Field(description="the file")
     n_heads: int | None = Field(

@@ -42,6 +42,7 @@ class NanoGPT(gptk.WeightLoader):
 
     name = "nanogpt"
     example = "path=out/ckpt.pt"
+    positional = "path"
 
     path: str = Field(description="the file")
     gelu: Literal["exact", "tanh"] = Field(

@@ -44,6 +44,7 @@ class OpenAI(gptk.WeightLoader):
 
     name = "openai"
     example = "path=models/124M"
+    positional = "path"
 
     path: str = Field(description="the directory")
 

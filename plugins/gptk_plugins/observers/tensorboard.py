@@ -20,6 +20,7 @@ class TensorBoard(gptk.TrainingObserver):
     """Writes TensorBoard events: `tensorboard --logdir RUN` shows them."""
 
     name = "tensorboard"
+    positional = "path"
 
     path: str | None = Field(
         None, description="where the events go; by default tensorboard in the run directory"

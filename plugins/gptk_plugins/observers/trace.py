@@ -21,6 +21,7 @@ class Trace(gptk.DecodingObserver):
 
     name = "trace"
     example = "path=steps.jsonl"
+    positional = "path"
 
     path: Path = Field(description="the file to write; an existing one is overwritten")
 

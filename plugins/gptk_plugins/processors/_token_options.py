@@ -28,9 +28,8 @@ def validated(
     try:
         return validate(value)
     except pydantic.ValidationError:
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}…"
         raise gptk.OptionError(
-            f"{plugin.title()}: {key}={shown} is not allowed; {key} is {form}"
+            f"{plugin.title()}: {key}={gptk.plugins.shown(value)} is not allowed; {key} is {form}"
         ) from None
 
 

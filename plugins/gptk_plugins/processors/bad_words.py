@@ -27,6 +27,7 @@ class BadWords(gptk.LogitsProcessor):
 
     name = "bad-words"
     example = 'words=["red", "navy blue"]'
+    positional = "words"
 
     words: tuple[TokensOrText, ...] = Field(
         description="texts, banned with and without a space before them, or lists of token ids, "

@@ -22,6 +22,7 @@ class CFG(gptk.LogitsProcessor):
 
     name = "cfg"
     example = "scale=1.5"
+    positional = "scale"
 
     scale: float = Field(
         1.5, ge=-1e6, le=1e6, description="above 1 follows the prompt more closely"

@@ -37,6 +37,7 @@ class DRY(gptk.LogitsProcessor):
 
     name = "dry"
     example = "multiplier=0.8"
+    positional = "multiplier"
 
     multiplier: float = Field(
         0.8,

@@ -14,6 +14,7 @@ class Epsilon(gptk.LogitsProcessor):
 
     name = "epsilon"
     example = "epsilon=0.001"
+    positional = "epsilon"
 
     epsilon: float = Field(
         0.0003, gt=0, lt=1, description="the least probability; the paper has 0.0003 to 0.0009"

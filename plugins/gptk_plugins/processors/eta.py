@@ -21,6 +21,7 @@ class Eta(gptk.LogitsProcessor):
 
     name = "eta"
     example = "epsilon=0.001"
+    positional = "epsilon"
 
     epsilon: float = Field(
         0.0003,

@@ -26,6 +26,7 @@ class ForcedTokens(gptk.LogitsProcessor):
 
     name = "forced-tokens"
     example = 'text="Sure, "'
+    positional = "text"
 
     text: str = Field("", description="the text to force")
     tokens: tuple[TokenId, ...] = Field((), description="or its token ids, as a JSON list")

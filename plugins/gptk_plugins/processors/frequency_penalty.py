@@ -18,6 +18,7 @@ class FrequencyPenalty(gptk.LogitsProcessor):
 
     name = "frequency-penalty"
     example = "penalty=0.5"
+    positional = "penalty"
 
     penalty: float = Field(
         0.5,

@@ -25,6 +25,7 @@ class LengthDecay(gptk.LogitsProcessor):
 
     name = "length-decay"
     example = "after=30,factor=1.05"
+    positional = "after"
 
     after: int = Field(ge=0, description="new tokens before the effect begins")
     factor: float = Field(

@@ -29,6 +29,7 @@ class LogitBias(gptk.LogitsProcessor):
 
     name = "logit-bias"
     example = 'bias={"11": -100, "!": 2.5}'
+    positional = "bias"
 
     bias: tuple[tuple[TokenId | Text, float], ...] = Field(
         description="what to add by token id, or by text that is one token, as a JSON object; "

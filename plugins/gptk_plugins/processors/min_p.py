@@ -18,6 +18,7 @@ class MinP(gptk.LogitsProcessor):
 
     name = "min-p"
     example = "p=0.05"
+    positional = "p"
 
     p: float = Field(0.05, gt=0, le=1, description="the share of the highest probability")
 

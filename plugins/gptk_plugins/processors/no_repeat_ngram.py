@@ -18,6 +18,7 @@ class NoRepeatNgram(gptk.LogitsProcessor):
 
     name = "no-repeat-ngram"
     example = "size=3"
+    positional = "size"
 
     size: int = Field(3, ge=1, description="length of the sequences that may occur once")
 

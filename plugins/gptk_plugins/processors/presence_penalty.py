@@ -18,6 +18,7 @@ class PresencePenalty(gptk.LogitsProcessor):
 
     name = "presence-penalty"
     example = "penalty=0.5"
+    positional = "penalty"
 
     penalty: float = Field(
         0.5,

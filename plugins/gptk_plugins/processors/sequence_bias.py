@@ -31,6 +31,7 @@ class SequenceBias(gptk.LogitsProcessor):
 
     name = "sequence-bias"
     example = 'biases={" purple": 4, " sky blue": 2.5}'
+    positional = "biases"
 
     biases: tuple[tuple[TokensOrText, float], ...] = Field(
         description="what to add by text (with its leading space) as a JSON object, or as a list "

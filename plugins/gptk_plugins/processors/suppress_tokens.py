@@ -26,6 +26,7 @@ class SuppressTokens(gptk.LogitsProcessor):
 
     name = "suppress-tokens"
     example = 'tokens=[1, "!"]'
+    positional = "tokens"
 
     tokens: tuple[TokenId | Text, ...] = Field(
         description="token ids, or texts that are one token, as a JSON list"

@@ -15,6 +15,7 @@ class Temperature(gptk.LogitsProcessor):
 
     name = "temperature"
     example = "temperature=0.7"
+    positional = "temperature"
 
     temperature: float = Field(
         1.0, ge=1e-6, le=1e6, description="1 changes nothing; for 0 use greedy"

@@ -23,6 +23,7 @@ class TopH(gptk.LogitsProcessor):
 
     name = "top-h"
     example = "h=0.4"
+    positional = "h"
 
     h: float = Field(0.4, gt=0, le=1, description="the share of the entropy; 1 keeps 100 tokens")
 

@@ -14,6 +14,7 @@ class TopK(gptk.LogitsProcessor):
 
     name = "top-k"
     example = "k=50"
+    positional = "k"
 
     k: int = Field(50, ge=1, description="how many tokens to keep")
 

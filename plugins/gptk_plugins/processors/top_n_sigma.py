@@ -19,6 +19,7 @@ class TopNSigma(gptk.LogitsProcessor):
 
     name = "top-n-sigma"
     example = "n=1.5"
+    positional = "n"
 
     n: float = Field(1.0, gt=0, description="how many standard deviations below the highest")
 

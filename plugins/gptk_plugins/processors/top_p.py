@@ -15,6 +15,7 @@ class TopP(gptk.LogitsProcessor):
 
     name = "top-p"
     example = "p=0.9"
+    positional = "p"
 
     p: float = Field(0.9, gt=0, le=1, description="the probability to reach; 1 keeps all")
 

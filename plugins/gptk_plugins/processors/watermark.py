@@ -59,6 +59,7 @@ class Watermark(gptk.LogitsProcessor):
 
     name = "watermark"
     example = "bias=2.0"
+    positional = "bias"
 
     greenlist_ratio: float = Field(
         0.25, gt=0, lt=1, description="the share of the vocabulary that is favoured; γ"

@@ -20,6 +20,7 @@ class XTC(gptk.LogitsProcessor):
 
     name = "xtc"
     example = "probability=0.5,threshold=0.1"
+    positional = "probability"
 
     probability: float = Field(0.5, ge=0, le=1, description="probability of masking at a step")
     threshold: float = Field(

@@ -16,6 +16,7 @@ class ConfidencePenalty(gptk.Regularizer):
     """Penalizes predictions of low entropy."""
 
     name = "confidence-penalty"
+    positional = "strength"
     logits = "chunks"
     example = "strength=0.1"
 

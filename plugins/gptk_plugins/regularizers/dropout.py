@@ -10,6 +10,7 @@ class Dropout(gptk.Regularizer):
 
     name = "dropout"
     example = "p=0.1"
+    positional = "p"
 
     p: float = Field(0.1, ge=0, lt=1, description="probability that a value is dropped")
 

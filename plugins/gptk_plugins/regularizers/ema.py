@@ -25,6 +25,7 @@ class EMA(gptk.Regularizer):
 
     name = "ema"
     example = "decay=0.999"
+    positional = "decay"
 
     decay: float = Field(0.999, ge=0, lt=1, description="share of the average that a step keeps")
     warm_start: bool = Field(True, description="keep less of the average in the first steps")

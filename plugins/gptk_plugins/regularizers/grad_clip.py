@@ -16,6 +16,7 @@ class GradClip(gptk.Regularizer):
 
     name = "grad-clip"
     example = "max_norm=1.0"
+    positional = "max_norm"
 
     max_norm: float = Field(1.0, ge=0, description="the limit; 0 clips nothing, as in nanoGPT")
 

@@ -15,6 +15,7 @@ class L1(gptk.Regularizer):
     """
 
     name = "l1"
+    positional = "strength"
     logits = "none"
     example = "strength=1e-6"
 

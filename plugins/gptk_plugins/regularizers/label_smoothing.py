@@ -10,6 +10,7 @@ class LabelSmoothing(gptk.Regularizer):
     """Cross entropy with targets that spread a share ε of their mass over all tokens."""
 
     name = "label-smoothing"
+    positional = "strength"
     logits = "chunks"
     example = "strength=0.1"
 

@@ -17,6 +17,7 @@ class WeightDecay(gptk.Regularizer):
 
     name = "weight-decay"
     example = "strength=0.1"
+    positional = "strength"
 
     strength: float = Field(0.1, ge=0, description="a step removes lr · strength of a weight")
     norms: bool = Field(False, description="whether the gains of norms decay")

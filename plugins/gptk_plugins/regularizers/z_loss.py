@@ -10,6 +10,7 @@ class ZLoss(gptk.Regularizer):
     """Keeps the softmax's normalizer near 1, so that logits do not drift."""
 
     name = "z-loss"
+    positional = "strength"
     logits = "chunks"
     example = "strength=1e-4"
 

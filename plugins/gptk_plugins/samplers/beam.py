@@ -27,6 +27,7 @@ class Beam(gptk.Sampler):
 
     name = "beam"
     example = "width=4"
+    positional = "width"
     competing = True
 
     width: int = Field(4, ge=1, description="beams kept at each step")

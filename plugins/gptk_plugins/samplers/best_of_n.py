@@ -19,6 +19,7 @@ class BestOfN(WrappingSampler):
 
     name = "best-of-n"
     example = 'n=8,sampler="top-p:p=0.9"'
+    positional = "n"
     random = True
 
     n: int = Field(8, ge=1, description="how many results to draw")

@@ -38,6 +38,7 @@ class DoLa(WrappingSampler):
 
     name = "dola"
     example = "layers=high"
+    positional = "layers"
 
     sampler: str = Field("greedy", description="the sampler that chooses the tokens, a spec")
     layers: Literal["low", "high"] | tuple[int, ...] = Field(

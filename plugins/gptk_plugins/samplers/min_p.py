@@ -20,6 +20,7 @@ class MinPSampler(Multinomial):
 
     name = "min-p"
     example = "p=0.05,temperature=1.5"
+    positional = "p"
 
     p: float = Field(0.05, gt=0, le=1, description="the share of the highest probability")
 

@@ -24,6 +24,7 @@ class Multinomial(gptk.Sampler):
 
     name = "multinomial"
     example = "temperature=0.8"
+    positional = "temperature"
     random = True
 
     temperature: float = Field(

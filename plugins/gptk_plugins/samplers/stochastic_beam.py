@@ -32,6 +32,7 @@ class StochasticBeam(gptk.Sampler):
 
     name = "stochastic-beam"
     example = "width=4"
+    positional = "width"
     random = True
     competing = True
 

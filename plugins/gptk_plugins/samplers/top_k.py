@@ -18,6 +18,7 @@ class TopKSampler(Multinomial):
 
     name = "top-k"
     example = "k=50,temperature=0.8"
+    positional = "k"
 
     k: int = Field(50, ge=1, description="how many tokens are left to draw from")
 

@@ -19,6 +19,7 @@ class TopPSampler(Multinomial):
 
     name = "top-p"
     example = "p=0.9,temperature=0.8"
+    positional = "p"
 
     p: float = Field(0.9, gt=0, le=1, description="the probability that the nucleus reaches")
 

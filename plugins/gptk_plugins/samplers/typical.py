@@ -21,6 +21,7 @@ class TypicalSampler(Multinomial):
 
     name = "typical"
     example = "p=0.9,temperature=0.8"
+    positional = "p"
 
     p: float = Field(0.9, gt=0, le=1, description="the probability that the typical tokens reach")
 

@@ -12,7 +12,7 @@ class Cosine(DecayToFloor):
     """Half a cosine wave from the peak to the floor."""
 
     name = "cosine"
-    example = "floor=0.1"
+    example = "warmup=100,floor=0.1"
 
     def curve(self, t: float) -> float:
         return (1 + math.cos(math.pi * t)) / 2

@@ -20,6 +20,7 @@ class OneCycle(gptk.LRScheduler):
 
     name = "one-cycle"
     example = "rise=0.3"
+    positional = "rise"
 
     rise: float = Field(0.3, ge=0, lt=1, description="share of the steps up to the peak")
     start_divisor: float = Field(25.0, ge=1, description="peak rate / first rate")

@@ -10,6 +10,7 @@ class Polynomial(DecayToFloor):
 
     name = "polynomial"
     example = "power=2"
+    positional = "power"
 
     power: float = Field(2.0, gt=0, description="1 is a straight line; below 1 it ends steeply")
 

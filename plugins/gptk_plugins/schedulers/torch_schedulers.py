@@ -46,6 +46,7 @@ class Torch(gptk.LRScheduler):
 
     name = "torch"
     example = "scheduler=LinearLR"
+    positional = "scheduler"
 
     scheduler: str = Field(description="a class of torch.optim.lr_scheduler, such as StepLR")
     options: dict[str, JsonValue] = Field({}, description="its options, as JSON")

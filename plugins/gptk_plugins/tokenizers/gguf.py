@@ -20,6 +20,7 @@ class GGUFTokenizer(gptk.TokenizerLoader):
 
     name = "gguf"
     example = "path=model.gguf"
+    positional = "path"
 
     path: Path = Field(description="the GGUF file")
 

@@ -31,6 +31,7 @@ class HuggingFaceTokenizer(gptk.TokenizerLoader):
 
     name = "huggingface"
     example = "path=model/tokenizer.json"
+    positional = "path"
 
     path: Path = Field(description="the tokenizer.json, or its directory")
 

@@ -10,6 +10,7 @@ class Tiktoken(gptk.TokenizerLoader):
 
     name = "tiktoken"
     example = "encoding=cl100k_base"
+    positional = "encoding"
 
     encoding: str = Field(description="name of the encoding in tiktoken")
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Results for each prompt.",
 )
-@click.option("--seed", type=int, help="Any integer. Default: a new one each time.")
+@click.option("--seed", type=int, help="A whole number of 64 bits. Default: a new one each time.")
 @click.option(
     "--stop",
     multiple=True,

@@ -14,6 +14,7 @@ from rich.text import Text
 from gptk.cli import COMMANDS, warn_of_failures
 from gptk.errors import UnknownNameError, suggest
 from gptk.options import option_help
+from gptk.plugins.creating import short_form
 from gptk.plugins.kinds import KINDS
 from gptk.plugins.registry import Provided, provided, summary
 from gptk.scaffold import SCAFFOLDS, first_command, write_package
@@ -122,6 +123,8 @@ def _show(plugin: Provided) -> None:
         example = getattr(item, "example", "")
         spec = f"{plugin.name}:{example}" if example else plugin.name
         click.echo(f"Example: {USES[plugin.kind].format(shlex.quote(spec))}")
+        if plugin.kind != "command" and (short := short_form(item)):
+            click.echo(f"{item.positional} may come first without its name: {short}")
 
 
 def _console() -> Console:

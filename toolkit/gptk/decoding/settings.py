@@ -10,7 +10,7 @@ from typing import Any, get_args
 from gptk.decoding.checks import check_draft
 from gptk.decoding.drafters import make_drafter
 from gptk.decoding.limits import StopCondition
-from gptk.errors import OptionError, suggest
+from gptk.errors import OptionError, shown, suggest
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.sampling import LogitsProcessor, Sampler
@@ -18,7 +18,9 @@ from gptk.plugins.blame import blaming
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.session.session import Overflow
-from gptk.system.metadata import shown
+
+MAX_ROWS = 100_000
+"""The most rows for a prompt. So many take tens of gigabytes even with a small model."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,12 @@ def check_settings(
     for name in unknown:
         raise OptionError(_unknown_setting(name))
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
-    n = _whole_number("n", n, least=1, most=_MOST_RESULTS)
-    seed = secrets.randbits(32) if seed is None else _whole_number("seed", seed, least=-(2**63))
+    n = _whole_number("n", n, least=1, most=MAX_ROWS)
+    seed = (
+        secrets.randbits(32)
+        if seed is None
+        else _whole_number("seed", seed, least=-(2**63), most=2**64 - 1)
+    )
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
@@ -95,6 +101,7 @@ def check_settings(
         rows = chosen.max_rows(n)
         if drafter is not None:
             check_draft(chosen)
+    _check_rows(chosen, rows)
     stops = _checked_stops(stop)
     return CheckedSettings(
         sampler=chosen,
@@ -113,10 +120,6 @@ def check_settings(
         observers=tuple(user_observers),
         top_logprobs=top_logprobs,
     )
-
-
-_MOST_RESULTS = 100_000
-"""More results of a prompt in one call are a mistake, as each takes memory."""
 
 
 def _as_list(name: str, value: Any, single: type) -> list[Any]:
@@ -148,7 +151,9 @@ def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -
     try:
         number = operator.index(value)
     except TypeError:
-        raise OptionError(f"{name} is {shown(value)}; it must be a whole number") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise OptionError(f"{name} is {shown(value)}; it must be a whole number")
     if number < least:
         raise OptionError(f"{name} is {shown(number)}; it must be {least} or more")
     if number > most:
@@ -160,6 +165,14 @@ def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):  # numpy's, too
         return bool(value)
     raise OptionError(f"{name} is {shown(value)}; it must be True or False")
+
+
+def _check_rows(sampler: Sampler, rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise OptionError(
+            f"sampler {sampler.name} would decode {rows} rows for a prompt; at most {MAX_ROWS:,} "
+            "are possible"
+        )
 
 
 def _check_overflow(overflow: object) -> None:

@@ -16,6 +16,8 @@ class Plugin(Options):
     """The base class of everything that hooks return, except commands: a name, and options.
 
     `gptk plugins show NAME` and the parsing of spec strings follow from the declared options.
+    `positional` names the option that a spec string may give without its name: with
+    `positional = "width"`, `beam:4` is `beam:width=4`.
     """
 
     name: ClassVar[str]

@@ -26,6 +26,8 @@ class LRScheduler(Plugin):
     """
 
     kind: ClassVar[str] = "scheduler"
+    positional: ClassVar[str] = "warmup"
+    """The option that a spec may give without its name."""
 
     warmup: int = Field(0, ge=0, description="steps of linear warmup before the schedule begins")
 

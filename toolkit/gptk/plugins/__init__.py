@@ -4,13 +4,16 @@ The names here are public, as `gptk.plugins`; the base classes that plug-ins fil
 `gptk.hooks`.
 """
 
+from gptk.errors import shown as shown
 from gptk.hooks.base import Plugin as Plugin
 from gptk.options import Options as Options
+from gptk.options import from_json as from_json
 from gptk.options import from_options as from_options
 from gptk.options import from_text as from_text
 from gptk.options import option_help as option_help
 from gptk.plugins.blame import blaming as blaming
 from gptk.plugins.creating import create as create
+from gptk.plugins.creating import short_form as short_form
 from gptk.plugins.files import register_file as register_file
 from gptk.plugins.kinds import KINDS as KINDS
 from gptk.plugins.kinds import Kind as Kind
@@ -29,4 +32,3 @@ from gptk.system.metadata import open_regular as open_regular
 from gptk.system.metadata import parse_json as parse_json
 from gptk.system.metadata import read_json as read_json
 from gptk.system.metadata import read_text as read_text
-from gptk.system.metadata import shown as shown

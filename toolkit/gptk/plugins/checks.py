@@ -58,6 +58,9 @@ def item_problem(kind: str, item: Any, reserved_commands: Collection[str]) -> st
         plugin.model_rebuild()  # resolves annotations that name a class defined later
     except pydantic.errors.PydanticUndefinedAnnotation as error:
         return f"an option of {item.__name__} has the type {error.name}, which is not defined"
+    if plugin.positional and plugin.positional not in plugin.model_fields:
+        known = suggest(plugin.positional, plugin.model_fields, what="options")
+        return f"{item.__name__} has no option {plugin.positional!r}, its `positional`; {known}"
     return None
 
 

@@ -7,12 +7,13 @@ from gptk.errors import (
     OptionError,
     PluginError,
     brief,
+    shown,
 )
 from gptk.hooks.base import Plugin
 from gptk.options import from_options
 from gptk.plugins.kinds import KINDS
 from gptk.plugins.registry import find
-from gptk.spec import parse_spec
+from gptk.spec import format_value, parse_spec
 
 P = TypeVar("P", bound=Plugin)
 
@@ -20,14 +21,15 @@ P = TypeVar("P", bound=Plugin)
 def create(kind: str, spec: "str | P", base: type[P]) -> P:
     """A plug-in of one kind from its spec string; an instance of `base` is returned as it is.
 
-    Options that are neither text nor numbers are written as JSON, `tokens="[1, 2]"`.
+    Options that are neither text nor numbers are written as JSON, `tokens=[1, 2]`; the option
+    that the class declares as `positional` may come first without its name, `beam:4`.
     Raises UnknownNameError (with the nearest names), SpecError, OptionError, or PluginError for
     a name that two distributions claim or a class that fails.
     """
     if isinstance(spec, base):
         return spec
     if not isinstance(spec, str):
-        raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {spec!r}")
+        raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {shown(spec)}")
     name, options = parse_spec(spec)
     found = find(kind, name)
     try:
@@ -41,3 +43,20 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
         ) from error
     assert isinstance(plugin, base)
     return plugin
+
+
+def short_form(plugin: type[Plugin]) -> str | None:
+    """A spec string with an option that is given without its name, for help; None if none may be.
+
+    >>> from gptk.plugins.registry import find
+    >>> short_form(find("sampler", "top-p").item)
+    'top-p:0.9'
+    """
+    if not plugin.positional:
+        return None
+    options = parse_spec(f"{plugin.name}:{plugin.example}")[1] if plugin.example else {}
+    option = plugin.model_fields[plugin.positional]
+    value: object = options.get(plugin.positional)
+    if value is None and not option.is_required() and option.default is not None:
+        value = option.get_default(call_default_factory=True, validated_data={})
+    return f"{plugin.name}:{format_value(value)}" if value is not None else None

@@ -7,14 +7,14 @@ file is one line, in an error of the caller's choice.
 import json
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Self
 
 import pydantic
 
-from gptk.errors import GptkError, SourceError
+from gptk.errors import GptkError, SourceError, shown
+from gptk.options import from_json
 from gptk.system.memory import is_out_of_memory
 
 ErrorType = Callable[[str], GptkError]
@@ -82,7 +82,7 @@ def parse_json(text: str, where: str, error: ErrorType = SourceError) -> dict[st
     surrogate pair; and for objects nested more than 100 deep.
     """
     try:
-        value = _decoder.decode(text)
+        value = from_json(text, exact=False)
     except RecursionError:
         raise error(f"{where} is nested more than {MAX_DEPTH} deep") from None
     except ValueError as problem:
@@ -124,11 +124,6 @@ class Fields(pydantic.BaseModel):
             raise error(f"{where}{_explained(problem)}") from None
 
 
-def shown(value: object) -> str:
-    """A value in a message: its repr, cut short where it is long or nested."""
-    return _short.repr(value)
-
-
 def _check_regular(status: os.stat_result, path: str | os.PathLike[str], error: ErrorType) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
@@ -151,40 +146,6 @@ def _unreadable(path: str | os.PathLike[str], problem: Exception, error: ErrorTy
     return error(f"{path} cannot be read: {reason}")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {shown(key)} occurs twice")
-            seen.add(key)
-    return found
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {number:.20} is too large")
-    return value
-
-
-def _whole(number: str) -> int:
-    if len(number) > 1000:
-        raise ValueError(f"a number has {len(number):,} digits")
-    return int(number)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_float=_finite,
-    parse_int=_whole,
-    parse_constant=_no_constant,
-)
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -200,21 +161,6 @@ def _is_shallow(value: object) -> bool:
         if not level:
             return True
     return False
-
-
-class _Short(reprlib.Repr):
-    """Python's own, for numbers that Python refuses to print as well."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() > 1000:
-            return f"a number of {x.bit_length():,} bits"
-        return super().repr_int(x, level)
-
-
-_short = _Short()
-_short.maxlevel = 3
-_short.maxstring = _short.maxother = 60
-_short.maxlong = 30
 
 
 def _explained(problem: pydantic.ValidationError) -> str:

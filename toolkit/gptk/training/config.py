@@ -222,6 +222,8 @@ def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
             raise OptionError(f"no such configuration file: {path}") from None
         except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
             raise OptionError(f"{path} cannot be read as TOML: {error}") from None
+        except RecursionError:
+            raise OptionError(f"{path} cannot be read as TOML: nested too deeply") from None
     changed = _parse_changes(changes)
     if "epochs" in changed and "steps" not in changed:  # it replaces the file's steps
         values.pop("steps", None)

@@ -16,7 +16,7 @@ def load_tokenizer(source: str) -> Tokenizer:
 
     Raises TokenizerError, or UnknownNameError for an unknown name.
     """
-    if not _SPEC.match(source):
+    if not _is_spec(source):
         for plugin in provided("tokenizer").values():
             if ask(plugin, "matches", source):
                 loader = plugin.item.from_source(source)
@@ -34,4 +34,10 @@ def _load(loader: TokenizerLoader) -> Tokenizer:
         return expect(loader, "load", loader.load(), Tokenizer, "a gptk.Tokenizer")
 
 
-_SPEC = re.compile(r"[\w.-]+:\w+=")  # a name and an option; paths hardly begin like that
+def _is_spec(source: str) -> bool:
+    """Whether it names a tokenizer plug-in and an option; paths hardly begin like that."""
+    name, colon, _ = source.partition(":")
+    return bool((colon and name in provided("tokenizer")) or _OPTION.match(source))
+
+
+_OPTION = re.compile(r"[\w.-]+:\w+=")
