@@ -285,7 +285,7 @@ def hook(name, kind):
     lines += ["", "Named:", "", f"- on the command line: `{COMMANDS[name].format('NAME')}`"]
     if name in FROM_PYTHON:
         lines += [f"- in Python: `{FROM_PYTHON[name]}`"]
-    contract = f"{name.capitalize()}Contract"
+    contract = f"{name.title().replace('-', '')}Contract"
     if contract in gptk.testing.__all__:
         lines += ["", f"Tested by `gptk.testing.{contract}`: [its promises](contracts.md)."]
     built_in = [p for p in provided(name).values() if p.distribution.startswith("gptk-decoding ")]
@@ -405,8 +405,9 @@ tutorial](tutorial.md) uses one hook, from the first line to a published package
 
 {head}
 
-An entry point in your `pyproject.toml` names this module; then `gptk` finds what it provides by
-name:
+`gptk plugins new NAME --kind KIND` writes a package with a working plug-in of any kind, to begin
+with. In it an entry point in `pyproject.toml` names the module; then `gptk` finds what it provides
+by name:
 
 ```toml
 [project.entry-points.gptk]
@@ -423,8 +424,9 @@ accepted.
 **A class** has a `name` of letters, digits, dots and hyphens, and typed options: pydantic fields
 with bounds, a default and a one-line `description`. `gptk plugins` shows the first line of its
 docstring, `gptk plugins show` a command with the options of `example = "key=value"`. If two
-distributions use the same name for one kind, an error names both. Instances never change and may
-serve several calls at once: state belongs into the object that `start` returns.
+distributions use the same name for one kind, an error names both. A class defines no `__init__`.
+Instances never change and may serve several calls at once: state belongs into the object that
+`start` returns.
 
 **A decoding run** is given to samplers, drafters and decoding observers as a
 [`gptk.Run`](api.md), which has what plug-ins may use: the session with its rows, the processors,
@@ -434,7 +436,8 @@ the tokenizer, what the sampler's `start` returned (`run.state`), and `run.commi
 other plug-ins keep working. When plug-ins are loaded, these are a module that fails to import or
 has no marked hook, an unknown hook (with the nearest name), and a class without a name; later, code
 that raises an error, a missing method, and a value of another type than the table below says. An
-observer that fails is called no more, and the run goes on.
+observer that fails is called no more, and the run goes on. What a plug-in prints while it is loaded
+goes to standard error.
 
 **A name with options** is a spec string, `NAME:key=value,key=value`, on the command line, in Python
 and in configuration files; in Python an instance of the class works, too. The option that the class
@@ -481,6 +484,8 @@ def to_set(contract):
     rows = []
     docstrings = attribute_docstrings(contract)
     for name in getattr(contract, "__annotations__", {}):
+        if name.startswith("_"):
+            continue
         value = vars(contract).get(name)
         simple = name in vars(contract) and isinstance(value, int | str | None)
         default = f" = {value!r}" if simple else ""
@@ -511,8 +516,17 @@ class TestMySampler(SamplerContract):
     make = MySampler
 ```
 
-`pytest` then checks each promise below on examples that Hypothesis generates. A failure names the
-promise, with the smallest example that was found, and links to this page.
+`pytest` then checks each promise below, first on examples built by hand for what plug-ins most
+often get wrong (ties, all tokens but one masked, a single row and many, rows that fork and lose
+tokens), then on examples that Hypothesis draws, the same ones in each run. A failure names the
+promise, says what broke it, and links to this page. All examples of a promise use one instance, as
+in use, so that state kept on it is noticed.
+
+The promises of a contract are in an order, and a later one rests on the earlier ones: if several
+are broken, only the first is named, and the others are skipped until it is kept. A promise that
+cannot be tried on a plug-in is skipped with the reason, such as a draft where the sampler refuses
+drafts.
+
 `pip install 'gptk-decoding[testing]'` installs what this needs. There are three fixtures for your
 tests:
 
@@ -522,8 +536,8 @@ tests:
 | `gptk_markov` | a function that makes a model with a given matrix of transition probabilities |
 | `gptk_smollm2` | SmolLM2-135M-Instruct; without it the test is skipped |
 
-The number of examples follows Hypothesis' profile: with `max_examples` of 1,000 it is ten times the
-usual number."""
+The number of drawn examples follows Hypothesis' profile: with `max_examples` of 1,000 it is ten
+times the usual number. Hypothesis looks for a smaller example for two seconds."""
 
 
 def api():
@@ -576,20 +590,22 @@ API_HEAD = """\
 The public names: `import gptk`, then `gptk.NAME`. Names that are not on this page may change
 without notice. The site fills this page with the docstrings; `help(gptk.load)` shows the same."""
 API = {
-    "Language model": """load LanguageModel Settings Stream Generation Score Acceptance
+    "Language model": """load LanguageModel Settings Stream Generation TopTokens RankedToken
+        StreamedToken Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
         ModelConfig compile_step Levels""",
     "Decoding": """Run Decoding Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
-    "Plug-ins": """hookimpl Plugin plugins PluginWarning Sampler LogitsProcessor Drafter Draft
-        Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer gradient_norm
-        TrainingObserver TrainingListener WeightLoader Checkpoint Tensors WeightWriter
-        TokenizerLoader""",
+    "Plug-ins": """hookimpl Plugin plugins distribution PluginWarning Sampler LogitsProcessor
+        Drafter Draft Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer
+        gradient_norm TrainingObserver TrainingListener WeightLoader Checkpoint Tensors
+        WeightWriter TokenizerLoader""",
     "Testing plug-ins": """testing.PluginContract testing.ProcessorContract
         testing.TruncationContract testing.SamplerContract testing.DrafterContract
-        testing.ScorerContract testing.SchedulerContract testing.RegularizerContract
+        testing.ScorerContract testing.DecodingObserverContract testing.SchedulerContract
+        testing.RegularizerContract testing.TrainingObserverContract
         testing.LoaderContract testing.WriterContract testing.TokenizerContract
         testing.ModelContract testing.BrokenPromise testing.tiny_lm testing.tiny_gpt
         testing.markov_lm testing.prompts testing.batches testing.logits""",
@@ -598,12 +614,14 @@ API = {
     "Adapters": """adapters.transformers.from_transformers
         adapters.transformers.from_stopping_criteria adapters.transformers.to_transformers
         adapters.llama_cpp.to_llama_cpp""",
-    "Errors": """GptkError DataError DecodingError DeviceError IncompatibleError OptionError
+    "Errors": """GptkError DataError DecodingError DeviceError IncompatibleError InternalError
+        OptionError
         OutOfMemory PluginError PromptError SourceError SpecError TokenizerError TrainingError
         UnknownNameError""",
 }
 MEMBERS = {
     "vocabulary": "top, keep_from, last_key, logprobs_of, entropy, mean",
+    "distribution": "NAME, DOCS, install_command, page",
     "plugins": "register, unregister, provided, Provided, failures, create, find, option_help",
 }
 """The names of a module that are shown; its other names are for gptk itself."""

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -833,3 +834,107 @@ def test_gptk_does_not_load_what_it_adapts_to():
         "print({'transformers', 'llama_cpp', 'torch'} & set(sys.modules))"
     )
     assert out.stdout == "set()\n", out.stderr
+
+
+class Faulty(transformers.LogitsProcessor):
+    """A processor of transformers that goes wrong."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __call__(self, input_ids, scores):
+        return self.fault(scores)
+
+
+class FaultyOfGptks(gptk.LogitsProcessor):
+    """A processor of gptk that goes wrong."""
+
+    name = "faulty"
+    fault: Any = None
+
+    def __call__(self, logits, rows):
+        return self.fault(logits)
+
+
+class HalfAFollower(gptk.LogitsProcessor):
+    """Its state hears of some moves only."""
+
+    name = "half-a-follower"
+
+    class State:
+        def __call__(self, logits, rows):
+            return logits
+
+        def extend(self, tokens): ...
+
+    def start(self, rows):
+        return self.State()
+
+
+class NoFunction(gptk.LogitsProcessor):
+    """Starts with nothing."""
+
+    name = "no-function"
+
+    def start(self, rows):
+        return None
+
+
+class TestFaults:
+    """What a processor or its user gets wrong is told as in gptk's own loop, in a line."""
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                generation.TemperatureLogitsWarper,
+                "TemperatureLogitsWarper cannot be used in gptk: it is a cl",
+            ),
+            ("top-k:k=3", "it is gptk's own; give it to `processors` as it is"),
+            (FaultyOfGptks(), "FaultyOfGptks cannot be used in gptk: it is gptk's own"),
+            (3, "int cannot be used in gptk: it is not a transformers LogitsProcessor"),
+        ],
+    )
+    def test_what_is_given_to_from_transformers(self, given, message):
+        with pytest.raises(gptk.OptionError) as caught:
+            from_transformers(given)
+        assert message in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            (lambda scores: None, "Faulty, a processor of transformers, returned None; it must"),
+            (lambda scores: scores[0], r"returned shape \(257,\); it must return .* \(1, 257\)"),
+            (
+                lambda scores: 1 / 0,
+                "Faulty, a processor of transformers, failed: ZeroDivisionError",
+            ),
+        ],
+    )
+    def test_a_processor_of_transformers_that_goes_wrong(self, fault, message, gptk_lm):
+        with pytest.raises(gptk.PluginError, match=message):
+            gptk_lm.generate("ab", processors=[from_transformers(Faulty(fault))])
+
+    @pytest.mark.parametrize(
+        ("processor", "message"),
+        [
+            (FaultyOfGptks(fault=lambda logits: None), "processor faulty returned None; it must"),
+            (FaultyOfGptks(fault=lambda logits: logits[:, 1:]), "processor faulty returned shape"),
+            (FaultyOfGptks(fault=lambda logits: 1 / 0), "processor faulty of .*ZeroDivisionError"),
+            (HalfAFollower(), "the state of processor half-a-follower has extend, but a follower"),
+            (NoFunction(), r"processor no-function: start\(\) returned None; it must return a fun"),
+        ],
+    )
+    @pytest.mark.parametrize("adapter", [to_transformers, to_llama_cpp])
+    def test_a_processor_of_gptks_in_anothers_loop(self, adapter, processor, message):
+        adapted = adapter(processor)
+        inputs = torch.tensor([[1, 2]]), torch.zeros(1, 257)
+        if adapter is to_llama_cpp:
+            inputs = tuple(part[0].numpy() for part in inputs)
+        with pytest.raises(gptk.PluginError, match=message):
+            adapted(*inputs)
+
+    def test_a_class_in_place_of_an_instance(self):
+        for adapter in (to_transformers, to_llama_cpp):
+            with pytest.raises(gptk.OptionError, match="a processor is an instance, NoFunction"):
+                adapter([NoFunction])

@@ -10,7 +10,6 @@ import pytest
 from test_generation import Dictate
 
 import gptk
-from gptk.hooks.html import generation_as_html
 from gptk.testing import tiny_lm
 
 LM = tiny_lm()
@@ -129,7 +128,7 @@ def test_html_shows_the_text_with_improbable_tokens_coloured():
 
 def test_html_of_many_alternatives_is_cut():
     out = LM.generate("x", sampler="multinomial", n=40, max_new_tokens=2)
-    assert "… and 20 more" in generation_as_html(out)
+    assert "… and 20 more" in out._repr_html_()
     assert len(LM.generate("x", max_new_tokens=1)._repr_html_()) < 1000
 
 

@@ -344,10 +344,12 @@ def _run(
 def _harm(target: Target, attacked: object) -> str | None:
     import click
 
-    from gptk.errors import GptkError, PluginError
+    from gptk.errors import GptkError, InternalError, PluginError
 
     try:
         target.run(attacked)
+    except InternalError as error:
+        return f"a fault of gptk: {error}"
     except PluginError as error:
         return None if target.plugin_errors else f"blames a plug-in: {error}"
     except (GptkError, click.ClickException, click.exceptions.Exit) as error:

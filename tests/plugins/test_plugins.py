@@ -482,6 +482,27 @@ class OneClass:
         return WrongKind
 
 
+class Async:
+    @gptk.hookimpl
+    async def gptk_samplers(self):
+        return []
+
+
+class Twice:
+    @gptk.hookimpl
+    def gptk_logits_processors(self):
+        class Other(gptk.LogitsProcessor):
+            name = "everything"
+
+        return [Everything, Everything, Other]  # one of them is only named twice
+
+
+class Quits:
+    @gptk.hookimpl
+    def gptk_samplers(self):
+        sys.exit()
+
+
 class HalfMarked:
     def gptk_samplers(self):
         return []
@@ -501,6 +522,10 @@ class Inherited(Everything):
 
 class Spaced(gptk.LogitsProcessor):
     name = "two words"
+
+
+class Underscored(gptk.LogitsProcessor):
+    name = "my_sampler"
 
 
 class Undefined(gptk.LogitsProcessor):
@@ -543,20 +568,35 @@ class WrongKind(gptk.Sampler):
             "it has no hook of gptk's: gptk_samplers is not marked as a hook; write @gptk",
         ),
         (object(), "it has no hook, so gptk finds nothing in it; add a function gptk_samplers()"),
-        (OneClass(), "hook gptk_samplers of mine 1.0: it returned <class '"),
-        (Provider(Nameless), "Nameless has the name None"),
-        (Provider(Inherited), "Inherited has the name None"),
+        (OneClass(), "hook gptk_samplers of mine 1.0: it returned the class WrongKind; return [Wr"),
+        (Async(), "hook gptk_samplers of mine 1.0: it is async, and gptk does not await it"),
+        (Twice(), "two logits processors are called 'everything', both of mine 1.0; rename one"),
+        (Quits(), "hook gptk_samplers of mine 1.0: SystemExit"),
+        (Provider(Nameless), "Nameless has no name; give it a class attribute, `name = 'namel"),
+        (Provider(Inherited), "Inherited has no name; give it"),
         (
             Provider(Undefined),
             "an option of Undefined has the type Nowhere, which is not defined",
         ),
-        (Provider(Spaced), "Spaced has the name 'two words'"),
+        (
+            Provider(Spaced),
+            "Spaced has the name 'two words'; a name has letters, digits, dots and hyphens: "
+            "'two-words'",
+        ),
         (
             Provider(NoSuchOption),
             "NoSuchOption has no option 'cuont', its `positional`; did you mean count?",
         ),
+        (
+            Provider(Underscored),
+            "has the name 'my_sampler'; a name has letters, digits, dots and hyphens: 'my-sampler'",
+        ),
         (Provider(WrongKind), "is not a subclass of gptk.LogitsProcessor"),
-        (Provider(Everything(text="")), "is not a subclass of gptk.LogitsProcessor"),
+        (
+            Provider(Everything(text="")),
+            "it returned an instance of Everything; return the class itself, [Everything]",
+        ),
+        (Provider(3), "3 is not a subclass of gptk.LogitsProcessor"),
     ],
 )
 def test_a_plugin_that_breaks_a_rule_is_refused_and_the_others_go_on(plugin, message):
@@ -679,7 +719,7 @@ def third_party(tmp_path):
         import click, gptk
 
         class Odd(gptk.Sampler):
-            name: str = "odd"  # a field, not the class's name
+            "Has no name."
 
         class TopK(gptk.Sampler):
             "[bold]Not markup[/nope]"
@@ -715,6 +755,19 @@ def third_party(tmp_path):
             return []
         """,
     )
+
+    distribution(
+        "gptk-declares",
+        "declares",
+        """
+        import gptk
+
+        class Declares(gptk.Sampler):
+            name: str = "declares"  # a field, not the class's name
+        """,
+    )
+    distribution("gptk-quits", "quits", "import sys\nprint('printed by quits')\nsys.exit()\n")
+    distribution("gptk-interrupts", "interrupts", "raise BaseException('gone')\n")
     return tmp_path
 
 
@@ -734,16 +787,22 @@ def test_entry_points_are_found_and_a_broken_one_is_reported_and_skipped(third_p
     assert listed.returncode == 0
     assert "gptk-coldest 1.0" in listed.stdout
     assert "beam" in listed.stdout
-    said = listed.stderr.splitlines()
-    assert len(said) == 8
+    assert "printed" not in listed.stdout
+    printed, *said = listed.stderr.splitlines()
+    assert printed == "printed by quits"
+    assert len(said) == 11
     for line in (
         "plug-in gptk-broken of gptk-broken 1.0: ModuleNotFoundError",
-        "hook gptk_samplers of gptk-odd 1.0: Odd has the name None",
+        "hook gptk_samplers of gptk-odd 1.0: Odd has no name; give it a class attribute",
         "two samplers are called 'top-k': one from gptk",
         "hook gptk_tokenizers of gptk-odd 1.0: it returned None, not a list",
         "plug-in gptk-bare of gptk-bare 1.0: it has no hook of gptk's: gptk_samplers is not marked",
         "a function of gptk-typo 1.0: there is no hook gptk_sampler; did you mean gptk_samplers",
         "hook gptk_commands of gptk-odd 1.0: gptk has a command generate of its own",
+        "plug-in gptk-declares of gptk-declares 1.0: Declares declares `name` as an option, which "
+        "Sampler has for itself; write `name = …` without a type",
+        "plug-in gptk-quits of gptk-quits 1.0: SystemExit",
+        "plug-in gptk-interrupts of gptk-interrupts 1.0: BaseException: gone",
         "hook gptk_commands of gptk-odd 1.0: <built-in function len> is not a click command",
     ):
         assert any(line in message for message in said), said

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 import gptk
 from environments import fresh_environment
-from gptk import plugins
+from gptk import distribution, plugins
 from gptk.scaffold import LONGEST_NAME, SCAFFOLDS, write_package
 from gptk.testing import tiny_gpt, tiny_lm
 from program import failing
@@ -108,16 +109,24 @@ class TestThePackage:
         code = source(folder).read_text()
         assert ast.get_docstring(ast.parse(code))
         assert "GPTK_API = 1\n" in code
-        assert "class RunnerUp(gptk." in code
-        assert "(RunnerUp)" not in code
         test = own_test(folder).read_text()
-        assert "make = RunnerUp\n" in test
-        assert sum(line.startswith("def test_") for line in test.splitlines()) == 1
+        if kind == "command":
+            assert "def runner_up(" in code
+        else:
+            assert "class RunnerUp(gptk." in code
+            assert "    make = RunnerUp\n" in test
+        assert "(RunnerUp)" not in code
+        assert "def test_" in test
         readme = (folder / "README.md").read_text()
-        for needed in ("pip install gptk-runner-up", "docs/tutorial.md", "docs/contracts.md"):
+        for needed in (
+            "pip install gptk-runner-up",
+            distribution.page("tutorial"),
+            f"{distribution.page('hooks')}#gptk_",
+        ):
             assert needed in readme
+        assert (distribution.page("contracts") in readme) == (kind != "command")
         assert "Copyright (c) 20" in (folder / "LICENSE").read_text()
-        assert "$" not in code + test + readme
+        assert not re.search(r"\$\w", code + test + readme)
 
     @KINDS
     def test_ruff_finds_nothing_to_change(self, kind, tmp_path):
@@ -201,15 +210,15 @@ class TestTheCommand:
         assert (tmp_path / "gptk-runner-up" / "pyproject.toml").is_file()
 
     @pytest.mark.parametrize(
-        ("name", "module", "cls"),
+        ("typed", "name", "module", "cls"),
         [
-            ("x", "gptk_x", "X"),
-            ("top.2_of-3", "gptk_top_2_of_3", "Top2Of3"),
-            ("LogitLens", "gptk_logitlens", "LogitLens"),
+            ("x", "x", "gptk_x", "X"),
+            ("top.2_of-3", "top.2-of-3", "gptk_top_2_of_3", "Top2Of3"),
+            ("LogitLens", "LogitLens", "gptk_logitlens", "LogitLens"),
         ],
     )
-    def test_names_of_other_forms(self, name, module, cls, tmp_path, taken_in):
-        folder = write_package(name, "scheduler", tmp_path / "p")
+    def test_names_of_other_forms(self, typed, name, module, cls, tmp_path, taken_in):
+        folder = write_package(typed, "scheduler", tmp_path / "p")
         assert source(folder).parent.name == module
         plugin = getattr(taken_in(source(folder)), cls)
         assert plugins.create("scheduler", name, gptk.LRScheduler) == plugin()
@@ -218,10 +227,13 @@ class TestTheCommand:
         ("name", "message"),
         [
             ("", "cannot be a plug-in's name"),
-            ("two words", "letters, digits, dots and hyphens"),
+            ("two, words", "letters, digits, dots and hyphens: 'two-words'"),
+            ("gptk-", "cannot be a plug-in's name"),
             ("../up", "cannot be a plug-in's name"),
-            ("up-", "ends with a letter or digit"),
+            ("up-", "letters, digits, dots and hyphens: 'up'"),
             ("größe", "cannot be a plug-in's name"),
+            ("___", "cannot be a plug-in's name"),
+            ("gptk-greedy", "there is a sampler greedy already"),
             ("x" * 41, "has 41 characters; use 40 at most"),
             ("none", "would be a class None, which its module uses already"),
             ("2nd", "would be a class 2nd, which is no name in Python"),
@@ -237,11 +249,45 @@ class TestTheCommand:
         assert message in line
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("typed", "name"),
+        [
+            ("gptk-foo", "foo"),
+            ("gptk_foo", "foo"),
+            ("my_sampler", "my-sampler"),
+            ("my sampler", "my-sampler"),
+            ("my-gptk-sampler", "my-gptk-sampler"),
+            ("gptkish", "gptkish"),
+        ],
+    )
+    def test_a_name_is_taken_however_it_is_typed(self, typed, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        out = run_gptk("plugins", "new", typed, "--kind", "scorer")
+        assert out.stdout.startswith(f"gptk-{name}: a package with the scorer {name}. Go on with")
+        (folder,) = tmp_path.iterdir()
+        assert folder.name == f"gptk-{name}"
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        assert project["name"] == f"gptk-{name}"
+        assert f'name = "{name}"' in source(folder).read_text()
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("list", "would be a function list, which its module uses already"),
+            ("if", "would be a function if, which its module uses already"),
+            ("click", "would be a function click, which its module uses already"),
+            ("3d", "would be a function 3d, which is no name in Python"),
+        ],
+    )
+    def test_a_command_that_cannot_be_a_function(self, name, message, tmp_path):
+        line = failing("plugins", "new", name, "--kind", "command", "--out", tmp_path / "p", code=2)
+        assert message in line
+
     def test_a_name_may_be_taken_by_another_kind(self, tmp_path):
         assert write_package("greedy", "processor", tmp_path / "p").is_dir()
 
     def test_other_kinds_and_none_are_refused(self):
-        assert "sampler" in failing("plugins", "new", "x", "--kind", "command", code=2)
+        assert "sampler" in failing("plugins", "new", "x", "--kind", "samplers", code=2)
         assert "--kind" in failing("plugins", "new", "x", code=2)
 
     def test_a_folder_that_is_there_is_left_alone(self, tmp_path):
@@ -392,9 +438,9 @@ class TestAFile:
     @pytest.mark.parametrize(
         ("file", "text", "message"),
         [
-            ("none.py", None, "there is no file none.py"),
+            ("none.py", None, "none.py: there is no such file"),
             ("text.txt", "", "text.txt is not a .py file"),
-            ("folder.py", ..., "folder.py cannot be read: Is a directory"),
+            ("folder.py", ..., "folder.py is a directory"),
             ("x.py", "import gptk\n\nname\n", "x.py, line 3: NameError: name 'name' is not"),
             ("x.py", "def f():\n  g()\n\nf()\n", "x.py, line 2: NameError: name 'g' is not"),
             ("x.py", "import gptk\nclass X\n", "x.py, line 2: SyntaxError: expected ':'"),
@@ -447,27 +493,48 @@ class TestAFile:
 
 
 def use(kind, environment, folder, data):
-    """Generate or train with the installed plug-in, by its name, from the command line."""
+    """Use the installed plug-in by its name, from the command line; returns what that says."""
     tiny = [f"{key}={json.dumps(value)}" for key, value in TINY_RUN.items()] + [f"data={data}"]
     settings = [part for line in tiny for part in ("--set", line.replace('"', ""))]
     model = folder / "model"
-    if kind in ("scheduler", "regularizer", "tokenizer"):
-        key = "regularizers" if kind == "regularizer" else kind
+    in_training = {"regularizer": "regularizers", "training-observer": "observers"}
+    if kind in ("scheduler", "regularizer", "tokenizer", "training-observer"):
+        key = in_training.get(kind, kind)
         run = ["--out", folder / "run", *settings, "--set", f"{key}=runner-up"]
         environment.run("gptk", "train", *run)
+        if kind == "training-observer":
+            assert (folder / "run" / "losses.csv").read_text().startswith("1,")
         return (folder / "run" / "config.toml").read_text()
-    if kind == "loader":
+    tiny_lm().save(model)
+    how = ["--model", model, "--sampler", "multinomial"]
+    if kind == "command":
+        out = environment.run("gptk", "runner-up", "abc", "--model", model, "--top", 3)
+        assert len(out.stdout.splitlines()) == 3
+        return environment.run("gptk", "runner-up", "--help").stdout
+    if kind == "writer":
+        gptk.LanguageModel(tiny_gpt(GPT2_LIKE)).save(folder / "bare")
+        environment.run("gptk", "convert", folder / "bare", folder / "out", "--to", "runner-up")
+        how = ["--model", folder / "out", "--tokenizer", "bytes"]
+    elif kind == "loader":
         model = folder / "model.runner-up"
         config = json.dumps(dataclasses.asdict(GPT2_LIKE))
         state = {name: p.detach() for name, p in tiny_gpt(GPT2_LIKE).named_parameters()}
         save_file(state, model, metadata={"config": config})
         how = ["--tokenizer", "bytes", "--model", f"runner-up:path={model}"]
+    elif kind == "scorer":
+        how = ["--model", model, "--sampler", "best-of-n:n=2,scorer=runner-up"]
+    elif kind == "decoding-observer":
+        how += ["--observer", "runner-up"]
+    elif kind == "drafter":
+        how += ["--draft", "runner-up"]
+    elif kind == "constraint":
+        how += ["--processor", "runner-up:characters=abc"]
     else:
-        tiny_lm().save(model)
-        how = ["--model", model, "--sampler", "multinomial"]
         how += [f"--{kind}", "runner-up"]
     out = environment.run("gptk", "generate", "abc", *how, "--max-new-tokens", 3, "--json")
-    assert len(json.loads(out.stdout)["tokens"]) == 3
+    assert len(json.loads(out.stdout)["tokens"]) <= 3
+    if kind == "decoding-observer":
+        assert "mean entropy" in out.stderr
     return out.stdout
 
 
@@ -480,16 +547,17 @@ def test_a_new_package_installs_passes_its_tests_and_works(kind, tmp_path, data)
     environment.install(f"{folder}[test]", editable=True)
     tested = environment.run("pytest", "-p", "no:cacheprovider", cwd=folder)
     assert " passed" in tested.stdout
-    assert not {" failed", " skipped", " warning"} & {
+    assert not {" failed", " warning"} & {
         f" {word.strip(',')}" for word in tested.stdout.splitlines()[-1].split()
     }
     listed = environment.run("gptk", "plugins")
-    assert [kind, "runner-up", "gptk-runner-up", "0.1.0"] in [
+    listed_as = "processor" if kind == "constraint" else kind
+    assert [listed_as, "runner-up", "gptk-runner-up", "0.1.0"] in [
         line.split()[:4] for line in listed.stdout.splitlines()
     ]
     assert listed.stderr == ""
     said = use(kind, environment, tmp_path, data)
-    assert "runner-up" in said or kind == "loader"
+    assert "runner-up" in said or kind in ("loader", "writer", "decoding-observer", "drafter")
 
 
 @pytest.mark.slow

@@ -334,7 +334,7 @@ class TestLayersInReverse(testing.ModelContract):
 
 class TestCountsLayersFromOne(testing.ModelContract):
     make = CountsLayersFromOne
-    breaks = "layers that are asked for are returned"
+    breaks = "states are as the configuration says"
 
 
 class TestLooksAhead(testing.ModelContract):
@@ -355,11 +355,6 @@ class TestKeepsPadding(testing.ModelContract):
 class TestAddsItsNeighbour(testing.ModelContract):
     make = AddsItsNeighbour
     breaks = "rows are independent"
-
-
-class TestAddsItsNeighbourInDecoding(testing.ModelContract):
-    make = AddsItsNeighbour
-    breaks = "it decodes the same in every way"
 
 
 class TestSharesRows(testing.ModelContract):

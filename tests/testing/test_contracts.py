@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import ClassVar
@@ -125,7 +126,13 @@ class Edited(testing.LoaderContract):
 
 class TestGptkLoader(Edited):
     make = provided("loader")["gptk"].item
-    names: ClassVar = {name: name for name in ("blocks.1.mlp.down.weight", "norm.weight")}
+    names: ClassVar = {
+        name: name
+        for name in (
+            *("blocks.1.mlp.down.weight", "norm.weight"),
+            *("embed.weight", "blocks.0.attn.qkv.weight"),
+        )
+    }
 
     def write_whole(self, folder, model):
         gptk.LanguageModel(model).save(folder / "model")
@@ -137,6 +144,8 @@ class TestHuggingFaceLoader(Edited):
     names: ClassVar = {
         "blocks.1.mlp.down.weight": "transformer.h.1.mlp.c_proj.weight",
         "norm.weight": "transformer.ln_f.weight",
+        "embed.weight": "transformer.wte.weight",
+        "blocks.0.attn.qkv.weight": "transformer.h.0.attn.c_attn.weight",
     }
 
     def write_whole(self, folder, model):
@@ -198,11 +207,13 @@ class TestHuggingFaceTokenizer(testing.TokenizerContract):
         return provided("tokenizer")["huggingface"].item(path=str(_tokenizer_file()))
 
 
-class TestTraceDecodingObserver(testing.PluginContract):
-    make = Spec("decoding-observer", "trace", "path=steps.jsonl")
+class TestTraceDecodingObserver(testing.DecodingObserverContract):
+    def make(self):
+        trace = provided("decoding-observer")["trace"].item
+        return trace(path=str(Path(tempfile.gettempdir()) / f"gptk-steps-{os.getpid()}.jsonl"))
 
 
-class TestTensorBoardTrainingObserver(testing.PluginContract):
+class TestTensorBoardTrainingObserver(testing.TrainingObserverContract):
     make = Spec("training-observer", "tensorboard")
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gptk
 from gptk import testing
 from gptk.testing import markov_lm
 from gptk.testing._promises import check, examples, promise
@@ -48,8 +49,16 @@ def test_tiny_models_are_always_the_same_and_leave_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Nothing(gptk.LogitsProcessor):
+    """Does nothing."""
+
+    name = "nothing"
+
+
 def test_of_two_faults_in_a_promise_one_is_reported_with_its_example():
     class Two(testing.PluginContract):
+        make = Nothing
+
         @promise
         @examples(100)
         @given(n=st.integers(0, 100))

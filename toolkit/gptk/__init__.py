@@ -54,6 +54,7 @@ _HOMES = {
     "KVCache": "model.cache",
     "LanguageModel": "language_model",
     "Levels": "model.levels",
+    "InternalError": "errors",
     "keep_freed_memory": "system.memory",
     "load": "language_model",
     "load_checkpoint": "weights.loading",
@@ -101,6 +102,7 @@ _HOMES = {
 
 __all__ = [
     *_HOMES,
+    "distribution",
     "plugins",
     "vocabulary",
     "__version__",
@@ -108,6 +110,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from gptk import distribution as distribution
     from gptk import plugins as plugins
     from gptk import vocabulary as vocabulary
     from gptk.data.token_files import TokenFile as TokenFile
@@ -123,6 +126,7 @@ if TYPE_CHECKING:
     from gptk.errors import DeviceError as DeviceError
     from gptk.errors import GptkError as GptkError
     from gptk.errors import IncompatibleError as IncompatibleError
+    from gptk.errors import InternalError as InternalError
     from gptk.errors import OptionError as OptionError
     from gptk.errors import OutOfMemory as OutOfMemory
     from gptk.errors import PluginError as PluginError
@@ -191,7 +195,7 @@ if TYPE_CHECKING:
 if not TYPE_CHECKING:  # to a type checker a misspelt name is an error
 
     def __getattr__(name: str) -> object:
-        if name in ("plugins", "vocabulary"):
+        if name in ("distribution", "plugins", "vocabulary"):
             return importlib.import_module(f"gptk.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module 'gptk' has no attribute {name!r}")

@@ -15,10 +15,10 @@ def install_command(extra: str) -> str:
     return f"pip install '{NAME}[{extra}]'"
 
 
-def page(path: str) -> str:
-    """The address of a page of the documentation.
+def page(path: str, anchor: str = "") -> str:
+    """The address of a page of the documentation, or of a section of it.
 
-    >>> page("tutorial")
-    'https://gptk-decoding.readthedocs.io/en/latest/tutorial/'
+    >>> page("contracts", "rows-are-independent")
+    'https://gptk-decoding.readthedocs.io/en/latest/contracts/#rows-are-independent'
     """
-    return f"{DOCS}{path}/"
+    return f"{DOCS}{path}/" + (f"#{anchor}" if anchor else "")

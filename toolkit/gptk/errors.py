@@ -44,6 +44,10 @@ class PluginError(GptkError):
     """A plug-in breaks a rule of the plug-in system, such as a name that is already taken."""
 
 
+class InternalError(GptkError):
+    """Code of gptk's own fails, a built-in plug-in's included: a fault to be reported to gptk."""
+
+
 class SourceError(GptkError):
     """A model source is missing, truncated, or of an unsupported kind."""
 
@@ -115,7 +119,7 @@ def shown(value: object, most: int = 60) -> str:
     short.maxstring = short.maxother = most
     short.maxlong = 60
     try:
-        return short.repr(value)
+        return " ".join(short.repr(value).split())
     except ValueError:  # of repr, for a large int
         return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
@@ -140,6 +144,10 @@ def _one_line(text: str) -> str:
 
 def brief(error: BaseException) -> str:
     """An error in one line: its message, after its type unless gptk raised it on purpose."""
-    text = str(error) if isinstance(error, GptkError) else ""
-    text = text or f"{type(error).__name__}: {error}"
+    try:
+        said = str(error)
+    except Exception:  # it is somebody's own class
+        said = ""
+    text = said if isinstance(error, GptkError) else ""
+    text = text or f"{type(error).__name__}: {said}"
     return text.splitlines()[0].removesuffix(": ")

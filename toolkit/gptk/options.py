@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_args
 
 import pydantic
 
 from gptk.errors import (
     OptionError,
+    PluginError,
     shown,
     suggest,
 )
@@ -19,7 +21,32 @@ from gptk.spec import UNNAMED
 AnyOptions = TypeVar("AnyOptions", bound="Options")
 
 
-class Options(pydantic.BaseModel):
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(pydantic.BaseModel)
+
+
+class _Declaring(ModelMetaclass):
+    """Tells an option that is declared without a type in gptk's words."""
+
+    def __new__(
+        cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **settings: Any
+    ) -> type:
+        try:
+            made: type = super().__new__(cls, name, bases, namespace, **settings)
+        except pydantic.errors.PydanticUserError as error:
+            quoted = re.search(r"[`'](\w+)", str(error))
+            if error.code != "model-field-missing-annotation" or quoted is None:
+                raise
+            raise PluginError(
+                f"{quoted[1]} of {name} has no type; declare an option with one, as in "
+                f"`{quoted[1]}: float = 1.0`, and what is none as `ClassVar`"
+            ) from None
+        return made
+
+
+class Options(pydantic.BaseModel, metaclass=_Declaring):
     """Typed, bounded options: pydantic fields with default, bounds and a `description`.
 
     Validation, parsing and help follow from that declaration. Instances are frozen, compare by
@@ -66,7 +93,7 @@ def from_options(options_class: type[AnyOptions], options: Mapping[str, str]) ->
     """
     fields = options_class.model_fields
     typed = {
-        key: from_text(text) if key in fields and fields[key].annotation is not str else text
+        key: from_text(text) if key in fields and fields[key].annotation not in _TEXTS else text
         for key, text in _named(options_class, options).items()
     }
     return options_class(**typed)
@@ -100,6 +127,10 @@ def _named(options_class: type[Options], options: Mapping[str, str]) -> dict[str
 
 def _takes_text(field: pydantic.fields.FieldInfo) -> bool:
     return not {str, Path}.isdisjoint((field.annotation, *get_args(field.annotation)))
+
+
+_TEXTS = (str, Path)
+"""Types whose values are the text itself."""
 
 
 def from_text(text: str) -> object:

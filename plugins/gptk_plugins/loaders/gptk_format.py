@@ -27,8 +27,9 @@ class Gptk(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        saved = os.path.isfile(os.path.join(source, "gptk.json"))
-        return saved or gptk.best_checkpoint(source) is not None
+        if os.path.isfile(os.path.join(source, "gptk.json")):
+            return True
+        return os.path.isdir(source) and gptk.best_checkpoint(source) is not None
 
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)

@@ -7,6 +7,7 @@ checkpoint                       names the checkpoint if it is not model.ckpt, a
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,9 @@ class OpenAI(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        folder = Path(source)
-        return (folder / "hparams.json").is_file() and Path(f"{_prefix(folder)}.index").is_file()
+        if not os.path.isfile(os.path.join(source, "hparams.json")):  # takes any text
+            return False
+        return Path(f"{_prefix(Path(source))}.index").is_file()
 
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)

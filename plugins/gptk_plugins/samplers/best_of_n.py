@@ -6,7 +6,9 @@ $$\operatorname*{argmax}_{i \le n}\ \text{scorer}(y^{(i)}),
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 from pydantic import Field, model_validator
 
@@ -48,7 +50,15 @@ class BestOfN(WrappingSampler):
         return self.n
 
     def pick(self, results: Sequence[gptk.Generation], n: int) -> Sequence[gptk.Generation]:
-        scored = [
-            dataclasses.replace(result, score=self._scorer.score(result)) for result in results
-        ]
+        scored = [dataclasses.replace(result, score=self._score(result)) for result in results]
         return sorted(scored, key=lambda result: result.score, reverse=True)[:n]
+
+    def _score(self, result: gptk.Generation) -> float:
+        """The scorer's score. Raises PluginError if that is no number, which has no order."""
+        score = self._scorer.score(result)
+        if not isinstance(score, Real) or math.isnan(score):
+            raise gptk.PluginError(
+                f"{self._scorer.title()}: score() returned {type(score).__name__} {score!s:.40}; "
+                "it must return a number"
+            )
+        return float(score)

@@ -77,8 +77,11 @@ class Replay:
                 return logits
             none_ended = len(self._live) == len(logits)
             processed = (logits if none_ended else logits[self._live]).float()
-            for process in self._processes:
-                processed = process(processed, self._rows)
+            with gptk.plugins.blaming(self.processors):
+                for processor, process in zip(self.processors, self._processes, strict=True):
+                    before = processed
+                    processed = process(before, self._rows)
+                    gptk.plugins.check_logits(processed, processor.name, before)
         except BaseException:
             self.reset()  # only some of the followers may have moved
             raise
@@ -112,8 +115,9 @@ class Replay:
         if live and selected != list(range(len(self._live))):
             self._select(selected)
         if live and dropped:
-            for follower in self._followers:
-                follower.rewind([dropped] * len(live))
+            with gptk.plugins.blaming(self.processors):
+                for follower in self._followers:
+                    follower.rewind([dropped] * len(live))
         if live and kept < tokens.shape[1]:
             self._extend(tokens[live, kept:])
         self._live = live
@@ -177,9 +181,12 @@ class Replay:
             model=self._model,
         )
         self._rows.select([row // beams for row in range(len(tokens))])
-        self._processes: list[Process] = [
-            processor.start(self._rows) for processor in self.processors
-        ]
+        with gptk.plugins.blaming(self.processors):
+            self._processes: list[Process] = [
+                processor.start(self._rows) for processor in self.processors
+            ]
+        for processor, process in zip(self.processors, self._processes, strict=True):
+            gptk.plugins.check_process(process, processor.name)
         self._followers: list[gptk.Follower] = [self._rows]
         for process in self._processes:
             if isinstance(process, gptk.Follower):
@@ -190,12 +197,14 @@ class Replay:
             self._extend(tokens[self._live, prompt:])
 
     def _select(self, parents: Sequence[int]) -> None:
-        for follower in self._followers:
-            follower.select(parents)
+        with gptk.plugins.blaming(self.processors):
+            for follower in self._followers:
+                follower.select(parents)
 
     def _extend(self, tokens: Tensor) -> None:
-        for follower in self._followers:
-            follower.extend(tokens)
+        with gptk.plugins.blaming(self.processors):
+            for follower in self._followers:
+                follower.extend(tokens)
 
     def _unended(self, tokens: Tensor, prompt: int) -> list[int]:
         """The rows without EOS after the prompt: the loop only pads the others."""

@@ -56,7 +56,8 @@ def from_transformers(
     parts = _parts(processor)
     for part in parts:
         if problem := _problem(part):
-            raise gptk.OptionError(f"{type(part).__name__} cannot be used in gptk: {problem}")
+            name = part.__name__ if isinstance(part, type) else type(part).__name__
+            raise gptk.OptionError(f"{name} cannot be used in gptk: {problem}")
     if stateful is None:
         stateful = any(isinstance(part, _STATEFUL) for part in parts)
     return FromTransformers(processor=processor, stateful=stateful)
@@ -258,6 +259,10 @@ _STATEFUL = (
 def _problem(part: Any) -> str | None:
     """Why a processor cannot process rows separately, or None."""
     name = type(part).__name__
+    if isinstance(part, type) and issubclass(part, logits_process.LogitsProcessor):
+        return f"it is a class; give an instance, {part.__name__}(…)"
+    if isinstance(part, str | gptk.LogitsProcessor):
+        return "it is gptk's own; give it to `processors` as it is"
     if not isinstance(part, logits_process.LogitsProcessor):
         return "it is not a transformers LogitsProcessor"
     if isinstance(part, ToTransformers):
@@ -312,9 +317,27 @@ def _each_row(parts: Sequence[list[Any]], logits: Tensor, rows: gptk.Rows) -> Te
             if isinstance(part, logits_process.PrefixConstrainedLogitsProcessor):
                 allowed = partial(_allowed, part._prefix_allowed_tokens_fn, rows.prompts[row])
                 part = logits_process.PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
-            scores = part(ids, scores)
+            scores = _scored(part, ids, scores)
         processed.append(scores)
     return torch.cat(processed).float()
+
+
+def _scored(part: Any, ids: Tensor, scores: Tensor) -> Tensor:
+    """What a processor returns. Raises PluginError, which names it, if it fails."""
+    name = f"{type(part).__name__}, a processor of transformers,"
+    try:
+        returned = part(ids, scores)
+    except (gptk.GptkError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise gptk.PluginError(f"{name} failed: {what}") from error
+    if not isinstance(returned, Tensor) or returned.shape != scores.shape:
+        what = f"shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else returned
+        raise gptk.PluginError(
+            f"{name} returned {what!s:.60}; it must return scores of shape {tuple(scores.shape)}"
+        )
+    return returned
 
 
 def _allowed(

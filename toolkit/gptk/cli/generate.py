@@ -255,11 +255,12 @@ def _end(error: KeyboardInterrupt | DecodingError | OutOfMemory) -> NoReturn:
 
 def _trace_observer(path: str) -> "DecodingObserver":
     """The first observer that writes a trace to a file. Raises OptionError if there is none."""
-    from gptk.plugins.blame import ask
+    from gptk.hooks.observing import DecodingObserver
+    from gptk.plugins.asking import ask
     from gptk.plugins.registry import provided
 
     for plugin in provided("decoding-observer").values():
-        observer: DecodingObserver | None = ask(plugin, "to_file", path)
+        observer: DecodingObserver | None = ask(plugin, "to_file", path, answer=DecodingObserver)
         if observer is not None:
             return observer
     raise OptionError("no decoding observer that writes a trace is installed")

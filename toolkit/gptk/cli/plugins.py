@@ -17,7 +17,7 @@ from gptk.options import option_help
 from gptk.plugins.creating import short_form
 from gptk.plugins.kinds import KINDS
 from gptk.plugins.registry import Provided, provided, summary
-from gptk.scaffold import SCAFFOLDS, first_command, write_package
+from gptk.scaffold import SCAFFOLDS, first_command, plugin_name, write_package
 
 # How a plug-in of each kind is used; {} is its spec string.
 USES = {
@@ -83,7 +83,7 @@ def show(name: str, kind: str | None) -> None:
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The folder to write. Default: gptk-NAME.",
+    help="The folder to write. Default: gptk-NAME, also for a NAME that begins with gptk-.",
 )
 def new(name: str, kind: str, out: Path | None) -> None:
     """Write a package with a plug-in called NAME: working code, tests and packaging.
@@ -91,7 +91,7 @@ def new(name: str, kind: str, out: Path | None) -> None:
     The plug-in is a short example of its kind, to be replaced by your own.
     """
     folder = write_package(name, kind, out)
-    click.echo(f"{folder}: a package with the {kind} {name}. Go on with:\n")
+    click.echo(f"{folder}: a package with the {kind} {plugin_name(name)}. Go on with:\n")
     for line in (
         f"cd {shlex.quote(str(folder))}",
         "pip install -e '.[test]'",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptk.errors import IncompatibleError, PluginError
+from gptk.errors import IncompatibleError, PluginError, shown
 from gptk.hooks.choice import Choice
 from gptk.hooks.sampling import Sampler
 
@@ -16,11 +16,43 @@ def check_draft(sampler: Sampler) -> None:
         raise IncompatibleError(f"sampler {sampler.name} does not go with a draft: {reason}")
 
 
+def check_rows(rows: object, sampler: Sampler) -> int:
+    """What `max_rows` returned. Raises PluginError for anything but a number of rows."""
+    if not isinstance(rows, int) or rows < 1:
+        raise PluginError(
+            f"sampler {sampler.name}: max_rows() returned {shown(rows)}; it must return a whole "
+            "number, 1 or more"
+        )
+    return rows
+
+
+def check_groups(groups: object, sampler: Sampler) -> int:
+    """A sampler's `groups`. Raises PluginError for anything but a number of groups."""
+    if not isinstance(groups, int) or groups < 1:
+        raise PluginError(
+            f"sampler {sampler.name}: groups is {shown(groups)}; it must be a whole number, 1 or "
+            "more"
+        )
+    return groups
+
+
+def check_layers(layers: object, sampler: Sampler, n_layers: int) -> Sequence[int]:
+    """What `hidden_layers` returned. Raises PluginError for layers that the model does not have."""
+    if not isinstance(layers, Sequence) or not all(
+        isinstance(layer, int) and 0 <= layer <= n_layers for layer in layers
+    ):
+        raise PluginError(
+            f"sampler {sampler.name}: hidden_layers() returned {shown(layers)}; it must return "
+            f"whole numbers from 0 to {n_layers}"
+        )
+    return layers
+
+
 def check_choice(choice: object, sampler: Sampler, rows: int) -> None:
     """Raises PluginError unless `choice` is a Choice for `rows` rows. Does not wait for a GPU."""
     who = f"sampler {sampler.name}"
     if not isinstance(choice, Choice):
-        raise PluginError(f"{who} returned {choice!r:.80}; it must return a gptk.Choice")
+        raise PluginError(f"{who} returned {shown(choice)}; it must return a gptk.Choice")
     for what, tensor in vars(choice).items():
         if not isinstance(tensor, Tensor) and not (what == "parents" and tensor is None):
             raise PluginError(
@@ -32,6 +64,12 @@ def check_choice(choice: object, sampler: Sampler, rows: int) -> None:
                 f"{who} chose {what} of type {tensor.dtype}; they must be whole numbers"
             )
     candidates = choice.tokens.shape
+    if len(candidates) == 1 and candidates[0] != rows and not sampler.competing:
+        tokens = "1 token" if candidates[0] == 1 else f"{candidates[0]} tokens"
+        raise PluginError(
+            f"{who} chose {tokens} for {rows} row{'s' * (rows != 1)}; only competing rows may be "
+            "dropped or forked"
+        )
     shapes = {choice.logprobs.shape, choice.scores.shape, candidates}
     if choice.parents is not None:
         shapes.add(choice.parents.shape)
@@ -39,11 +77,6 @@ def check_choice(choice: object, sampler: Sampler, rows: int) -> None:
         raise PluginError(
             f"{who} chose tensors of unlike shapes or of more than one axis: "
             f"{', '.join(str(tuple(shape)) for shape in shapes)}"
-        )
-    if not sampler.competing and candidates[0] != rows:
-        raise PluginError(
-            f"{who} chose {candidates[0]} tokens for {rows} rows; only competing rows may be "
-            "dropped or forked"
         )
 
 
@@ -64,7 +97,7 @@ def check_values(
 def check_guesses(guesses: object, who: str, *, rows: int, most: int, vocab_size: int) -> Tensor:
     """The guesses of a draft. Raises PluginError for anything but (rows, at most `most`) tokens."""
     if not isinstance(guesses, Tensor):
-        raise PluginError(f"{who} guessed {guesses!r:.80}; it must give a tensor")
+        raise PluginError(f"{who} guessed {shown(guesses)}; it must give a tensor")
     if guesses.dim() != 2 or len(guesses) != rows or not _holds_integers(guesses):
         raise PluginError(
             f"{who} gave guesses of shape {tuple(guesses.shape)} and type {guesses.dtype}; "

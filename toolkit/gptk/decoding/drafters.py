@@ -1,8 +1,8 @@
 """The drafter for the setting `draft`."""
 
-from gptk.errors import OptionError
+from gptk.errors import OptionError, shown
 from gptk.hooks.drafting import Drafter
-from gptk.plugins.blame import ask
+from gptk.plugins.asking import matching
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 
@@ -17,11 +17,8 @@ def make_drafter(draft: object) -> Drafter:
     known = provided("drafter")
     if isinstance(draft, str) and draft.partition(":")[0] in known:
         return create("drafter", draft, Drafter)
-    for plugin in known.values():
-        if ask(plugin, "matches", draft):
-            drafter = plugin.item.from_source(draft)
-            assert isinstance(drafter, Drafter)
-            return drafter
+    if drafter := matching("drafter", draft, Drafter):
+        return drafter
     if isinstance(draft, str):
         return create("drafter", draft, Drafter)  # raises, with the nearest names
-    raise OptionError(f"the draft is {draft!r:.80}; it must be a drafter, its spec, or a model")
+    raise OptionError(f"the draft is {shown(draft)}; it must be a drafter, its spec, or a model")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from gptk.errors import DecodingError, PluginError
+from gptk.errors import DecodingError
 from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.plugins.returned import check_logits, check_process
 from gptk.session.rows import Rows
 from gptk.session.session import DecodeSession
 
@@ -24,11 +25,7 @@ class Processing:
         self._rows = rows
         for processor in processors:
             process = processor.start(rows)
-            if not callable(process):
-                raise PluginError(
-                    f"processor {processor.name}: start() returned {process!r:.80}; it must "
-                    "return a function to call at each step"
-                )
+            check_process(process, processor.name)
             self.started.append((processor.name, process))
 
     def __call__(self, logits: Tensor, removed: dict[str, Tensor] | None = None) -> Tensor:
@@ -38,14 +35,13 @@ class Processing:
         copy of the rows' tokens. removed: filled with how many tokens each processor took out of
         each row, (rows,) by name.
         """
-        shape = logits.shape
         if self.started:
             logits = logits.clone()
         for name, process in self.started:
             before = logits if removed is None else logits.clone()
             logits = process(logits, self._rows)
             self._rows.forget_copy()
-            _check(logits, name, shape)
+            check_logits(logits, name, before)
             if removed is not None:
                 count = (logits.isneginf() & ~before.isneginf()).sum(dim=-1)
                 removed[name] = removed[name] + count if name in removed else count
@@ -73,19 +69,6 @@ class Processing:
         else:
             what = "gave its token a score or log-probability that is no number"
         raise DecodingError(f"sampler {sampler.name} {what} {where}")
-
-
-def _check(logits: object, name: str, shape: torch.Size) -> None:
-    """Raises PluginError unless a processor returned logits of that shape."""
-    returned = f"{logits!r:.80}"
-    if isinstance(logits, Tensor):
-        if logits.shape == shape and logits.is_floating_point():
-            return
-        returned = f"shape {tuple(logits.shape)} and type {logits.dtype}"
-    raise PluginError(
-        f"processor {name} returned {returned}; it must return logits of shape {tuple(shape)} and "
-        "type float32"
-    )
 
 
 def _is_distribution(logits: Tensor) -> bool:

@@ -21,6 +21,7 @@ from gptk.hooks.observing import DecodingObserver, DecodingStep
 from gptk.hooks.results import Hypothesis
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.plugins.blame import blaming
+from gptk.plugins.returned import check_state
 from gptk.session.rows import Follower
 from gptk.session.session import DecodeSession
 from gptk.text.tokenizer import Tokenizer
@@ -327,12 +328,9 @@ class Decoding:
         self._listeners.tell(step)
 
     def _follow(self, state: object, whose: str) -> None:
+        check_state(state, whose)
         if isinstance(state, Follower):
             self.session.follow(state)
-        elif verbs := [v for v in ("extend", "select", "rewind") if hasattr(state, v)]:
-            raise PluginError(
-                f"{whose} has {' and '.join(verbs)}, but a follower needs extend, select and rewind"
-            )
 
     def _check_dead_ends(self, candidates: Candidates) -> None:
         """Raises DecodingError where all rows of a prompt are at a dead end, with no result."""

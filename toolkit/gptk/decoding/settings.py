@@ -5,12 +5,13 @@ import operator
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from gptk.decoding.checks import check_draft
+from gptk.decoding.checks import check_draft, check_groups, check_rows
 from gptk.decoding.drafters import make_drafter
 from gptk.decoding.limits import StopCondition
 from gptk.errors import OptionError, shown, suggest
+from gptk.hooks.base import Plugin
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.sampling import LogitsProcessor, Sampler
@@ -18,6 +19,8 @@ from gptk.plugins.blame import blaming
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.session.session import Overflow
+
+P = TypeVar("P", bound=Plugin)
 
 MAX_ROWS = 100_000
 """The most rows for a prompt. So many take tens of gigabytes even with a small model."""
@@ -49,7 +52,7 @@ class CheckedSettings:
     @property
     def groups(self) -> int:
         """Groups of competing rows for each prompt; 1 where rows do not compete."""
-        return self.sampler.groups if self.sampler.competing else 1
+        return check_groups(self.sampler.groups, self.sampler) if self.sampler.competing else 1
 
 
 def check_settings(
@@ -78,34 +81,24 @@ def check_settings(
         raise OptionError(_unknown_setting(name))
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
     n = _whole_number("n", n, least=1, most=MAX_ROWS)
-    seed = (
-        secrets.randbits(32)
-        if seed is None
-        else _whole_number("seed", seed, least=-(2**63), most=2**64 - 1)
-    )
+    seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
     ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)
     chosen = create("sampler", sampler, Sampler)
-    user_processors = [
-        create("processor", processor, LogitsProcessor)
-        for processor in _as_list("processors", processors, LogitsProcessor)
-    ]
-    user_observers = [
-        create("decoding-observer", observer, DecodingObserver)
-        for observer in _as_list("observers", observers, DecodingObserver)
-    ]
+    user_processors = _created("processor", "processors", processors, LogitsProcessor)
+    user_observers = _created("decoding-observer", "observers", observers, DecodingObserver)
     drafter = None if draft is None else make_drafter(draft)
     with blaming([chosen]):
-        rows = chosen.max_rows(n)
+        rows = check_rows(chosen.max_rows(n), chosen)
         if drafter is not None:
             check_draft(chosen)
     _check_rows(chosen, rows)
     stops = _checked_stops(stop)
     return CheckedSettings(
         sampler=chosen,
-        processors=tuple(user_processors),
+        processors=user_processors,
         max_new_tokens=max_new_tokens,
         n=n,
         rows=rows,
@@ -117,9 +110,14 @@ def check_settings(
         max_seconds=max_seconds,
         ignore_eos=ignore_eos,
         use_cache=use_cache,
-        observers=tuple(user_observers),
+        observers=user_observers,
         top_logprobs=top_logprobs,
     )
+
+
+def _created(kind: str, setting: str, value: Any, base: type[P]) -> tuple[P, ...]:
+    """The plug-ins of a setting that takes specs or instances, one or a list."""
+    return tuple(create(kind, item, base) for item in _as_list(setting, value, base))
 
 
 def _as_list(name: str, value: Any, single: type) -> list[Any]:
@@ -159,6 +157,15 @@ def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -
     if number > most:
         raise OptionError(f"{name} is {shown(number)}; it must be {most} or less")
     return number
+
+
+def _checked_seed(seed: Any) -> int:
+    try:
+        return _whole_number("seed", seed, least=-(2**63), most=2**64 - 1)
+    except OptionError:
+        raise OptionError(
+            f"seed is {shown(seed)}; it must be a whole number from -2^63 to 2^64 - 1"
+        ) from None
 
 
 def _flag(name: str, value: Any) -> bool:

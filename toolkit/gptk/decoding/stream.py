@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from gptk.decoding.checks import check_layers
 from gptk.decoding.limits import Limits
 from gptk.decoding.live_text import LiveText
 from gptk.decoding.prompts import check_lengths
@@ -210,7 +211,9 @@ class Stream:
         seconds = settings.max_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
         with blaming([sampler]):
-            groups, layers = settings.groups, sampler.hidden_layers(model.config)
+            groups = settings.groups
+            asked = sampler.hidden_layers(model.config)
+            layers = check_layers(asked, sampler, model.config.n_layers)
         session = DecodeSession(
             model,
             self._prompts,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptk.errors import shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,8 +30,20 @@ class Choice:
 
     @classmethod
     def one_each(cls, tokens: "Tensor", logits: "Tensor", rows: "Rows") -> "Choice":
-        """One token for each row, scored by its log-probability. tokens: (rows,)."""
+        """One token for each row, scored by its log-probability. tokens: (rows,) int64.
+
+        Raises TypeError or ValueError for other tokens.
+        """
         from gptk.vocabulary import logprobs_of
 
+        if not hasattr(tokens, "is_floating_point"):
+            raise TypeError(f"the tokens are {shown(tokens)}; they must be a tensor")
+        if tokens.shape != (len(rows),):
+            count = f"{len(tokens)} token{'s' * (len(tokens) != 1)}" if tokens.dim() == 1 else ""
+            count = count or f"tokens of shape {tuple(tokens.shape)}"
+            raise ValueError(f"{count} for {len(rows)} rows; there must be one for each, (rows,)")
+        if tokens.is_floating_point() or tokens.dtype.is_complex:
+            raise TypeError(f"the tokens are of type {tokens.dtype}; they must be whole numbers")
+        tokens = tokens.long()
         logprobs = logprobs_of(logits.gather(1, tokens[:, None]), logits)[:, 0]
         return cls(tokens=tokens, logprobs=logprobs, scores=rows.scores + logprobs)

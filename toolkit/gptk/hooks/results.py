@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_jsonable_python
+
+from gptk.hooks.html import Part, results_as_html
 
 FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
 """Why a row ended: end-of-text token, stop string or condition, token limit or full window, time
@@ -123,9 +126,34 @@ class Generation:
         )
 
     def _repr_html_(self) -> str:
-        from gptk.hooks.html import generation_as_html
+        results = [self, *self.alternatives]
+        return results_as_html([(result._about(), result._parts()) for result in results])
 
-        return generation_as_html(self)
+    def _about(self) -> str:
+        incomplete = ", incomplete" if self.complete is False else ""
+        return (
+            f"{len(self.tokens)} tokens, score {self.score:.4f}, "
+            f"finish reason: {self.finish_reason}{incomplete}"
+        )
+
+    def _parts(self) -> Iterator[Part]:
+        texts = self.token_texts or [""] * len(self.tokens)
+        tops: Sequence[TopTokens | None] = self.top_logprobs or [None] * len(self.tokens)
+        entries = zip(self.tokens, texts, self.token_logprobs, tops, strict=True)
+        for token, text, logprob, top in entries:
+            note = f"token {token} {text!r}: p = {_p(logprob)}, log p = {logprob:.3f}"
+            if top is not None:
+                note += f"\nbefore processors: {_ranked(top.before)}"
+                note += f"\nafter processors: {_ranked(top.after)}"
+            yield Part(text, logprob, note)
+
+
+def _ranked(tokens: Sequence[RankedToken]) -> str:
+    return ", ".join(f"{ranked.text!r} {_p(ranked.logprob)}" for ranked in tokens)
+
+
+def _p(logprob: float) -> str:
+    return f"{math.exp(logprob):.3g}"
 
 
 def shortened(text: str, most: int = 60) -> str:

@@ -1,5 +1,6 @@
 """The contracts of samplers, logits processors and scorers, which plug-ins fill in."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,6 +36,18 @@ class LogitsProcessor(Plugin):
     """
 
     kind: ClassVar[str] = "processor"
+
+    @classmethod
+    def _class_problem(cls) -> str | None:
+        """What is wrong with the class itself, or None."""
+        call = vars(cls).get("__call__")
+        if inspect.isfunction(call) and "input_ids" in inspect.signature(call).parameters:
+            return (
+                f"{cls.__name__}.__call__() takes {', '.join(inspect.signature(call).parameters)}, "
+                "as transformers' processors do; gptk's take logits, rows. "
+                "gptk.adapters.transformers.from_transformers takes one of transformers' as it is"
+            )
+        return super()._class_problem()
 
     def __call__(self, logits: "Tensor", rows: "Rows") -> "Tensor":
         """New logits, (rows, vocab) float32; -inf takes a token out. `logits` is not changed."""

@@ -12,6 +12,7 @@ from gptk.options import from_options as from_options
 from gptk.options import from_text as from_text
 from gptk.options import option_help as option_help
 from gptk.plugins.blame import blaming as blaming
+from gptk.plugins.checks import class_problem as class_problem
 from gptk.plugins.creating import create as create
 from gptk.plugins.creating import short_form as short_form
 from gptk.plugins.files import register_file as register_file
@@ -26,6 +27,8 @@ from gptk.plugins.registry import provided as provided
 from gptk.plugins.registry import register as register
 from gptk.plugins.registry import summary as summary
 from gptk.plugins.registry import unregister as unregister
+from gptk.plugins.returned import check_logits as check_logits
+from gptk.plugins.returned import check_process as check_process
 from gptk.spec import parse_spec as parse_spec
 from gptk.system.metadata import Fields as Fields
 from gptk.system.metadata import open_regular as open_regular

@@ -6,56 +6,48 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
-from gptk.errors import GptkError, PluginError, brief
+from gptk.distribution import NAME as DISTRIBUTION
+from gptk.errors import GptkError, InternalError, PluginError, brief, shown
 from gptk.hooks.base import Plugin
 from gptk.plugins.kinds import KINDS
-from gptk.plugins.registry import PluginWarning, Provided, provided
+from gptk.plugins.registry import PluginWarning, provided
 from gptk.system.memory import is_out_of_memory
 
 T = TypeVar("T")
-
-
-def ask(plugin: Provided, method: str, *arguments: Any) -> Any:
-    """What a plug-in's class method returns; None, with a warning, where it fails.
-
-    For questions put to all plug-ins of a kind, so that one that fails does not stop the others.
-    """
-    try:
-        return getattr(plugin.item, method)(*arguments)
-    except GptkError:
-        raise
-    except Exception as error:
-        hook = KINDS[plugin.kind].hook
-        warnings.warn(
-            f"{plugin.item.title()} of {plugin.distribution} (hook {hook}) failed in {method}: "
-            f"{brief(error)}",
-            PluginWarning,
-            stacklevel=2,
-        )
-        return None
 
 
 @contextlib.contextmanager
 def blaming(plugins: Iterable[Plugin]) -> Iterator[None]:
     """Turn an exception that a plug-in's code raised into a PluginError that names the plug-in.
 
-    plugins: those that run in this block. Errors that gptk raises on purpose, errors in which no
-    plug-in's code had a part, and errors for lack of memory pass unchanged.
+    plugins: those that run in this block. For a plug-in that gptk comes with it is an
+    InternalError. Errors that gptk raises on purpose, errors in which no plug-in's code had a
+    part, interrupts, and errors for lack of memory pass unchanged.
     """
     try:
         yield
     except GptkError:
         raise
-    except Exception as error:
+    except BaseException as error:
         # no plug-in is to blame for a lack of memory, nor for functions that the caller passed
-        if is_out_of_memory(error) or getattr(error, _CALLERS, False):
+        if not _is_failure(error) or is_out_of_memory(error) or getattr(error, _CALLERS, False):
             raise
-        if line := blame(error, plugins):
-            raise PluginError(line) from error
+        if blamed := blame(error, plugins):
+            kind = InternalError if blamed.is_gptks_own else PluginError
+            raise kind(blamed.line) from error
         raise
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether an error is a failure of the code that raises it, such as `sys.exit()` in a plug-in,
+    and not the user's interrupt or the end of a generator or a task."""
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        return False
+    return type(error).__name__ != "CancelledError"  # asyncio's, which takes long to import
 
 
 @contextlib.contextmanager
@@ -71,7 +63,23 @@ def callers_code() -> Iterator[None]:
 _CALLERS = "gptk_callers_code"
 
 
-def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
+@dataclass(frozen=True)
+class Blamed:
+    """Whose fault an error is."""
+
+    line: str
+    """Names the plug-in and the error."""
+    is_gptks_own: bool
+    """The plug-in is one that gptk comes with."""
+
+    @classmethod
+    def of(cls, plugin: Plugin, failed: str) -> "Blamed":
+        distribution, owner = _owner(plugin)
+        report = to_report(distribution)
+        return cls(f"{plugin.title()} of {owner} {failed}{report}", bool(report))
+
+
+def blame(error: BaseException, plugins: Iterable[Plugin]) -> Blamed | None:
     """A line that names the plug-in whose code was the last to run before the error, or None.
 
     plugins: those that were running; plug-ins that these called are found as well.
@@ -88,16 +96,15 @@ def blame(error: Exception, plugins: Iterable[Plugin]) -> str | None:
         defining = [p for p in suspects if qualname.startswith(f"{type(p).__qualname__}.")]
         calling = [p for caller in callers[index:] for p in suspects if p is caller]
         plugin = [*defining, *calling, *suspects][0]
-        return (
-            f"{type(plugin).title()} of {_owner(plugin)} failed in {qualname}, line {line} of "
-            f"{frame.f_globals.get('__name__')}: {brief(error)}"
-        )
+        module = frame.f_globals.get("__name__")
+        failed = f"failed in {qualname}, line {line} of {module}: {brief(error)}"
+        return Blamed.of(plugin, failed)
     if misfit := _misfit(error, callers[0] if callers else None, running):
-        return f"{misfit.title()} of {_owner(misfit)} failed: {brief(error)}"
+        return Blamed.of(misfit, f"failed: {brief(error)}")
     return None
 
 
-def _misfit(error: Exception, caller: object, plugins: Iterable[Plugin]) -> Plugin | None:
+def _misfit(error: BaseException, caller: object, plugins: Iterable[Plugin]) -> Plugin | None:
     """The plug-in that lacks a method that gptk called, or takes other arguments.
 
     None of the plug-in's own code has run then.
@@ -122,7 +129,7 @@ def expect(plugin: Plugin, method: str, value: T, types: Any, wanted: str) -> T:
     """The value that a plug-in's method returned. Raises PluginError if it is none of `types`."""
     if not isinstance(value, types):
         raise PluginError(
-            f"{plugin.title()} of {_owner(plugin)}: {method}() returned {value!r:.60}; it must "
+            f"{plugin.title()} of {_owner(plugin)[1]}: {method}() returned {shown(value)}; it must "
             f"return {wanted}"
         )
     return value
@@ -140,18 +147,26 @@ def _suspects(frame: FrameType, plugins: Sequence[Plugin]) -> list[Plugin]:
 
 def warn_of_failure(observer: Plugin, error: Exception) -> None:
     """Warn (PluginWarning) of an observer that failed; the run goes on without it."""
-    line = blame(error, [observer])
-    line = line or f"{observer.title()} of {_owner(observer)} failed: {brief(error)}"
-    warnings.warn(f"{line}; it hears no more of this run", PluginWarning, stacklevel=2)
+    blamed = blame(error, [observer]) or Blamed.of(observer, f"failed: {brief(error)}")
+    warnings.warn(f"{blamed.line}; it hears no more of this run", PluginWarning, stacklevel=2)
 
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _owner(plugin: Plugin) -> str:
-    """The distribution and hook that a plug-in comes from, or the module that defines it."""
+def _owner(plugin: Plugin) -> tuple[str, str]:
+    """The distribution that a plug-in comes from, and with the hook, for messages.
+
+    For one that is not registered, the module that defines it, and no distribution.
+    """
     known = provided(plugin.kind).get(plugin.name)
     if known is not None and known.item is type(plugin):
-        return f"{known.distribution} (hook {KINDS[plugin.kind].hook})"
-    return f"module {type(plugin).__module__}"
+        return known.distribution, f"{known.distribution} (hook {KINDS[plugin.kind].hook})"
+    return "", f"module {type(plugin).__module__}"
+
+
+def to_report(distribution: str) -> str:
+    """The end of a message on a plug-in of a distribution that gptk itself comes as."""
+    own = distribution.partition(" ")[0] == DISTRIBUTION
+    return "; this is a fault of gptk itself, please report it" if own else ""

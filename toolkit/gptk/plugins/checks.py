@@ -1,12 +1,13 @@
 """Checks of a plug-in module, its hooks, and what these return."""
 
 import inspect
+import re
 from collections.abc import Collection
 from typing import Any
 
 import pydantic
 
-from gptk.errors import PluginError, suggest
+from gptk.errors import PluginError, shown, suggest
 from gptk.hooks.base import Plugin
 from gptk.plugins.kinds import KINDS
 from gptk.spec import NAME
@@ -41,18 +42,27 @@ def item_problem(kind: str, item: Any, reserved_commands: Collection[str]) -> st
     base: Any = KINDS[kind].base
     if kind == "command":
         if not isinstance(item, base):
-            return f"{item!r} is not a click command"
+            return f"{shown(item)} is not a click command"
         if item.name in reserved_commands:
             return f"gptk has a command {item.name} of its own"
         return None
+    return class_problem(kind, item)
+
+
+def class_problem(kind: str, item: Any) -> str | None:
+    """Why something cannot be the class of a plug-in of that kind, or None."""
+    base: Any = KINDS[kind].base
+    if isinstance(item, base):
+        made = type(item).__name__
+        return f"it returned an instance of {made}; return the class itself, [{made}]"
     if not (isinstance(item, type) and issubclass(item, base)):
-        return f"{item!r} is not a subclass of gptk.{base.__name__}"
+        return f"{shown(item)} is not a subclass of gptk.{base.__name__}{_looks_like(item)}"
     name = item.__dict__.get("name")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        return (
-            f"{item.__name__} has the name {name!r}; give it a class attribute `name` of letters, "
-            "digits, dots and hyphens"
-        )
+    if not isinstance(name, str):
+        better = _hyphened(item.__name__)
+        return f"{item.__name__} has no name; give it a class attribute, `name = {better!r}`"
+    if problem := name_problem(name):
+        return f"{item.__name__} has the name {name!r}; {problem}"
     try:
         plugin: type[Plugin] = item
         plugin.model_rebuild()  # resolves annotations that name a class defined later
@@ -62,6 +72,48 @@ def item_problem(kind: str, item: Any, reserved_commands: Collection[str]) -> st
         known = suggest(plugin.positional, plugin.model_fields, what="options")
         return f"{item.__name__} has no option {plugin.positional!r}, its `positional`; {known}"
     return None
+
+
+def name_problem(name: str) -> str | None:
+    """Why a plug-in cannot have that name, with one that it can have, or None.
+
+    >>> name_problem("my_sampler")
+    "a name has letters, digits, dots and hyphens: 'my-sampler'"
+    """
+    if NAME.fullmatch(name) and "_" not in name and name[-1].isalnum():
+        return None
+    form = "a name has letters, digits, dots and hyphens"
+    better = _hyphened(name)
+    return f"{form}: {better!r}" if better else f"{form}, and begins with a letter or digit"
+
+
+def _hyphened(name: str) -> str:
+    """The nearest name that a plug-in can have: `my-sampler` for `my_sampler` and `MySampler`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.").lower()
+
+
+def misgiven(kind: str, given: object, base: type) -> str:
+    """What to say of a plug-in that is neither a spec string nor an instance of `base`."""
+    if isinstance(given, type) and issubclass(given, base):
+        made = given.__name__
+        return f"{made} is a class; {_article(kind)} {kind} is an instance, {made}()"
+    form = f"{_article(kind)} {kind} is a spec string or a {base.__name__}"
+    if isinstance(given, Plugin):
+        return f"{form}, and {given.title()} is {_article(given.kind)} {given.kind}"
+    return f"{form}, not {shown(given)}{_looks_like(given)}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _looks_like(item: Any) -> str:
+    """What else something seems to be, for messages."""
+    cls = item if isinstance(item, type) else type(item)
+    if any(base.__module__.startswith("transformers.") for base in cls.__mro__):
+        return "; gptk.adapters.transformers.from_transformers takes transformers' processors"
+    return ""
 
 
 def _marked(plugin: object) -> list[str]:

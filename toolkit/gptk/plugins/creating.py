@@ -7,10 +7,10 @@ from gptk.errors import (
     OptionError,
     PluginError,
     brief,
-    shown,
 )
 from gptk.hooks.base import Plugin
 from gptk.options import from_options
+from gptk.plugins.checks import misgiven
 from gptk.plugins.kinds import KINDS
 from gptk.plugins.registry import find
 from gptk.spec import format_value, parse_spec
@@ -29,7 +29,7 @@ def create(kind: str, spec: "str | P", base: type[P]) -> P:
     if isinstance(spec, base):
         return spec
     if not isinstance(spec, str):
-        raise OptionError(f"a {kind} is a spec string or a {base.__name__}, not {shown(spec)}")
+        raise OptionError(misgiven(kind, spec, base))
     name, options = parse_spec(spec)
     found = find(kind, name)
     try:

@@ -1,5 +1,6 @@
 """A single Python file as a plug-in."""
 
+import importlib.util
 import os
 import sys
 import traceback
@@ -10,39 +11,57 @@ from gptk.errors import (
     PluginError,
     brief,
 )
-from gptk.plugins.registry import register, unregister
+from gptk.plugins.registry import quiet, register, unregister
+from gptk.system.metadata import open_regular
 
 
 def register_file(path: str | os.PathLike[str]) -> ModuleType:
     """Import a single Python file as a plug-in module and `register` it, for this process.
 
-    Returns the module, whose name is `gptk_file_` and the file's; a file that was registered
-    before is read again. Raises PluginError, in one line, for a file that does not exist, fails
-    to import (with the line number), has no hook (with what to add), or breaks a rule.
+    Returns the module, whose name is `gptk_file_` and the file's. A file that was registered
+    before is read again, and takes the place of what it was; if it is refused, that stays. What
+    the file prints goes to standard error.
+
+    Raises PluginError, in one line, for a file that does not exist, fails to import (with the line
+    number), has no hook (with what to add), or breaks a rule.
     """
-    file, origin = Path(path).absolute(), str(path)
+    file, origin = Path(os.path.abspath(path)), str(path)
     if file.suffix != ".py":
         raise PluginError(f"{origin} is not a .py file; a plug-in is a Python module")
-    try:
-        source = file.read_bytes()
-    except FileNotFoundError:
-        raise PluginError(f"there is no file {origin}") from None
-    except OSError as error:
-        raise PluginError(f"{origin} cannot be read: {error.strerror}") from None
+    with open_regular(file, lambda said: PluginError(said.replace(str(file), origin))) as opened:
+        source = opened.read(_MOST_BYTES + 1)
+    if len(source) > _MOST_BYTES:
+        raise PluginError(f"{origin} has more than {_MOST_BYTES:,} bytes; a plug-in is shorter")
     module = ModuleType(_file_module(file))
     module.__file__ = str(file)
-    before = sys.modules.pop(module.__name__, None)
+    before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module  # in which pydantic looks up the names in annotations
     try:
         _execute(module, source, origin)
-        unregister(before)
-        register(module, origin=origin)
-    except PluginError as error:
-        del sys.modules[module.__name__]
-        if origin not in str(error):
+        _replace(before, module, origin)
+    except BaseException as error:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:  # what the file was before it was broken stays, until it is mended
+            sys.modules[module.__name__] = before
+        if isinstance(error, PluginError) and origin not in str(error):
             raise PluginError(f"{origin}: {error}") from error
         raise
     return module
+
+
+_MOST_BYTES = 1 << 20
+
+
+def _replace(before: ModuleType | None, module: ModuleType, origin: str) -> None:
+    """Register a module in place of what its file was before; if it is refused, that stays."""
+    unregister(before)
+    try:
+        register(module, origin=origin)
+    except PluginError:
+        if before is not None:
+            register(before, origin=origin)
+        raise
 
 
 def _file_module(file: Path) -> str:
@@ -58,9 +77,15 @@ def _execute(module: ModuleType, source: bytes, origin: str) -> None:
     file = str(module.__file__)
     try:
         # Compiled here and not by importlib, which would leave a __pycache__ beside the file.
-        exec(compile(source, file, "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+        text = importlib.util.decode_source(source)
+        with quiet():
+            exec(compile(text, file, "exec"), module.__dict__)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         problem = brief(error)
+        if isinstance(error, UnicodeDecodeError):
+            problem = f"byte {error.start} is not {error.encoding}"
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_code.co_filename == file]
         if isinstance(error, SyntaxError) and error.filename == file:

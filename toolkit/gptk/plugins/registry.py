@@ -1,9 +1,12 @@
 """How plug-ins are found: through entry points of the group `gptk`, or registered by hand."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Iterable
+import itertools
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
@@ -14,6 +17,7 @@ from gptk.errors import (
     PluginError,
     UnknownNameError,
     brief,
+    shown,
     suggest,
 )
 from gptk.hooks import hookspecs
@@ -110,11 +114,24 @@ def manager() -> pluggy.PluginManager:
         origin = f"{dist.name} {dist.version}" if dist else entry_point.module
         who = f"plug-in {entry_point.name} of {origin}"
         try:
-            warnings = _add(pm, entry_point.load(), origin)
+            with quiet():
+                plugin = entry_point.load()
+            warnings = _add(pm, plugin, origin)
             _load_failures.extend(f"a function of {origin}: {line}" for line in warnings)
-        except (Exception, SystemExit) as error:  # it may raise anything; the others go on
+        except INTERRUPTS:
+            raise
+        except BaseException as error:  # it may raise anything; the others go on
             _load_failures.append(f"{who}: {brief(error)}")
     return pm
+
+
+INTERRUPTS = (KeyboardInterrupt, MemoryError)
+"""What is no plug-in's fault, wherever it is raised."""
+
+
+def quiet() -> contextlib.AbstractContextManager[object]:
+    """Within it what a plug-in prints goes to standard error: others read the standard output."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 _reserved_commands: set[str] = set()
@@ -154,27 +171,51 @@ def _survey(kind: str) -> _Survey:
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         origin = _origins[id(implementation.plugin)]
         try:
-            returned = implementation.function()
-            if isinstance(returned, type) or not isinstance(returned, Iterable):
-                raise PluginError(f"it returned {returned!r:.60}, not a list")
-            items: list[Any] = list(returned)
-        except Exception as error:
+            with quiet():
+                returned = implementation.function()
+                items = _as_list(returned)
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             survey.failures.append(f"hook {hook} of {origin}: {brief(error)}")
             continue
         for item in items:
             if problem := item_problem(kind, item, _reserved_commands):
                 survey.failures.append(f"hook {hook} of {origin}: {problem}")
             elif item.name in survey.known:
-                survey.clashes[item.name] = (
-                    f"two {KINDS[kind].plural} are called {item.name!r}: one from "
-                    f"{survey.known[item.name].distribution}, one from {origin}; rename or "
-                    "uninstall one"
-                )
+                first = survey.known[item.name]
+                if first.item is not item:
+                    survey.clashes[item.name] = _clash(first, origin)
             else:
                 survey.known[item.name] = Provided(kind, item.name, item, origin)
     survey.known = dict(sorted(survey.known.items()))
     survey.failures += survey.clashes.values()
     return survey
+
+
+def _clash(first: Provided, origin: str) -> str:
+    """What to say of two plug-ins of one name; origin: that of the second."""
+    both = f"two {KINDS[first.kind].plural} are called {first.name!r}"
+    if first.distribution == origin:
+        return f"{both}, both of {origin}; rename one"
+    return f"{both}: one from {first.distribution}, one from {origin}; rename or uninstall one"
+
+
+_MOST_ITEMS = 10_000
+"""More that a hook returns are left out, so that one that does not end does no harm."""
+
+
+def _as_list(returned: object) -> list[Any]:
+    """What a hook returned. Raises PluginError for anything but a list of classes or commands."""
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise PluginError("it is async, and gptk does not await it; write `def`")
+    if isinstance(returned, type):
+        name = returned.__name__
+        raise PluginError(f"it returned the class {name}; return [{name}]")
+    if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
+        raise PluginError(f"it returned {shown(returned)}, not a list")
+    return list(itertools.islice(returned, _MOST_ITEMS))
 
 
 def summary(item: Any) -> str:

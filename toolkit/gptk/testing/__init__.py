@@ -16,8 +16,10 @@ docs/contracts.md has all promises with their reasons.
 from gptk.testing._drafter import DrafterContract
 from gptk.testing._loader import LoaderContract
 from gptk.testing._model import ModelContract
+from gptk.testing._observers import DecodingObserverContract, TrainingObserverContract
+from gptk.testing._plugin import PluginContract
 from gptk.testing._processor import ProcessorContract
-from gptk.testing._promises import BrokenPromise, PluginContract
+from gptk.testing._promises import BrokenPromise
 from gptk.testing._regularizer import RegularizerContract
 from gptk.testing._sampler import SamplerContract
 from gptk.testing._scheduler import SchedulerContract
@@ -29,6 +31,7 @@ from gptk.testing.models import batches, logits, markov_lm, prompts, tiny_gpt, t
 
 __all__ = [
     "BrokenPromise",
+    "DecodingObserverContract",
     "DrafterContract",
     "LoaderContract",
     "ModelContract",
@@ -39,6 +42,7 @@ __all__ = [
     "SchedulerContract",
     "ScorerContract",
     "TokenizerContract",
+    "TrainingObserverContract",
     "TruncationContract",
     "WriterContract",
     "batches",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import gptk
-from gptk.testing._promises import PluginContract, check, promise
+from gptk.testing._plugin import PluginContract
+from gptk.testing._promises import check, promise
 from gptk.testing._weights import SMALL, check_same, state_of
 from gptk.testing.models import tiny_gpt
 
@@ -16,6 +17,7 @@ from gptk.testing.models import tiny_gpt
 class LoaderContract(PluginContract):
     """What a weight loader promises."""
 
+    _base: ClassVar[type] = gptk.WeightLoader
     config: ClassVar[gptk.GPTConfig] = SMALL
     """A model that the format can hold."""
     precision: ClassVar[torch.dtype] = torch.float32
@@ -59,10 +61,28 @@ class LoaderContract(PluginContract):
         check_same(loaded, model, "the file")
 
     @promise
+    def test_one_instance_serves_several_calls(self, tmp_path: Path) -> None:
+        """A loader loads the same each time, also after another of its class has loaded."""
+        states = [self.weights(), {name: tensor + 1 for name, tensor in self.weights().items()}]
+        models, loaders = [], []
+        for number, state in enumerate(states):
+            models.append(tiny_gpt(self.config))
+            rounded = {name: tensor.to(self.precision).float() for name, tensor in state.items()}
+            models[-1].load_state_dict(rounded, strict=False)
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            loaders.append(self.loader(self.write(folder, self.config, rounded)))
+        for _ in range(2):
+            for loader, model in zip(loaders, models, strict=True):
+                loaded = gptk.build_model(loader.load(), "cpu", torch.float32)
+                check_same(loaded, model, "the file, in one of several calls,")
+
+    @promise
     def test_a_missing_tensor_is_an_error(self, tmp_path: Path) -> None:
         """A tensor that the file lacks raises SourceError; the loader never makes it up."""
-        last = self.config.n_layers - 1
-        for number, name in enumerate((f"blocks.{last}.mlp.down.weight", "norm.weight")):
+        first, last = "blocks.0.", f"blocks.{self.config.n_layers - 1}."
+        names = (f"{last}mlp.down.weight", "norm.weight", "embed.weight", f"{first}attn.qkv.weight")
+        for number, name in enumerate(names):
             state = self.weights()
             del state[name]
             folder = tmp_path / str(number)
@@ -77,21 +97,25 @@ class LoaderContract(PluginContract):
 
     @promise
     def test_a_file_cut_short_is_an_error(self, tmp_path: Path) -> None:
-        """A file without its second half raises SourceError."""
+        """A file without its end, its second half, or all but its beginning raises SourceError."""
         source = self.write(tmp_path, self.config, self.weights())
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         largest = max(files, key=lambda path: path.stat().st_size)
-        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-        self._refuses(source, f"with half of {largest.name}")
+        whole = largest.read_bytes()
+        for length in (len(whole) - 1, len(whole) // 2, 100, 7, 0):
+            largest.write_bytes(whole[:length])
+            self._refuses(source, f"with {length} of the {len(whole)} bytes of {largest.name}")
 
     @promise
     def test_what_is_not_its_own_is_left_to_others(self, tmp_path: Path) -> None:
         """`matches` returns False, and raises nothing, for paths and files of other formats."""
         (tmp_path / "empty").touch()
         (tmp_path / "text.txt").write_text("no model")
+        (tmp_path / "bytes.bin").write_bytes(bytes(range(256)) * 4)
         (tmp_path / "folder").mkdir()
-        for other in ("", "no/such/file", *map(str, tmp_path.iterdir())):
-            check(not self.make.matches(other), f"it matches {Path(other).name!r}")
+        others = ["", "no/such/file", "~", "a:b=c", "\0", "x" * 5000, *map(str, tmp_path.iterdir())]
+        for other in others:
+            check(not self.make.matches(other), f"it matches {Path(other).name[:20]!r}")
 
     def _refuses(self, source: str, what: str) -> None:
         try:

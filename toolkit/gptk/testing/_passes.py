@@ -82,7 +82,8 @@ def check_lengths(cache: Any, want: Sequence[int], when: str) -> None:
 class TrackedCache:
     """A cache, and the tokens that its rows have after the moves so far.
 
-    Each move draws what it needs, and each pass is compared with one without a cache. As in a
+    Each move draws what it needs from data, or, without it, takes the next of the moves that a
+    cache is most likely to get wrong. Each pass is compared with one without a cache. As in a
     session, moves and passes are in inference mode.
     """
 
@@ -90,12 +91,13 @@ class TrackedCache:
         self,
         model: gptk.CausalModel,
         texts: list[list[int]],
-        data: st.DataObject,
+        data: st.DataObject | None,
         *,
         padding: int = 0,
     ) -> None:
         self._model, self._data, self._padding = model, data, padding
         self._cache = model.new_cache(len(texts), 4)
+        self._turns = 0
         self._texts: list[list[int]] = [[] for _ in texts]
         self._read(texts)
 
@@ -104,21 +106,44 @@ class TrackedCache:
         most = min(3, longest(self._model) - max(map(len, self._texts)))
         if most < 1:
             return
-        token = st.integers(0, self._model.config.vocab_size - 1)
-        row, count = st.lists(token, min_size=1, max_size=most), len(self._texts)
+        size, count = self._model.config.vocab_size, len(self._texts)
+        if self._data is None:
+            turn = self._turn()
+            self._read(
+                [
+                    [(5 * turn + 3 * row + i) % size for i in range(1 + (row + turn) % most)]
+                    for row in range(count)
+                ]
+            )
+            return
+        row = st.lists(st.integers(0, size - 1), min_size=1, max_size=most)
         self._read(self._data.draw(st.lists(row, min_size=count, max_size=count), label="read"))
 
     @torch.inference_mode()
     def select(self) -> None:
-        row = st.integers(0, len(self._texts) - 1)
-        parents = self._data.draw(st.lists(row, min_size=1, max_size=5), label="select")
+        last = len(self._texts) - 1
+        if self._data is None:
+            # Reversed, with a copy; the first row copied over others; the last row alone.
+            kinds = [[*range(last, -1, -1), 0], [last, 0, 0], [0, last, last, 0], [last]]
+            parents = kinds[self._turn() % 4]
+        else:
+            row = st.integers(0, last)
+            parents = self._data.draw(st.lists(row, min_size=1, max_size=5), label="select")
         self._cache.select(parents)
         self._texts = [self._texts[parent] for parent in parents]
         self._check(f"after select({parents})")
 
     @torch.inference_mode()
     def rewind(self) -> None:
-        counts = [self._data.draw(st.integers(0, len(t)), label="rewind") for t in self._texts]
+        if self._data is None:
+            turn = self._turn()  # all tokens of a row, none, or the last ones, in turns
+            counts = [
+                [0, len(text), min(1, len(text)), len(text) // 2][(row + turn) % 4]
+                for row, text in enumerate(self._texts)
+            ]
+        else:
+            draw = self._data.draw
+            counts = [draw(st.integers(0, len(text)), label="rewind") for text in self._texts]
         self._cache.rewind(counts)
         self._texts = [t[: len(t) - n] for t, n in zip(self._texts, counts, strict=True)]
         self._check(f"after rewind({counts})")
@@ -128,6 +153,11 @@ class TrackedCache:
         self._cache.clear()
         self._texts = [[] for _ in self._texts]
         self._check("after clear()")
+
+    def _turn(self) -> int:
+        """How many moves without data there were before."""
+        self._turns += 1
+        return self._turns - 1
 
     def _read(self, new: list[list[int]]) -> None:
         got = states_of(self._model, new, self._cache, padding=self._padding)

@@ -1,71 +1,72 @@
-"""What a promise is, and the promises that plug-ins of all kinds keep."""
+"""What a promise is: how its examples are tried, and how one that is broken is told.
 
+The promises of a contract are in an order: a later one rests on the earlier ones. Where several
+are broken, the first is the cause, or must be mended first in any case. So it is the only one that
+is named; the later ones are skipped.
+"""
+
+import contextlib
+import contextvars
+import copy
 import functools
 import inspect
-import math
+import itertools
 import random
-from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec
+import tempfile
+import textwrap
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec
 
 import hypothesis
 import numpy as np
+import pytest
 import torch
-from hypothesis import HealthCheck, assume, given
+from hypothesis import HealthCheck, Phase, example, given
 from hypothesis import strategies as st
-from hypothesis.errors import HypothesisException
+from hypothesis.errors import HypothesisException, Unsatisfiable
 
 import gptk
 
 P = ParamSpec("P")
+Test = Callable[P, None]
+
+SHRINKING_SECONDS = 2.0
+"""How long Hypothesis looks for a smaller example of a promise that is broken."""
 
 
 class BrokenPromise(AssertionError):  # noqa: N818 - a failure of a test, not an error
     """A plug-in or a model does not keep a promise of its contract."""
 
 
-def promise(test: Callable[P, None]) -> Callable[P, None]:
+def promise(test: Test[P]) -> Test[P]:
     """Mark a contract's method as a promise: every failure in it becomes a BrokenPromise.
 
     Its name, without `test_`, is the promise in words; its docstring says what is promised, and
-    why. The global random generators are seeded for each example, so that a plug-in that draws
-    from them fails in the same way each time.
+    why. It rests on the promises that come before it in the contract: where one of these is broken,
+    that one is named, and once that is told, this one is skipped.
     """
-    words = test.__name__.removeprefix("test_").replace("_", " ")
-    page = f"docs/contracts.md#{words.replace(' ', '-')}"
+    return _promise(test, supports=True)
 
-    @functools.wraps(test)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
-        begin = f"promise broken: {words}. {type(args[0]).__name__}"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            try:
-                test(*args, **kwargs)
-            except (BrokenPromise, HypothesisException):
-                raise
-            except AssertionError as error:
-                raise BrokenPromise(f"{begin}: {error}. See {page}") from None
-            except BaseException as error:
-                if type(error).__name__ == "PanicException":  # raised by tiktoken's Rust code
-                    raise BrokenPromise(
-                        f"{begin}: its vocabulary lacks a byte of the text, and tiktoken panics; "
-                        f"set `alphabet` to the characters that it can hold. See {page}"
-                    ) from None
-                if not isinstance(error, Exception):
-                    raise
-                what = f"{type(error).__name__}: {error}"
-                raise BrokenPromise(f"{begin}: it raised {what}. See {page}") from error
 
-    return checked
+def separate_promise(test: Test[P]) -> Test[P]:
+    """As `promise`, for one on which no other rests: the others are tried although it is broken."""
+    return _promise(test, supports=False)
 
 
 def examples(count: int) -> hypothesis.settings:
-    """Hypothesis settings: how many examples of a promise are tried.
+    """Hypothesis settings: how many examples of a promise are drawn.
 
-    `count` is for a Hypothesis profile with `max_examples` of 100, the default, and scales with
-    it. The profile must be loaded before gptk.testing is imported.
+    They are the same in each run. `count` is for a Hypothesis profile with `max_examples` of 100,
+    the default, and scales with it. The profile must be loaded before gptk.testing is imported.
     """
     return hypothesis.settings(
         deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
         report_multiple_bugs=False,  # one failure, so that its message ends with its example
         max_examples=max(1, count * hypothesis.settings().max_examples // 100),
         suppress_health_check=[
@@ -77,6 +78,19 @@ def examples(count: int) -> hypothesis.settings:
     )
 
 
+def worst_and_drawn(count: int) -> Callable[[Test[P]], Test[P]]:
+    """Call a test once with data=None, for examples built by hand, then with `count` drawn data.
+
+    The examples built by hand are those that a fault is most likely to need: ties, all tokens but
+    one masked, a single row, many rows, the bounds of a range.
+    """
+
+    def decorate(test: Test[P]) -> Test[P]:
+        return examples(count)(given(data=st.data())(example(data=None)(test)))
+
+    return decorate
+
+
 def check(condition: object, otherwise: str) -> None:
     """Raises AssertionError with the message `otherwise` unless the condition holds."""
     if not condition:
@@ -84,86 +98,13 @@ def check(condition: object, otherwise: str) -> None:
 
 
 def instance(test: object) -> Any:
-    """What a test's `make` returns; it is a class, a function, a class method or a method."""
+    """A new object from a test's `make`: a class, a function, a class method or a method."""
     make = inspect.getattr_static(type(test), "make")
     if isinstance(make, staticmethod | classmethod):
         return test.make()  # type: ignore[attr-defined]
     if inspect.isfunction(make) and inspect.signature(make).parameters:
         return make(test)
     return make()
-
-
-class PluginContract:
-    """What plug-ins of every kind promise."""
-
-    make: ClassVar[Any]
-    """The plug-in's class, or a function without arguments that returns an instance."""
-
-    def plugin(self) -> Any:
-        """A plug-in to test: what `make` makes."""
-        return instance(self)
-
-    @promise
-    def test_it_says_what_it_does(self) -> None:
-        """The class has a line of description, and so has every option.
-
-        `gptk plugins` lists them, `gptk plugins show` and the reference explain them.
-        """
-        plugin = type(self.plugin())
-        docstring = plugin.__dict__.get("__doc__") or ""
-        check(docstring.strip(), f"{plugin.__name__} has no docstring")
-        for name, _, _, help_ in gptk.plugins.option_help(plugin):
-            check(help_, f"the option {name} has no description: Field(…, description=…)")
-
-    @promise
-    @examples(25)
-    @given(data=st.data())
-    def test_its_options_round_trip_through_the_spec_string(self, data: st.DataObject) -> None:
-        """`plugin.spec` makes an equal plug-in again, whatever its options.
-
-        Configuration files, `--json` output and the trace name plug-ins by their spec strings.
-        """
-        first = self.plugin()
-        try:
-            gptk.plugins.parse_spec(first.spec)
-        except gptk.OptionError:  # an option is an object, which has no text
-            return
-        options = first.model_dump(exclude_defaults=True)
-        try:
-            plugin = type(first)(**{**options, **data.draw(_options(first), label="options")})
-        except gptk.OptionError:
-            assume(False)
-        name, texts = gptk.plugins.parse_spec(plugin.spec)
-        again = gptk.plugins.from_options(type(first), texts)
-        check(name == first.name, f"the spec {plugin.spec!r} has another name than {first.name!r}")
-        check(again == plugin, f"the spec {plugin.spec!r} of {plugin!r} makes {again!r}")
-
-    @promise
-    def test_bad_options_are_refused(self) -> None:
-        """An unknown option, one of another type and one out of bounds raise OptionError.
-
-        The user gets a line that says what is allowed, instead of a wrong result.
-        """
-        plugin = self.plugin()
-        options = plugin.model_dump(mode="python", exclude_defaults=True)
-        for name, value in [("surely_not_an_option", 1), *_wrong_options(plugin)]:
-            try:
-                type(plugin)(**{**options, name: value})
-            except gptk.OptionError as error:
-                check("\n" not in str(error), f"the error for {name}={value!r} has several lines")
-            else:
-                raise AssertionError(f"it accepts {name}={value!r}")
-
-    @promise
-    def test_it_is_not_changed_by_use(self) -> None:
-        """Its options cannot be set, since one instance may serve several calls at once."""
-        plugin = self.plugin()
-        for name in type(plugin).model_fields:
-            try:
-                setattr(plugin, name, getattr(plugin, name))
-            except gptk.GptkError:
-                continue
-            raise AssertionError(f"its option {name} can be set")
 
 
 class undisturbed:  # noqa: N801 - it is used as a function
@@ -181,52 +122,159 @@ def _generators() -> tuple[object, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
 
 
-def options_schema(plugin: gptk.Plugin) -> dict[str, dict[str, Any]]:
-    """The JSON schema of each option; empty where an option's type has none."""
+class _EnoughShrinking(BaseException):
+    """Ends a search for a smaller example; no Exception, so that Hypothesis lets it pass."""
+
+
+class _Search:
+    """The examples of a promise that is being tried: the last that failed, and since when."""
+
+    failure: Exception | None = None
+    _ends = float("inf")
+
+    def try_example(self, test: Callable[[], None]) -> None:
+        """Call a test of an example. The global random generators are seeded for each."""
+        if time.monotonic() > self._ends:
+            raise _EnoughShrinking
+        torch.manual_seed(0)
+        try:
+            test()
+        except HypothesisException:  # the example is discarded
+            raise
+        except Exception as error:
+            self._ends = min(self._ends, time.monotonic() + SHRINKING_SECONDS)
+            self.failure = error
+            raise
+
+
+_search: contextvars.ContextVar[_Search] = contextvars.ContextVar("search")
+
+_outcomes: "weakref.WeakKeyDictionary[type, dict[str, BrokenPromise | None]]"
+_outcomes = weakref.WeakKeyDictionary()
+"""For each test class its promises that have been tried, and how each was broken."""
+_told: "weakref.WeakKeyDictionary[type, set[str]]" = weakref.WeakKeyDictionary()
+"""For each test class the promises whose break a failure has named."""
+
+
+def _promise(test: Test[P], *, supports: bool) -> Test[P]:
+    if hypothesis.is_hypothesis_test(test):
+        inner = test.hypothesis.inner_test  # type: ignore[attr-defined]
+
+        @functools.wraps(inner)
+        def tried(*args: Any, **kwargs: Any) -> None:
+            _search.get().try_example(functools.partial(inner, *args, **kwargs))
+
+        test.hypothesis.inner_test = tried  # type: ignore[attr-defined]
+
+    @functools.wraps(test)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        contract = args[0]
+        earlier = _earlier(type(contract), test.__name__)
+        told = _told.setdefault(type(contract), set())
+        for name in earlier:
+            if name in told:
+                pytest.skip(f"not tried, because the promise “{_words(name)}” is broken")
+        broken = _try(test, contract, *args[1:], **kwargs)
+        if broken is None:
+            return
+        for name in earlier:
+            if first := _outcome(contract, name):
+                told.add(name)
+                raise first
+        told.add(test.__name__)
+        raise broken
+
+    checked.gptk_promise = test  # type: ignore[attr-defined]
+    checked.gptk_supports = supports  # type: ignore[attr-defined]
+    return checked
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("test_").replace("_", " ")
+
+
+def _earlier(contract: type, name: str) -> list[str]:
+    """The promises on which a promise of a test class rests, in order; the base's come first."""
+    names = dict.fromkeys(
+        attribute
+        for base in reversed(contract.__mro__)
+        for attribute in vars(base)
+        if hasattr(getattr(contract, attribute, None), "gptk_supports")
+    )
+    before = itertools.takewhile(lambda other: other != name, names)
+    return [other for other in before if getattr(contract, other).gptk_supports]
+
+
+def _outcome(contract: Any, name: str) -> BrokenPromise | None:
+    """How an earlier promise is broken; it is tried if it has not been yet."""
+    outcomes = _outcomes.setdefault(type(contract), {})
+    if name not in outcomes:
+        test = getattr(type(contract), name).gptk_promise
+        fresh = copy.copy(contract)
+        for made in ("_made", "model", "tokenizer"):
+            vars(fresh).pop(made, None)
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(pytest.skip.Exception):
+            parameters = set(inspect.signature(test).parameters)
+            if parameters <= {"self", "tmp_path"}:
+                given_path = {"tmp_path": Path(folder)} if "tmp_path" in parameters else {}
+                _try(test, fresh, **given_path)
+    return outcomes.get(name)
+
+
+def _try(test: Any, contract: Any, *args: Any, **kwargs: Any) -> BrokenPromise | None:
+    """Try all examples of a promise; returns how it is broken, None if it is kept."""
+    search = _Search()
+    outcomes = _outcomes.setdefault(type(contract), {})
+    begin = f"promise broken: {_words(test.__name__)}. {type(contract).__name__}: "
+    url = gptk.distribution.page("contracts", _words(test.__name__).replace(" ", "-"))
+    with torch.random.fork_rng(devices=[]), _searching(search):
+        torch.manual_seed(0)
+        try:
+            test(contract, *args, **kwargs)
+        except pytest.skip.Exception as skipped:
+            outcomes[test.__name__] = None
+            pytest.skip(str(skipped.msg))  # without Hypothesis' notes on the example
+        except Unsatisfiable:
+            outcomes[test.__name__] = None
+            pytest.skip("none of the examples can be tried with this plug-in")
+        except BaseException as error:
+            outcomes[test.__name__] = None
+            cause = search.failure or error
+            if isinstance(cause, HypothesisException) or not _is_failure(cause):
+                raise
+            broken = BrokenPromise(f"{begin}{_told_in_a_line(cause)}. See {url}")
+            for note in getattr(error, "__notes__", ()):
+                if not note.startswith("Failing explicit example"):  # one built by hand
+                    broken.add_note(note)
+            if not isinstance(cause, AssertionError):
+                broken.__cause__ = cause
+            outcomes[test.__name__] = broken
+            return broken
+    outcomes[test.__name__] = None
+    return None
+
+
+@contextlib.contextmanager
+def _searching(search: _Search) -> Iterator[None]:
+    token = _search.set(search)
     try:
-        schema: dict[str, dict[str, Any]] = type(plugin).model_json_schema(by_alias=False)
-    except Exception:
-        return {}
-    return schema.get("properties", {})
+        yield
+    finally:
+        _search.reset(token)
 
 
-def _wrong_options(plugin: gptk.Plugin) -> list[tuple[str, Any]]:
-    """Options with values of a wrong type or out of bounds."""
-    wrong: list[tuple[str, Any]] = []
-    for name, field in options_schema(plugin).items():
-        if field.get("type") in ("number", "integer"):
-            wrong += [(name, "no number"), (name, math.nan)]
-            wrong += [(name, field["minimum"] - 1)] if "minimum" in field else []
-            wrong += [(name, field["maximum"] + 1)] if "maximum" in field else []
-            wrong += [
-                (name, field[key])
-                for key in ("exclusiveMinimum", "exclusiveMaximum")
-                if key in field
-            ]
-        elif field.get("type") == "boolean" or "enum" in field:
-            wrong += [(name, "surely not an allowed value")]
-    return wrong
+def _is_failure(error: BaseException) -> bool:
+    """Whether an error is the plug-in's, and not pytest's or the user's interrupt."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _options(plugin: gptk.Plugin) -> st.SearchStrategy[dict[str, Any]]:
-    """Values within bounds for any of the options that are numbers, booleans or choices."""
-    known: dict[str, st.SearchStrategy[Any]] = {}
-    for name, field in options_schema(plugin).items():
-        if "enum" in field:
-            known[name] = st.sampled_from(field["enum"])
-        elif field.get("type") == "boolean":
-            known[name] = st.booleans()
-        elif field.get("type") == "integer":
-            low = field.get("minimum", field.get("exclusiveMinimum", -101) + 1)
-            high = field.get("maximum", field.get("exclusiveMaximum", max(low, 0) + 101) - 1)
-            known[name] = st.integers(low, high)
-        elif field.get("type") == "number":
-            low = field.get("minimum", field.get("exclusiveMinimum", -100.0))
-            high = field.get("maximum", field.get("exclusiveMaximum", max(low, 0) + 100.0))
-            known[name] = st.floats(
-                low,
-                high,
-                exclude_min="exclusiveMinimum" in field,
-                exclude_max="exclusiveMaximum" in field,
-            )
-    return st.fixed_dictionaries({}, optional=known)
+def _told_in_a_line(error: BaseException) -> str:
+    text = textwrap.shorten(str(error), 600, placeholder=" …")
+    if isinstance(error, AssertionError):
+        return text
+    if type(error).__name__ == "PanicException":  # raised by tiktoken's Rust code
+        return (
+            "its vocabulary lacks a byte of the text, and tiktoken panics; set `alphabet` to the "
+            "characters that it can hold"
+        )
+    return f"it raised {type(error).__name__}: {text}"

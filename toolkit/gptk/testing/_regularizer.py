@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -11,13 +12,15 @@ from torch import Tensor
 
 import gptk
 from gptk.testing._decoding import SEEDS
-from gptk.testing._promises import PluginContract, check, examples, promise, undisturbed
+from gptk.testing._plugin import PluginContract
+from gptk.testing._promises import check, examples, instance, promise, undisturbed
 from gptk.testing.models import tiny_gpt
 
 
 class RegularizerContract(PluginContract):
     """What a regularizer promises."""
 
+    _base: ClassVar[type] = gptk.Regularizer
     off: ClassVar[Mapping[str, Any] | None] = None
     """Options with which it does nothing, such as {"strength": 0}; None if it has none."""
 
@@ -29,56 +32,61 @@ class RegularizerContract(PluginContract):
 
         Computing it does not change the weights.
         """
-        model, logits, targets = _example(seed)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        penalty = torch.as_tensor(self.plugin().penalty(model, logits, targets))
-        value = float(penalty.detach())
-        check(math.isfinite(value) and value >= 0, f"the penalty is {value}")
-        check(
-            value == 0 or penalty.requires_grad,
-            f"the penalty of {value} has no gradient: it changes nothing",
-        )
-        for name, parameter in model.named_parameters():
-            check(torch.equal(parameter, before[name]), f"it changed {name}")
+        for scale in (1.0, 0.0, 50.0):
+            model, logits, targets = _example(seed, scale)
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            penalty = torch.as_tensor(self.plugin().penalty(model, logits, targets))
+            value = float(penalty.detach())
+            what = f"with logits times {scale:g} the penalty"
+            check(math.isfinite(value) and value >= 0, f"{what} is {value}")
+            check(
+                value == 0 or penalty.requires_grad,
+                f"{what} of {value} has no gradient: it changes nothing",
+            )
+            for name, parameter in model.named_parameters():
+                check(torch.equal(parameter, before[name]), f"it changed {name}")
 
     @promise
     @examples(8)
     @given(seed=SEEDS)
     def test_a_loss_is_a_number_that_leads_back_to_the_weights(self, seed: int) -> None:
         """`loss` returns a finite scalar, and gradients flow through it."""
-        model, logits, targets = _example(seed)
-        before = logits.detach().clone(), targets.clone()
-        plugin = self.plugin()
-        objective = plugin.loss(_cross_entropy(logits, targets), logits, targets)
-        check(isinstance(objective, Tensor) and objective.dim() == 0, "the loss is not a scalar")
-        check(bool(objective.isfinite()), f"the loss is {objective.item()}")
-        objective = objective + plugin.penalty(model, logits, targets)
-        objective.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        check(gradients, "no weight gets a gradient")
-        check(all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite")
-        same = torch.equal(logits.detach(), before[0]) and torch.equal(targets, before[1])
-        check(same, "it changed logits or targets")
+        for scale in (1.0, 0.0, 50.0):
+            model, logits, targets = _example(seed, scale)
+            before = logits.detach().clone(), targets.clone()
+            plugin = self.plugin()
+            objective = plugin.loss(_cross_entropy(logits, targets), logits, targets)
+            scalar = isinstance(objective, Tensor) and objective.dim() == 0
+            check(scalar, "the loss is not a scalar")
+            check(bool(objective.isfinite()), f"the loss is {objective.item()}")
+            objective = objective + plugin.penalty(model, logits, targets)
+            objective.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            check(gradients, "no weight gets a gradient")
+            check(all(bool(g.isfinite().all()) for g in gradients), "a gradient is not finite")
+            same = torch.equal(logits.detach(), before[0]) and torch.equal(targets, before[1])
+            check(same, "it changed logits or targets")
 
     @promise
     @examples(5)
     @given(seed=SEEDS)
     def test_gradients_keep_their_shape(self, seed: int) -> None:
         """`before_step` returns numbers; gradients keep their shapes and stay finite."""
-        model, logits, targets = _example(seed)
-        _cross_entropy(logits, targets).backward()  # type: ignore[no-untyped-call]
-        model.embed.weight.grad = None  # a frozen weight has none
-        shapes = _gradients(model)
-        figures = self.plugin().before_step(model) or {}
-        after = _gradients(model)
-        check(
-            {name: g.shape for name, g in after.items()}
-            == {name: g.shape for name, g in shapes.items()},
-            "gradients changed their shape, appeared or disappeared",
-        )
-        check(all(bool(g.isfinite().all()) for g in after.values()), "a gradient is not finite")
-        for name, value in figures.items():
-            check(math.isfinite(float(value)), f"the figure {name} is {value}")
+        for size in (1.0, 0.0, 1e-20, 1e10):
+            model, logits, targets = _example(seed)
+            _cross_entropy(logits, targets).backward()  # type: ignore[no-untyped-call]
+            model.embed.weight.grad = None  # a frozen weight has none
+            for gradient in _gradients(model).values():
+                gradient.mul_(size)
+            shapes = {name: g.shape for name, g in _gradients(model).items()}
+            figures = self.plugin().before_step(model) or {}
+            after = _gradients(model)
+            same = {name: g.shape for name, g in after.items()} == shapes
+            check(same, "gradients changed their shape, appeared or disappeared")
+            finite = all(bool(g.isfinite().all()) for g in after.values())
+            check(finite, f"with gradients times {size:g} one of them is not finite after it")
+            for name, value in figures.items():
+                check(math.isfinite(float(value)), f"the figure {name} is {value}")
 
     @promise
     def test_parameter_options_are_numbers(self) -> None:
@@ -106,13 +114,13 @@ class RegularizerContract(PluginContract):
 
         Four steps give the same weights and state as two steps, a copy of `state`, and two more.
         """
-        unbroken, state = _trained(self.plugin(), seed, steps=range(4))
+        unbroken, state = _trained(instance(self), seed, steps=range(4))
         half, saved = _trained(self.plugin(), seed, steps=range(2))
         for key, value in saved.items():
             check(isinstance(value, Tensor), f"state[{key!r}] is {value!r:.40}, not a tensor")
         copy = {key: value.clone() for key, value in saved.items()}
         resumed, resumed_state = _trained(
-            self.plugin(), seed, steps=range(2, 4), state=copy, weights=half.state_dict()
+            instance(self), seed, steps=range(2, 4), state=copy, weights=half.state_dict()
         )
         for name, weight in resumed.state_dict().items():
             same = torch.equal(weight, unbroken.state_dict()[name])
@@ -120,6 +128,22 @@ class RegularizerContract(PluginContract):
         check(state.keys() == resumed_state.keys(), "the state has other keys after resuming")
         for key, value in resumed_state.items():
             check(torch.equal(value, state[key]), f"state[{key!r}] differs after resuming")
+
+    @promise
+    @examples(2)
+    @given(seed=SEEDS)
+    def test_one_instance_serves_several_calls(self, seed: int) -> None:
+        """An instance does to a run what a new one does, whatever other runs it has served."""
+        want, other = (_trained(instance(self), s, steps=range(3)) for s in (seed, seed + 1))
+        for _ in range(2):
+            for first, right in ((seed, want), (seed + 1, other)):
+                model, state = _trained(self.plugin(), first, steps=range(3))
+                for name, weight in model.state_dict().items():
+                    same = torch.equal(weight, right[0].state_dict()[name])
+                    check(same, f"used again it leads to another {name}")
+                check(state.keys() == right[1].keys(), "used again it leads to another state")
+                for key, value in state.items():
+                    check(torch.equal(value, right[1][key]), f"used again state[{key!r}] differs")
 
     @promise
     @examples(5)
@@ -130,7 +154,7 @@ class RegularizerContract(PluginContract):
         model, state = _trained(plugin, seed, steps=range(2))
         weights = plugin.averaged(state)
         if weights is None:
-            return
+            pytest.skip("it averages no weights")
         shapes = {name: p.shape for name, p in model.named_parameters()}
         for name, weight in weights.items():
             check(name in shapes, f"{name} is no weight of the model")
@@ -161,7 +185,7 @@ class RegularizerContract(PluginContract):
     def test_at_no_strength_it_does_nothing(self, seed: int) -> None:
         """With the options `off`, if the test has any, loss and gradients do not change."""
         if self.off is None:
-            return
+            pytest.skip("the test names no options `off`")
         plugin = self.plugin()
         plugin = type(plugin)(**{**plugin.model_dump(exclude_defaults=True), **self.off})
         model, logits, targets = _example(seed)
@@ -176,12 +200,12 @@ class RegularizerContract(PluginContract):
         check(all(torch.equal(after[name], g) for name, g in before.items()), "gradients changed")
 
 
-def _example(seed: int) -> tuple[gptk.GPT, Tensor, Tensor]:
-    """A model, its logits for a batch, and the targets."""
+def _example(seed: int, scale: float = 1.0) -> tuple[gptk.GPT, Tensor, Tensor]:
+    """A model, its logits for a batch, times `scale`, and the targets."""
     model = tiny_gpt(vocabulary=31).train()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(31, (2, 9), generator=generator)
-    return model, model.logits(model(ids[:, :-1])), ids[:, 1:]
+    return model, scale * model.logits(model(ids[:, :-1])), ids[:, 1:]
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,30 +1,42 @@
 """The contract of LR schedulers."""
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptk.testing._promises import PluginContract, check, examples, options_schema, promise
+import gptk
+from gptk.testing._plugin import PluginContract, options_schema
+from gptk.testing._promises import check, examples, instance, promise, undisturbed
 
 TOTALS = st.integers(1, 300)
 WARMUPS = st.integers(0, 40)
 
 
+def bounds(test: Any) -> Any:
+    """Add examples at the bounds: a single step, no warmup, nothing but warmup, and more."""
+    for total, warmup in ((1, 0), (1, 1), (2, 1), (2, 5), (3, 2), (10, 5), (100, 0), (300, 40)):
+        test = example(total=total, warmup=warmup)(test)
+    return test
+
+
 class SchedulerContract(PluginContract):
     """What an LR scheduler promises."""
 
+    _base: ClassVar[type] = gptk.LRScheduler
+
     def scheduler(self, warmup: int = 0) -> Any:
-        """The scheduler to test, with `warmup` steps of warmup."""
-        plugin = self.plugin()
-        bounds = options_schema(plugin).get("warmup", {})
-        warmup = max(warmup, bounds.get("minimum", 0))
-        return type(plugin)(**{**plugin.model_dump(exclude_defaults=True), "warmup": warmup})
+        """A new scheduler to test, with `warmup` steps of warmup."""
+        plugin = instance(self)
+        least = options_schema(type(plugin)).get("warmup", {}).get("minimum", 0)
+        options = {name: getattr(plugin, name) for name in plugin.model_fields_set}
+        return type(plugin)(**{**options, "warmup": max(warmup, least)})
 
     @promise
-    @examples(25)
+    @examples(20)
     @given(total=TOTALS, warmup=WARMUPS)
+    @bounds
     def test_it_is_a_share_of_the_peak(self, total: int, warmup: int) -> None:
         """At every step the factor is from 0 to 1: the setting `lr` is the highest rate."""
         scheduler = self.scheduler(warmup)
@@ -36,30 +48,34 @@ class SchedulerContract(PluginContract):
             )
 
     @promise
-    @examples(25)
-    @given(total=TOTALS, warmup=WARMUPS, data=st.data())
-    def test_a_resumed_schedule_equals_an_unbroken_one(
-        self, total: int, warmup: int, data: st.DataObject
-    ) -> None:
+    @examples(20)
+    @given(total=TOTALS, warmup=WARMUPS)
+    @bounds
+    def test_a_resumed_schedule_equals_an_unbroken_one(self, total: int, warmup: int) -> None:
         """The factor is a function of the step; earlier calls make no difference.
 
         A resumed run makes a new scheduler and begins with it in the middle.
         """
         unbroken = self.scheduler(warmup)
-        whole = [unbroken(step, total) for step in range(total)]
-        start = data.draw(st.integers(0, total - 1), label="resumed at")
-        resumed = self.scheduler(warmup)
-        rest = [resumed(step, total) for step in range(start, total)]
-        check(
-            rest == whole[start:],
-            f"resumed at step {start} of {total} it returns {rest[:3]}, unbroken "
-            f"{whole[start : start + 3]}",
-        )
-        check(unbroken(0, total) == whole[0], "called again for step 0 it returns another factor")
+        with undisturbed():
+            whole = [unbroken(step, total) for step in range(total)]
+        for start in sorted({0, total // 2, total - 1}):
+            resumed = self.scheduler(warmup)
+            rest = [resumed(step, total) for step in range(start, total)]
+            check(
+                rest == whole[start:],
+                f"resumed at step {start} of {total} it returns {rest[:3]}, unbroken "
+                f"{whole[start : start + 3]}",
+            )
+        for other in (total + 1, 3 * total):  # another run's
+            unbroken(total // 2, other)
+        back = [unbroken(step, total) for step in reversed(range(total))][::-1]
+        check(back == whole, "called again, and for other runs, it returns other factors")
 
     @promise
-    @examples(25)
+    @examples(20)
     @given(total=TOTALS, warmup=WARMUPS)
+    @bounds
     def test_warmup_never_falls(self, total: int, warmup: int) -> None:
         """During warmup the rate rises, up to where the schedule begins."""
         # Half the steps, as a schedule may allow no more.
@@ -76,8 +92,11 @@ class SchedulerContract(PluginContract):
     @promise
     @examples(10)
     @given(total=TOTALS)
+    @example(total=1)
+    @example(total=2)
     def test_after_the_last_step_nothing_changes(self, total: int) -> None:
         """Steps past the end have the factor of the last step."""
         scheduler = self.scheduler()
         last = scheduler(total - 1, total)
-        check(scheduler(total + 7, total) == last, "it changes after the last step")
+        for past in (0, 1, 7, total):
+            check(scheduler(total + past, total) == last, "it changes after the last step")

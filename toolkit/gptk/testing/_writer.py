@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 
 import gptk
-from gptk.testing._promises import PluginContract, check, promise
+from gptk.testing._plugin import PluginContract
+from gptk.testing._promises import check, promise
 from gptk.testing._weights import SMALL, check_same
 from gptk.testing.models import tiny_gpt
 
@@ -14,6 +15,7 @@ from gptk.testing.models import tiny_gpt
 class WriterContract(PluginContract):
     """What a weight writer promises."""
 
+    _base: ClassVar[type] = gptk.WeightWriter
     config: ClassVar[gptk.GPTConfig] = SMALL
     """A model that the format can hold."""
     with_text: ClassVar[bool] = False
@@ -22,11 +24,22 @@ class WriterContract(PluginContract):
     @promise
     def test_what_it_writes_is_read_back(self, tmp_path: Path) -> None:
         """The loader that matches the directory makes the same model and tokenizer of it."""
-        model, copy = (tiny_gpt(self.config, seed=1) for _ in range(2))
+        self._check_written(tmp_path, seed=1)
+
+    @promise
+    def test_one_instance_serves_several_calls(self, tmp_path: Path) -> None:
+        """What it writes does not depend on what it has written before."""
+        for seed in (1, 2, 1):
+            folder = tmp_path / str(len(list(tmp_path.iterdir())))
+            folder.mkdir()
+            self._check_written(folder, seed=seed)
+
+    def _check_written(self, folder: Path, *, seed: int) -> None:
+        model, copy = (tiny_gpt(self.config, seed=seed) for _ in range(2))
         tokenizer = gptk.load_tokenizer("bytes") if self.with_text else None
-        self.plugin().write(tmp_path, model, tokenizer)
+        self.plugin().write(folder, model, tokenizer)
         check_same(model, copy, "before it was written")
-        checkpoint = gptk.load_checkpoint(str(tmp_path))
+        checkpoint = gptk.load_checkpoint(str(folder))
         check_same(gptk.build_model(checkpoint, "cpu", torch.float32), copy, "the model")
         if tokenizer is None:
             return

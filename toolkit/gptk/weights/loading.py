@@ -4,7 +4,8 @@ import os
 
 from gptk.errors import SourceError, SpecError, UnknownNameError
 from gptk.hooks.weights import Checkpoint, WeightLoader
-from gptk.plugins.blame import ask, blaming, expect
+from gptk.plugins.asking import ask, matching
+from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 
@@ -25,14 +26,10 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
 
 def find_loader(source: str) -> WeightLoader:
     """The loader for a source: the first that `matches`, else one named by a spec string."""
-    loaders = provided("loader")
-    if not loaders:
+    if not provided("loader"):
         raise SourceError("no weight loaders are known; is gptk installed with its plug-ins?")
-    for plugin in loaders.values():
-        if ask(plugin, "matches", source):
-            loader = plugin.item.from_source(source)
-            assert isinstance(loader, WeightLoader)
-            return loader
+    if loader := matching("loader", source, WeightLoader):
+        return loader
     try:
         return create("loader", source, WeightLoader)
     except (SpecError, UnknownNameError):
@@ -44,8 +41,8 @@ def default_source() -> str:
     if source := os.environ.get("GPTK_MODEL"):
         return source
     for plugin in provided("loader").values():
-        if installed := ask(plugin, "default_source"):
-            assert isinstance(installed, str)
+        installed: str | None = ask(plugin, "default_source", answer=str)
+        if installed:
             return installed
     raise SourceError(
         "no model is given and none is installed; give --model (a path or a hub id), "

@@ -5,7 +5,8 @@ import re
 
 from gptk.errors import TokenizerError
 from gptk.hooks.tokenizers import TokenizerLoader
-from gptk.plugins.blame import ask, blaming, expect
+from gptk.plugins.asking import matching
+from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.text.tokenizer import Tokenizer
@@ -17,11 +18,8 @@ def load_tokenizer(source: str) -> Tokenizer:
     Raises TokenizerError, or UnknownNameError for an unknown name.
     """
     if not _is_spec(source):
-        for plugin in provided("tokenizer").values():
-            if ask(plugin, "matches", source):
-                loader = plugin.item.from_source(source)
-                assert isinstance(loader, TokenizerLoader)
-                return _load(loader)
+        if loader := matching("tokenizer", source, TokenizerLoader):
+            return _load(loader)
         if os.path.exists(source):
             raise TokenizerError(f"{source} is not a tokenizer file that gptk can read")
         if os.sep in source:
