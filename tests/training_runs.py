@@ -1,10 +1,14 @@
 """Small training runs, in this process and in others that tests may kill."""
 
+import contextlib
+import json
 import multiprocessing
 import os
+import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,57 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
     "scheduler": "warmup-cosine:warmup=5",
 }
+
+# Dropout and averages, so that random numbers and a regularizer's state have to go on, too.
+STATEFUL = SMALL | {
+    "regularizers": ["weight-decay", "grad-clip", "dropout:p=0.1", "ema:decay=0.9"],
+    "accumulate": 2,
+}
+
+
+def same_state(run: Path, other: Path) -> None:
+    """Check that two runs ended with the same bits: weights, optimizer, averages, metrics."""
+    from safetensors.torch import load_file
+
+    for name in ("model.safetensors", "training.safetensors", "averaged/model.safetensors"):
+        a = load_file(run / "checkpoints/step-00000020" / name)
+        b = load_file(other / "checkpoints/step-00000020" / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].equal(b[key]), (name, key)
+    drop = {"tokens_per_second": 0, "seconds": 0}
+    metrics = [
+        [json.loads(line) | drop for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (run, other)
+    ]
+    assert metrics[0] == metrics[1]
+    assert (run / "samples.txt").read_text() == (other / "samples.txt").read_text()
+
+
+VALUES: dict[str, Any] = {
+    "architecture": "gpt2",
+    "data": ["a.txt"],
+    "validation_data": ["b.txt"],
+    "regularizers": ["l1:strength=0.1"],
+    "observers": ["tensorboard"],
+    "betas": (0.5, 0.75),
+    "dtype": "float32",
+    "train_ratio": 0.5,
+    "on_nan": "skip",
+}
+
+
+def value_of(name: str) -> Any:
+    """A value of a setting that is not the default."""
+    if name in VALUES:
+        return VALUES[name]
+    default = TrainConfig.model_fields[name].default
+    if isinstance(default, bool) or name == "qkv_bias":
+        return not default
+    if isinstance(default, str) or name in ("model", "tokenizer"):
+        return "x"
+    return (default or 4) * 2
+
 
 # Children start from a process that has imported torch and computed nothing.
 _context = multiprocessing.get_context("forkserver")
@@ -106,6 +161,68 @@ def train_until_killed(settings: Mapping[str, Any], run: str | Path, at_step: in
 
     trainer.step = waiting_step  # type: ignore[method-assign]
     trainer.train()
+
+
+def train_counting(settings: Mapping[str, Any], run: str | Path, report: Path) -> None:
+    """As `train`; writes how many changes of files it made, and how many seconds it took."""
+    changes = 0
+
+    def count(_: str) -> None:
+        nonlocal changes
+        changes += 1
+
+    start = time.monotonic()
+    with before_each_change(count):
+        train(settings, run)
+    report.write_text(json.dumps({"changes": changes, "seconds": time.monotonic() - start}))
+
+
+def train_until_change(
+    settings: Mapping[str, Any], run: str | Path, number: int, report: Path
+) -> None:
+    """As `train`, but the process kills itself before it changes files for that time."""
+    left = number
+
+    def kill(what: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            report.write_text(what)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with before_each_change(kill):
+        train(settings, run)
+
+
+@contextlib.contextmanager
+def before_each_change(call: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with what is about to happen before each change of a file.
+
+    Before it is opened for writing, renamed, removed or synced, or a folder is made or removed;
+    not before its content is written.
+    """
+    inside = True
+    changing = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
+    sync = os.fsync
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal inside
+        writes = event == "open" and bool(set(str(arguments[1])) & set("wax+"))
+        if inside and (writes or event in changing):
+            inside = False  # what the function does itself does not count
+            call(event)
+            inside = True
+
+    def noting_sync(descriptor: int) -> None:
+        call("os.fsync")
+        sync(descriptor)
+
+    sys.addaudithook(hook)  # stays until the process ends, see `inside`
+    os.fsync = noting_sync
+    try:
+        yield
+    finally:
+        inside, os.fsync = False, sync
 
 
 def tokens(n: int, vocabulary: int = 257, seed: int = 0) -> np.ndarray:

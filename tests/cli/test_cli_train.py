@@ -1,5 +1,6 @@
 """`gptk train`, run as a user runs it."""
 
+import json
 import os
 import pty
 import re
@@ -8,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from unittest import mock
 
 import pytest
 
-from gptk.training.config import TrainConfig, read_config
+from gptk.options import option_help
+from gptk.training.config import HEADINGS, TrainConfig, read_config
+from gptk.training.names import ALIASES
 from program import GPTK, failing, gptk
-from training_runs import SMALL, wait_for
+from training_runs import SMALL, value_of, wait_for
 
 
 def sets(**changes):
@@ -93,6 +97,63 @@ def test_show_config_is_a_file_that_says_the_same(tmp_path):
         assert re.search(rf"^(# )?{name} =", out.stdout, re.MULTILINE), name
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "text.txt --steps 2",
+        "--data text.txt --max-steps 2",
+        "--set data=text.txt --set max_iters=2",
+        "text.txt c.toml",
+        "c.toml --dataset text.txt",
+    ],
+)
+def test_texts_and_settings_are_given_as_people_type_them(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("abcdefgh" * 100)
+    (tmp_path / "c.toml").write_text("steps = 2\n")
+    small = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 2 --eval-iters 1"
+    out = gptk("train", *words.split(), *small.split(), "--sample-tokens=0", "--out=run")
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[1] == "training: 720 tokens, 22 batches of 2 by 16"
+    settings = read_config(tmp_path / "run/config.toml")
+    assert (settings.data, settings.steps) == (["text.txt"], 2)
+    assert (settings.n_layers, settings.width, settings.context_length) == (1, 16, 16)
+
+
+def shown_config(*words):
+    out = gptk("train", *words, "--show-config")
+    assert out.returncode == 0, out.stderr
+    return TrainConfig(**tomllib.loads(out.stdout))
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_each_setting_is_an_option_also_by_its_other_names(name):
+    value = value_of(name)
+    for option in (name, *ALIASES.get(name, ())):
+        option = option.replace("_", "-")
+        if isinstance(value, bool):
+            words = [f"--{option}" if value else f"--no-{option}"]
+        elif isinstance(value, list):
+            words = [f"--{option}", value[0], f"--{option}", "second"]
+        else:
+            words = [f"--{option}", value if isinstance(value, str) else json.dumps(value)]
+        config = shown_config(*words)
+        want = [value[0], "second"] if isinstance(value, list) else value
+        assert config == TrainConfig(**{name: want})
+
+
+def test_switches_go_both_ways():
+    assert shown_config("--qkv-bias").qkv_bias is True
+    assert shown_config("--no-qkv-bias").qkv_bias is False
+    assert shown_config("--no-shuffle", "--tied-head").shuffle is False
+
+
+def test_texts_add_up_however_they_are_given():
+    config = shown_config("a.txt", "b.txt", "--data", "c.txt", "--set", "data=d.txt")
+    assert sorted(config.data) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert config.data[:2] == ["a.txt", "b.txt"]
+
+
 def test_a_list_is_given_by_its_key_repeated():
     config = read_config(None, ["data=a.txt", "data=b.txt", 'regularizers=["l1", "ema"]'])
     assert config.data == ["a.txt", "b.txt"]
@@ -105,7 +166,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "line"),
         [
-            ("learning_rate=1", "has no option 'learning_rate'"),
+            ("learningrate=1", "has no option 'learningrate'; did you mean lr"),
             ("batchsize=1", "did you mean batch_size?"),
             ("lr=fast", "lr=fast is not allowed; lr is number > 0"),
             ("steps=0", "steps=0 is not allowed; steps is integer > 0"),
@@ -126,12 +187,47 @@ class TestBadInput:
             ("data=", "a source of data is empty"),
             ("data=[]", "data=[] is not allowed; data is array of 1 or more"),
             ("width=100000000000", "out of memory for the model; take a smaller one"),
+            ("n_layers=1000000000000", "out of memory for the model; take a smaller one"),
             ("epochs=2", "give steps or epochs, not both"),
         ],
     )
     def test_a_setting(self, change, line, tmp_path):
-        command = ["train", "--out", tmp_path / "run", *sets(), "--set", change]
+        name = change.partition("=")[0]
+        settings = {key: value for key, value in SMALL.items() if key != name or name == "lr"}
+        given = [f"--set={key}={value}" for key, value in settings.items()]
+        command = ["train", "--out", tmp_path / "run", *given, "--set", change]
         out = gptk(*command)
+        assert out.returncode in (1, 2)
+        (said,) = out.stderr.splitlines()
+        assert said.startswith("gptk: ")
+        assert line in said
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "line"),
+        [
+            ("--lr 1 --lr 2", "lr is given twice, as lr=1 and as lr=2"),
+            ("--lr 1 --learning-rate 2", "lr is given twice, as lr=1 and as lr=2"),
+            ("--lr 1 --set max_lr=2", "lr is given twice, as lr=1 and as max_lr=2"),
+            ("--set lr=1 --set lr=1", "lr is given twice"),
+            ("--compile --no-compile", "compile is given twice"),
+            ("--keep 1 --save-total-limit 2", "keep is given twice"),
+            ("--lr fast", "lr=fast is not allowed; lr is number > 0"),
+            ("--n-layer 0", "n_layers=0 is not allowed"),
+            ("--dropout 0.1", 'write regularizers=["dropout:p=0.1", …]'),
+            ("--warmup-steps 7", "write scheduler=warmup-cosine:warmup=7"),
+            ("--output-dir x", "--out"),
+            ("--lrr 1", "No such option '--lrr'"),
+            ("a.toml b.toml", "two configuration files are given, a.toml and b.toml"),
+            ("missing.txt", "missing.txt is not there"),
+            ("--resume runs/x text.txt", "leave out CONFIG, DATA and --out"),
+            ("--epochs 1 --steps 2", "give steps or epochs, not both"),
+        ],
+    )
+    def test_a_command_line(self, words, line, tmp_path):
+        out = gptk("train", "--out", tmp_path / "run", *words.split())
+        if "--resume" in words:
+            out = gptk("train", *words.split())
         assert out.returncode in (1, 2)
         (said,) = out.stderr.splitlines()
         assert said.startswith("gptk: ")
@@ -216,7 +312,46 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
 
 
 def test_help_names_what_there_is():
-    out = subprocess.run([*GPTK, "train", "--help"], capture_output=True, text=True, check=True)
+    out = gptk("train", "--help").stdout
     for word in ("--resume", "--show-config", "--set", "--keep", "--shard", "torchrun"):
-        assert word in out.stdout
-    assert sys.executable
+        assert word in out
+    options, *groups = [out.index(f"\n{heading}:\n") for heading in ("Options", *HEADINGS.values())]
+    assert options < groups[0]
+    assert groups == sorted(groups)
+    for name, allowed, _, _ in option_help(TrainConfig):
+        option = name.replace("_", "-")
+        bool_or_not = f"--[no-]{option}" if allowed.startswith("true") else f"--{option} "
+        assert out.count(f"\n  {bool_or_not}") == 1, name
+    assert "--learning-rate" not in out[options:]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_and_settings_need_no_torch():
+    code = (
+        "import sys, gptk.cli.train\n"
+        "try: gptk.cli.train.command(['--help'])\n"
+        "except SystemExit: assert not {'torch', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_in_a_locale_without_utf8_it_trains_on_any_text(tmp_path):
+    (tmp_path / "text.txt").write_text("naïve — 漢字 🙂\n" * 100, encoding="utf-8")
+    (tmp_path / "naïve.txt").write_text("abc" * 100)
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "CXX": "/nonexistent"}
+
+    def run(*words):
+        return subprocess.run(
+            [*GPTK, "train", *words, *sets(steps=2, sample_sampler="multinomial"), "--out", "run"],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+
+    out = run("naïve.txt")  # config.toml could not hold what the name is in this locale
+    assert (out.returncode, out.stderr.count(b"\n")) == (2, 1)
+    assert b"PYTHONUTF8=1" in out.stderr
+    out = run("text.txt")
+    assert out.returncode == 0, out.stderr
+    assert b"best validation loss" in out.stdout

@@ -165,7 +165,8 @@ def test_documents_stand_between_end_of_text_tokens(
     want = []
     for text in filter(None, documents):
         want += [*(tokenizer.eos[:1] if want else ()), *tokenizer.encode(text)]
-    with mock.patch.object(encoding, "CHUNK", block):  # characters lie across blocks
+    # Characters lie across blocks.
+    with mock.patch.object(encoding, "CHUNK", block), mock.patch.object(sources, "BLOCK", block):
         if not want:
             with pytest.raises(gptk.DataError, match=r"no text in .*0\.txt"):
                 prepare_tokens(list(map(str, paths)), tokenizer, cache=folder)
@@ -298,13 +299,78 @@ class TestReuse:
         tokens.path.unlink()
         assert prepare()[1] is True
 
-    @pytest.mark.parametrize("change", [b"", b"{}", b"[1]", b"\xff", None])
+    def test_a_token_file_with_other_tokens_is_made_anew(self, prepare, text_file):
+        """Valid ones, as many, and with the old time of modification."""
+        tokens, _ = prepare()
+        before = tokens.path.stat()
+        data = tokens.path.read_bytes()
+        tokens.path.write_bytes(data[2:] + data[:2])
+        os.utime(tokens.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        again, tokenized = prepare()
+        assert tokenized
+        assert self.text(again) == text_file.read_text()
+        assert prepare()[1] is False
+
+    def test_a_text_of_the_same_size_and_time_is_tokenized(self, prepare, text_file):
+        """As a copy has it that keeps times; no program can set the time of change back."""
+        prepare()
+        before = text_file.stat()
+        text_file.write_text("One two\nthree\n")
+        os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        tokens, tokenized = prepare()
+        assert tokenized
+        assert self.text(tokens) == "One two\nthree\n"
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"n_bytes": 15},
+            {"documents": 2},
+            {"tokenizer": "gpt2"},
+            {"fingerprint": "0"},
+            {"n_tokens": 7, "dtype": "<u4"},
+            {"sha256": "0" * 64},
+            {"tokens": ""},
+            {"tokens": "/dev/zero"},
+            {"tokens": "\0"},
+            {"n_tokens": -1},
+            {"n_tokens": 10**40},
+            {"checksum": ""},
+            {"sources": []},
+        ],
+    )
+    def test_a_header_that_was_changed_is_made_anew(self, prepare, cache, change):
+        before, _ = prepare()
+        (header,) = cache.glob("*.json")
+        header.write_text(json.dumps(json.loads(header.read_text()) | change))
+        tokens, tokenized = prepare()
+        assert tokenized
+        assert (tokens.n_bytes, tokens.documents, tokens.sha256) == (14, 1, before.sha256)
+        assert prepare()[1] is False
+
+    @pytest.mark.parametrize("what", ["header", "tokens"])
+    @pytest.mark.parametrize("kind", ["FIFO", "folder", "link to a device"])
+    def test_what_is_no_file_is_not_opened(self, prepare, cache, kind, what):
+        """A folder cannot be replaced, which is told."""
+        tokens, _ = prepare()
+        path = tokens.path if what == "tokens" else next(cache.glob("*.json"))
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+            with pytest.raises(gptk.DataError, match="the tokens cannot be kept"):
+                prepare()
+            return
+        os.mkfifo(path) if kind == "FIFO" else path.symlink_to("/dev/zero")
+        assert prepare()[1] is True
+        assert prepare()[1] is False
+
+    @pytest.mark.parametrize("change", [b"", b"{}", b"[1]", b"\xff", b"[" * 10**5, None])
     def test_a_header_that_cannot_be_read_is_made_anew(self, prepare, cache, change):
         prepare()
         (header,) = cache.glob("*.json")
         changed = change
         if changed is None:
-            changed = json.dumps(json.loads(header.read_bytes()) | {"format": 2}).encode()
+            changed = json.dumps(json.loads(header.read_bytes()) | {"format": 1}).encode()
         header.write_bytes(changed)
         assert prepare()[1] is True
         assert prepare()[1] is False
@@ -317,7 +383,7 @@ class TestReuse:
         assert source["name"] == str(text_file)
         assert (source["size"], source["mtime_ns"]) == (14, text_file.stat().st_mtime_ns)
         assert about["n_tokens"] == about["n_bytes"] == 14
-        assert (about["documents"], about["tokenizer"], about["format"]) == (1, "bytes", 1)
+        assert (about["documents"], about["tokenizer"], about["format"]) == (1, "bytes", 2)
         assert about["sha256"] == tokens.sha256
 
 
@@ -477,6 +543,7 @@ def test_a_long_text_needs_memory_for_a_few_chunks_only(
         before = memory("VmRSS")
         with (
             mock.patch.object(encoding, "CHUNK", chunk),
+            mock.patch.object(sources, "BLOCK", chunk),
             mock.patch("os.cpu_count", return_value=2),
         ):
             tokens = prepare_tokens([str(path)], gpt2, cache=cache)
@@ -516,9 +583,28 @@ def test_a_file_that_is_not_utf8_is_an_error_that_names_the_byte(
 ):
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
-    with mock.patch.object(encoding, "CHUNK", block):
+    with mock.patch.object(sources, "BLOCK", block):
         fails([str(path)], "latin.txt is not UTF-8", f"byte {byte} is 0x", cache=cache)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_fifo_is_not_read(tmp_path, cache, inside):
+    """It would wait for somebody to write to it."""
+    os.mkfifo(tmp_path / "fifo.txt")
+    fails([str(tmp_path if inside else tmp_path / "fifo.txt")], "fifo.txt", "neither", cache=cache)
+
+
+def test_binary_data_is_no_text(tmp_path, cache):
+    (tmp_path / "x.bin").write_bytes(np.random.default_rng(0).bytes(10_000))
+    fails([str(tmp_path / "x.bin")], "x.bin is not UTF-8 text: byte", cache=cache)
+
+
+def test_a_line_of_megabytes_is_tokenized(tmp_path, cache):
+    path = tmp_path / "line.txt"
+    path.write_text("abcdefgh" * 400_000)
+    tokens = prepare_tokens([str(path)], byte_tokenizer(), cache=cache)
+    assert tokens.n_tokens == tokens.n_bytes == 3_200_000
 
 
 def test_missing_and_empty_sources_are_told_by_name(tmp_path, cache):

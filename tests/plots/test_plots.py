@@ -56,8 +56,7 @@ def drawn(monkeypatch, tmp_path):
     """Plot, and return the panels by their y label, without the time that writing takes."""
     figures = []
 
-    def keep(self, path, **_):
-        path.touch()
+    def keep(self, file, **_):
         figures.append(self)
 
     def draw(*runs):
@@ -99,8 +98,8 @@ def test_formats_by_suffix_and_the_same_bytes_whatever_the_settings(suffix, tmp_
 
 
 def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    def full(self, path, **_):
-        path.write_bytes(b"half")
+    def full(self, file, **_):
+        file.write(b"half")
         raise OSError("no space left")
 
     (tmp_path / "plot.png").write_bytes(b"old")

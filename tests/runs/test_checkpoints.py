@@ -2,46 +2,34 @@
 
 import contextlib
 import errno
+import functools
+import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
 import time
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import gptk
 import training_runs
 from gptk.runs import checkpoints
+from gptk.runs.metrics import read_metrics
+from gptk.training import shards
 from gptk.training.trainer import Trainer
-from training_runs import SMALL, config, finish, in_child, wait_for
-
-# Dropout and averages, so that random numbers and a regularizer's state have to go on, too.
-STATEFUL = SMALL | {
-    "regularizers": ["weight-decay", "grad-clip", "dropout:p=0.1", "ema:decay=0.9"],
-    "accumulate": 2,
-}
-
-
-def same_state(run, other):
-    """Whether two runs ended with the same bits: weights, optimizer, averages, metrics."""
-    for name in ("model.safetensors", "training.safetensors", "averaged/model.safetensors"):
-        a = load_file(run / "checkpoints/step-00000020" / name)
-        b = load_file(other / "checkpoints/step-00000020" / name)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), (name, key)
-    drop = {"tokens_per_second": 0, "seconds": 0}
-    metrics = [
-        [json.loads(line) | drop for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for path in (run, other)
-    ]
-    assert metrics[0] == metrics[1]
-    assert (run / "samples.txt").read_text() == (other / "samples.txt").read_text()
+from training_runs import SMALL, STATEFUL, config, finish, in_child, same_state, wait_for
 
 
 @pytest.mark.parametrize("killed_at", [10, 13])
@@ -131,12 +119,43 @@ def three(tmp_path_factory):
     return run
 
 
+def empty_checksums(path):
+    (path / "checksums.json").write_text("{}")
+
+
 DAMAGE = {
     "cut short": lambda path: os.truncate(path / "training.safetensors", 100),
     "one byte changed": lambda path: flip(path / "model.safetensors"),
     "gone": lambda path: (path / "training.json").unlink(),
     "without checksums": lambda path: (path / "checksums.json").unlink(),
+    "checksums of nothing": empty_checksums,
+    "checksums that are a list": lambda path: (path / "checksums.json").write_text("[]"),
+    "checksums that are numbers": lambda path: change_json(
+        path / "checksums.json", {"model.safetensors": 1}
+    ),
+    "checksums nested deeply": lambda path: (path / "checksums.json").write_text("[" * 99999),
+    "a file that was not written": lambda path: (path / "averaged").write_text("x"),
+    "a FIFO": lambda path: (
+        (path / "training.json").unlink(),
+        os.mkfifo(path / "training.json"),
+    ),
+    "a folder": lambda path: (
+        (path / "training.json").unlink(),
+        (path / "training.json").mkdir(),
+    ),
 }
+
+
+def change_json(path, change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def sum_anew(folder):
+    """Make the checksums of a checkpoint those of its files as they are."""
+    (folder / "checksums.json").unlink(missing_ok=True)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "checksums.json").write_text(json.dumps(sums))
 
 
 def flip(path):
@@ -171,6 +190,197 @@ def test_a_run_of_nothing_but_damaged_checkpoints_is_an_error(three, tmp_path):
         Trainer.resume(run, warn=lambda line: None)
 
 
+def test_the_checkpoint_that_an_error_names_is_intact(three, tmp_path):
+    run = shutil.copytree(three, tmp_path / "run")
+    trainer = Trainer.resume(run, ["steps=8"])
+    flip(run / "checkpoints/step-00000006/model.safetensors")
+    trainer.step = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(gptk.TrainingError, match=r"the last good checkpoint is \S+step-00000004,"):
+        trainer.train()
+
+
+class Planted:
+    """An object whose pickle creates a file as it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A run of one process that writes its training state as shards."""
+    run = tmp_path_factory.mktemp("runs") / "sharded"
+    trainer = Trainer.start(config(steps=2, eval_every=2, regularizers=["ema"]), run)
+    trainer.shard = True
+    trainer.train()
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "pickle",
+        pytest.param("torch.save", marks=pytest.mark.slow),
+        pytest.param("numpy", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_in_a_run_is_unpickled(kind, sharded, tmp_path):
+    """Each file of the run in turn is replaced by a pickle, with checksums that fit."""
+    planted = tmp_path / "planted"
+    payload = io.BytesIO()
+    if kind == "pickle":
+        pickle.dump(Planted(planted), payload)
+    elif kind == "torch.save":
+        torch.save(Planted(planted), payload)
+    else:
+        np.save(payload, np.array([Planted(planted)], dtype=object), allow_pickle=True)
+    checkpoint = Path("checkpoints/step-00000002")
+    names = [path.relative_to(sharded) for path in sharded.rglob("*") if path.is_file()]
+    assert checkpoint / "shards/00000.safetensors" in names
+    for name in [*names, checkpoint / "shards/.metadata", checkpoint / "training.safetensors"]:
+        run = tmp_path / "run"
+        shutil.copytree(sharded, run)
+        (run / name).write_bytes(payload.getvalue())
+        sum_anew(run / checkpoint)
+        with contextlib.suppress(gptk.GptkError):
+            Trainer.resume(run).step()
+        with contextlib.suppress(gptk.GptkError):
+            gptk.load(str(run))
+        with contextlib.suppress(gptk.GptkError):
+            read_metrics(run / "metrics.jsonl")
+        assert not planted.exists(), name
+        shutil.rmtree(run)
+    payload.seek(0)
+    read = {
+        "pickle": pickle.load,
+        "torch.save": functools.partial(torch.load, weights_only=False),
+        "numpy": functools.partial(np.load, allow_pickle=True),
+    }
+    read[kind](payload)
+    assert planted.exists()  # the payload itself works
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 1}, "format is 1"),
+        ({"step": "6"}, "step is '6'"),
+        ({"step": -1}, "step is -1"),
+        ({"epoch": True}, "epoch is True"),
+        ({"position": 2**70}, "position is"),
+        ({"best_step": [6]}, "best_step"),
+        ({"best_loss": None, "best_step": None}, None),
+        ({"data": "x"}, "data is 'x'"),
+        ({"settings": []}, "settings is []"),
+        ({"settings": {"depths": 3}}, "wrong settings: the training configuration has no option"),
+        ({"settings": SMALL | {"lr": "fast"}}, "lr=fast is not allowed"),
+        ({"tensors": {}}, "is not as training.json describes it"),
+        ({"tensors": {"x": 1}}, "tensors"),
+    ],
+)
+def test_a_training_json_of_wrong_types_is_told_by_its_field(change, words, three, tmp_path):
+    run = shutil.copytree(three, tmp_path / "run")
+    for folder in (run / "checkpoints").iterdir():
+        change_json(folder / "training.json", change)
+        sum_anew(folder)
+    if words is None:
+        assert Trainer.resume(run).best_step is None
+        return
+    with pytest.raises(gptk.TrainingError) as caught:
+        Trainer.resume(run)
+    assert words in str(caught.value)
+    assert "/training." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"optimizer.embed.weight.exp_avg": None},
+        {"optimizer.embed.weight.exp_avg": torch.zeros(3)},
+        {"optimizer.embed.weight.exp_avg": torch.zeros(257, 32, dtype=torch.int64)},
+        {"optimizer.embed.weight.step": torch.zeros(2)},
+        {"optimizer.embed.weight.x": torch.zeros(2)},
+        {"optimizer.nothing.step": torch.zeros(())},
+        {"x": torch.zeros(2)},
+    ],
+)
+def test_a_training_state_that_does_not_fit_is_told(damage, three, tmp_path):
+    """Also where training.json describes it, and the checksums are those of it."""
+    run = shutil.copytree(three, tmp_path / "run")
+    folder = run / "checkpoints/step-00000006"
+    tensors = load_file(folder / "training.safetensors") | damage
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, folder / "training.safetensors")
+    described = {
+        name: f"{str(tensor.dtype)[6:]}{list(tensor.shape)}" for name, tensor in tensors.items()
+    }
+    change_json(folder / "training.json", {"tensors": described})
+    sum_anew(folder)
+    with pytest.raises(gptk.TrainingError, match=r"training\.safetensors cannot be read"):
+        Trainer.resume(run)
+
+
+class TestShards:
+    """Files of parts, as the processes of a sharded run write them."""
+
+    def write(self, folder, places, **tensors):
+        folder.mkdir(exist_ok=True)
+        name = f"{len(list(folder.iterdir())):05d}.safetensors"
+        save_file(tensors, folder / name, {"gptk": json.dumps(places)})
+
+    @given(st.integers(0, 30), st.integers(1, 7), st.integers(1, 7), st.integers(0, 3))
+    def test_parts_of_n_processes_are_read_by_m(self, tmp_path_factory, rows, n, m, width):
+        folder = tmp_path_factory.mktemp("shards") / "shards"
+        whole = torch.arange(rows * width, dtype=torch.float32).view(rows, width)
+        for start, part in divided(whole, n):
+            self.write(folder, {"x": {"shape": [rows, width], "offset": start}}, x=part.clone())
+        with shards.opened(folder) as stored:
+            for start, part in divided(whole, m):
+                mine = torch.full_like(part, -1.0)
+                with mock.patch.object(shards, "_local_part", return_value=(mine, start)):
+                    stored["x"].copy_into(whole)
+                assert torch.equal(mine, part)
+
+    @pytest.mark.parametrize(
+        ("places", "words"),
+        [
+            ({}, "does not say where"),
+            ({"x": {"shape": [4, 2], "offset": 0}, "y": {"shape": [1], "offset": 0}}, "does not"),
+            ({"x": {"shape": [9, 2], "offset": 0}}, "missing or overlap"),
+            ({"x": {"shape": [10**12, 2], "offset": 0}}, "missing or overlap"),
+            ({"x": {"shape": [4, 2], "offset": 1}}, "missing or overlap"),
+            ({"x": {"shape": [4, 3], "offset": 0}}, "do not fit together"),
+            ({"x": {"shape": [], "offset": 0}}, "do not fit together"),
+            ({"x": {"shape": [4, 2], "offset": -4}}, "does not say where"),
+            ({"x": {"shape": "x", "offset": 0}}, "does not say where"),
+        ],
+    )
+    def test_parts_that_do_not_make_up_a_tensor_are_refused(self, places, words, tmp_path):
+        self.write(tmp_path / "shards", places, x=torch.zeros(4, 2))
+        with pytest.raises(ValueError, match=words), shards.opened(tmp_path / "shards"):
+            pass
+
+    def test_parts_twice_are_refused(self, tmp_path):
+        for _ in range(2):
+            place = {"x": {"shape": [4, 2], "offset": 0}}
+            self.write(tmp_path / "shards", place, x=torch.zeros(4, 2))
+        with pytest.raises(ValueError, match="overlap"), shards.opened(tmp_path / "shards"):
+            pass
+
+
+def divided(tensor, count):
+    """The parts of a tensor on `count` processes as torch.chunk, and so FSDP2, divides it."""
+    size = -(-len(tensor) // count)
+    starts = [min(rank * size, len(tensor)) for rank in range(count)]
+    parts = [tensor[start : start + size] for start in starts]
+    chunks = tensor.chunk(count) if len(tensor) else []
+    assert all(map(torch.equal, parts, chunks))
+    return zip(starts, parts, strict=True)
+
+
 class Killed(BaseException):
     """Imitates a kill: no handler of Exception catches it."""
 
@@ -198,6 +408,7 @@ def test_a_step_saved_twice_has_a_good_checkpoint_at_every_moment(moment, tmp_pa
     with contextlib.suppress(Killed):
         trainer.save()
     monkeypatch.undo()
+    trainer.close()
     assert gptk.load(str(run)).model.config == trainer.model.config
     again = Trainer.resume(run, warn=pytest.fail)
     assert again.step_count == 1

@@ -112,7 +112,7 @@ def test_a_damaged_line_is_named(line, tmp_path):
 
 
 def test_a_missing_file_is_an_error_to_read_and_made_by_truncating(tmp_path):
-    with pytest.raises(gptk.SourceError, match="No such file"):
+    with pytest.raises(gptk.SourceError, match="there is no such file"):
         read_metrics(tmp_path / "metrics.jsonl")
     truncate_metrics(tmp_path / "metrics.jsonl", 0)
     assert read_metrics(tmp_path / "metrics.jsonl") == []

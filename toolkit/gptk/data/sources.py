@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from gptk.data import encoding
 from gptk.errors import DataError, suggest
+from gptk.system.metadata import open_regular
 
 TEXT_SUFFIXES = (".markdown", ".md", ".rst", ".text", ".txt")
 """The suffixes of text files in a folder, in small or capital letters."""
+
+BLOCK = 1 << 20
+"""Bytes of a text that are read at a time."""
 
 BUILTIN = "builtin:"
 """The prefix of the names of texts that come with Python."""
@@ -39,6 +42,8 @@ class Source:
     size: int
     """In bytes."""
     mtime_ns: int
+    ctime_ns: int
+    """When the file was last changed: unlike mtime_ns, no program can set it back."""
     n_bytes: int = 0
     """The text's size without a byte order mark; known once `texts` has been read."""
     sha256: str = ""
@@ -80,7 +85,7 @@ class Source:
         """The content in blocks, then an empty block."""
         try:
             with self.open() as file:
-                while block := file.read(encoding.CHUNK):
+                while block := file.read(BLOCK):
                     yield block
             yield b""
         except OSError as error:
@@ -112,7 +117,7 @@ def _builtin(name: str) -> Source:
             f"{suggest(text, _BUILTIN_TEXTS, what='texts')}; files and folders are named by path"
         )
     content = _BUILTIN_TEXTS[text]().encode()
-    return Source(name, lambda: io.BytesIO(content), len(content), 0)
+    return Source(name, lambda: io.BytesIO(content), len(content), 0, 0)
 
 
 def _file(path: Path) -> Source:
@@ -121,7 +126,13 @@ def _file(path: Path) -> Source:
         raise DataError(f"the data {path} {what}")
     status = path.stat()
     name = str(path).encode(errors="backslashreplace").decode()  # a path may be any bytes
-    return Source(name, lambda: path.open("rb"), status.st_size, status.st_mtime_ns)
+    return Source(
+        name,
+        lambda: open_regular(path, DataError),
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
 
 
 def _text_files(folder: Path) -> list[Path]:

@@ -2,14 +2,15 @@
 
 A text is tokenized once, into the folder `tokens` of the user's cache (or of $GPTK_CACHE):
 
-    NAME-KEY.json            the header: tokenizer, counts, and the size, modification time and
-                             SHA-256 of each source
+    NAME-KEY.json            the header: tokenizer, counts, and the size, times and SHA-256 of each
+                             source
     NAME-KEY-SUM.tokens      the token ids, little-endian integers of 2 or 4 bytes, nothing else
 
 KEY is a hash of the tokenizer and the sources' names, SUM the start of the tokens' SHA-256. Both
 files are written under another name, synced and renamed, the header last. So an interrupted
 preparation leaves no incomplete file under these names, and several processes may prepare the same
-text at once.
+text at once. Files that are found are not believed unread: their hashes are compared, those of
+tokens (about two seconds a gigabyte) and that of the header.
 """
 
 import contextlib
@@ -17,9 +18,7 @@ import hashlib
 import json
 import os
 import re
-import secrets
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -30,8 +29,10 @@ import pydantic
 from gptk.data import encoding
 from gptk.data.encoding import encode_documents
 from gptk.data.sources import BUILTIN, Source, find_sources
-from gptk.errors import DataError, OptionError
+from gptk.errors import DataError, OptionError, SourceError
 from gptk.system.caches import cache_folder
+from gptk.system.files import new_file, remove_leftovers, replacing
+from gptk.system.metadata import open_regular, read_text
 from gptk.text.tokenizer import Tokenizer
 
 
@@ -81,7 +82,8 @@ def prepare_tokens(
     stay as they are.
 
     cache: by default `tokens` in $GPTK_CACHE or in the user's cache folder. A file in the cache is
-    used as long as the sources' sizes and modification times, or their contents, are the same.
+    used as long as it is what was written, and the sources' sizes and times of change, or their
+    contents, are the same.
 
     Texts may be larger than memory. Raises DataError if a source is missing, cannot be read or is
     not UTF-8 text, if there is no text at all, or if the cache cannot be written.
@@ -95,7 +97,7 @@ def prepare_tokens(
     base = folder / f"{stem}-{key}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _reuse(base, found) or _write(base, found, tokenizer, fingerprint)
+        return _reuse(base, found, fingerprint) or _write(base, found, tokenizer, fingerprint)
     except OSError as error:
         raise DataError(
             f"the tokens cannot be kept in {folder}: {error.strerror or error}; "
@@ -125,11 +127,12 @@ class _SourceHeader(pydantic.BaseModel):
     name: str
     size: int
     mtime_ns: int
+    ctime_ns: int
     sha256: str
 
 
 class _Header(pydantic.BaseModel):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     tokens: str
     """The file of tokens, beside the header."""
     dtype: Literal["<u2", "<u4"]
@@ -140,23 +143,31 @@ class _Header(pydantic.BaseModel):
     fingerprint: str
     sha256: str
     sources: list[_SourceHeader]
+    checksum: str = ""
+    """Of the other fields; see `sum`."""
+
+    def sum(self) -> str:
+        return _digest(self.model_dump_json(exclude={"checksum"}))
 
 
-def _reuse(base: Path, sources: Sequence[Source]) -> TokenFile | None:
-    """The token file in the cache, if it is complete and the sources are still the same."""
+def _reuse(base: Path, sources: Sequence[Source], fingerprint: str) -> TokenFile | None:
+    """The token file in the cache, if it is intact and the sources are still the same."""
     header = _read_header(base)
-    if header is None or [s.name for s in header.sources] != [s.name for s in sources]:
+    if header is None or header.fingerprint != fingerprint:
+        return None
+    if [s.name for s in header.sources] != [s.name for s in sources]:
         return None
     if [s.size for s in header.sources] != [s.size for s in sources]:
         return None
     touched = False
     for before, now in zip(header.sources, sources, strict=True):
-        if before.mtime_ns != now.mtime_ns or now.name.startswith(BUILTIN):
+        changed = (before.mtime_ns, before.ctime_ns) != (now.mtime_ns, now.ctime_ns)
+        if changed or now.name.startswith(BUILTIN):
             if before.sha256 != now.checksum():
                 return None
-            touched = touched or before.mtime_ns != now.mtime_ns
-            before.mtime_ns = now.mtime_ns
-    tokens = _open(base, header)
+            touched = touched or changed
+            before.mtime_ns, before.ctime_ns = now.mtime_ns, now.ctime_ns
+    tokens = _open(base, header, compare=True)
     if tokens is not None and touched:
         _write_header(base, header)
     return tokens
@@ -166,12 +177,12 @@ def _write(
     base: Path, sources: Sequence[Source], tokenizer: Tokenizer, fingerprint: str
 ) -> TokenFile:
     """Tokenize the sources into a file of tokens and a header."""
-    _remove_leftovers(base.parent)
-    with _temporary(base) as (file, new):
-        header = _write_tokens(file, base.name, sources, tokenizer, fingerprint)
-        _finish(file, new, base.parent / header.tokens)
+    remove_leftovers(base.parent)
+    with new_file(base.parent, base.name) as new:
+        header = _write_tokens(new.content, base.name, sources, tokenizer, fingerprint)
+        new.publish(base.parent / header.tokens)
     # Mapped before the header makes it known to other processes, which may replace it.
-    if (tokens := _open(base, header)) is None:
+    if (tokens := _open(base, header, compare=False)) is None:
         raise DataError(f"another process changed {base.parent}; run this again")
     before = _read_header(base)
     _write_header(base, header)
@@ -211,21 +222,33 @@ def _write_tokens(
         fingerprint=fingerprint,
         sha256=digest.hexdigest(),
         sources=[
-            _SourceHeader(name=s.name, size=s.size, mtime_ns=s.mtime_ns, sha256=s.sha256)
+            _SourceHeader(
+                name=s.name,
+                size=s.size,
+                mtime_ns=s.mtime_ns,
+                ctime_ns=s.ctime_ns,
+                sha256=s.sha256,
+            )
             for s in sources
         ],
     )
 
 
-def _open(base: Path, header: _Header) -> TokenFile | None:
-    """The file of tokens that a header describes, or None if it is missing or incomplete."""
+def _open(base: Path, header: _Header, *, compare: bool) -> TokenFile | None:
+    """The file of tokens that a header describes, or None if it is missing or incomplete.
+
+    compare: also read the whole file, and return None if it is not what was written.
+    """
     path = base.parent / Path(header.tokens).name
     dtype = np.dtype(header.dtype)
     try:
-        if path.stat().st_size != header.n_tokens * dtype.itemsize:
-            return None
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-    except (OSError, ValueError):
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size != header.n_tokens * dtype.itemsize:
+                return None
+            if compare and hashlib.file_digest(file, "sha256").hexdigest() != header.sha256:
+                return None
+            tokens = np.memmap(file, dtype=dtype, mode="r")
+    except (OSError, SourceError, ValueError):
         return None
     return TokenFile(
         path,
@@ -239,50 +262,23 @@ def _open(base: Path, header: _Header) -> TokenFile | None:
 
 
 def _read_header(base: Path) -> _Header | None:
+    """The header, or None if it is missing or not what was written."""
     try:
-        return _Header.model_validate_json(_header_path(base).read_bytes())
-    except (FileNotFoundError, pydantic.ValidationError):
+        text = read_text(_header_path(base), max_bytes=1 << 30)  # of folders with many files
+        header = _Header.model_validate_json(text)
+    except (SourceError, pydantic.ValidationError):
         return None
+    return header if header.checksum == header.sum() else None
 
 
 def _write_header(base: Path, header: _Header) -> None:
-    with _temporary(base) as (file, new):
+    header.checksum = header.sum()
+    with replacing(_header_path(base)) as file:
         file.write(header.model_dump_json(indent=1).encode())
-        _finish(file, new, _header_path(base))
 
 
 def _header_path(base: Path) -> Path:
     return base.with_name(f"{base.name}.json")
-
-
-@contextlib.contextmanager
-def _temporary(base: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A new file beside `base` and its path; removed at the end unless it was renamed."""
-    new = base.with_name(f".{base.name}-{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
-    try:
-        with new.open("xb") as file:
-            yield file, new
-    finally:
-        new.unlink(missing_ok=True)
-
-
-_UNFINISHED = ".new"
-
-
-def _finish(file: IO[bytes], new: Path, target: Path) -> None:
-    """Sync a temporary file to disk, and rename it to `target`."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    new.replace(target)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed preparations, if they are older than a day."""
-    for path in folder.glob(f".*{_UNFINISHED}"):
-        with contextlib.suppress(OSError):  # another process removed it
-            if time.time() - path.stat().st_mtime > 24 * 3600:
-                path.unlink()
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:

@@ -37,6 +37,7 @@ class History:
         for record in iterate_metrics(run / METRICS):
             for name, column in columns.get(record["kind"], {}).items():
                 value = record.get(name)
+                value = np.nan if isinstance(value, bool) else value
                 column.append(value if isinstance(value, int | float) else np.nan)
         steps, evaluations = (
             {name: np.array(column) for name, column in by_name.items()}

@@ -1,13 +1,12 @@
 """How all figures look, and how they are written."""
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptk.errors import OptionError
+from gptk.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,13 +30,9 @@ _METADATA: Mapping[str, dict[str, None]] = {
 
 def write_figure(figure: "Figure", target: Path) -> None:
     """Write a figure; the old file stays until the new one is complete. Raises OSError."""
-    new = target.with_name(f".{secrets.token_hex(4)}{target.suffix}")
-    try:
-        figure.savefig(new, dpi=200, metadata=_METADATA[target.suffix.lower()])
-        os.replace(new, target)
-    finally:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+    suffix = target.suffix.lower()
+    with replacing(target) as file:
+        figure.savefig(file, format=suffix[1:], dpi=200, metadata=_METADATA[suffix])
 
 
 def check_format(target: Path) -> None:

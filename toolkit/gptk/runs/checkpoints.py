@@ -3,13 +3,13 @@
     RUN/checkpoints/step-00000500/
         gptk.json, model.safetensors, tokenizer.tiktoken   the model, as gptk.load reads it
         averaged/                 the same with averaged weights, if a regularizer keeps them
-        training.json             step, position in the data, best step so far
+        training.json             SavedProgress: step, position in the data, settings, …
         training.safetensors      the optimizer's and the regularizers' tensors,
-        shards/                   or these as torch.distributed.checkpoint wrote them (--shard)
+        shards/                   or, with --shard, a file for each process's part of them
         checksums.json            SHA-256 of all the files above
 
 A checkpoint is written under a temporary name, synced to disk, and renamed. If the last checkpoint
-does not match its checksums, a run goes on from the one before it.
+does not match its checksums, a run goes on from the one before it. No file of it is a pickle.
 """
 
 import hashlib
@@ -19,15 +19,45 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from gptk.errors import TrainingError
 from gptk.system.files import sync, write_text
+from gptk.system.metadata import Fields, open_regular, read_json
 
-_NAME = re.compile(r"step-(\d+)")
-_READY = re.compile(r"\.step-(\d+)\.ready")
+_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+_READY = re.compile(r"\.step-(\d{8,18})\.ready", re.ASCII)
 """A complete checkpoint that is about to replace another one of the same step."""
 _CHECKSUMS = "checksums.json"
 STATE = "training.json"
+
+Fingerprint = tuple[tuple[str, str], ...]
+"""The name of each checkpoint of a run, and a hash of its checksums."""
+
+_Count = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+
+
+class SavedProgress(Fields):
+    """The content of training.json."""
+
+    format: Literal[2] = 2
+    step: _Count
+    epoch: _Count
+    position: _Count
+    """Training windows taken in the epoch."""
+    tokens: _Count
+    best_step: _Count | None
+    best_loss: float | None
+    evaluations_since_best: _Count
+    processes: _Count
+    data: list[str] | None
+    """The SHA-256 of each token file; None for windows made by the caller."""
+    settings: dict[str, Any]
+    """The training configuration."""
+    tensors: dict[str, str]
+    """Dtype and shape of each tensor of the optimizer and the regularizers."""
 
 
 def folder_of(run: Path) -> Path:
@@ -60,7 +90,7 @@ def publish(new: Path, *, keep: int) -> Path:
     new.rename(target)
     sync(new.parent)
     for later in _all(run):  # damaged ones: the run went on from a checkpoint before them
-        if later.name > target.name:
+        if _step(later) > _step(target):
             _discard(later)
     keepers = {*_all(run)[-keep:], best_checkpoint(run)}
     for old in _all(run):
@@ -82,25 +112,38 @@ def newest_intact(run: Path, warn: Callable[[str], None]) -> Path:
     raise TrainingError(f"{run} has no intact checkpoint to go on from; start anew with --out")
 
 
+def read_progress(folder: Path) -> SavedProgress:
+    """The training.json of a checkpoint. Raises TrainingError."""
+    path = folder / STATE
+    return SavedProgress.parse(read_json(path, TrainingError), path, TrainingError)
+
+
 def best_checkpoint(run: str | os.PathLike[str]) -> Path | None:
     """The checkpoint with the lowest validation loss of a training run.
 
     The last checkpoint, if nothing was evaluated yet; None if the run has no checkpoint.
     """
-    for path in reversed(_all(Path(run))):
+    found = _all(Path(run))
+    by_step = {_step(checkpoint): checkpoint for checkpoint in found}
+    for path in reversed(found):
         try:
-            best = json.loads((path / STATE).read_text(encoding="utf-8"))["best_step"]
-        except (OSError, ValueError, KeyError, TypeError):
+            best = read_progress(path).best_step
+        except TrainingError:
             continue  # damaged: the checkpoint before it says which is the best
-        by_step = {_step(checkpoint): checkpoint for checkpoint in _all(Path(run))}
-        return by_step.get(best, path)
+        return path if best is None else by_step.get(best, path)
     return None
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint of a run, or None; its checksums are not compared."""
-    found = _all(run)
-    return found[-1] if found else None
+def fingerprint(run: Path) -> Fingerprint:
+    """Tells whether checkpoints were added to a run, removed or replaced. Raises OSError."""
+    return tuple((path.name, _fingerprint(path)) for path in _all(run))
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        return _checksum(path / _CHECKSUMS)
+    except TrainingError:  # damaged
+        return ""
 
 
 def clean(run: Path) -> None:
@@ -148,19 +191,22 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path, TrainingError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        sums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
-        for name, wanted in sums.items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if _checksum(path / name) != wanted:
+        sums = read_json(path / _CHECKSUMS, TrainingError)
+        found = {name for name in _files(path) if not Path(name).name.startswith(".")}
+        if missing := sorted({STATE, *sums} - found):
+            return f"{missing[0]} is missing"
+        if unlisted := sorted(found - sums.keys()):
+            return f"{unlisted[0]} is not in {_CHECKSUMS}"
+        for name in sorted(found):
+            if _checksum(path / name) != sums[name]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{_CHECKSUMS} cannot be read: {error}"
+    except (OSError, TrainingError) as error:
+        return str(error)
     return None

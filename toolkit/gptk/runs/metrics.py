@@ -10,8 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic_core
+
 from gptk.errors import SourceError
 from gptk.hooks.training import TrainingListener
+from gptk.system.files import replacing
+from gptk.system.metadata import open_regular
 
 METRICS = "metrics.jsonl"
 
@@ -55,22 +59,15 @@ def truncate_metrics(path: str | os.PathLike[str], step: int) -> None:
     Raises SourceError if a line is damaged, OSError if the new file cannot be written.
     """
     target = Path(path)
-    new = target.with_name(f".{target.name}.new")
-    try:
-        with new.open("wb") as file:
-            if target.exists():
-                file.writelines(line for line, record in _lines(target) if record["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(target) as new:
+        if target.exists():
+            new.writelines(line for line, record in _lines(target) if record["step"] <= step)
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line with its record."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     return  # incomplete: the process was killed while it wrote
@@ -83,11 +80,15 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[bytes, dict[str, Any]
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
+    record = pydantic_core.from_json(line)  # a quarter of the time that the json module takes
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("kind"), str)
         or type(record.get("step")) is not int  # not a bool either
     ):
         raise ValueError("it is no record with a kind and a step")
+    if any(isinstance(value, int) and abs(value) >= 2**63 for value in record.values()):
+        raise ValueError("a number of it is too large")
+    if not all(isinstance(record.get(name, ""), str) for name in ("prompt", "text")):
+        raise ValueError("its prompt or text is no text")
     return record

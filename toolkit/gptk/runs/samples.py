@@ -6,7 +6,7 @@ from typing import Any
 
 from gptk.hooks.training import TrainingListener
 from gptk.runs.metrics import METRICS, iterate_metrics
-from gptk.system.files import write_text
+from gptk.system.files import replacing
 
 
 class SamplesFile(TrainingListener):
@@ -14,14 +14,16 @@ class SamplesFile(TrainingListener):
 
     def __init__(self, run: Path) -> None:
         self._path = run / "samples.txt"
-        records = iterate_metrics(run / METRICS)
-        write_text(self._path, "".join(_text(r) for r in records if r["kind"] == "sample"))
+        with replacing(self._path) as file:
+            for record in iterate_metrics(run / METRICS):
+                if record["kind"] == "sample":
+                    file.write(_text(record).encode())
 
     def record(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "sample":
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_text(record))
+            with self._path.open("ab") as file:
+                file.write(_text(record).encode())
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    return f"--- step {record['step']}\n{record['prompt']}{record['text']}\n\n"
+    return f"--- step {record['step']}\n{record.get('prompt', '')}{record.get('text', '')}\n\n"

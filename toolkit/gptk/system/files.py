@@ -1,13 +1,17 @@
-"""Writing files and directories atomically, locking files, and syncing them to disk.
+"""Writing files and directories atomically, and locking files.
 
-A directory is written under another name, synced, and only then renamed: nobody sees it incomplete.
+What is written gets another name first, is synced to disk, and only then renamed: nobody sees it
+incomplete.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -68,31 +72,103 @@ def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class NewFile:
+    """A file that is being written under a temporary name."""
+
+    content: IO[bytes]
+    path: Path
+    """The temporary name."""
+
+    def publish(self, target: Path) -> None:
+        """Sync the file to disk, close it, and have it take the place of `target`."""
+        self.content.flush()
+        os.fsync(self.content.fileno())
+        self.content.close()
+        self.path.replace(target)
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def new_file(folder: Path, name: str) -> Iterator[NewFile]:
+    """A new file in a folder; removed at the end of the block unless it was published.
+
+    name: what the temporary name is made of. A process that is killed leaves the file, see
+    `remove_leftovers`. Raises OSError.
+    """
+    new = folder / f".{name}.{secrets.token_hex(4)}{_UNFINISHED}"
+    try:
+        with new.open("xb") as file:
+            yield NewFile(file, new)
+    finally:
+        with contextlib.suppress(OSError):  # of a disk that has become read-only, for example
+            new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` at the end of the block, synced to disk.
+
+    A reader finds the old content or the new one. If the block raises, the old content stays.
+    Raises OSError.
+    """
+    with new_file(path.parent, path.name) as new:
+        yield new.content
+        new.publish(path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: a reader finds the old or the new text. Raises OSError."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
+    """Replace a small file by a text in UTF-8, as `replacing` does. Raises OSError."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed, if they are older than a day."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):  # another process removed it
+            if path.is_file() and time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+
+
+_UNFINISHED = ".new"
 
 
 def lock(path: Path) -> IO[bytes] | None:
-    """Lock a file against other processes, until the returned file is closed.
+    """Lock a file against other processes and other threads, until the returned file is closed.
 
-    Returns None if another process has locked it. The system releases the lock when the process
-    ends, however it ends. On Windows nothing is locked.
+    Returns None if it is locked already. The system releases the lock when the process ends,
+    however it ends. Raises OSError if the file cannot be opened or locked.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
     file = path.open("ab")
-    if sys.platform != "win32":
+    try:
+        _lock_open_file(file)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+if sys.platform == "win32":
+
+    def _lock_open_file(file: IO[bytes]) -> None:
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock_open_file(file: IO[bytes]) -> None:
         import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-    return file
+        # Belongs to the open file, not to the process: threads exclude each other, too.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync(path: Path) -> None:

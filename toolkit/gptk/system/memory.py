@@ -5,6 +5,7 @@ import ctypes
 import errno
 import math
 import mmap
+import os
 import re
 import sys
 import threading
@@ -59,6 +60,13 @@ _ALLOCATION_FAILED = re.compile(
     "DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc|out of memory|ALLOC_FAILED"
 )
 _ASKED_FOR = re.compile(r"allocate (\d+) bytes|mmap (\d+) bytes")
+
+
+def physical_memory() -> float:
+    """The bytes of memory that this machine has; infinite where the system does not tell."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def keep_freed_memory() -> None:

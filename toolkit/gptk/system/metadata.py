@@ -9,7 +9,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, Self
+from io import BufferedReader
+from typing import Any, Self
 
 import pydantic
 
@@ -27,7 +28,7 @@ MAX_DEPTH = 100
 """How deeply lists and objects may be nested in JSON."""
 
 
-def open_regular(path: str | os.PathLike[str], error: ErrorType = SourceError) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], error: ErrorType = SourceError) -> BufferedReader:
     """Open a file for reading, which must be a regular file or a link to one.
 
     Opening a FIFO would wait for somebody to write to it; reading a device may never end. Raises

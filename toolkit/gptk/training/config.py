@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -12,10 +12,16 @@ from pydantic import Field, PositiveInt
 from gptk.errors import OptionError
 from gptk.model.config import GPTConfig
 from gptk.options import Options, from_text, option_help
+from gptk.system.metadata import read_text
+from gptk.training.names import by_gptk_names, canonical
 
 
 class TrainConfig(Options):
-    """The settings of a training run. By default a small byte-level model learns English."""
+    """The settings of a training run. By default a small byte-level model learns English.
+
+    A setting may be given by its name in other trainers, such as `learning_rate` or `block_size`:
+    see `gptk.training.names`.
+    """
 
     # Model
     model: str | None = Field(
@@ -87,7 +93,7 @@ class TrainConfig(Options):
         description="regularizers' specs, applied in order",
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of the initial weights, the order of the data, and dropout"
+        0, ge=0, description="of the initial weights, the order of the data, and dropout"
     )
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="what to do when loss or gradient is not finite"
@@ -130,11 +136,16 @@ class TrainConfig(Options):
     log_every: PositiveInt = Field(10, description="steps from one line of metrics to the next")
     observers: list[str] = Field([], description="training observers' specs, such as tensorboard")
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**by_gptk_names(settings, type(self).model_fields, self.title()))
+
     @classmethod
     def title(cls) -> str:
         return "the training configuration"
 
     def model_post_init(self, _context: Any) -> None:
+        for name, value in self:
+            _check_writable(name, value)
         if self.epochs is not None and "steps" in self.model_fields_set:
             raise OptionError("give steps or epochs, not both")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -183,21 +194,22 @@ class TrainConfig(Options):
         """The settings as TOML. comments: say what each setting is and what it allows."""
         lines: list[str] = []
         for name, allowed, _, description in option_help(type(self)):
-            if comments and name in _HEADINGS:
-                lines += [*([""] if lines else []), f"# --- {_HEADINGS[name]}", ""]
+            if comments and name in HEADINGS:
+                lines += [*([""] if lines else []), f"# --- {HEADINGS[name]}", ""]
             value = getattr(self, name)
             if name == "steps" and self.epochs is not None:
                 value = None
             if comments:
-                lines.append(f"# {description} ({allowed})")
+                fixed = "; cannot change on --resume" if name in FIXED else ""
+                lines.append(f"# {description} ({allowed}{fixed})")
             if value is not None:
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+                lines.append(f"{name} = {_toml(value)}")
             elif comments:
                 lines.append(f"# {name} =")
         return "\n".join(lines) + "\n"
 
 
-_HEADINGS = {
+HEADINGS = {
     "model": "Model",
     "data": "Data",
     "steps": "Optimization",
@@ -205,6 +217,38 @@ _HEADINGS = {
     "eval_every": "Evaluation",
     "save_every": "Run",
 }
+"""The heading of each group of settings, by its first setting."""
+
+FIXED = (
+    *("model", "architecture", "n_layers", "n_heads", "n_kv_heads", "width", "mlp_width"),
+    *("qkv_bias", "tied_head", "context_length", "tokenizer"),
+    # A run remembers how many windows of the epoch it has taken; these decide which they were.
+    *("train_ratio", "stride", "shuffle", "seed"),
+)
+"""Settings that a resumed run cannot change: they decide what the weights and the data are."""
+
+DATA = ("data", "validation_data")
+"""Settings that a resumed run can change only if the texts are the same, at another place."""
+
+
+def _check_writable(name: str, value: object) -> None:
+    """Raise OptionError for what config.toml cannot hold."""
+    if isinstance(value, int) and value >= 2**63:
+        raise OptionError(f"{name} is too large; it must be below 2**63")
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise OptionError(
+                    f"{name}={text} is not UTF-8 text, or not text in this locale; with "
+                    "PYTHONUTF8=1 in the environment any locale will do"
+                ) from None
+
+
+def _toml(value: object) -> str:
+    # JSON's values are TOML's, but for the character that TOML wants to have escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
@@ -214,42 +258,42 @@ def read_config(path: Path | None, changes: Iterable[str] = ()) -> TrainConfig:
     setting's value. Raises OptionError for a file or a change that cannot be read, unknown keys
     and values that are not allowed.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise OptionError(f"no such configuration file: {path}") from None
-        except (OSError, ValueError) as error:  # TOML's and UTF-8's errors are ValueErrors
-            raise OptionError(f"{path} cannot be read as TOML: {error}") from None
-        except RecursionError:
-            raise OptionError(f"{path} cannot be read as TOML: nested too deeply") from None
+    values = {} if path is None else _read_toml(path)
     changed = _parse_changes(changes)
     if "epochs" in changed and "steps" not in changed:  # it replaces the file's steps
         values.pop("steps", None)
     if "steps" in changed and "epochs" not in changed:
         values.pop("epochs", None)
-    values |= changed
-    return TrainConfig(**values)
+    return TrainConfig(**(values | changed))
 
 
-def _parse_changes(changes: Iterable[str]) -> Mapping[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise OptionError(f"no such configuration file: {path}")
+    text = read_text(path, OptionError)
+    try:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} cannot be read as TOML: {error}") from None
+    return by_gptk_names(values, TrainConfig.model_fields, str(path))
+
+
+def _parse_changes(changes: Iterable[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
             raise OptionError(f"cannot read {change!r}; expected key=value, such as lr=3e-4")
-        if _is_list(key):
-            value = from_text(text)
-            if isinstance(value, list):
-                values[key] = value
-            else:
-                values.setdefault(key, [])
-                values[key] = [*values[key], value]
+        name, value = canonical(key), from_text(text)
+        if _is_list(name):
+            values[name] = [*values.get(name, []), *(value if isinstance(value, list) else [value])]
+        elif name in values:
+            raise OptionError(f"{name} is given twice, as {given[name]} and as {change}")
         else:
-            values[key] = from_text(text)
-    return values
+            values[name], given[name] = value, change
+    return by_gptk_names(values, TrainConfig.model_fields, TrainConfig.title())
 
 
 def _is_list(key: str) -> bool:

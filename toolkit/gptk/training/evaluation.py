@@ -59,7 +59,7 @@ class Evaluator:
         count = min(self.config.eval_batches * size * processes, len(windows))
         chosen = np.arange(count) * len(windows) // count
         batches = [chosen[first : first + size] for first in range(0, count, size)]
-        totals = torch.zeros(2, device=self.model.device, dtype=torch.float64)
+        total = windows_seen = 0.0
         self.model.eval()
         for number in range(rank, rank + len(batches), processes):
             # A sharded model needs all processes in each pass: a process without a batch left
@@ -68,11 +68,12 @@ class Evaluator:
             batch = batches[0 if repeated else number]
             loss, _ = self.loss(windows.batch(batch))
             if not repeated:
-                totals += torch.tensor([float(loss) * len(batch), len(batch)]).to(totals)
+                total += float(loss) * len(batch)
+                windows_seen += len(batch)
         self.model.train()
         self.loss.reshard()
-        total, windows_seen = self.processes.sum(totals).tolist()
-        return float(total / windows_seen)
+        total, windows_seen = self.processes.sum([total, windows_seen])
+        return total / windows_seen
 
 
 def sample_text(

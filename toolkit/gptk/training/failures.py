@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -10,16 +11,22 @@ from gptk.system.memory import is_out_of_memory
 
 
 @contextmanager
-def explaining_lack_of_memory() -> Iterator[None]:
-    """Raise TrainingError if memory does not hold a model and its optimizer's state."""
+def explaining_preparation(run: Path | None) -> Iterator[None]:
+    """Raise TrainingError if memory does not hold a model and its optimizer's state, or if a file
+    of the run cannot be read or written."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except BrokenPipeError:  # nobody reads the output any more: the program handles that
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                "out of memory for the model; take a smaller one (width, n_layers) or another "
+                "device"
+            ) from None
+        if not isinstance(error, OSError):
             raise
-        raise TrainingError(
-            "out of memory for the model; take a smaller one (width, n_layers) or another device"
-        ) from None
+        raise TrainingError(str(error) if run is None else f"{run}: {error}") from None
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """What a run begins with: the model, its tokenizer and the windows, all as the settings say."""
 
+import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -11,32 +12,19 @@ import torch
 from gptk.data.token_files import prepare_tokens
 from gptk.data.windows import Windows
 from gptk.errors import OptionError, TrainingError
+from gptk.model.config import GPTConfig
 from gptk.model.gpt import GPT
-from gptk.runs import checkpoints
-from gptk.runs.directory import CONFIG, lock_run
-from gptk.runs.metrics import METRICS
+from gptk.runs.checkpoints import STATE, SavedProgress, read_progress
+from gptk.runs.directory import CONFIG, RunDirectory
 from gptk.system.devices import resolve_device
+from gptk.system.memory import physical_memory
 from gptk.text.tokenizer import Tokenizer
-from gptk.training.config import TrainConfig, read_config
+from gptk.training.config import DATA, FIXED, TrainConfig, read_config
 from gptk.training.plugins import TrainingPlugins
 from gptk.training.processes import Processes
 from gptk.weights.building import build_model
 from gptk.weights.loading import load_checkpoint
 from gptk.weights.tokenizers import load_tokenizer
-
-# Settings that shape the weights: a resumed run cannot change them.
-_FIXED = (
-    "model",
-    "architecture",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "width",
-    "mlp_width",
-    "qkv_bias",
-    "tied_head",
-    "tokenizer",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +41,8 @@ class Prepared:
     data_sums: list[str]
     """The SHA-256 of each token file that the windows are in."""
     checkpoint: Path | None = None
-    lock: IO[bytes] | None = None
-    """Of the run directory, in the main process."""
+    progress: SavedProgress | None = None
+    """What the checkpoint's training.json holds."""
 
 
 def prepare_new(config: TrainConfig, run: Path | None) -> Prepared:
@@ -62,36 +50,59 @@ def prepare_new(config: TrainConfig, run: Path | None) -> Prepared:
     TrainingPlugins.create(config)  # only to check the specs
     processes = Processes.join(config.device)
     if run is not None:
-        _check_new(run)
+        RunDirectory(run).check_new()
     model, tokenizer = _first_model(config, processes)
     return _with_data(model, tokenizer, config, processes)
 
 
-def prepare_resumed(run: Path, changes: Iterable[str], warn: Callable[[str], None]) -> Prepared:
-    """For `Trainer.resume`. The run stays locked."""
-    config = _resumed_config(run, changes)
+def prepare_resumed(
+    directory: RunDirectory, changes: Iterable[str], warn: Callable[[str], None] | None
+) -> Prepared:
+    """For `Trainer.resume`. Claims the directory. warn: by default on standard error."""
+    warn = warn or (lambda line: print(f"gptk: {line}", file=sys.stderr))
+    run = directory.path
+    path = run / CONFIG
+    if not path.is_file():
+        raise TrainingError(f"{run} is not a training run: it has no {CONFIG}")
+    config = read_config(path, changes)
     processes = Processes.join(config.device)
-    lock = lock_run(run) if processes.main else None
-    folder = _newest_checkpoint(run, processes, warn)
+    # The newest checkpoint is the same in every process.
+    newest = directory.resume(warn) if processes.main else run
+    folder = Path(processes.broadcast(str(newest)))
+    saved = read_progress(folder)
+    before = _saved_settings(saved, folder)
+    _check_unchanged(config, before, folder, FIXED)
     checkpoint = load_checkpoint(str(folder))
     tokenizer = checkpoint.tokenizer() if checkpoint.tokenizer else None
     device = resolve_device(processes.device(config.device))
     model = build_model(checkpoint, device, torch.float32)
     prepared = _with_data(model, tokenizer, config, processes)
-    return replace(prepared, checkpoint=folder, lock=lock)
+    if saved.data not in (None, prepared.data_sums):
+        _check_unchanged(config, before, folder, DATA)
+        if processes.main:
+            warn(f"the data is not what {run} was trained on up to here")
+    return replace(prepared, checkpoint=folder, progress=saved)
 
 
-def _check_new(run: Path) -> None:
-    """Raise TrainingError unless a new run may begin in a directory, which need not exist."""
-    if run.exists() and not run.is_dir():
-        raise TrainingError(f"{run} is a file; a run needs a directory")
-    if checkpoints.best_checkpoint(run):
-        raise TrainingError(
-            f"{run} holds a run already; go on with it (--resume {run}) or name another"
-        )
-    # A run that was killed before its first checkpoint has metrics, and may begin anew.
-    if (run / CONFIG).exists() and not (run / METRICS).exists():
-        raise TrainingError(f"{run} has a {CONFIG} of its own; name another directory")
+def _saved_settings(saved: SavedProgress, folder: Path) -> TrainConfig:
+    """The settings that a checkpoint was trained with."""
+    try:
+        return TrainConfig(**saved.settings)
+    except OptionError as error:
+        raise TrainingError(f"{folder / STATE} has wrong settings: {error}") from None
+
+
+def _check_unchanged(
+    config: TrainConfig, before: TrainConfig, folder: Path, names: Iterable[str]
+) -> None:
+    """Raise OptionError if one of the settings differs from that of the checkpoint in `folder`."""
+    for name in names:
+        now, then = (json.dumps(getattr(c, name), ensure_ascii=False) for c in (config, before))
+        if now != then:
+            raise OptionError(
+                f"{name}={now} cannot change in a run that goes on: {folder} was trained with "
+                f"{name}={then}; set it back, or begin another run"
+            )
 
 
 def _first_model(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokenizer | None]:
@@ -104,32 +115,29 @@ def _first_model(config: TrainConfig, processes: Processes) -> tuple[GPT, Tokeni
             tokenizer = checkpoint.tokenizer()
         return build_model(checkpoint, device, torch.float32), tokenizer
     tokenizer = tokenizer or load_tokenizer("bytes")
+    shape = config.new_model_config(tokenizer.encoding.n_vocab)
+    _check_size(shape)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
-        model = GPT(config.new_model_config(tokenizer.encoding.n_vocab))
+        model = GPT(shape)
     return model.to(device), tokenizer
 
 
-def _resumed_config(run: Path, changes: Iterable[str]) -> TrainConfig:
-    """The settings of a run to resume, with `key=value` changes."""
-    path = run / CONFIG
-    if not path.is_file():
-        raise TrainingError(f"{run} is not a training run: it has no {CONFIG}")
-    before, config = read_config(path), read_config(path, changes)
-    if fixed := {key for key in _FIXED if getattr(config, key) != getattr(before, key)}:
-        raise OptionError(f"{', '.join(sorted(fixed))} cannot change in a run that goes on")
-    return config
+def _check_size(shape: GPTConfig) -> None:
+    """Raise MemoryError for a model that takes more memory than the machine has.
+
+    The system would rather end the process than refuse so many small pieces of memory.
+    """
+    heads = 2 * (shape.n_heads + shape.n_kv_heads)  # queries and output, keys and values
+    matrices = 3 if shape.mlp == "swiglu" else 2
+    block = shape.width * (heads * shape.head_dim + matrices * shape.mlp_width)
+    parameters = shape.vocab_size * shape.width + shape.n_layers * block
+    if 4 * parameters + _BLOCK * shape.n_layers > physical_memory():
+        raise MemoryError
 
 
-def _newest_checkpoint(run: Path, processes: Processes, warn: Callable[[str], None]) -> Path:
-    """The checkpoint to resume from, the same in every process."""
-    newest = None
-    if processes.main:
-        checkpoints.clean(run)
-        newest = checkpoints.newest_intact(run, warn)
-    newest = processes.broadcast(newest)
-    assert newest is not None
-    return newest
+_BLOCK = 50_000
+"""Bytes that the modules of a block take besides their weights, about."""
 
 
 def _with_data(

@@ -4,19 +4,15 @@ Each process has the whole model (DDP), or with `shard` its part of every parame
 """
 
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from gptk.errors import DeviceError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,25 +59,37 @@ class Processes:
             return f"cuda:{self.local_rank}"
         return name
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The elementwise sum over the processes, in place."""
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The elementwise sum over the processes, in float64."""
+        if self.count == 1:
+            return list(values)
+        # A single process makes no tensor in float64, which MPS does not have.
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        sums: list[float] = total.tolist()
+        return sums
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process; all get the same answer."""
-        if self.count == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=device)).item())
+        return self.sum([flag])[0] > 0
 
-    def broadcast(self, value: T) -> T:
-        """The main process's value, in every process."""
+    def broadcast(self, text: str) -> str:
+        """The main process's text, in every process; what the others pass does not matter."""
         if self.count == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+            return text
+        # Not broadcast_object_list, which pickles: nothing in gptk is unpickled.
+        data = torch.tensor([*text.encode(errors="surrogateescape")], dtype=torch.uint8)
+        length = torch.tensor(len(data), device=self._device)
+        dist.broadcast(length, 0)
+        data = torch.empty(int(length), dtype=torch.uint8) if not self.main else data
+        data = data.to(self._device)
+        dist.broadcast(data, 0)
+        return bytes(data.tolist()).decode(errors="surrogateescape")
+
+    @property
+    def _device(self) -> str:
+        """Where tensors are that the processes exchange."""
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
     def barrier(self) -> None:
         """Wait until all processes have called this."""
@@ -137,44 +145,3 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its sharding; every process must call it."""
-    gather = getattr(tensor, "full_tensor", None)  # only sharded tensors (DTensor) have it
-    return tensor if gather is None else gather()
-
-
-@torch.no_grad()
-def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into `target`, which may be sharded."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(target, DTensor)
-        value = value.to(target.device, target.dtype)
-        value = distribute_tensor(value, target.device_mesh, target.placements)
-    target.copy_(value)
-
-
-def save_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors with torch.distributed.checkpoint, each process its own shards.
-
-    Raises OSError, in every process, if any process could not write.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    try:
-        save(dict(tensors), checkpoint_id=path)
-    except CheckpointException as error:
-        raise OSError("; ".join(str(failure) for failure, _ in error.failures.values())) from None
-
-
-def load_shards(path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors from what `save_shards` wrote, in any number of processes."""
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    with warnings.catch_warnings():  # torch warns of loading in a single process
-        warnings.simplefilter("ignore", UserWarning)
-        load(dict(tensors), checkpoint_id=path, no_dist=not dist.is_initialized())

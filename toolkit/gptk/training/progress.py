@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptk.runs.checkpoints import SavedProgress
+
 
 @dataclass
 class TrainingProgress:
@@ -35,22 +37,31 @@ class TrainingProgress:
         self.evaluations_since_best += 1 if self.step else 0
         return False
 
-    def to_json(self) -> dict[str, Any]:
-        """The counters as a checkpoint keeps them."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "position": self.position,
-            "tokens": self.tokens,
-            "best_step": self.best_step,
-            "best_loss": None if self.best_step is None else self.best_loss,
-            "evaluations_since_best": self.evaluations_since_best,
-        }
+    def saved(
+        self, processes: int, settings: Mapping[str, Any], tensors: Mapping[str, str]
+    ) -> SavedProgress:
+        """The counters and what goes with them, as a checkpoint keeps them.
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `to_json` returned. Raises KeyError for a counter that is missing."""
-        self.step, self.epoch = saved["step"], saved["epoch"]
-        self.position, self.tokens = saved["position"], saved["tokens"]
-        self.best_step = saved["best_step"]
-        self.best_loss = math.inf if self.best_step is None else saved["best_loss"]
-        self.evaluations_since_best = saved["evaluations_since_best"]
+        processes: how many train. settings: as JSON. tensors: dtype and shape of each.
+        """
+        return SavedProgress(
+            step=self.step,
+            epoch=self.epoch,
+            position=self.position,
+            tokens=self.tokens,
+            best_step=self.best_step,
+            best_loss=None if self.best_step is None else self.best_loss,
+            evaluations_since_best=self.evaluations_since_best,
+            processes=processes,
+            data=self.data_sums,
+            settings=dict(settings),
+            tensors=dict(tensors),
+        )
+
+    def restore(self, saved: SavedProgress) -> None:
+        """Restore the counters that `saved` returned."""
+        self.step, self.epoch = saved.step, saved.epoch
+        self.position, self.tokens = saved.position, saved.tokens
+        self.best_step = saved.best_step
+        self.best_loss = math.inf if saved.best_loss is None else saved.best_loss
+        self.evaluations_since_best = saved.evaluations_since_best

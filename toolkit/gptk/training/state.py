@@ -1,8 +1,8 @@
 """The tensors of a run: weights, and the states of the optimizer and the regularizers.
 
 A checkpoint holds these states by the names `optimizer.PARAMETER.KEY` and `regularizer.NAME.KEY`,
-in training.safetensors or, if the processes hold shards, in the format of
-torch.distributed.checkpoint. Either can be read in any number of processes.
+in training.safetensors or, if the processes hold shards, in files of shards, see
+`gptk.training.shards`. Either can be read in any number of processes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from gptk.errors import TrainingError
 from gptk.hooks.training import Regularizer
-from gptk.training import processes as distributed
+from gptk.runs.checkpoints import STATE
+from gptk.training import shards
+from gptk.training.shards import StoredTensor
+
+StoredTensors = dict[str, str]
+"""Dtype and shape of each tensor, such as `float32[4, 3]`, by name."""
 
 _FILE, _SHARDS = "training.safetensors", "shards"
-
-Stored = dict[str, tuple[str, list[int]]]
-"""Dtype and shape of each tensor, by name."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter, in the parameter's shape, beside the number of its steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,57 +74,84 @@ class TrainingState:
             tensors |= {f"regularizer.{name}.{key}": value for key, value in state.items()}
         return tensors
 
-    def read(self, folder: Path, stored: Stored) -> None:
-        """Restore the states that `write` wrote.
+    def describe(self) -> StoredTensors:
+        """What a checkpoint says of the tensors, to be compared with those in its files."""
+        return {
+            name: _about(value.dtype, list(value.shape)) for name, value in self.tensors().items()
+        }
 
-        stored: what `describe` returned for them. States of regularizers that the run no longer has
-        are left out.
+    def write(self, folder: Path, *, shard: bool, rank: int) -> None:
+        """Write the tensors; with `shard` each process its parts, else the first process all.
+
+        Raises OSError or SafetensorError.
         """
-        wanted: dict[str, Tensor] = {}
-        for name, (dtype_name, shape) in stored.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                parameter, _, key = rest.rpartition(".")
-                state: dict[str, Tensor] = self.optimizer.state[self.parameters[parameter]]
-            else:
-                regularizer, _, key = rest.partition(".")
-                if regularizer not in self.regularizer_states:
-                    continue
-                parameter, state = key, self.regularizer_states[regularizer]
-            state[key] = self._empty(parameter, getattr(torch, dtype_name), shape)
-            wanted[name] = state[key]
-        if (folder / _SHARDS).is_dir():
-            distributed.load_shards(str(folder / _SHARDS), wanted)
-            return
-        with safe_open(folder / _FILE, framework="pt") as file:
-            for name, tensor in wanted.items():
-                distributed.copy_whole(tensor, file.get_tensor(name))
+        if shard:
+            shards.write_parts(folder / _SHARDS, self.tensors(), rank)
+        elif rank == 0:
+            shards.write_whole(folder / _FILE, self.tensors())
 
-    def _empty(self, parameter: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        """Zeros, sharded as the parameter of that name if there is one of the same shape."""
-        like = self.parameters.get(parameter)
-        if like is not None and list(like.shape) == shape:
-            return torch.zeros_like(like, dtype=dtype).detach()
+    def read(self, folder: Path, described: StoredTensors) -> None:
+        """Restore what `write` wrote and `describe` described.
+
+        States of regularizers that the run no longer has are left out. Raises TrainingError if
+        the tensors are not those described, or do not fit the model.
+        """
+        source = folder / (_SHARDS if (folder / _SHARDS).is_dir() else _FILE)
+        try:
+            with shards.opened(source) as stored:
+                found = {
+                    name: _about(tensor.dtype, tensor.shape) for name, tensor in stored.items()
+                }
+                if differing := sorted(set(found.items()) ^ set(described.items())):
+                    raise ValueError(f"{differing[0][0]} is not as {STATE} describes it")
+                for name, tensor in stored.items():
+                    self._read(name, tensor)
+            self._check_optimizer()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise TrainingError(f"{source} cannot be read: {error}") from None
+
+    def _read(self, name: str, stored: StoredTensor) -> None:
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            parameter, _, key = rest.rpartition(".")
+            like = self.parameters.get(parameter)
+            if like is None or key not in ("step", *_MOMENTS):
+                raise ValueError(f"{name} does not fit the model")
+            shape = [] if key == "step" else list(like.shape)
+            if (stored.shape, stored.dtype) != (shape, like.dtype):
+                raise ValueError(f"{name} does not fit the model")
+            state: dict[str, Tensor] = self.optimizer.state[like]
+        elif kind == "regularizer":
+            regularizer, _, key = rest.partition(".")
+            if regularizer not in self.regularizer_states:
+                return
+            like, state = self.parameters.get(key), self.regularizer_states[regularizer]
+            if like is not None and stored.shape != list(like.shape):
+                raise ValueError(f"{name} does not fit the model")
+        else:
+            raise ValueError(f"{name} is neither of the optimizer nor of a regularizer")
+        state[key] = self._empty(like, stored)
+        stored.copy_into(state[key])
+
+    def _empty(self, like: Tensor | None, stored: StoredTensor) -> Tensor:
+        """Zeros for a stored tensor, sharded as the parameter `like` if that has its shape."""
+        if like is not None and list(like.shape) == stored.shape:
+            return torch.zeros_like(like, dtype=stored.dtype).detach()
         device = next(iter(self.parameters.values())).device
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=device)
+
+    def _check_optimizer(self) -> None:
+        """Raise ValueError unless each parameter has all of AdamW's state, or none."""
+        for name, parameter in self.parameters.items():
+            kept = self.optimizer.state.get(parameter, {}).keys()
+            if kept and kept != {"step", *_MOMENTS}:
+                raise ValueError(f"the optimizer's state of {name} is not complete")
+
+
+def _about(dtype: torch.dtype, shape: list[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{shape}"
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without sharding, on the CPU; every process must call it."""
-    return {name: distributed.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
-
-
-def describe(tensors: Mapping[str, Tensor]) -> Stored:
-    """What `TrainingState.read` needs to know of tensors before it reads them."""
-    return {
-        name: (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-
-
-def write(folder: Path, tensors: Mapping[str, Tensor], *, shard: bool, main: bool) -> None:
-    """Write tensors; with `shard` each process writes its parts, else the main process all."""
-    if shard:
-        distributed.save_shards(str(folder / _SHARDS), tensors)
-    elif main:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _FILE)
+    return {name: shards.whole(tensor.detach()).cpu() for name, tensor in tensors.items()}

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gptk.errors import TrainingError
 from gptk.model.gpt import GPT
@@ -51,8 +50,8 @@ class TrainingStep:
         data = self.loader.take(progress.epoch, progress.position)
         progress.epoch, progress.position = data.epoch, data.position
         lr = self._set_learning_rate()
-        totals = self.processes.sum(self._backward(data)).div_(self.processes.count)
-        loss, objective = totals.tolist()
+        totals = self.processes.sum(self._backward(data))
+        loss, objective = (total / self.processes.count for total in totals)
         figures: dict[str, float] = {}
         if math.isfinite(objective):
             figures = self._change_gradients()
@@ -87,13 +86,13 @@ class TrainingStep:
             group["lr"] = lr * group["lr_scale"]
         return lr
 
-    def _backward(self, data: StepData) -> Tensor:
+    def _backward(self, data: StepData) -> list[float]:
         """Gradients of the mean objective over this process's windows.
 
-        Returns loss and objective, float64, (2,).
+        Returns loss and objective.
         """
         device = self.model.device
-        totals = torch.zeros(2, device=device, dtype=torch.float64)
+        means, shares = [], []
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(
                 _random_seed(self.config.seed, self.progress.step, self.processes.rank)
@@ -104,8 +103,12 @@ class TrainingStep:
                 with nullcontext() if last else self.loss.without_sync():
                     loss, objective = self.loss(batch)
                     torch.autograd.backward(objective * share)
-                totals += torch.stack((loss.detach(), objective.detach())).double() * share
-        return totals
+                means.append(torch.stack((loss.detach(), objective.detach())))
+                shares.append(share)
+        # Summed here: the device may not have float64, and is asked for results only once a step.
+        rows = zip(torch.stack(means).tolist(), shares, strict=True)
+        weighted = [(loss * share, objective * share) for (loss, objective), share in rows]
+        return [sum(column) for column in zip(*weighted, strict=True)]
 
     def _change_gradients(self) -> dict[str, float]:
         """Have the regularizers change the gradients. Returns their figures and grad_norm."""

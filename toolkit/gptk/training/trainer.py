@@ -8,10 +8,9 @@ learning rate, the windows and the random numbers (dropout) all follow from that
 seed. So a run that was killed and resumed goes on bit for bit as if it had not been.
 """
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from gptk.hooks.training import LRScheduler, Regularizer, TrainingListener
 from gptk.model.gpt import GPT
 from gptk.plots.runs import plot_runs
 from gptk.plugins.blame import blaming
-from gptk.runs.directory import CONFIG, lock_run, open_records
+from gptk.runs.directory import CONFIG, RunDirectory, open_records
 from gptk.system.devices import autocast_dtype
 from gptk.system.files import write_text
 from gptk.system.interrupts import Interrupts
@@ -29,7 +28,7 @@ from gptk.text.tokenizer import Tokenizer
 from gptk.training.checkpointing import RunCheckpoints
 from gptk.training.config import TrainConfig
 from gptk.training.evaluation import Evaluator, sample_text
-from gptk.training.failures import explaining_failures, explaining_lack_of_memory
+from gptk.training.failures import explaining_failures, explaining_preparation
 from gptk.training.listeners import Listeners
 from gptk.training.loader import StepLoader
 from gptk.training.loop import Ending, TrainingLoop
@@ -110,7 +109,7 @@ class Trainer:
         self._dtype = autocast_dtype(config.dtype, model.device)
         self._plan = TrainingPlan(config, train, validation, self.processes.count)
         self._plan.check()
-        self._lock: IO[bytes] | None = None
+        self._directory = None if self.run is None else RunDirectory(self.run)
         self._progress = TrainingProgress()
         self._prepare_model()
         self._assemble()
@@ -155,7 +154,13 @@ class Trainer:
             {regularizer.name: {} for regularizer in self.regularizers},
         )
         self._checkpoints = RunCheckpoints(
-            self.run, config, processes, model, self.tokenizer, self._state, self._progress
+            self._directory,
+            config,
+            processes,
+            model,
+            self.tokenizer,
+            self._state,
+            self._progress,
         )
         self._step = TrainingStep(
             config,
@@ -193,13 +198,17 @@ class Trainer:
     ) -> "Trainer":
         """A trainer at step 0: makes or loads the model, tokenizes the data.
 
+        No other trainer can use the directory `run` until this one has trained, or is closed.
         Raises DataError, SourceError, TokenizerError, DeviceError, OptionError; TrainingError if
-        `run` is a run already or a file, or memory does not hold the model.
+        `run` is a run already, a file, or in use by another trainer, or if memory does not hold the
+        model.
         """
         folder = None if run is None else Path(run)
-        with explaining_lack_of_memory():
+        with explaining_preparation(folder):
             prepared = prepare_new(config or TrainConfig(), folder)
-            return cls._from_prepared(prepared, folder, shard, listeners)
+            trainer = cls._from_prepared(prepared, folder, shard, listeners)
+            trainer._claim()
+        return trainer
 
     @classmethod
     def resume(
@@ -215,16 +224,22 @@ class Trainer:
 
         changes: settings to change, as `key=value`, for example `steps=4000`. warn: gets
         a line for each damaged checkpoint and for changed data; by default on standard error.
-        Raises TrainingError if there is no checkpoint, or it does not fit the settings.
+        Raises TrainingError if there is no checkpoint, if another trainer uses the run, or if
+        files of the run are damaged; OptionError for settings that are wrong, or cannot change.
         """
-        folder, warn = Path(run), warn or _warn
-        with explaining_lack_of_memory():
-            prepared = prepare_resumed(folder, changes, warn)
-            trainer = cls._from_prepared(prepared, folder, shard, listeners)
-            assert prepared.checkpoint is not None
-            data_sums = trainer._checkpoints.load(prepared.checkpoint)
-        if data_sums not in (None, prepared.data_sums) and trainer.processes.main:
-            warn(f"the data is not what {folder} was trained on up to here")
+        folder = Path(run)
+        directory = RunDirectory(folder)
+        try:
+            with explaining_preparation(folder):
+                prepared = prepare_resumed(directory, changes, warn)
+                trainer = cls._from_prepared(prepared, folder, shard, listeners)
+                assert trainer._directory is not None
+                assert prepared.checkpoint is not None
+                assert prepared.progress is not None
+                trainer._checkpoints.load(prepared.checkpoint, prepared.progress)
+                trainer._directory.take_over(directory)
+        finally:
+            directory.release()
         return trainer
 
     @classmethod
@@ -247,7 +262,6 @@ class Trainer:
             listeners=listeners,
         )
         trainer._progress.data_sums = prepared.data_sums
-        trainer._lock = prepared.lock
         return trainer
 
     # --- What a run is
@@ -326,6 +340,15 @@ class Trainer:
         """
         return self._checkpoints.save(shard=self.shard)
 
+    def close(self) -> None:
+        """Let other trainers use the run directory; `train` does so when it ends.
+
+        A trainer that goes on, or saves, uses the directory again: it raises TrainingError if
+        another trainer has saved a checkpoint there meanwhile.
+        """
+        if self._directory is not None:
+            self._directory.release()
+
     def train(self) -> Ending:
         """Train to the last step. On Ctrl-C or SIGTERM, finish the step, save, and end.
 
@@ -343,22 +366,24 @@ class Trainer:
         finally:
             self._loader.close()
             listeners.close()
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self.close()
         return ending
 
     def _start(self, listeners: Listeners) -> None:
-        """In the main process: lock the run directory, open its files, start the observers."""
+        """In the main process: claim the run directory, open its files, start the observers."""
         if not self.processes.main:
             return
         listeners.add(self._listeners)
         if self.run is not None:
-            self.run.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or lock_run(self.run)
+            self._claim()
             write_text(self.run / CONFIG, self.config.to_toml(comments=True))
             listeners.add(open_records(self.run, self.step_count))
         listeners.start(self._plugins.observers, self.run)
+
+    def _claim(self) -> None:
+        """In the main process: keep other trainers out of the run directory."""
+        if self._directory is not None and self.processes.main:
+            self._directory.claim()
 
     def _loop(self, listeners: Listeners, interrupts: Interrupts) -> TrainingLoop:
         samples = bool(self.config.sample_tokens) and self.tokenizer is not None
@@ -371,9 +396,5 @@ class Trainer:
             sample=self.sample if samples else None,
             save=self.save,
             tell=listeners.tell,
-            stop_asked=lambda: self.processes.any(interrupts.asked, self.model.device),
+            stop_asked=lambda: self.processes.any(interrupts.asked),
         )
-
-
-def _warn(line: str) -> None:
-    print(f"gptk: {line}", file=sys.stderr)
