@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gptk
-from gptk_plugins.loaders.smollm2 import installed_file
+from gptk_plugins.tokenizers.smollm2 import installed_file
 from machine import THREADS
 from models import GPT2_VOCABULARY, temporary_folder
 

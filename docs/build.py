@@ -594,6 +594,7 @@ API = {
         StreamedToken Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
+    "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
         ModelConfig compile_step Levels""",
     "Decoding": """Run Decoding Choice DecodeSession Rows Follower RandomStream KVCache

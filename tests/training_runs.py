@@ -218,7 +218,7 @@ def before_each_change(call: Callable[[str], None]) -> Iterator[None]:
         sync(descriptor)
 
     sys.addaudithook(hook)  # stays until the process ends, see `inside`
-    os.fsync = noting_sync
+    os.fsync = noting_sync  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -11,13 +11,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import gptk
 from gptk_plugins.mapped_file import MappedFile
+
+if TYPE_CHECKING:  # PyTorch is not needed for the metadata, such as a tokenizer's
+    from torch import Tensor
 
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -33,9 +33,9 @@ class StoredTensor:
     """The storage type by ggml's name: F32, Q4_1, …"""
     nbytes: int
     """Its size in the file."""
-    read: Callable[[], Tensor]
+    read: "Callable[[], Tensor]"
     """Reads the tensor: in its floating type if stored in one, else dequantized to float32."""
-    read_levels: Callable[[], gptk.Levels] | None
+    read_levels: "Callable[[], gptk.Levels] | None"
     """Reads the quantized tensor; None unless it is a matrix in Q4_0, Q4_1 or Q8_0."""
 
 
@@ -155,15 +155,17 @@ def _stored(
 
     has_levels = len(shape) == 2 and name in _AS_LEVELS
 
-    def read_levels() -> gptk.Levels:
+    def read_levels() -> "gptk.Levels":
         return _levels(file.bytes(start, size).view(shape[0], -1, block_bytes), name)
 
-    def read() -> Tensor:
+    def read() -> "Tensor":
+        import torch
+
         if has_levels:
             return read_levels().dense()
         raw = file.bytes(start, size)
         if name in _PLAIN:
-            return raw.view(_PLAIN[name]).view(shape)
+            return raw.view(getattr(torch, _PLAIN[name])).view(shape)
         return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
     return StoredTensor(shape, name, size, read, read_levels if has_levels else None)
@@ -196,12 +198,14 @@ def _type(kind: int, what: str) -> tuple[str, int, int]:
     return ggml_type.name, *GGML_QUANT_SIZES[ggml_type]
 
 
-def _levels(blocks: Tensor, name: str) -> gptk.Levels:
+def _levels(blocks: "Tensor", name: str) -> "gptk.Levels":
     """The codes, scales and offsets in blocks of 32 numbers: (outputs, groups, bytes per block).
 
     A block begins with a float16 scale; in Q4_1 the value of code 0 follows. Q4_0 and Q4_1 store
     the first 16 codes in the low nibbles, the others in the high nibbles.
     """
+    import torch
+
     scale = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0].float()
     if name == "Q8_0":
         codes = blocks[:, :, 2:].contiguous() ^ 128  # from two's complement to 0 … 255
@@ -215,18 +219,14 @@ def _levels(blocks: Tensor, name: str) -> gptk.Levels:
     return gptk.Levels(codes.flatten(1), scale, offset, 4)
 
 
-_PLAIN = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _CHUNK = 1 << 16  # blocks that are dequantized at a time
 
 
-def _dequantize(blocks: Tensor, kind: int, what: str) -> Tensor:
+def _dequantize(blocks: "Tensor", kind: int, what: str) -> "Tensor":
     """The numbers in some blocks, float32: (blocks, numbers). blocks: (blocks, bytes per block)."""
     import gguf
+    import torch
 
     ggml_type = gguf.GGMLQuantizationType(kind)
     values = torch.empty(len(blocks), gguf.GGML_QUANT_SIZES[ggml_type][0])

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MappedFile:
@@ -22,12 +23,14 @@ class MappedFile:
         by_descriptor = f"/dev/fd/{self._file.fileno()}"
         return by_descriptor if os.path.exists(by_descriptor) else str(self._path)
 
-    def bytes(self, start: int, size: int) -> Tensor:
+    def bytes(self, start: int, size: int) -> "Tensor":
         """`size` bytes from `start`, (size,) uint8: mapped copy-on-write.
 
         The mapping lasts as long as tensors that use it. A single mapping of the whole file would
         keep every page that was read in memory, beside the tensors made from it.
         """
+        import torch
+
         end = start + size
         storage = torch.UntypedStorage.from_file(self.path, shared=False, nbytes=end)
         return torch.asarray(storage[start:end], dtype=torch.uint8)

@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import functools
 import hashlib
 import json
+import tempfile
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ import requests
 import tiktoken
 import tiktoken_ext.openai_public
 import tokenizers
-from hypothesis import example, given
+import transformers
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     Regex,
@@ -83,10 +86,10 @@ def digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def split(pattern: str, behavior: str = "isolated", invert: bool = False) -> Any:
-    first = pre_tokenizers.Split(Regex(pattern), behavior, invert)
-    second = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([first, second])
+def split(*patterns: str, behavior: str = "isolated", invert: bool = False) -> Any:
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior, invert) for pattern in patterns]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, last])
 
 
 def fails(call: Callable[[], object], *words: str) -> None:
@@ -165,7 +168,17 @@ def fields() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("pre", "pre_tokenizer"),
     [
-        ("default", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        ("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        # llama.cpp's expressions, one after the other (llama-vocab.cpp).
+        (
+            "default",
+            split(
+                r"[\p{P}\$\+<=>\^~\|]+",
+                r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+                r"\p{N}+",
+                "[0-9][0-9][0-9]",
+            ),
+        ),
         ("smollm", digits_then_gpt2()),
         ("qwen2", split(QWEN2)),
         ("llama-bpe", split(LLAMA3)),
@@ -193,6 +206,34 @@ def test_each_pre_tokenizer_of_gguf_splits_as_the_models_own(fields, pre, pre_to
         assert mine.encode(text) == (expected if expected[:1] == first else first + expected)
 
     ids_are_equal()
+
+
+# Pieces by llama.cpp's unicode_regex_split, of llama-cpp-python 0.3.36.
+LLAMA_CPP = {
+    "x 1234": ["x", " ", "123", "4"],
+    "a  12  b": ["a", " ", " ", "12", " ", " b"],
+    "don't ('s)": ["don", "'", "t", " ", "('", "s", ")"],
+    "1٤2345 Ⅻ": ["1٤", "234", "5", " ", "Ⅻ"],
+    "$5 a+b €": ["$", "5", " a", "+", "b", " €"],
+    "  \n\tx": ["  \n", "\t", "x"],
+}
+
+
+def test_a_gguf_file_without_a_pre_tokenizer_is_split_as_by_llama_cpp(fields):
+    encoding = tokenizer_from_gguf(
+        {key: value for key, value in fields.items() if not key.endswith(".pre")}, "model.gguf"
+    ).encoding
+    for text, pieces in LLAMA_CPP.items():
+        assert encoding.split(text) == pieces
+
+
+def test_a_gguf_file_names_tokens_for_the_chat_template(fields):
+    named = {"eos_token_id": 1, "padding_token_id": 5, "unknown_token_id": 99999}
+    changed = fields | {f"tokenizer.ggml.{key}": value for key, value in named.items()}
+    tokenizer = tokenizer_from_gguf(changed, "model.gguf")
+    tokens = fields["tokenizer.ggml.tokens"]
+    expected = {"bos_token": tokens[0], "eos_token": tokens[1], "pad_token": tokens[5]}
+    assert tokenizer.template_tokens == expected
 
 
 def test_bos_is_put_first_where_the_pre_tokenizer_or_the_file_says_so(fields):
@@ -237,6 +278,13 @@ def test_a_gguf_file_is_loaded_by_its_path(fields, tmp_path):
         ({"merges": ["a 世"]}, ["merge 1", "世", "not in the vocabulary"]),
         ({"tokens": ["a", "b", "a"]}, ["corrupt", "'a'", "twice"]),
         ({"token_type": [1]}, ["corrupt", "1 token types"]),
+        ({"tokens": "abc"}, ["tokenizer", "tokens", "list"]),
+        ({"tokens": ["a", 1, "b"]}, ["no texts"]),
+        ({"merges": [1]}, ["no texts"]),
+        ({"token_type": ["x", "y", "z"]}, ["token_type.0"]),
+        ({"bos_token_id": "x"}, ["bos_token_id", "whole number"]),
+        ({"pre": 5}, ["pre", "string"]),
+        ({"add_eos_token": True}, ["ends each text with a token"]),
     ],
 )
 def test_a_gguf_tokenizer_that_cannot_be_read_is_one_line(fields, changes, words):
@@ -464,11 +512,19 @@ def llama3_like() -> tokenizers.Tokenizer:
 
 
 def gpt4_like() -> tokenizers.Tokenizer:
-    return trained(split(LLAMA3, "removed", invert=True))
+    return trained(split(LLAMA3, behavior="removed", invert=True))
 
 
 def pattern_with_gaps() -> tokenizers.Tokenizer:
     return trained(split(r"\p{L}+|\p{N}"))
+
+
+def pattern_with_words() -> tokenizers.Tokenizer:
+    return trained(split(r"\w+"))
+
+
+def pattern_with_lines() -> tokenizers.Tokenizer:
+    return trained(split(r"^\w|\p{N}{1,3}+|\s+$"))
 
 
 def added_words() -> tokenizers.Tokenizer:
@@ -490,6 +546,8 @@ def added_words() -> tokenizers.Tokenizer:
         llama3_like,
         gpt4_like,
         pattern_with_gaps,
+        pattern_with_words,
+        pattern_with_lines,
         added_words,
     ],
 )
@@ -560,7 +618,7 @@ def test_the_files_beside_a_tokenizer_json_are_read(tmp_path):
     (folder / "chat_template.jinja").write_text("new")
     assert load_tokenizer(str(folder)).chat_template == "new"
     (folder / "config.json").write_text("{")
-    fails(lambda: load_tokenizer(str(folder)), "config.json", "corrupt")
+    fails(lambda: load_tokenizer(str(folder)), "config.json", "not valid JSON")
 
 
 def test_config_json_serves_where_no_other_file_names_a_token(tmp_path):
@@ -575,6 +633,107 @@ def test_config_json_serves_where_no_other_file_names_a_token(tmp_path):
     assert (mine.bos, mine.eos, mine.chat_template) == (0, (0,), "b")
 
 
+# The files beside it, against AutoTokenizer of transformers
+
+
+def auto_tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+PLAIN_TOKEN = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+
+
+@pytest.mark.parametrize(
+    ("beside", "text"),
+    [
+        # A token that tokenizer.json lacks, in each place that can name it.
+        ({"added_tokens_decoder": {"9": {**PLAIN_TOKEN, "content": "<new>"}}}, "a<new>b"),
+        ({"eos_token": "<new>"}, "a<new>b"),
+        ({"eos_token": {"__type": "AddedToken", "content": "<new>", "lstrip": True}}, "a <new> b"),
+        ({"image_token": "<new>"}, "a<new>b"),
+        ({"additional_special_tokens": ["<new>", "<more>"]}, "<more><new>"),
+        ({"extra_special_tokens": ["<new>"], "additional_special_tokens": ["<more>"]}, "<more>"),
+        ({"extra_special_tokens": {"x_token": "<new>"}}, "a<new>b"),
+        ({"special_tokens_map": {"pad_token": {"content": "<new>", "rstrip": True}}}, "<new> b"),
+        ({"added_tokens_decoder": {}, "special_tokens_map": {"pad_token": "<new>"}}, "<new>"),
+        ({"added_tokens": {"<new>": 5, "<more>": 3}}, "<more><new>"),
+        # Options that replace those of tokenizer.json, and options that have no effect.
+        (
+            {"added_tokens_decoder": {"0": {"content": "<|im_end|>", "rstrip": True}}},
+            "<|im_end|> b",
+        ),
+        ({"split_special_tokens": True}, "<|im_end|>"),
+        ({"split_special_tokens": True, "additional_special_tokens": ["<new>"]}, "<new> if"),
+        ({"add_bos_token": True, "add_eos_token": True, "bos_token": "<|im_end|>"}, "if"),
+        ({"add_prefix_space": True, "clean_up_tokenization_spaces": True}, "if a , b"),
+    ],
+)
+def test_the_files_beside_a_tokenizer_json_change_ids_as_in_transformers(beside, text, tmp_path):
+    names = {"special_tokens_map", "added_tokens"}
+    files = {name: beside[name] for name in names & beside.keys()}
+    config = FAST | {key: value for key, value in beside.items() if key not in names}
+    folder = saved(gpt2_like(), tmp_path, tokenizer_config=config, **files)
+    mine, oracle = load_tokenizer(str(folder)), auto_tokenizer(folder)
+    for sample in (text, f"if {text} if", f"{text}{text}", "é ²\n"):
+        assert mine.encode(sample) == oracle(sample).input_ids
+    assert mine.template_tokens == oracle.special_tokens_map
+
+
+def added(content: str, **options: bool) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(content, **options)
+
+
+@functools.cache
+def trained_once() -> str:
+    return str(trained().to_str())
+
+
+TOKENS = st.builds(
+    tokenizers.AddedToken,
+    st.sampled_from(["<tool", "<tool_call>", "<a>", " x", "if", "é", "_w_", "  ", "ﬁ", "²", "A B"]),
+    single_word=st.booleans(),
+    lstrip=st.booleans(),
+    rstrip=st.booleans(),
+    normalized=st.booleans(),
+    special=st.booleans(),
+)
+FORMS = st.sampled_from([None, normalizers.NFC(), normalizers.NFKC(), normalizers.NFD()])
+NEAR = ["<tool", "_call>", "<tool_call>", "<a>", " ", "x", " x", "if", "é", "e\u0301", "_w_", "ﬁ"]
+NEAR += ["fi", "²", "2", "A B", "\n", "\xa0", "a", "_", "!"]
+near_tokens = st.lists(st.sampled_from(NEAR), max_size=9).map("".join)
+
+
+@settings(max_examples=60)
+@given(st.lists(TOKENS, max_size=4, unique_by=str), FORMS, st.lists(near_tokens, min_size=9))
+@example([added("<tool", normalized=False), added("<tool_call>")], None, ["<tool_call>"])
+@example([added("<a>", lstrip=True, rstrip=True), added("  ")], None, ["x  <a>    <a>  if"])
+@example([added("if", single_word=True)], None, ["if _if if² iffy (if)"])
+@example([added("é"), added("<a>", normalized=False)], normalizers.NFD(), ["e\u0301<a>\u0301é"])
+def test_added_tokens_are_found_as_tokenizers_finds_them(tokens, form, samples):
+    oracle = tokenizers.Tokenizer.from_str(trained_once())
+    if form is not None:
+        oracle.normalizer = form
+    oracle.add_tokens(tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        mine = load_tokenizer(str(saved(oracle, Path(folder))))
+    for sample in samples:
+        assert mine.encode(sample) == oracle.encode(sample).ids
+
+
+def test_generation_ends_as_in_transformers_where_config_json_names_the_tokens(tmp_path):
+    """Without generation_config.json transformers makes it from config.json."""
+    folder = saved(
+        trained(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+        tmp_path,
+        tokenizer_config={"eos_token": "<|im_end|>"},
+        config={"model_type": "gpt2", "eos_token_id": [0, 2]},
+    )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    oracle = transformers.GenerationConfig.from_model_config(config)
+    assert list(load_tokenizer(str(folder)).eos) == oracle.eos_token_id == [0, 2]
+
+
 def change(settings: dict[str, Any], path: str, value: object) -> None:
     *parents, last = path.split("/")
     for key in parents:
@@ -586,6 +745,7 @@ TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [0]}
 FIRST, TEXT = {"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 STRING_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"}
+BOUNDARY = {"type": "Split", "pattern": {"Regex": r"\b\w"}, "behavior": "Isolated"}
 REMOVED = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Removed", "invert": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
 
@@ -613,6 +773,16 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         ),
         (
             "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [BOUNDARY, BYTE_LEVEL]},
+            ["split pattern", "not known to mean the same"],
+        ),
+        ("model/merges", [["a", 1]], ["model: merges.0"]),
+        ("model/vocab/x", 2**40, ["model: vocab.x"]),
+        ("added_tokens", {"id": 1}, ["added_tokens", "list"]),
+        ("normalizer", ["NFC"], ["normalizer"]),
+        ("pre_tokenizer/use_regex", "yes", ["pre_tokenizer.use_regex", "'yes'"]),
+        (
+            "pre_tokenizer",
             {"type": "Sequence", "pretokenizers": [STRING_SPLIT, BYTE_LEVEL]},
             ["Split", "' '"],
         ),
@@ -626,8 +796,12 @@ DIGITS = {"type": "Digits", "individual_digits": True}
         ("post_processor", {"type": "BertProcessing"}, ["BertProcessing"]),
         ("post_processor", TEMPLATE | {"single": [FIRST, FIRST, TEXT]}, ["template"]),
         ("post_processor", TEMPLATE | {"single": [TEXT, FIRST]}, ["template"]),
-        ("added_tokens/0/lstrip", True, ["lstrip", "<|im_end|>"]),
-        ("added_tokens/0/single_word", True, ["single_word", "<|im_end|>"]),
+        (
+            "post_processor",
+            {**TEMPLATE, "single": [FIRST, TEXT], "special_tokens": {"<s>": {"ids": [9999]}}},
+            ["the id 9999"],
+        ),
+        ("added_tokens/0/lstrip", "yes", ["added_tokens.0.lstrip", "'yes'"]),
     ],
 )
 def test_what_a_tokenizer_json_asks_for_in_vain_is_named(tmp_path, path, value, words):
@@ -650,10 +824,42 @@ def test_a_corrupt_tokenizer_json_is_one_line(tmp_path, content):
     fails(lambda: load_tokenizer(str(tmp_path)), "tokenizer.json")
 
 
+def test_deeply_nested_files_are_one_line(tmp_path):
+    folder = saved(gpt2_like(), tmp_path)
+    for name in ("tokenizer_config", "special_tokens_map", "generation_config", "tokenizer"):
+        (folder / f"{name}.json").write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+        fails(lambda: load_tokenizer(str(folder)), f"{name}.json", "nested more than 100 deep")
+        (folder / f"{name}.json").unlink()
+        saved(gpt2_like(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer_config", {"eos_token": 5}, []),
+        ("tokenizer_config", {"eos_token": {"text": "x"}}, ["eos_token", "content"]),
+        ("tokenizer_config", {"chat_template": 5}, ["chat_template"]),
+        ("tokenizer_config", {"chat_template": [{"name": "x"}]}, ["chat_template", "template"]),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "a"}}}, ["'x'"]),
+        ("tokenizer_config", {"added_tokens_decoder": []}, ["added_tokens_decoder"]),
+        ("special_tokens_map", {"additional_special_tokens": "x"}, ["additional_special_tokens"]),
+        ("added_tokens", {"x": "y"}, ["ids.x"]),
+        ("generation_config", {"eos_token_id": "2"}, ["eos_token_id"]),
+        ("config", {"bos_token_id": [None]}, ["bos_token_id"]),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named_with_its_file(tmp_path, name, content, words):
+    folder = saved(gpt2_like(), tmp_path, **{name: content})
+    if words:
+        fails(lambda: load_tokenizer(str(folder)), f"{name}.json", *words)
+    else:
+        load_tokenizer(str(folder))
+
+
 def test_a_cut_tokenizer_json_is_one_line(tmp_path):
     path = saved(gpt2_like(), tmp_path) / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:5000])
-    fails(lambda: load_tokenizer(str(path)), "tokenizer.json", "corrupt")
+    fails(lambda: load_tokenizer(str(path)), "tokenizer.json", "not valid JSON")
 
 
 # Names

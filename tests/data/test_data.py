@@ -24,7 +24,6 @@ from gptk.data.encoding import encode_documents
 from gptk.data.token_files import prepare_tokens, tokenizer_fingerprint
 from gptk.data.windows import check_enough, epoch_order
 from gptk.weights.tokenizers import load_tokenizer
-from gptk_plugins.tokenizers import bpe
 from toys import byte_tokenizer
 
 ENGLISH = "".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
@@ -56,9 +55,9 @@ def tokenizers(gpt2, smollm2_path):
         "gpt2": gpt2,
         "bytes": byte_tokenizer(),
         "smollm2": load_tokenizer(str(smollm2_path)),
-        "gpt2-pattern": splitting(bpe.GPT2),
-        "llama3": splitting(bpe.LLAMA3, add_bos=True, normalization="NFC"),
-        "tekken": splitting(bpe.TEKKEN, normalization="NFKC"),
+        "gpt2-pattern": splitting(gptk.SPLIT_PATTERNS["gpt2"]),
+        "llama3": splitting(gptk.SPLIT_PATTERNS["llama3"], add_bos=True, normalization="NFC"),
+        "tekken": splitting(gptk.SPLIT_PATTERNS["tekken"], normalization="NFKC"),
         "lines": splitting(r".*\n|.+|\s"),
         "lookbehind": splitting(r"(?<=\n)\w|\w+|\W"),
         "lookahead": splitting(r"\S+\s(?!a)|\S+|\s"),

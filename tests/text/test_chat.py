@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -13,7 +17,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import gptk
 from gptk.testing import tiny_gpt, tiny_lm
-from gptk.text.chat import MAX_STEPS, encode_chat, render_chat
+from gptk.text import chat
+from gptk.text.chat import encode_chat, render_chat
+from gptk.text.rendering import MAX_STEPS
 from gptk.weights.tokenizers import load_tokenizer
 from gptk_plugins.writers.huggingface import HuggingFace
 from program import failing
@@ -263,6 +269,92 @@ def test_saving_and_converting_keep_the_template_and_its_tokens(tmp_path):
     assert oracle.apply_chat_template(talk, tokenize=False) == expected
 
 
+def same_as_transformers(messages, template, **tokens):
+    """Check that the text is that of transformers; `tokens` are the named ones."""
+    [expected], _ = render_jinja_template(
+        [[{k: v for k, v in m.items() if v is not None} for m in messages]],
+        chat_template=template,
+        add_generation_prompt=True,
+        **tokens,
+    )
+    named = replace(tokenizer, template_tokens=tokens)
+    assert render_chat(named, messages, template) == expected
+    return expected
+
+
+LOOPS = [
+    "{% for part in m.content %}{{ part.text }};{% endfor %}",
+    "{% for part in m['content'] %}{{ part['text'] }};{% endfor %}",
+    "{% set content = m.content %}{% for part in content %}{{ part.text }};{% endfor %}",
+    "{% for p in m.content | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}",
+    "{% macro shown(content) %}{% for p in content %}{{ p.text }}{% endfor %}{% endmacro %}"
+    "{{ shown(m.content) }}",
+]
+PARTS = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    {"role": "assistant", "content": "c"},
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_template_that_loops_over_a_content_gets_its_parts_as_in_transformers(loop):
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}"
+        f"{{% else %}}{loop}{{% endif %}}{{% endfor %}}"
+    )
+    assert "a" in same_as_transformers(PARTS, template)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen2", "qwen3"])
+def test_for_a_template_that_takes_texts_the_parts_are_joined_by_line_breaks(name):
+    """As llama.cpp and vLLM do; transformers gives it the list, which it cannot use."""
+    joined = [{**PARTS[0], "content": "a\nb"}, PARTS[1]]
+    template = TEMPLATES[name]
+    assert render_chat(tokenizer, PARTS, template) == render_chat(tokenizer, joined, template)
+
+
+def test_keys_without_a_value_are_left_out_as_in_transformers():
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": None}]},
+        {"role": "tool", "content": "1", "tool_calls": None},
+    ]
+    template = (
+        "{% for m in messages %}{{ m.content is defined }}{{ m.tool_calls is defined }}"
+        "{{ m | tojson }}{% endfor %}"
+    )
+    assert "FalseTrue" in same_as_transformers(messages, template)
+
+
+def test_all_named_tokens_reach_the_template_as_in_transformers(tmp_path):
+    special = ("<s>", "</s>", "<pad>", "<unk>", "<sep>", "<img>")
+    folder = saved(
+        trained(special=special),
+        tmp_path,
+        tokenizer_config={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "sep_token": "<sep>",
+            "image_token": "<img>",
+            "mask_token": None,
+        },
+    )
+    template = (
+        "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ sep_token }}"
+        "{{ image_token }}{{ cls_token is defined }}{{ mask_token is defined }}"
+    )
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = oracle.apply_chat_template(USER, chat_template=template, tokenize=False)
+    mine = load_tokenizer(str(folder))
+    assert render_chat(mine, USER, template) == expected == "".join(special) + "FalseFalse"
+    (tmp_path / "hf").mkdir()
+    HuggingFace().write(tmp_path / "hf", tiny_gpt(replace(GPT2_LIKE, vocab_size=700)), mine)
+    assert render_chat(load_tokenizer(str(tmp_path / "hf")), USER, template) == expected
+
+
 # --- Beginning and end ------------------------------------------------------------------------
 
 
@@ -300,6 +392,13 @@ def test_smollm2_replies_and_ends_its_turn():
 # --- Conversations and templates that do not do -----------------------------------------------
 
 
+def deep():
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -311,6 +410,11 @@ def test_smollm2_replies_and_ends_its_turn():
         ([{"role": 1, "content": "Hello"}], "the role 1"),
         ([{"role": "user", "content": object()}], "texts, numbers, lists and dicts"),
         ([{"role": "user", "content": "", "x": [{1: 2}]}], "texts, numbers, lists and dicts"),
+        ([{"role": "user", "content": "", "x": 10**5000}], "texts, numbers, lists and dicts"),
+        ([{"role": "user", "content": "", "x": deep()}], "nested too deeply"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "the type 'image_url'; gptk's mo"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "reads? text"),
+        ([{"role": "user", "content": ["Hi"]}], "the part 'Hi'"),
     ],
 )
 def test_a_conversation_that_is_none_is_refused(messages, words):
@@ -390,11 +494,88 @@ def test_a_template_reaches_neither_python_nor_files(template):
         "{{ 'x' * 10 ** 10 }}",
         "{{ 10 ** 10 * [messages] }}",
         "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ 'x'.center(10 ** 10) }}",
+        "{{ 'x' | indent(10 ** 10) }}",
+        "{{ [1] | tojson(indent=10 ** 10) }}",
+        "{{ [1] | batch(10 ** 10, 0) | list }}",
+        "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
+        "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{{ (9 ** 99999) | string }}",
     ],
 )
 def test_a_template_that_would_run_or_grow_for_ever_is_stopped(template):
     with pytest.raises(gptk.PromptError, match="the chat template fails"):
         render_chat(tokenizer, USER, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 | round(1000000000, 'ceil') }}",
+        "{{ lipsum(n=10000000) }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}"
+        "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | string }}",
+    ],
+)
+def test_a_template_that_spends_time_outside_of_its_steps_is_stopped(template, monkeypatch):
+    monkeypatch.setattr(chat, "WALL_SECONDS", 1.5)
+    with pytest.raises(gptk.PromptError, match="it took too much time or memory"):
+        render_chat(tokenizer, USER, template)
+    assert render_chat(tokenizer, USER, "{{ messages[0].content }}") == "Hello"
+
+
+@pytest.mark.slow
+def test_the_processor_time_of_a_template_is_limited(monkeypatch):
+    monkeypatch.setattr(chat, "WALL_SECONDS", 300)
+    with pytest.raises(gptk.PromptError, match="it took too much time or memory"):
+        render_chat(tokenizer, USER, "{{ 1 | round(1000000000, 'ceil') }}")
+
+
+def test_the_rendering_process_ends_with_its_parent_and_survives_a_fork():
+    program = """
+import os, sys
+from gptk.text import chat
+from gptk.testing import tiny_lm
+tokenizer = tiny_lm().tokenizer
+render = lambda: chat.render_chat(tokenizer, [{"role": "user", "content": "a"}], "{{ messages }}")
+first = render()
+number = chat._renderer._process.pid
+if os.fork() == 0:
+    assert render() == first
+    assert chat._renderer._process.pid != number
+    os._exit(0)
+assert os.wait()[1] == 0
+assert render() == first
+assert chat._renderer._process.pid == number
+print(number)
+"""
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stderr == ""
+    assert not Path(f"/proc/{out.stdout.strip()}").exists()
+
+
+def test_threads_share_the_rendering_process():
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(render_chat, tokenizer, [{"role": "user", "content": str(n)}], TEMPLATE)
+            for n in range(100)
+        ]
+    assert [job.result() for job in jobs] == [f"user: {n}\n" for n in range(100)]
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+def test_without_an_interpreter_the_error_says_so(monkeypatch):
+    chat._renderer.close()
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(gptk.PromptError, match="/nonexistent/python cannot be started"):
+        render_chat(tokenizer, USER, "x")
 
 
 def test_a_long_conversation_is_not_taken_for_an_endless_one():

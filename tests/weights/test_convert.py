@@ -232,14 +232,14 @@ def learned(pattern: str, special: tuple[str, ...] = ("<|endoftext|>",)) -> tikt
 
 def llama3_like() -> gptk.Tokenizer:
     """Words that no merges make, as in Llama 3, and a first token."""
-    encoding = learned(bpe.LLAMA3, ("<s>", "<|im_end|>"))
+    encoding = learned(gptk.SPLIT_PATTERNS["llama3"], ("<s>", "<|im_end|>"))
     ranks = encoding._mergeable_ranks
     words = [b"world", "한국어".encode(), "👩\u200d👧".encode(), b" dogs and cats"]
     for word in words:
         assert word not in ranks
-    with_words = bpe.ByteLevelBPE(
+    with_words = gptk.ByteLevelBPE(
         "llama3-like",
-        pat_str=bpe.LLAMA3,
+        pat_str=gptk.SPLIT_PATTERNS["llama3"],
         mergeable_ranks=ranks | {word: 400 + index for index, word in enumerate(words)},
         special_tokens=encoding._special_tokens,
         decode_only={500: "▁x".encode()},
@@ -252,10 +252,10 @@ def llama3_like() -> gptk.Tokenizer:
 
 def qwen2_like() -> gptk.Tokenizer:
     """A normal form, and tokens that only decode: one absent from all text, one spelled oddly."""
-    encoding = learned(bpe.QWEN2, ("<|im_end|>", "<|endoftext|>"))
-    with_decode_only = bpe.ByteLevelBPE(
+    encoding = learned(gptk.SPLIT_PATTERNS["qwen2"], ("<|im_end|>", "<|endoftext|>"))
+    with_decode_only = gptk.ByteLevelBPE(
         "qwen2-like",
-        pat_str=bpe.QWEN2,
+        pat_str=gptk.SPLIT_PATTERNS["qwen2"],
         mergeable_ranks=encoding._mergeable_ranks,
         special_tokens=encoding._special_tokens,
         decode_only={450: b"never merged", 451: "▁x".encode(), 452: b"\xff\x00"},
@@ -268,17 +268,32 @@ def compatibility_form() -> gptk.Tokenizer:
     return gptk.Tokenizer(learned(r"[\s\S]{1,4}"), normalization="NFKD")
 
 
+def special_options() -> gptk.Tokenizer:
+    special = ("<|endoftext|>", "<mask>", " dogs", "cats", "중")
+    options = {
+        "<mask>": ("lstrip", "rstrip"),
+        "cats": ("normalized", "single_word"),
+        "중": ("normalized",),
+    }
+    encoding = learned(gptk.SPLIT_PATTERNS["gpt2"], special)
+    return gptk.Tokenizer(encoding, normalization="NFD", special_options=options)
+
+
 TOKENIZERS = {
     "bytes": byte_tokenizer,
     "gpt2": lambda: load_tokenizer("gpt2"),
     "smollm2": lambda: load_checkpoint("smollm2").tokenizer(),
     "openai": lambda: load_checkpoint(str(OPENAI)).tokenizer(),
     "cl100k-pattern": lambda: gptk.Tokenizer(learned(CL100K)),
-    "r50k-pattern": lambda: gptk.Tokenizer(learned(bpe.GPT2.replace("|\\s", "|\\s++$|\\s", 1))),
-    "o200k-like-pattern": lambda: gptk.Tokenizer(learned(bpe.TEKKEN)),
-    "numbers-whole": lambda: gptk.Tokenizer(learned(bpe.digits_then_gpt2(individual=False))),
+    "r50k-pattern": lambda: gptk.Tokenizer(
+        learned(gptk.SPLIT_PATTERNS["gpt2"].replace("|\\s", "|\\s++$|\\s", 1))
+    ),
+    "o200k-like-pattern": lambda: gptk.Tokenizer(learned(gptk.SPLIT_PATTERNS["tekken"])),
+    "numbers-whole": lambda: gptk.Tokenizer(learned(gptk.SPLIT_PATTERNS["gpt2-numbers"])),
     "gaps": lambda: gptk.Tokenizer(learned(r"\p{L}+|\p{N}")),
     "lines": lambda: gptk.Tokenizer(learned(r"^\w+|\w+$|\W|\w")),
+    "possessive": lambda: gptk.Tokenizer(learned(r"\p{N}{1,3}+\w|(?>\w+?)\W|\w|\W")),
+    "special-options": special_options,
     "llama3-like": llama3_like,
     "qwen2-like": qwen2_like,
     "compatibility": compatibility_form,
@@ -309,6 +324,7 @@ def test_transformers_tokenizer_gives_the_same_ids_and_texts(case, tmp_path):
     @example("a  1  b 22  \n")
     @example("12345 6789\n\nx")
     @example("Hello world dogs and cats 한국어")
+    @example("a <mask>  cats concats 중\n \u110c\u116e\u11bc")
     def same(text: str) -> None:
         ids = tokenizer.encode(text)
         assert again.encode(text) == ids
@@ -351,9 +367,9 @@ def test_any_ranks_give_the_ids_that_tokenizers_gives(ranks, words):
     ("changes", "message"),
     [
         ({"pat_str": r"(?m)^\w+"}, "its split pattern has '(?m)^"),
-        ({"pat_str": r"\p{N}{1,3}+\w"}, "its split pattern has '{1,3}+"),
         ({"pat_str": r"[\w--\d]+|\W"}, "its split pattern has '[\\\\w--"),
-        ({"pat_str": r"\bx|\h|\w|\W"}, "its split pattern has '\\\\bx"),
+        ({"pat_str": r"\w|\h|\W"}, "its split pattern has '\\\\h|"),
+        ({"pat_str": r"\bx|\w|\W"}, "its split pattern has '\\b'"),
         ({"special_tokens": {"ab": 9}}, "the special token 'ab' is spelled like another token"),
     ],
 )
@@ -367,7 +383,7 @@ def test_a_tokenizer_that_cannot_be_written_is_refused(changes, message, tmp_pat
 
 
 def test_a_tokenizer_whose_role_is_no_token_of_its_is_refused(tmp_path):
-    encoding = learned(bpe.GPT2)
+    encoding = learned(gptk.SPLIT_PATTERNS["gpt2"])
     for tokenizer in (
         gptk.Tokenizer(encoding, bos=9999, add_bos=True),
         gptk.Tokenizer(encoding, eos=(9999,)),

@@ -24,6 +24,7 @@ _HOMES = {
     "Acceptance": "decoding.speculation",
     "best_checkpoint": "runs.checkpoints",
     "build_model": "weights.building",
+    "ByteLevelBPE": "text.encoding",
     "CausalModel": "model.protocol",
     "Checkpoint": "hooks.weights",
     "Choice": "hooks.choice",
@@ -79,6 +80,8 @@ _HOMES = {
     "Scorer": "hooks.sampling",
     "Settings": "language_model",
     "SourceError": "errors",
+    "SPLIT_PATTERNS": "text.patterns",
+    "SplitPattern": "text.patterns",
     "SpecError": "errors",
     "StopCondition": "decoding.limits",
     "Stream": "decoding.stream",
@@ -181,6 +184,9 @@ if TYPE_CHECKING:
     from gptk.session.rows import Rows as Rows
     from gptk.session.session import DecodeSession as DecodeSession
     from gptk.system.memory import keep_freed_memory as keep_freed_memory
+    from gptk.text.encoding import ByteLevelBPE as ByteLevelBPE
+    from gptk.text.patterns import SPLIT_PATTERNS as SPLIT_PATTERNS
+    from gptk.text.patterns import SplitPattern as SplitPattern
     from gptk.text.tokenizer import Tokenizer as Tokenizer
     from gptk.training.config import TrainConfig as TrainConfig
     from gptk.training.gradients import gradient_norm as gradient_norm

@@ -11,7 +11,6 @@ from pydantic import Field
 
 import gptk
 from gptk_plugins.loaders._tensor_readers import dtype_names, safetensors_readers
-from gptk_plugins.tokenizers.bpe import ByteLevelBPE
 
 _VERSION = 1
 
@@ -82,7 +81,7 @@ def _read_tokenizer(path: Path, stored: Mapping[str, Any]) -> gptk.Tokenizer:
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        encoding = ByteLevelBPE(
+        encoding = gptk.ByteLevelBPE(
             fields.pop("name"),
             pat_str=fields.pop("pattern"),
             mergeable_ranks=ranks,

@@ -131,7 +131,11 @@ def _read_tokenizer(folder: Path) -> gptk.Tokenizer:
     except KeyError:
         raise gptk.TokenizerError(f"{folder / 'encoder.json'} has no {END_OF_TEXT}") from None
     encoding = bpe.byte_level_bpe(
-        str(folder), vocabulary=vocabulary, merges=merges, special=special, pattern=bpe.GPT2
+        str(folder),
+        vocabulary=vocabulary,
+        merges=merges,
+        special=special,
+        pattern=gptk.SPLIT_PATTERNS["gpt2"],
     )
     end = special[END_OF_TEXT]
     return gptk.Tokenizer(encoding, bos=end, eos=(end,))

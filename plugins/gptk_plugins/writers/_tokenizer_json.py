@@ -9,8 +9,7 @@ token stays whole.
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +40,13 @@ def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
     vocabulary = _vocabulary(encoding, all_merged)
     normal_form = tokenizer.normalization
+    options, splits = tokenizer.special_options or {}, _splits_special_tokens(tokenizer)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, number in special
+            _added_token(token, number, options.get(token, ()), splits) for token, number in special
         ],
         "normalizer": {"type": normal_form} if normal_form else None,
         "pre_tokenizer": _pre_tokenizer(encoding._pat_str),
@@ -74,6 +65,22 @@ def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
             "merges": [[_spelled(left), _spelled(right)] for left, right in merges],
         },
     }
+
+
+def _added_token(
+    token: str, number: int, options: Sequence[str], splits_special: bool
+) -> dict[str, Any]:
+    return {
+        "id": number,
+        "content": token,
+        **{name: name in options for name in ("single_word", "lstrip", "rstrip", "normalized")},
+        "special": "as_text" in options or not splits_special,
+    }
+
+
+def _splits_special_tokens(tokenizer: gptk.Tokenizer) -> bool:
+    """Whether tokens that are special to `tokenizers` are ordinary text in a prompt."""
+    return any("as_text" in options for options in (tokenizer.special_options or {}).values())
 
 
 # --- Vocabulary and merges -------------------------------------------------------------------
@@ -139,12 +146,12 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 _BYTES_ONLY = _BYTE_LEVEL | {"use_regex": False}
 _GPT2_SPLIT = _BYTE_LEVEL | {"use_regex": True}
 _KNOWN = {
-    bpe.GPT2: [_GPT2_SPLIT],
-    bpe.digits_then_gpt2(individual=True): [
+    gptk.SPLIT_PATTERNS["gpt2"]: [_GPT2_SPLIT],
+    gptk.SPLIT_PATTERNS["gpt2-digits"]: [
         {"type": "Digits", "individual_digits": True},
         _GPT2_SPLIT,
     ],
-    bpe.digits_then_gpt2(individual=False): [
+    gptk.SPLIT_PATTERNS["gpt2-numbers"]: [
         {"type": "Digits", "individual_digits": False},
         _GPT2_SPLIT,
     ],
@@ -157,7 +164,7 @@ def _pre_tokenizer(pattern: str) -> dict[str, Any]:
         # A piece is what the pattern matches; everything else is dropped.
         {
             "type": "Split",
-            "pattern": {"Regex": _portable(pattern)},
+            "pattern": {"Regex": _for_oniguruma(pattern)},
             "behavior": "Removed",
             "invert": True,
         },
@@ -166,40 +173,12 @@ def _pre_tokenizer(pattern: str) -> dict[str, Any]:
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
 
 
-_ESCAPE = r"\\[pP]\{\^?\w+\}|\\[sSdDwWrntf]|\\[^\w\s]"
-_LEXEME = re.compile(
-    rf"{_ESCAPE}"
-    rf"|\[\^?(?:{_ESCAPE}|(?!--|&&|~~)[^\\\[\]])+\]"  # a class without set operations
-    r"|\((?!\?)|\(\?(?:i?:|>|<?[=!])|\)|[|.]"
-    r"|[*+?][+?]?|\{\d+(?:,\d*)?\}(?![+?])"
-    r"|(?P<whole>\{\d+(?:,\d*)?\})\+(?=\||$)"
-    r"|(?P<end>\$)|(?P<start>\^)"
-    r"|[^\\\[\](){}^$|.?*+]"
-)
-
-
-def _portable(pattern: str) -> str:
-    """A split pattern of tiktoken translated for Oniguruma, the regex library of `tokenizers`.
-
-    In Oniguruma `^` and `$` match at line ends, and `{1,3}+` repeats `{1,3}` instead of making it
-    possessive. Raises TokenizerError for a construct not known to mean the same in both.
-    """
-    portable, start = "", 0
-    while start < len(pattern):
-        lexeme = _LEXEME.match(pattern, start)
-        if not lexeme:
-            raise _refusal(f"its split pattern has {pattern[start : start + 12]!r}")
-        match lexeme.lastgroup:
-            case "whole":
-                portable += lexeme["whole"]  # nothing backtracks into the end of an alternative
-            case "end":
-                portable += r"(?![\s\S])"
-            case "start":
-                portable += r"(?<![\s\S])"
-            case _:
-                portable += lexeme[0]
-        start = lexeme.end()
-    return portable
+def _for_oniguruma(pattern: str) -> str:
+    """A split pattern of tiktoken for the regex library of `tokenizers`."""
+    try:
+        return gptk.SplitPattern.parse(pattern, "tiktoken").written("oniguruma")
+    except gptk.TokenizerError as error:
+        raise _refusal(str(error)) from None
 
 
 def _post_processor(
@@ -226,18 +205,21 @@ def _post_processor(
 def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[str, Any]:
     # Only special tokens: transformers makes every token that is named here a special one.
     names = {number: name for name, number in tokenizer.encoding._special_tokens.items()}
-    bos = None if tokenizer.bos is None else names.get(tokenizer.bos)
-    eos = next((names[token] for token in tokenizer.eos if token in names), None)
+    named: dict[str, str] = {}
     if tokenizer.template_tokens is not None:
         special = tokenizer.encoding._special_tokens
-        named = {role: t for role, t in tokenizer.template_tokens.items() if t in special}
-        bos, eos = named.get("bos_token"), named.get("eos_token")
+        named = {role: text for role, text in tokenizer.template_tokens.items() if text in special}
+    else:
+        if tokenizer.bos in names:
+            named["bos_token"] = names[tokenizer.bos]
+        if eos := [names[token] for token in tokenizer.eos if token in names]:
+            named["eos_token"] = eos[0]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
-        **({"bos_token": bos} if bos else {}),
-        **({"eos_token": eos} if eos else {}),
+        **({"split_special_tokens": True} if _splits_special_tokens(tokenizer) else {}),
+        **named,
         **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
     }
 
@@ -252,6 +234,9 @@ def _parts(tokenizer: gptk.Tokenizer) -> dict[str, object]:
         "first token": (tokenizer.bos, tokenizer.add_bos),
         "last tokens": tokenizer.eos,
         "normal form": tokenizer.normalization,
+        "options of special tokens": {
+            token: set(how) for token, how in (tokenizer.special_options or {}).items() if how
+        },
         "chat template": tokenizer.chat_template,
     }
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "plot": "Plot the losses of training runs.",
     "plugins": "List plug-ins, show one with its options, or begin a new one.",
     "repeat": "Repeat recorded runs, and say what differs.",
+    "tokenize": "Show the tokens of a text, or the text of tokens.",
     "train": "Train a model, or go on training one.",
 }
 

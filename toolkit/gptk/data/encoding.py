@@ -7,7 +7,6 @@ about each. A chunk without such a position grows.
 """
 
 import os
-import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,8 @@ from dataclasses import replace
 import numpy as np
 import regex  # type: ignore[import-untyped]  # tiktoken's own dependency
 
+from gptk.text.normalization import normalize
+from gptk.text.patterns import SplitPattern
 from gptk.text.tokenizer import Tokenizer
 
 CHUNK = 1 << 20
@@ -58,13 +59,13 @@ class _Cutter:
     """Finds positions where cutting a text does not change its tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._special = list(tokenizer.encoding._special_tokens)
-        self._right_context = max([_CONTEXT, *map(len, self._special)])
-        self._normalization = tokenizer.normalization
-        try:
-            self._pattern = regex.compile(tokenizer.encoding._pat_str)
-        except regex.error:  # a dialect that only tiktoken reads: then nothing is cut
-            self._pattern = regex.compile(r"[\s\S]+")
+        self._form = tokenizer.normalization
+        special = [self._normalized(text) for text in tokenizer.encoding._special_tokens]
+        # Some take the character before or after them along.
+        self._special = [*tokenizer.encoding._special_tokens, *special]
+        self._right_context = max([_CONTEXT, *(len(text) + 1 for text in self._special)])
+        pattern = SplitPattern.parse(tokenizer.encoding._pat_str, "tiktoken")
+        self._pattern = regex.compile(pattern.written("regex"))
 
     def chunks(self, texts: Iterable[str], size: int) -> Iterator[str]:
         """The texts joined, in chunks of `size` characters or more."""
@@ -98,19 +99,25 @@ class _Cutter:
 
     def _splits(self, text: str, cut: int) -> bool:
         """Whether the tokens of text[:cut] and text[cut:] together are those of the text."""
-        for token in self._special:
-            if text.find(token, max(cut - len(token) + 1, 0), cut + len(token) - 1) >= 0:
-                return False
-        left, right = text[max(cut - _CONTEXT, 0) : cut], text[cut : cut + self._right_context]
-        if self._normalization:  # it neither composes nor reorders characters across a space
-            left = unicodedata.normalize(self._normalization, left)
-            right = unicodedata.normalize(self._normalization, right)
+        left = text[max(cut - self._right_context, 0) : cut]
+        right = text[cut : cut + self._right_context]
+        # A normal form neither composes nor reorders characters across a space.
+        for before, after in ((left, right), (self._normalized(left), self._normalized(right))):
+            near = before + after
+            for token in self._special:
+                first, last = len(before) - len(token) - 1, len(before) + len(token) + 1
+                if near.find(token, max(first, 0), last) >= 0:
+                    return False
+        left, right = self._normalized(left[-_CONTEXT:]), self._normalized(right)
         both = left + right
         # Wherever a match begins, it ends at the same character with and without the cut.
         return all(self._end(both, i) == self._end(left, i) for i in range(len(left))) and all(
             self._end(both, len(left) + i) == self._end(right, i) + len(left)
             for i in range(len(right))
         )
+
+    def _normalized(self, text: str) -> str:
+        return text if self._form is None else normalize(self._form, text)
 
     def _end(self, text: str, start: int) -> int:
         """Where the match at `start` ends; without a match, the character after `start`."""

@@ -111,6 +111,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     parts = [
         encoding._pat_str,
         sorted(encoding._special_tokens.items()),
+        sorted((text, sorted(how)) for text, how in (tokenizer.special_options or {}).items()),
         tokenizer.normalization,
         tokenizer.bos if tokenizer.add_bos else None,
         tokenizer.eos[:1],

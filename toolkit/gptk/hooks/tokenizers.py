@@ -21,6 +21,14 @@ class TokenizerLoader(Plugin):
         """The loader for a source that `matches`."""
         return cls()
 
+    @classmethod
+    def default_source(cls) -> str | None:
+        """The name of an installed model that has this tokenizer, by which `matches` finds it.
+
+        `WeightLoader.default_source` of the model's loader gives the same. By default None.
+        """
+        return None
+
     def load(self) -> Tokenizer:
         """Read or make the tokenizer. Raises TokenizerError."""
         raise NotImplementedError(f"{type(self).__name__} does not define load()")

@@ -6,41 +6,32 @@ indentation around blocks are removed (trim_blocks, lstrip_blocks), `break` and 
 loops, `tojson` does not escape HTML, `{% generation %}` may enclose the model's replies, and the
 variables and functions of a template are
 
-    messages, add_generation_prompt, bos_token, eos_token, tools and documents (None),
+    messages, add_generation_prompt, tools and documents (None),
+    bos_token, eos_token, pad_token and the model's other named tokens,
     raise_exception(message), strftime_now(format)
 
-A template is untrusted code. It runs in jinja2's immutable sandbox: no access to Python's internals
-by attributes, no files, no change to its arguments, no range of over 100,000. It is stopped after
-MAX_STEPS loop iterations and calls, or MAX_SIZE characters.
+A template is untrusted code. It runs in a process of its own, see gptk.text.rendering, in jinja2's
+immutable sandbox: no access to Python's internals, to files, or to what it gets, and no more than 3
+seconds, 300 MB, 200,000 loop iterations and calls, and 10 million characters.
 """
 
-import functools
+import atexit
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
-from types import CodeType
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment, modifies_known_mutable
-from jinja2.utils import Namespace
 
 from gptk.errors import PromptError
 from gptk.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-"""{"role": "user", "content": "…"}; the template defines the roles: system, user, assistant."""
-
-MAX_STEPS = 200_000
-"""Loop iterations and calls: about a second."""
-MAX_SIZE = 10_000_000
-"""Characters of the rendered text; also the items or bits of a result of `*` and `**`."""
+"""{"role": "user", "content": "…"}; the template defines the roles: system, user, assistant. The
+content is a text, or a list of parts: {"type": "text", "text": "…"}."""
 
 
 def encode_chat(
@@ -51,8 +42,7 @@ def encode_chat(
     As in transformers, only the template adds BOS, and special tokens are recognized everywhere,
     also within the messages. Raises PromptError, see `render_chat`.
     """
-    text = render_chat(tokenizer, messages, template)
-    return replace(tokenizer, add_bos=False).encode(text)
+    return tokenizer.encode_without_bos(render_chat(tokenizer, messages, template))
 
 
 def render_chat(
@@ -64,9 +54,12 @@ def render_chat(
 ) -> str:
     """The text of a conversation. template: jinja2, instead of the tokenizer's own.
 
-    add_generation_prompt: end with the text that opens the model's reply. Raises PromptError if
-    there is no template, if it refuses the messages (for example for the order of roles), or if it
-    fails.
+    add_generation_prompt: end with the text that opens the model's reply. A content that is a list
+    of parts is given to templates that go over it in a loop; for others its texts are joined by
+    line breaks.
+
+    Raises PromptError if there is no template, if it refuses the messages (for example for the
+    order of roles), if it fails or takes too long, or if a part is no text.
     """
     source = tokenizer.chat_template if template is None else template
     if not source:
@@ -74,45 +67,28 @@ def render_chat(
             "the model has no chat template; give one (--chat-template FILE, in Python "
             "template=…), or a plain prompt without chat"
         )
-    plain_messages = _checked(messages)
-    code = check_template(source)
-    environment = _Sandbox()
-    compiled = environment.template_class.from_code(
-        environment, code, environment.make_globals(None), None
-    )
-    try:
-        pieces = compiled.generate(
-            messages=plain_messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            **_special_tokens(tokenizer),
-        )
-        return _joined(pieces)
-    except _RefusedError as refusal:
-        raise PromptError(f"the chat template refuses the messages: {refusal}") from None
-    except Exception as error:  # any other error is the template's fault
-        raise PromptError(f"the chat template fails: {_brief(error)}") from None
+    variables = {
+        "messages": _checked(messages),
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+        **_special_tokens(tokenizer),
+    }
+    answer = _ask(source, variables)
+    if "refused" in answer:
+        raise PromptError(f"the chat template refuses the messages: {answer['refused']}")
+    return answer["text"]
 
 
-@functools.lru_cache(maxsize=16)
-def check_template(source: str) -> CodeType:
-    """A template, compiled. Raises PromptError if it is not valid jinja2."""
-    environment = _Sandbox()
-    try:
-        tree = environment.parse(source)
-        # Each loop iteration calls `turn`, so that the environment counts it.
-        for loop in tree.find_all(nodes.For):
-            loop.body.insert(0, nodes.ExprStmt(_turn(), lineno=loop.lineno))
-            if loop.test is not None:
-                loop.test = nodes.And(_turn(), loop.test)
-        tree.set_environment(environment)
-        return environment.compile(tree)
-    except jinja2.TemplateSyntaxError as error:
-        reason = f"line {error.lineno}: {error.message}"
-    except Exception as error:  # nested too deeply, or another error of the compiler
-        reason = _brief(error)
-    raise PromptError(f"the chat template is not valid jinja2: {reason}")
+def check_template(source: str) -> None:
+    """Raise PromptError if a template is not valid jinja2."""
+    _ask(source, None)
+
+
+def conversation(message: str, system: str | None = None) -> list[Message]:
+    """The messages of a conversation that begins with a user message."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": message}]
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
@@ -122,43 +98,50 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: tokenizer.decode([token]) for name, token in ids.items() if token is not None}
 
 
-def _joined(pieces: Iterator[str]) -> str:
-    parts, size = [], 0
-    for piece in pieces:
-        parts.append(piece)
-        size += len(piece)
-        if size > MAX_SIZE:
-            raise SecurityError(f"the text grew beyond {MAX_SIZE:,} characters")
-    return "".join(parts)
+# --- Messages ---------------------------------------------------------------------------------
 
-
-def conversation(message: str, system: str | None = None) -> list[Message]:
-    """The messages of a conversation that begins with a user message."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": message}]
+_FORM = '{"role": "user", "content": "…"}'
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Copies of the messages as plain types, so that a template can call no other methods."""
+    """The messages as plain types; as in transformers, a key without a value is left out."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise PromptError(f"chat takes a list of messages, {_FORM}; not {_shown(messages)}")
     if not messages:
         raise PromptError(f"the conversation has no messages; one is {_FORM}")
     plain = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not message.keys() >= {"role", "content"}:
+        if not isinstance(message, Mapping) or not (
+            "role" in message and message.keys() & {"content", "tool_calls"}
+        ):
             raise PromptError(f"message {number} is not like {_FORM}: {_shown(message)}")
         if not isinstance(message["role"], str):
             raise PromptError(f"message {number} has the role {_shown(message['role'])}, no text")
-        plain.append(_plain(message, number))
+        if isinstance(message.get("content"), list | tuple):
+            _check_parts(message["content"], number)
+        try:
+            found = _plain(message, number)
+        except RecursionError:
+            raise PromptError(f"message {number} is nested too deeply") from None
+        plain.append({key: value for key, value in found.items() if value is not None})
     return plain
 
 
-_FORM = '{"role": "user", "content": "…"}'
+def _check_parts(parts: Sequence[Any], number: int) -> None:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = f"a part of the type {_shown(kind)}" if kind else f"the part {_shown(part)}"
+            raise PromptError(
+                f"message {number} has {what}; gptk's models read text only: a content is a text, "
+                'or a list of parts {"type": "text", "text": "…"}'
+            )
 
 
 def _plain(value: Any, number: int) -> Any:
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (str, float, bool):
+        return value
+    if type(value) is int and value.bit_length() < 10_000:
         return value
     if isinstance(value, str):
         return str.__str__(value)
@@ -172,140 +155,105 @@ def _plain(value: Any, number: int) -> Any:
 
 
 def _shown(value: object) -> str:
-    return f"{value!r:.80}"
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):  # nested too deeply, or a number with too many digits
+        return f"a {type(value).__name__}"
 
 
-def _brief(error: BaseException) -> str:
-    """An error in one line: the message, and for errors of Python the type."""
-    text = " ".join(str(error).split())
-    if isinstance(error, jinja2.TemplateError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+# --- The process that renders -----------------------------------------------------------------
+
+WALL_SECONDS = 10
+"""Time on the clock for a template, where its processor time cannot be limited or is short."""
 
 
-# --- What a template may use ------------------------------------------------------------------
+def _ask(template: str, variables: dict[str, Any] | None) -> dict[str, str]:
+    """Render a template, or only compile it if `variables` is None. Raises PromptError."""
+    request: dict[str, Any] = {"template": template}
+    if variables is not None:
+        request["variables"] = variables
+    try:
+        line = json.dumps(request).encode()
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise PromptError(f"the messages cannot be given to the template: {error}") from None
+    answer = _renderer.ask(line)
+    if "invalid" in answer:
+        raise PromptError(f"the chat template is not valid jinja2: {answer['invalid']}")
+    if "failed" in answer:
+        raise PromptError(f"the chat template fails: {answer['failed']}")
+    return answer
 
 
-class _RefusedError(jinja2.TemplateError):
-    """The template called raise_exception."""
-
-
-def _raise_exception(message: object) -> None:
-    raise _RefusedError(" ".join(str(message).split()))
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-class _Dict:
-    """Replaces the class `dict` in templates: it makes dicts, without access to the class."""
-
-    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
-        return dict(*args, **items)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """jinja2's namespace, without names that begin with an underscore."""
-
-    def __init__(*args: Any, **items: Any) -> None:  # `self` may be the name of an item
-        self, *rest = args
-        held = dict(*rest, **items)
-        for name in held:
-            _check_name(name)
-        Namespace.__init__(self, held)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace holds no name that begins with _, such as {name!r}")
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: marks the model's replies for training. A scope."""
-
-    tags = {"generation"}  # noqa: RUF012, as jinja2 declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox for a single rendering, which also limits steps and the size of results."""
-
-    # Without interception, `2 ** 10 ** 10` would be computed during compilation.
-    intercepted_binops = frozenset({"*", "**"})
+class _Renderer:
+    """The process of gptk.text.rendering: started when it is first needed, and after a limit."""
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        self.filters["tojson"] = _tojson
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-            "dict": _Dict(),
-            "namespace": _Namespace,
-        }
-        self._steps = 0
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise SecurityError(f"it was stopped after {MAX_STEPS:,} steps")
-        return super().call(context, obj, *args, **kwargs)
+    def ask(self, line: bytes) -> dict[str, str]:
+        """The answer to a request."""
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            timer = threading.Timer(WALL_SECONDS, process.kill)
+            timer.daemon = True
+            timer.start()
+            try:
+                process.stdin.write(line + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:  # Ctrl-C: its answer would be taken for that of the next request
+                self.close()
+                raise
+            finally:
+                timer.cancel()
+            if answer.endswith(b"\n"):
+                decoded: dict[str, str] = json.loads(answer)
+                return decoded
+            self.close()
+        return {"failed": "it was stopped, for it took too much time or memory"}
 
-    def turn(self) -> bool:
-        """Called at each loop iteration, through `call`."""
-        return True
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            folders = [
+                str(Path(spec.origin).parent.parent)
+                for spec in map(importlib.util.find_spec, ("jinja2", "markupsafe"))
+                if spec is not None and spec.origin is not None
+            ]
+            program = Path(__file__).with_name("rendering.py")
+            try:
+                self._process = subprocess.Popen(
+                    # Neither the environment nor other packages have a say in what it imports.
+                    [sys.executable, "-I", "-S", str(program), *folders],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is not for it
+                )
+            except OSError as error:
+                raise PromptError(
+                    f"chat templates are rendered in a process of their own, and {sys.executable} "
+                    f"cannot be started: {error.strerror}"
+                ) from None
+        return self._process
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _size(operator, left, right) > MAX_SIZE:
-            raise SecurityError(f"the result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        # jinja2 raises an error only when the attribute is used, and renders it as an empty text.
-        if modifies_known_mutable(obj, attribute):
-            return super().unsafe_undefined(obj, attribute)
-        raise SecurityError(
-            f"access to the attribute {attribute!r} of a {type(obj).__name__} is not allowed"
-        )
+    def forget(self) -> None:
+        """In a forked process: leave the process to the one that started it."""
+        self._lock, self._process = threading.Lock(), None
 
 
-def _turn() -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("turn"), [], [], None, None)
-
-
-def _size(operator: str, left: Any, right: Any) -> int:
-    """The approximate size of a product or power: items of a sequence, bits of an integer."""
-    if isinstance(left, int) and isinstance(right, int):
-        if operator == "*":
-            return left.bit_length() + right.bit_length()
-        return left.bit_length() * max(right, 0)
-    for sequence, times in ((left, right), (right, left)):
-        if operator == "*" and isinstance(sequence, str | list | tuple) and isinstance(times, int):
-            return len(sequence) * times
-    return 0
+_renderer = _Renderer()
+atexit.register(_renderer.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renderer.forget)

@@ -1,11 +1,12 @@
 """Tokenizers: a `tiktoken.Encoding` with the special tokens and chat template of a model."""
 
 import functools
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from gptk.text.normalization import NormalForm, normalize
+from gptk.text.special_tokens import SpecialOption, SpecialTokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back."""
+    """Text to token ids and back. Its encoding is made a `gptk.ByteLevelBPE`, if it is not one.
+
+    Raises TokenizerError if the encoding's split pattern may mean different things.
+    """
 
     encoding: "tiktoken.Encoding"
     bos: int | None = None
@@ -22,30 +26,43 @@ class Tokenizer:
     """The tokens that end a text."""
     add_bos: bool = False
     """Put `bos` in front of every text."""
-    normalization: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
+    normalization: NormalForm | None = None
     """The Unicode normal form that is applied to texts first."""
     chat_template: str | None = None
     """The model's jinja2 template for conversations."""
     template_tokens: Mapping[str, str] | None = None
-    """The template's bos_token and eos_token; by default the texts of `bos` and the first `eos`."""
+    """What the template knows as bos_token, eos_token, pad_token and so on; by default the texts of
+    `bos` and the first `eos`."""
+    special_options: Mapping[str, Sequence[SpecialOption]] | None = None
+    """How special tokens are found that are not simply taken wherever their text stands: by text,
+    some of "normalized", "lstrip", "rstrip", "single_word", "as_text"; see
+    gptk.text.special_tokens."""
+
+    def __post_init__(self) -> None:
+        from gptk.text.encoding import ByteLevelBPE  # tiktoken is not needed before
+
+        object.__setattr__(self, "encoding", ByteLevelBPE.of(self.encoding))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which special tokens are recognized.
 
-        Where two special tokens begin at the same character, the longer one is taken. They are
-        found before the text is normalized.
+        Where two special tokens begin at the same character, the longer one is taken. Unless
+        `special_options` says otherwise they are found before the text is normalized. Raises
+        TokenizerError if an unusual split pattern takes too long.
         """
-        ids: list[int] = []
-        pattern, special = self._special
-        for index, part in enumerate(pattern.split(text)):
-            if index % 2:  # the pattern is one group, so its matches are every second part
-                ids.append(special[part])
-            elif part:
-                if self.normalization:
-                    part = unicodedata.normalize(self.normalization, part)
-                ids += self.encoding.encode_ordinary(part)
+        ids = self.encode_without_bos(text)
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
+        return ids
+
+    def encode_without_bos(self, text: str) -> list[int]:
+        """Token ids of a text to which no BOS is added."""
+        ids: list[int] = []
+        for part, token in self._parts(text):
+            if token is None:
+                ids += self.encoding.encode_ordinary(part)
+            else:
+                ids.append(token)
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -66,20 +83,41 @@ class Tokenizer:
         """The token to start from without a prompt: BOS, else the first of `eos`, else None."""
         return self.bos if self.bos is not None else (self.eos[0] if self.eos else None)
 
+    def _parts(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """The text, normalized, in parts: ordinary text with None, or "" with a special token."""
+        verbatim, normalized = self._special
+        for part, token in verbatim.parts(text):
+            if token is not None:
+                yield part, token
+            else:
+                yield from normalized.parts(self._normalize(part))
+
+    def _normalize(self, text: str) -> str:
+        return normalize(self.normalization, text) if self.normalization else text
+
     @functools.cached_property
-    def _special(self) -> tuple[re.Pattern[str], dict[str, int]]:
-        # tiktoken's own search does not prefer the longest special token.
-        special = self.encoding._special_tokens
-        longest_first = sorted(special, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})"), special
+    def _special(self) -> tuple[SpecialTokens, SpecialTokens]:
+        """The special tokens found in the text as it is, and those found in the normalized text."""
+        ids, options = self.encoding._special_tokens, self.special_options or {}
+        verbatim = SpecialTokens(ids, options, normalized=False, normalize=self._normalize)
+        return verbatim, SpecialTokens(ids, options, normalized=True, normalize=self._normalize)
 
     @functools.cached_property
     def _token_bytes(self) -> "functools._lru_cache_wrapper[bytes]":
+        # As in `tokenizers`, a token that is found in normalized text stands for normalized text.
+        normalized = {
+            token: self._normalize(text).encode()
+            for text, token in self.encoding._special_tokens.items()
+            if "normalized" in (self.special_options or {}).get(text, ())
+        }
+
         @functools.cache
         def token_bytes(token: int) -> bytes:
+            if token in normalized:
+                return normalized[token]
             try:
                 return self.encoding.decode_single_token_bytes(token)
-            except KeyError:
+            except (KeyError, OverflowError):
                 return "\N{REPLACEMENT CHARACTER}".encode()
 
         return token_bytes

@@ -5,11 +5,12 @@ import re
 
 from gptk.errors import TokenizerError
 from gptk.hooks.tokenizers import TokenizerLoader
-from gptk.plugins.asking import matching
+from gptk.plugins.asking import ask, matching
 from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.text.tokenizer import Tokenizer
+from gptk.weights.loading import default_source, load_checkpoint
 
 
 def load_tokenizer(source: str) -> Tokenizer:
@@ -25,6 +26,25 @@ def load_tokenizer(source: str) -> Tokenizer:
         if os.sep in source:
             raise TokenizerError(f"no such tokenizer file: {source}")
     return _load(create("tokenizer", source, TokenizerLoader))
+
+
+def load_model_tokenizer(source: str | None) -> Tokenizer:
+    """The tokenizer of a model (None: the default model), read without its weights.
+
+    Where a loader of tokenizers knows the model's files, neither PyTorch nor a loader of weights is
+    imported. Raises TokenizerError if the model has none, and what finding a model raises.
+    """
+    loaders = provided("tokenizer").values()
+    source = source or os.environ.get("GPTK_MODEL")
+    installed = [name for plugin in loaders if (name := ask(plugin, "default_source", answer=str))]
+    source = source or next(iter(installed), None) or default_source()
+    if source in installed or os.path.exists(source):
+        if loader := matching("tokenizer", source, TokenizerLoader):
+            return _load(loader)
+    checkpoint = load_checkpoint(source)
+    if checkpoint.tokenizer is None:
+        raise TokenizerError(f"{source} has no tokenizer; name one with --tokenizer")
+    return checkpoint.tokenizer()
 
 
 def _load(loader: TokenizerLoader) -> Tokenizer:
