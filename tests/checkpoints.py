@@ -132,7 +132,7 @@ def write_gguf(path: Path, model: Any, kind: str = "F32") -> None:
             writer.add_tensor("rope_freqs.weight", (plain / stretched).numpy())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([chr(33 + i) for i in range(VOCABULARY)])
+    writer.add_token_list([*(chr(33 + i) for i in range(VOCABULARY - 1)), "!!"])
     writer.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
     writer.add_token_merges(["! !"])
     names = gguf.get_tensor_name_map(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gptk
+from gptk.plugins import shown
 from gptk_plugins.mapped_file import MappedFile
 
 if TYPE_CHECKING:  # PyTorch is not needed for the metadata, such as a tokenizer's
@@ -52,22 +53,23 @@ def read_gguf(path: Path) -> GGUFFile:
 
     Raises SourceError if it is missing, cut short, or not a GGUF file of version 2 or 3.
     """
-    try:
-        file = MappedFile(path)
-        with open(file.path, "rb") as opened:
-            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise gptk.SourceError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise gptk.SourceError(f"{path}: cannot be read: {error}") from None
-    if data[:4] != b"GGUF":
-        raise gptk.SourceError(f"{path} is not a GGUF file: it begins with {data[:4]!r}")
-    try:
-        return _parse(data, file, path)
-    except (struct.error, EOFError):
-        raise gptk.SourceError(
-            f"{path}: the file is cut short within its metadata, at {len(data):,} bytes"
-        ) from None
+    file = MappedFile(path)
+    begin = file.file.read(4)
+    if begin != b"GGUF":
+        raise gptk.SourceError(f"{path} is not a GGUF file: it begins with {begin!r}")
+    with mmap.mmap(file.file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _parse(data, file, path)
+        except (struct.error, EOFError):
+            raise gptk.SourceError(
+                f"{path}: the file is cut short within its metadata, at {file.size:,} bytes"
+            ) from None
+        except _MalformedError as problem:
+            raise gptk.SourceError(f"{path} is damaged: {problem}") from None
+
+
+class _MalformedError(Exception):
+    """The metadata break a rule of the format."""
 
 
 def _parse(data: mmap.mmap, file: MappedFile, path: Path) -> GGUFFile:
@@ -78,24 +80,49 @@ def _parse(data: mmap.mmap, file: MappedFile, path: Path) -> GGUFFile:
             f"{path}: GGUF version {version} is not supported; 2 and 3 are, little-endian"
         )
     n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
-    fields = {}
+    for what, count in (("tensors", n_tensors), ("fields", n_fields)):
+        if count > _MAX_COUNT:
+            raise _MalformedError(f"it would have {count:,} {what}; {_MAX_COUNT:,} are the most")
+    fields: dict[str, Any] = {}
     for _ in range(n_fields):
         key = cursor.string()
+        if key in fields:
+            raise _MalformedError(f"the key {shown(key)} occurs twice")
         fields[key] = cursor.value(cursor.number("I"))
-    infos = []
+    infos = {}
     for _ in range(n_tensors):
-        name = cursor.string()
-        shape = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
-        infos.append((name, shape, cursor.number("I"), cursor.number("Q")))
+        name, n_axes = cursor.string(), cursor.number("I")
+        if name in infos:
+            raise _MalformedError(f"the tensor {shown(name)} occurs twice")
+        if n_axes > _MAX_AXES:
+            raise _MalformedError(f"the tensor {shown(name)} has more than {_MAX_AXES} axes")
+        shape = tuple(cursor.number("Q") for _ in range(n_axes))[::-1]
+        infos[name] = (shape, cursor.number("I"), cursor.number("Q"))
     alignment = fields.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise gptk.SourceError(f"{path}: general.alignment is {alignment!r}; it must be 1 or more")
-    base = math.ceil(cursor.position / alignment) * alignment
-    tensors = {}
-    for name, shape, kind, offset in infos:
-        what, start = f"{path}: the tensor {name}", base + offset
-        tensors[name] = _stored(file, len(data), what, shape, kind, start)
+    if type(alignment) is not int or alignment < 1 or alignment.bit_count() != 1:
+        raise _MalformedError(f"general.alignment is {shown(alignment)}; it must be a power of 2")
+    base = _aligned(cursor.position, alignment)
+    tensors, end = {}, 0
+    for name, (shape, kind, offset) in infos.items():
+        what = f"{path}: the tensor {name}"
+        # llama.cpp reads only files whose tensors follow each other, in the order of their names.
+        if offset != end:
+            raise gptk.SourceError(f"{what} begins at byte {offset:,} of the tensors, not {end:,}")
+        tensors[name] = _stored(file, what, shape, kind, base + offset)
+        end = _aligned(offset + tensors[name].nbytes, alignment)
     return GGUFFile(fields, tensors)
+
+
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+_MAX_COUNT = 1 << 16
+"""Tensors, or fields of the metadata; llama.cpp's largest models have some 2,000 tensors."""
+_MAX_AXES = 4
+_MAX_ITEMS = 1 << 22
+"""Items of all lists of the metadata together: as Python objects they take up to 60 bytes each. A
+vocabulary of 256,000 tokens with scores, types and merges has 1.3 million."""
 
 
 class _Cursor:
@@ -103,6 +130,8 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data, self.position = data, position
+        self._size = len(data)
+        self._items = 0
 
     def number(self, form: str) -> Any:
         (value,) = struct.unpack_from("<" + form, self.data, self.position)
@@ -113,7 +142,7 @@ class _Cursor:
         (size,) = _SIZE.unpack_from(self.data, self.position)
         start = self.position + 8
         self.position = start + size
-        if self.position > len(self.data):
+        if self.position > self._size:
             raise EOFError
         # Tokens of some vocabularies are not valid UTF-8; surrogates keep their bytes.
         return self.data[start : self.position].decode("utf-8", errors="surrogateescape")
@@ -122,25 +151,37 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
-            kind, count = self.number("I"), self.number("Q")
-            if kind not in _SCALARS:
-                return [self.value(kind) for _ in range(count)]
-            size = count * struct.calcsize(_SCALARS[kind])
-            if self.position + size > len(self.data):
-                raise EOFError
-            values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, self.position)
-            self.position += size
-            return list(values)
+            return self.array()
         if kind not in _SCALARS:
-            raise EOFError  # not a type of GGUF, so these bytes are not metadata
+            raise _MalformedError(f"a field has the type {kind}, which is none of GGUF's")
         return self.number(_SCALARS[kind])
+
+    def array(self) -> list[Any]:
+        kind, count = self.number("I"), self.number("Q")
+        form = _SCALARS.get(kind)
+        if form is None and kind != _STRING:
+            raise _MalformedError(
+                f"a list holds items of type {kind}, which are no numbers or strings"
+            )
+        # The size is compared first: a count is believed only as far as the file goes.
+        size = count * (8 if form is None else struct.calcsize(form))
+        if self.position + size > self._size:
+            raise EOFError
+        self._items += count
+        if self._items > _MAX_ITEMS:
+            raise _MalformedError(f"its lists have more than {_MAX_ITEMS:,} items together")
+        if form is None:
+            return [self.string() for _ in range(count)]
+        values = struct.unpack_from(f"<{count}{form}", self.data, self.position)
+        self.position += size
+        return list(values)
 
 
 _SIZE = struct.Struct("<Q")
 
 
 def _stored(
-    file: MappedFile, length: int, what: str, shape: tuple[int, ...], kind: int, start: int
+    file: MappedFile, what: str, shape: tuple[int, ...], kind: int, start: int
 ) -> StoredTensor:
     name, block, block_bytes = _type(kind, what)
     if not math.prod(shape) or not shape:
@@ -148,9 +189,9 @@ def _stored(
     if shape[-1] % block:
         raise gptk.SourceError(f"{what} has rows of {shape[-1]}, no multiple of {name}'s {block}")
     size = math.prod(shape) // block * block_bytes
-    if start + size > length:
+    if start + size > file.size:
         raise gptk.SourceError(
-            f"{what} ends at byte {start + size:,}; the file is cut short at {length:,}"
+            f"{what} ends at byte {start + size:,}; the file is cut short at {file.size:,}"
         )
 
     has_levels = len(shape) == 2 and name in _AS_LEVELS
@@ -163,9 +204,9 @@ def _stored(
 
         if has_levels:
             return read_levels().dense()
-        raw = file.bytes(start, size)
         if name in _PLAIN:
-            return raw.view(getattr(torch, _PLAIN[name])).view(shape)
+            return file.numbers(start, size, getattr(torch, _PLAIN[name])).view(shape)
+        raw = file.bytes(start, size)
         return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
     return StoredTensor(shape, name, size, read, read_levels if has_levels else None)

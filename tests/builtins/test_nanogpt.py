@@ -153,9 +153,9 @@ def test_only_nanogpts_files_match(tmp_path):
     ("changes", "message"),
     [
         ({"n_head": 5}, "a width of 32 does not make 5 heads"),
-        ({"n_head": 0}, "wrong model_args"),
-        ({"n_embd": "32"}, "wrong model_args"),
-        ({"block_size": None}, "context_length is None"),
+        ({"n_head": 0}, "model_args: n_head is 0; it must be 1 or more"),
+        ({"n_embd": "32"}, "model_args: n_embd is '32'; it must be a whole number"),
+        ({"block_size": None}, "model_args: block_size is None"),
         ({"n_layer": 3}, "the tensor transformer.h.2.ln_1.weight is missing"),
         ({"n_layer": 1}, "nothing in the model uses the tensors transformer.h.1.attn.c_attn.bias"),
         ({"vocab_size": 64}, "transformer.wte.weight of shape (65, 32) does not make embed.weight"),

@@ -123,10 +123,10 @@ def test_without_its_files_a_model_has_a_tokenizer_only_if_it_is_gpt2s(folder, t
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("encoder.json", "{", "encoder.json cannot be read"),
+        ("encoder.json", "{", "encoder.json is not valid JSON"),
         ("encoder.json", "[]", "encoder.json holds no JSON object"),
         ("encoder.json", '{"a": 0}', "has no <|endoftext|>"),
-        ("vocab.bpe", "#version: 0.2\nt h e\n", "vocab.bpe is damaged"),
+        ("vocab.bpe", "#version: 0.2\nt h e\n", "vocab.bpe: line 2 is 't h e', not a merge"),
         ("vocab.bpe", "#version: 0.2\nq q\n", "needs the token"),
     ],
 )
@@ -248,9 +248,9 @@ def test_what_the_writer_of_these_tests_writes_is_the_model(folder):
     [
         ({"n_head": None}, "hparams.json has no n_head"),
         ({"n_head": 3}, "a width of 8 does not make 3 heads"),
-        ({"n_head": 0}, "holds a wrong value"),
-        ({"n_embd": "8"}, "holds a wrong value"),
-        ({"n_layer": 2.5}, "n_layers is 2.5"),
+        ({"n_head": 0}, "n_head is 0; it must be 1 or more"),
+        ({"n_embd": "8"}, "n_embd is '8'; it must be a whole number"),
+        ({"n_layer": 2.5}, "n_layer is 2.5"),
         ({"n_layer": 3}, "the tensor model/h2/ln_1/g is missing"),
         ({"n_layer": 1}, "nothing in the model uses the tensors model/h1/attn/c_attn/b"),
         ({"n_ctx": 32}, "model/wpe of shape (16, 8) does not make embed_positions.weight"),
@@ -269,7 +269,7 @@ def test_files_that_are_missing_are_named(folder):
     for name, message in (
         ("model.ckpt.data-00000-of-00001", "data-00000-of-00001: there is no such file"),
         ("model.ckpt.index", "model.ckpt.index: there is no such file"),
-        ("hparams.json", "has no hparams.json"),
+        ("hparams.json", "hparams.json: there is no such file"),
     ):
         (folder / name).unlink()
         assert message in refusal(folder)
@@ -292,9 +292,9 @@ def test_data_cut_short_are_refused_wherever_they_end(folder):
     whole = path.read_bytes()
     for end in range(1, len(whole), 97):
         path.write_bytes(whole[:end])
-        assert "the file is cut short at" in refusal(folder)
+        assert f"is cut short at byte {end:,}" in refusal(folder)
     path.write_bytes(b"")
-    assert "cannot be read" in refusal(folder)
+    assert "is cut short at byte 0" in refusal(folder)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -330,8 +330,8 @@ def test_another_file_in_place_of_the_index_is_refused(folder):
         ({"more": field(3, 1)}, "data-00001-of-00001: there is no such file"),
         ({"more": field(7, b"")}, "is stored in slices, which is not supported"),
         ({"more": field(1, 3)}, "is stored as TensorFlow's type 3, which is not supported"),
-        ({"more": field(5, 8)}, "has 8 bytes, which its shape [24] does not fit"),
-        ({"more": field(4, 10**6)}, "the file is cut short at 16,512"),
+        ({"more": field(5, 8)}, "has 8 bytes, which its shape (24,) does not fit"),
+        ({"more": field(4, 10**6)}, "is cut short at byte 16,512"),
         ({"more": b"\x0c"}, "model.ckpt.index is damaged"),
         ({"more": b"\x12\x7f"}, "model.ckpt.index is damaged"),
     ],

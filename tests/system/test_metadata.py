@@ -135,7 +135,7 @@ def test_fields_are_typed_and_nothing_is_converted():
         ({"size": "64"}, "x.json: size is '64'; it must be a whole number"),
         ({"size": True}, "x.json: size is True; it must be a whole number"),
         ({"size": 64.5}, "x.json: size is 64.5; it must be a whole number"),
-        ({"size": 0}, "x.json: size is 0; it must be greater than or equal to 1"),
+        ({"size": 0}, "x.json: size is 0; it must be 1 or more"),
         ({"size": 1, "scale": float("nan")}, "x.json: scale is nan; it must be a finite number"),
         ({"size": 1, "scale": "1"}, "x.json: scale is '1'; it must be a number"),
         ({"size": 1, "name": 3}, "x.json: name is 3; it must be a string"),

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -618,3 +621,26 @@ def test_smollm2_is_what_transformers_reads(tmp_path, hf_smollm2):
     want = lm.generate(prompt, max_new_tokens=12).tokens
     got = oracle.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
     assert got.tolist() == list(want)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of files are text there")
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_locale_and_any_file_name_will_do(locale, source, tmp_path):
+    """In the locale C output is ASCII; names of files are bytes, and need not be text."""
+    name = os.fsdecode(b"caf\xc3\xa9\xff")
+    shutil.copytree(source, tmp_path / name)
+    outcomes = []
+    for arguments in (["info", name], ["convert", name, f"{name}2", "--to", "gptk"]):
+        outcomes.append(
+            subprocess.run(
+                [sys.executable, "-m", "gptk", *arguments],
+                cwd=tmp_path, capture_output=True, check=True,
+                env=os.environ | {
+                    "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                    "PYTHONIOENCODING": "" if locale == "C" else ":strict",
+                    "CXX": "/nonexistent",
+                },
+            )
+        )  # fmt: skip
+    assert b"source: caf" in outcomes[0].stdout
+    assert (tmp_path / f"{name}2" / "gptk.json").exists()

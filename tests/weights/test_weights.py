@@ -201,14 +201,22 @@ def test_a_sliding_window_limits_the_context(tmp_path):
 REFUSED = [
     ("gpt2", {"model_type": "bloom"}, "the model type 'bloom' is not supported; gpt2, llama"),
     ("gpt2", {"activation_function": "relu"}, "activation_function 'relu' is not supported"),
-    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights in config.json is False"),
+    (
+        "gpt2",
+        {"scale_attn_weights": False},
+        "scale_attn_weights is False; it must be True",
+    ),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    ("gpt2", {"n_embd": "many"}, "config.json holds a wrong value"),
-    ("gpt2", {"n_layer": None}, "n_layers is None"),
+    ("gpt2", {"n_embd": "many"}, "json: n_embd is 'many'; it must be a whole number"),
+    ("gpt2", {"n_layer": None}, "n_layer is None"),
     ("gpt2", {"n_positions": 32}, "wpe.weight of shape (1024, 64) does not make embed_positions"),
-    ("llama", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; silu"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling 'yarn'"),
-    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "config.json has no factor"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be 'silu' or 'swish'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope_type is 'yarn'"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear"}},
+        "config.json: rope_parameters has no factor",
+    ),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("llama", {"attention_bias": True}, "self_attn.q_proj.bias is missing"),
@@ -240,17 +248,108 @@ def test_huggingface_directories_that_lack_something_say_what(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     assert "pytorch_model.bin is a pickle" in refusal(HuggingFace(path=str(folder)))
     (folder / "config.json").write_text("{")
-    assert "config.json cannot be read" in refusal(HuggingFace(path=str(folder)))
+    assert "config.json is not valid JSON" in refusal(HuggingFace(path=str(folder)))
     (folder / "config.json").unlink()
-    assert "has no config.json" in refusal(HuggingFace(path=str(folder)))
+    assert "config.json: there is no such file" in refusal(HuggingFace(path=str(folder)))
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("source", ["nobody/nothing-here", "huggingface:path=nobody/nothing-here"])
 def test_a_hub_id_that_is_not_to_be_had_says_so(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(gptk.SourceError, match="nobody/nothing-here: no such directory, and not"):
+    with pytest.raises(
+        gptk.SourceError,
+        match=r"at .nobody/nothing-here.: no such .*, and not available",
+    ):
         load_checkpoint(source)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that has `somebody/small` and `small`; returns the ids that it was asked for."""
+    checkpoints.random_model("gpt2").save_pretrained(tmp_path / "hub")
+    asked: list[str] = []
+
+    def snapshot_download(hub_id, *, revision, allow_patterns, ignore_patterns):
+        asked.append(hub_id)
+        if hub_id not in ("somebody/small", "small"):
+            raise OSError(f"404 Client Error: there is no {hub_id}\nmore lines")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return asked
+
+
+@pytest.mark.parametrize("hub_id", ["somebody/small", "small"])
+def test_a_name_that_nothing_here_has_is_a_hub_id(hub_id, hub):
+    """As in transformers: `from_pretrained("gpt2")`, "distilgpt2"."""
+    assert load_checkpoint(hub_id).config.n_layers == 2
+    assert load_checkpoint(f"huggingface:path={hub_id}").config.n_layers == 2
+    assert hub == [hub_id, hub_id]
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("absent", True),
+        ("some.body/absent-1.5b", True),
+        ("smollm", True),
+        ("model.gguf", False),
+        ("model.pth", False),
+        ("./small", False),
+        ("a/b/c", False),
+        ("../small", False),
+        ("two words", False),
+        ("größe", False),
+        ("-small", False),
+        ("small:revision=main", False),
+        ("", False),
+        ("a\0b", False),
+        ("x" * 300, True),
+        ("/dev/null", False),
+        ("/dev/zero", False),
+    ],
+)
+def test_a_source_that_is_nowhere_says_what_was_tried(source, asked, hub):
+    with pytest.raises(gptk.SourceError) as caught:
+        load_checkpoint(source)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert ("not available from the Hugging Face hub: 404 Client Error" in message) is asked
+    assert hub == ([source] if asked else [])
+    if asked:
+        assert f"no model at '{source}'" in message
+        assert "smollm2" in message, "the loaders are named"
+    if source == "smollm":
+        assert message.endswith("did you mean smollm2?")
+
+
+def test_what_is_here_wins_over_the_hub_and_is_never_passed_over(hub, tmp_path):
+    shutil.copytree(tmp_path / "hub", "small")
+    assert load_checkpoint("small").config.n_layers == 2
+    os.remove("small/config.json")
+    with pytest.raises(gptk.SourceError, match="small is not a model that gptk can read"):
+        load_checkpoint("small")
+    shutil.rmtree("small")
+    Path("small").write_text("a file")
+    with pytest.raises(gptk.SourceError, match="small is not a model that gptk can read"):
+        load_checkpoint("small")
+    os.mkdir("somebody")
+    with pytest.raises(gptk.SourceError, match="no model at 'somebody/small': no such file"):
+        load_checkpoint("somebody/small")
+    os.mkfifo("gpt2")
+    with pytest.raises(gptk.SourceError, match="gpt2 is a FIFO, not a file"):
+        load_checkpoint("gpt2")
+    assert hub == []
+
+
+def test_a_loaders_name_is_no_hub_id(hub):
+    assert load_checkpoint("smollm2").config.n_layers == 30
+    with pytest.raises(gptk.OptionError, match="loader nanogpt needs the option path"):
+        load_checkpoint("nanogpt")
+    assert hub == []
 
 
 # --- GGUF ------------------------------------------------------------------------------------
@@ -370,7 +469,7 @@ def test_a_damaged_book_checkpoint_is_read_or_refused(data, legacy, tmp_path):
 def test_gguf_files_that_are_something_else_are_refused(tmp_path):
     path = tmp_path / "other.gguf"
     assert "there is no such file" in refusal(GGUF(path=str(path)))
-    assert "cannot be read" in refusal(GGUF(path=str(tmp_path)))
+    assert "is a directory, not a file" in refusal(GGUF(path=str(tmp_path)))
     path.write_bytes(b"PK\x03\x04 and so on")
     assert "is not a GGUF file" in refusal(GGUF(path=str(path)))
     path.write_bytes(b"GGUF\x01\0\0\0" + bytes(100))
@@ -390,11 +489,11 @@ def patched(path: Path, old: bytes, new: bytes) -> GGUF:
     ("old", "new", "message"),
     [
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom", "'bloom' is not supported; gpt2"),
-        (b"llama.block_count", b"llama.block_coun_", "llama.block_count is missing"),
+        (b"llama.block_count", b"llama.block_coun_", "the metadata of llama has no block_count"),
         (
             b"llama.attention.value_length\x04\0\0\0\x10",
             b"llama.attention.value_length\x04\0\0\0\x08",
-            "llama.attention.value_length is 8; only 16 is supported",
+            "attention.value_length is 8; only 16 is supported",
         ),
         (b"blk.1.ffn_norm.weight", b"blk.1.ffn_form.weight", "blk.1.ffn_norm.weight is missing"),
         (b"token_embd.weight", b"token_embx.weight", "token_embd.weight is missing"),
@@ -689,7 +788,9 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_named(changes, mess
 
 
 def test_a_source_that_nobody_knows_lists_the_formats(tmp_path):
-    with pytest.raises(gptk.SourceError, match=r"no model at 'nowhere'.*gguf, gptk, huggingface"):
-        load_checkpoint("nowhere")
+    with pytest.raises(
+        gptk.SourceError, match=r"no model at 'no/such/path'.*gguf, gptk, huggingface"
+    ):
+        load_checkpoint("no/such/path")
     with pytest.raises(gptk.SourceError, match="is not a model that gptk can read"):
         load_checkpoint(str(tmp_path))

@@ -1,9 +1,8 @@
-"""Reading and comparing stored tensors, for several loaders."""
+"""Reading and comparing stored tensors, for several loaders; the files of torch.save apart."""
 
-import os
-import pickle
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+import contextlib
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,19 @@ import torch
 from torch import Tensor
 
 import gptk
+from gptk.plugins import parse_json
 from gptk_plugins.mapped_file import MappedFile
 
 State = TypeVar("State", bound=MutableMapping[str, Any])
+
+
+@contextlib.contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Put the source in front of a SourceError's message that does not know it."""
+    try:
+        yield
+    except gptk.SourceError as error:
+        raise gptk.SourceError(f"{source}: {error}") from None
 
 
 def tie_equal_head(config: gptk.GPTConfig, state: State) -> tuple[gptk.GPTConfig, State]:
@@ -43,70 +52,59 @@ def _equal(first: Tensor | gptk.Levels, second: Tensor | gptk.Levels) -> bool:
 
 
 def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a safetensors file. Raises SourceError."""
-    try:
-        file = MappedFile(path)
-        with safetensors.safe_open(file.path, framework="pt") as opened:
-            names: list[str] = opened.keys()
-    except (OSError, safetensors.SafetensorError) as error:
-        problem = "there is no such file" if not path.exists() else f"cut short or damaged: {error}"
-        raise gptk.SourceError(f"{path}: {problem}") from None
+    """A reader for each tensor of a safetensors file. Raises SourceError.
 
-    def read(name: str) -> Tensor:
-        # Opened anew for each tensor, so that it has its own mapping; see MappedFile.bytes.
-        with safetensors.safe_open(file.path, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
-    return {name: partial(read, name) for name in names}
-
-
-def read_torch_file(path: Path) -> dict[str, Any]:
-    """A dict that torch.save wrote. Only tensors and plain containers are unpickled.
-
-    Tensors are memory-mapped if the file's format allows it. Raises SourceError.
+    The library checks the file: that the tensors fill it, none overlaps, and each has the size of
+    its shape. The tensors are mapped here, as the library maps the whole file for each.
     """
-    try:
-        # Only the zip format, PyTorch's since 1.6, can be mapped.
-        found = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except FileNotFoundError:
-        raise gptk.SourceError(f"{path}: there is no such file") from None
-    except pickle.UnpicklingError:
+    file = MappedFile(path)
+    (length,) = struct.unpack("<Q", file.file.read(8).ljust(8, b"\0"))
+    if length > min(_MAX_HEADER, file.size):
         raise gptk.SourceError(
-            f"{path} is cut short, or holds more than tensors; nothing in it was run"
-        ) from None
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        reason = str(error).partition(".")[0].partition("\n")[0] or type(error).__name__
-        raise gptk.SourceError(f"{path} is cut short or damaged: {reason}") from None
-    if not isinstance(found, dict):
-        raise gptk.SourceError(f"{path} holds a {type(found).__name__}, not a state dict")
-    return found
-
-
-def torch_file_contains(path: str, *names: bytes) -> bool:
-    """Whether a .pt or .pth file seems to contain entries of all these names."""
-    if not path.endswith((".pth", ".pt")) or not os.path.isfile(path):
-        return False
-    # torch.save writes the names first and uncompressed, so no unpickling is needed.
-    with open(path, "rb") as file:
-        head = file.read(2**20)
-    return all(name in head for name in names)
-
-
-def state_readers(weights: Mapping[Any, Any]) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each tensor of a state dict, by name, without the prefixes of torch.compile and
-    data-parallel wrappers."""
-
-    def same(tensor: Tensor) -> Tensor:
-        return tensor
-
+            f"{path} is cut short or damaged: its header would have {length:,} bytes"
+        )
+    try:
+        header = file.file.read(length).decode("utf-8")
+        with safetensors.safe_open(file.path, framework="pt"):
+            pass
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise gptk.SourceError(f"{path} is cut short or damaged: {error}") from None
+    entries = parse_json(header, f"the header of {path}")
+    entries.pop("__metadata__", None)
+    start = 8 + length
     return {
-        str(name).removeprefix("_orig_mod.").removeprefix("module."): partial(same, tensor)
-        for name, tensor in weights.items()
-        if isinstance(tensor, Tensor)
+        name: partial(_read, file, f"{path}: the tensor {name}", start, entry)
+        for name, entry in entries.items()
     }
+
+
+def _read(file: MappedFile, what: str, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """The tensor that an entry of a safetensors header describes."""
+    begin, end = entry["data_offsets"]
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise gptk.SourceError(f"{what} is stored as {entry['dtype']}, which is not supported")
+    return file.numbers(start + begin, end - begin, dtype).view(entry["shape"])
+
+
+_MAX_HEADER = 1 << 24
+"""Bytes; that of a model of a thousand layers has two million."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+}
 
 
 def dtype_names(tensors: Iterable[Tensor]) -> str:

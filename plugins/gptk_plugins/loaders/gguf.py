@@ -4,15 +4,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 import gptk
+from gptk.plugins import Fields, open_regular, shown
 from gptk_plugins.gguf_file import GGUFFile, read_gguf
-from gptk_plugins.loaders._tensor_readers import tie_equal_head
+from gptk_plugins.loaders._tensor_readers import naming, tie_equal_head
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
 
@@ -49,7 +50,7 @@ class GGUF(gptk.WeightLoader):
     def matches(cls, source: str) -> bool:
         if not os.path.isfile(source):
             return False
-        with open(source, "rb") as file:
+        with open_regular(source) as file:
             return source.endswith(".gguf") or file.read(4) == b"GGUF"
 
     def load(self) -> gptk.Checkpoint:
@@ -109,112 +110,168 @@ def _undo_permutation(
     return change
 
 
+def _one(value: Any) -> Any:
+    """A number, or the common value of a list with one for each layer."""
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        return value[0]
+    return value
+
+
+_Size = Annotated[int, BeforeValidator(_one), Field(ge=1)]
+_Number = Annotated[float, BeforeValidator(_one)]
+
+
+class _General(Fields):
+    """Metadata of the file."""
+
+    architecture: str = Field(alias="general.architecture")
+    parts: int = Field(1, alias="split.count")
+
+
+class _Metadata(Fields):
+    """Metadata of an architecture, by keys without its prefix."""
+
+    context_length: _Size
+    embedding_length: _Size
+    block_count: _Size
+    feed_forward_length: _Size
+    head_count: _Size = Field(alias="attention.head_count")
+    head_count_kv: _Size | None = Field(None, alias="attention.head_count_kv")
+    key_length: _Size | None = Field(None, alias="attention.key_length")
+    sliding_window: Annotated[int, BeforeValidator(_one), Field(ge=0)] = Field(
+        0, alias="attention.sliding_window"
+    )
+    layer_norm_epsilon: _Number | None = Field(None, alias="attention.layer_norm_epsilon")
+    rms_epsilon: _Number | None = Field(None, alias="attention.layer_norm_rms_epsilon")
+    rope_base: _Number = Field(10000.0, alias="rope.freq_base")
+    rope_scaling: str | None = Field(None, alias="rope.scaling.type")
+    rope_factor: _Number | None = Field(None, alias="rope.scaling.factor")
+    rope_scale_linear: _Number = Field(1.0, alias="rope.scale_linear")
+
+
 def _config(
     file: GGUFFile, tensors: gptk.Tensors, source: str
 ) -> tuple[gptk.GPTConfig, dict[str, str]]:
-    architecture = file.fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    general = _General.parse(file.fields, source)
+    if general.architecture not in ARCHITECTURES:
         raise gptk.SourceError(
-            f"{source}: the architecture {architecture!r} is not supported; "
+            f"{source}: the architecture {shown(general.architecture)} is not supported; "
             f"{', '.join(ARCHITECTURES)} are"
         )
-    if file.fields.get("split.count", 1) > 1:
+    if general.parts > 1:
         raise gptk.SourceError(
-            f"{source} is one of {file.fields['split.count']} parts; "
-            "join them with llama-gguf-split --merge"
+            f"{source} is one of {general.parts} parts; join them with llama-gguf-split --merge"
         )
-    if "token_embd.weight" not in file.tensors:
-        raise gptk.SourceError(f"{source}: the tensor token_embd.weight is missing")
-    metadata = _Metadata(file.fields, architecture, source)
-    gpt2 = architecture == "gpt2"
-    width, n_heads = metadata.number("embedding_length"), metadata.number("attention.head_count")
-    head_dim = metadata.number("attention.key_length", width // max(n_heads, 1))
-    for key, supported in (
-        ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
-        ("expert_count", 0),
-        ("attention.causal", True),
-    ):
-        metadata.require(key, supported)
-    context = metadata.number("context_length")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise gptk.SourceError(f"{source}: the matrix token_embd.weight is missing")
+    prefix = f"{general.architecture}."
+    own = {key.removeprefix(prefix): x for key, x in file.fields.items() if key.startswith(prefix)}
+    metadata = _Metadata.parse(own, f"{source}: the metadata of {general.architecture}")
+    gpt2 = general.architecture == "gpt2"
+    head_dim = metadata.key_length or metadata.embedding_length // metadata.head_count
+    _check_supported(metadata, own, source)
+    eps = metadata.layer_norm_epsilon if gpt2 else metadata.rms_epsilon
+    if eps is None:
+        key = f"attention.layer_norm_{'' if gpt2 else 'rms_'}epsilon"
+        raise gptk.SourceError(f"{source}: the metadata of {general.architecture} has no {key}")
+    context, notes = metadata.context_length, _notes(file)
+    if window := metadata.sliding_window:
+        # Within the length of the sliding window, it has no effect on attention.
+        notes["context"] = f"{min(context, window)}, limited from {context} by a sliding window"
+        context = min(context, window)
+    with naming(source):
+        config = gptk.GPTConfig(
+            vocab_size=embedding.shape[0],
+            context_length=context,
+            width=metadata.embedding_length,
+            n_layers=metadata.block_count,
+            n_heads=metadata.head_count,
+            n_kv_heads=metadata.head_count_kv or metadata.head_count,
+            head_dim=head_dim,
+            mlp_width=metadata.feed_forward_length,
+            norm="layer" if gpt2 else "rms",
+            norm_eps=eps,
+            positions="learned" if gpt2 else "rotary",
+            rope_theta=metadata.rope_base,
+            rope_factors=None if gpt2 else _rope_factors(metadata, tensors, head_dim, source),
+            mlp="gelu-tanh" if gpt2 else "swiglu",
+            mlp_bias="blk.0.ffn_down.bias" in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+            out_bias="blk.0.attn_output.bias" in tensors,
+            qk_norm=general.architecture == "qwen3",
+            tied_head="output.weight" not in tensors,
+        )
+    return config, notes
+
+
+def _check_supported(metadata: _Metadata, own: Mapping[str, Any], source: str) -> None:
+    """Raises SourceError for metadata that ask for what gptk.GPT does not compute."""
+    head_dim = metadata.key_length or metadata.embedding_length // metadata.head_count
+    supported = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, **_NEUTRAL}
+    for key, value in supported.items():
+        if own.get(key, value) != value:
+            raise gptk.SourceError(
+                f"{source}: its {key} is {shown(own[key])}; only {value!r} is supported"
+            )
+
+
+_NEUTRAL = {
+    "expert_count": 0,
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "embedding_scale": 0.0,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+    "use_parallel_residual": False,
+}
+"""Metadata that change what llama.cpp computes for some architecture, with the value that changes
+nothing."""
+
+
+def _notes(file: GGUFFile) -> dict[str, str]:
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[tensor.type] += tensor.nbytes
-    notes = {
+    return {
         "format": "GGUF",
         "stored as": ", ".join(sorted(sizes)),
         "in the file": ", ".join(
             f"{n / 2**20:,.1f} MiB {kind}" for kind, n in sorted(sizes.items())
         ),
     }
-    if window := metadata.number("attention.sliding_window", 0):
-        # Within the length of the sliding window, it has no effect on attention.
-        notes["context"] = f"{min(context, window)}, limited from {context} by a sliding window"
-        context = min(context, window)
-    config = gptk.GPTConfig(
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        context_length=context,
-        width=width,
-        n_layers=metadata.number("block_count"),
-        n_heads=n_heads,
-        n_kv_heads=metadata.number("attention.head_count_kv", n_heads),
-        head_dim=head_dim,
-        mlp_width=metadata.number("feed_forward_length"),
-        norm="layer" if gpt2 else "rms",
-        norm_eps=metadata.number(f"attention.layer_norm_{'' if gpt2 else 'rms_'}epsilon"),
-        positions="learned" if gpt2 else "rotary",
-        rope_theta=metadata.number("rope.freq_base", 10000.0),
-        rope_factors=None if gpt2 else _rope_factors(metadata, tensors, head_dim // 2),
-        mlp="gelu-tanh" if gpt2 else "swiglu",
-        mlp_bias="blk.0.ffn_down.bias" in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
-        out_bias="blk.0.attn_output.bias" in tensors,
-        qk_norm=architecture == "qwen3",
-        tied_head="output.weight" not in tensors,
-    )
-    return config, notes
 
 
 def _rope_factors(
-    metadata: "_Metadata", tensors: gptk.Tensors, pairs: int
+    metadata: _Metadata, tensors: gptk.Tensors, head_dim: int, source: str
 ) -> tuple[float, ...] | None:
-    scaling = metadata.get("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
+    """The divisors of the rotary frequencies, if the context was extended."""
+    scaling = metadata.rope_scaling
+    if scaling not in (None, "none", "linear"):
         raise gptk.SourceError(
-            f"{metadata.source}: rotary scaling {scaling!r} is not supported; none and linear are"
+            f"{source}: rotary scaling {shown(scaling)} is not supported; none and linear are"
         )
-    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
-    scale = factor if scaling == "linear" or metadata.get("rope.scaling.type") is None else 1.0
+    scale = 1.0
+    if scaling != "none":
+        scale = metadata.rope_scale_linear if metadata.rope_factor is None else metadata.rope_factor
     if "rope_freqs.weight" in tensors:
-        return tuple(scale * factor for factor in tensors.take("rope_freqs.weight").tolist())
-    return None if scale in (0.0, 1.0) else (scale,) * pairs
-
-
-class _Metadata:
-    """The metadata of an architecture, by keys without its prefix."""
-
-    def __init__(self, fields: Mapping[str, Any], architecture: str, source: str) -> None:
-        self._fields, self._architecture, self.source = fields, architecture, source
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._fields.get(f"{self._architecture}.{key}", default)
-
-    def number(self, key: str, default: float | None = None) -> Any:
-        """A number, or the common value of a list with one per layer. Raises SourceError."""
-        value = self.get(key, default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if isinstance(value, int | float):
-            return value
-        found = "is missing" if value is None else f"is {value!r}"
-        raise gptk.SourceError(
-            f"{self.source}: {self._architecture}.{key} {found}; it must be one number"
-        )
-
-    def require(self, key: str, supported: Any) -> None:
-        """Raises SourceError if the key is present with another value than `supported`."""
-        if (value := self.get(key, supported)) != supported:
+        factors = tensors.take("rope_freqs.weight")
+        if tuple(factors.shape) != (head_dim // 2,):
             raise gptk.SourceError(
-                f"{self.source}: {self._architecture}.{key} is {value!r}; "
-                f"only {supported!r} is supported for this model"
+                f"{source}: the tensor rope_freqs.weight of shape {tuple(factors.shape)} does not "
+                f"fit heads of {head_dim}"
             )
+        return tuple(scale * factor for factor in factors.tolist())
+    if scale in (0.0, 1.0):
+        return None
+    if head_dim > _MAX_HEAD:
+        raise gptk.SourceError(f"{source}: no model has heads of {head_dim:,}")
+    return (scale,) * (head_dim // 2)
+
+
+_MAX_HEAD = 1 << 16

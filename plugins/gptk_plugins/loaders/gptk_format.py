@@ -1,16 +1,18 @@
 """gptk's own checkpoints; `gptk.weights.saving` describes the format and writes it."""
 
 import base64
-import json
+import dataclasses
+import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
-from pydantic import Field
+import tiktoken
+from pydantic import Field, Strict, create_model
 
 import gptk
-from gptk_plugins.loaders._tensor_readers import dtype_names, safetensors_readers
+from gptk.plugins import Fields, read_json, read_text, shown
+from gptk_plugins.loaders._tensor_readers import dtype_names, naming, safetensors_readers
 
 _VERSION = 1
 
@@ -32,24 +34,28 @@ class Gptk(gptk.WeightLoader):
 
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)
-        if not (folder / "gptk.json").exists():
+        if not os.path.lexists(folder / "gptk.json"):
             folder = gptk.best_checkpoint(folder) or folder
-            if (folder / "averaged").is_dir():  # it was chosen by the averaged weights' loss
+            if os.path.isdir(folder / "averaged"):  # it was chosen by the averaged weights' loss
                 folder = folder / "averaged"
-        about = _read_about(folder)
+        path = folder / "gptk.json"
+        about = _read_about(path)
         try:
-            config = gptk.GPTConfig(**about["config"])
-        except (KeyError, TypeError) as error:
-            raise gptk.SourceError(f"{folder}/gptk.json: wrong configuration: {error}") from None
+            with naming(path):
+                config = gptk.GPTConfig(**about.config)
+        except TypeError as error:  # a name that is missing, or that GPTConfig lacks
+            problem = str(error).partition("() ")[2]
+            raise gptk.SourceError(f"{path}: wrong configuration: it {problem}") from None
         readers = safetensors_readers(folder / "model.safetensors")
         state = gptk.Tensors(readers, str(folder)).assemble(config, {})
-        stored: dict[str, Any] | None = about.get("tokenizer")
+        stored = about.tokenizer
 
         def tokenizer() -> gptk.Tokenizer:
-            return _read_tokenizer(folder / "tokenizer.tiktoken", stored or {})
+            assert stored is not None
+            return _read_tokenizer(folder / "tokenizer.tiktoken", stored)
 
         notes = {
-            "format": f"gptk {about['version']}",
+            "format": f"gptk {about.version}",
             "stored as": dtype_names(read() for read in readers.values()),
         }
         return gptk.Checkpoint(
@@ -57,43 +63,77 @@ class Gptk(gptk.WeightLoader):
         )
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    path = folder / "gptk.json"
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise gptk.SourceError(f"{folder} is no gptk checkpoint: it has no gptk.json") from None
-    except (OSError, ValueError) as error:
-        raise gptk.SourceError(f"{path} cannot be read: {error}") from None
-    if not isinstance(about, dict) or about.get("format") != "gptk":
+class _Encoding(Fields):
+    """What `gptk.weights.saving` stores of a tokenizer's encoding."""
+
+    name: str
+    pattern: str
+    special_tokens: dict[str, int]
+    decode_only: dict[str, str]
+
+
+class _About(Fields):
+    """gptk.json."""
+
+    version: int
+    config: dict[str, Any]
+    tokenizer: dict[str, Any] | None = None
+
+
+def _read_about(path: Path) -> _About:
+    if not os.path.lexists(path):
+        raise gptk.SourceError(f"{path.parent} is no gptk checkpoint: it has no gptk.json")
+    raw = read_json(path, max_bytes=_MAX_ABOUT)
+    if raw.get("format") != "gptk":
         raise gptk.SourceError(f"{path} does not describe a gptk checkpoint")
-    if about.get("version") != _VERSION:
+    if (version := raw.get("version")) != _VERSION:
         raise gptk.SourceError(
-            f"{folder} has format version {about.get('version')}; this gptk reads {_VERSION}"
+            f"{path} has format version {shown(version)}; this gptk reads {_VERSION}"
         )
-    return about
+    return _About.parse(raw, path)
 
 
-def _read_tokenizer(path: Path, stored: Mapping[str, Any]) -> gptk.Tokenizer:
-    fields = dict(stored)
+_MAX_ABOUT = 1 << 26
+"""Bytes: tokens that are only decoded may be many."""
+
+
+def _read_tokenizer(path: Path, stored: dict[str, Any]) -> gptk.Tokenizer:
+    where = path.with_name("gptk.json")
+    about = _Encoding.parse(stored, f"{where}, tokenizer", gptk.TokenizerError)
+    settings = _settings_type().parse(stored, f"{where}, tokenizer", gptk.TokenizerError)
+    text = read_text(path, gptk.TokenizerError, max_bytes=_MAX_ABOUT)
     try:
         ranks = {}
-        for line in path.read_bytes().splitlines():
+        for line in text.splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
+        # tiktoken panics, which is no Exception.
+        if len(set(ranks.values())) < len(ranks) or len(ranks) < text.count("\n"):
+            raise ValueError("a token or a rank occurs twice")
         encoding = gptk.ByteLevelBPE(
-            fields.pop("name"),
-            pat_str=fields.pop("pattern"),
+            about.name,
+            pat_str=about.pattern,
             mergeable_ranks=ranks,
-            special_tokens=fields.pop("special_tokens"),
+            special_tokens=about.special_tokens,
             decode_only={
                 int(number): base64.b64decode(token, validate=True)
-                for number, token in fields.pop("decode_only").items()
+                for number, token in about.decode_only.items()
             },
         )
-        fields["eos"] = tuple(fields.get("eos", ()))
-        return gptk.Tokenizer(encoding, **fields)
-    except FileNotFoundError:
-        raise gptk.TokenizerError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise gptk.TokenizerError(f"{path} is damaged: {error}") from None
+    return gptk.Tokenizer(encoding, **dict(settings))
+
+
+@functools.cache
+def _settings_type() -> type[Fields]:
+    """The fields of a gptk.Tokenizer but its encoding, with their types and defaults."""
+    types = get_type_hints(gptk.Tokenizer, localns={"tiktoken": tiktoken})
+    declared: dict[str, Any] = {}
+    for field in dataclasses.fields(gptk.Tokenizer):
+        if field.name != "encoding":
+            kind = types[field.name]
+            # JSON has no tuples.
+            kind = Annotated[kind, Strict(False)] if get_origin(kind) is tuple else kind
+            declared[field.name] = (kind, field.default)
+    return create_model("_Settings", __base__=Fields, **declared)

@@ -1,17 +1,18 @@
 """Hugging Face checkpoints: a directory with config.json and safetensors, or one on the hub."""
 
-import json
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk.plugins import Fields, read_json, shown
+from gptk_plugins.loaders._generation_tokens import with_generation_tokens
 from gptk_plugins.loaders._huggingface_config import read_config
 from gptk_plugins.loaders._tensor_readers import (
     dtype_names,
@@ -58,15 +59,18 @@ class HuggingFace(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        if os.path.exists(source):
-            return os.path.isfile(os.path.join(source, "config.json"))
+        return os.path.isfile(os.path.join(source, "config.json"))
+
+    @classmethod
+    def fetches(cls, source: str) -> bool:
+        # OWNER/NAME where OWNER is a directory here is a misspelt path.
         return _is_hub_id(source) and not os.path.isdir(source.partition("/")[0])
 
     def load(self) -> gptk.Checkpoint:
-        path = Path(self.path)
-        folder = path if path.is_dir() else _download(self.path, self.revision)
+        here = os.path.isdir(self.path)
+        folder = Path(self.path) if here else _download(self.path, self.revision)
         source = self.path
-        raw = _read_json(folder / "config.json")
+        raw = read_json(folder / "config.json")
         config, notes = read_config(raw, source)
         readers = _readers(folder)
         tensors = gptk.Tensors(readers, source)
@@ -74,8 +78,11 @@ class HuggingFace(gptk.WeightLoader):
         gpt2 = raw["model_type"] == "gpt2"
         table, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
         names = _with_prefix(table, prefix, tensors)
+        if config.tied_head and f"{names['embed']}.weight" not in tensors:
+            names["embed"] = names["head"]  # one matrix, stored by its other name
         # A head stored although the config ties it is used if it is not equal to the embedding.
         stored_head = config.tied_head and "lm_head.weight" in tensors
+        stored_head = stored_head and names["embed"] != names["head"]
         if stored_head:
             config = replace(config, tied_head=False)
         stored = dtype_names(readers[name]() for name in tensors)
@@ -89,8 +96,9 @@ class HuggingFace(gptk.WeightLoader):
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not source.endswith(
-        (".gguf", ".pt", ".pth", ".safetensors", ".json")
+    """Whether a text may name a model on the hub: owner/name, or a name alone, as gpt2's."""
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", source, re.ASCII)) and not source.endswith(
+        (".gguf", ".pt", ".pth", ".safetensors", ".json", ".bin", ".txt", ".py")
     )
 
 
@@ -109,32 +117,50 @@ def _download(hub_id: str, revision: str | None) -> Path:
         )
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        loaders = gptk.plugins.provided("loader")
+        near = difflib.get_close_matches(hub_id, loaders, n=1, cutoff=0.75)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise gptk.SourceError(
-            f"{hub_id}: no such directory, and not available from the hub: {reason}"
+            f"no model at {hub_id!r}: no such file or directory, no loader of that name (there are "
+            f"{', '.join(loaders)}), and not available from the Hugging Face hub: {reason}{hint}"
         ) from None
     return Path(folder)
+
+
+class _Index(Fields):
+    """model.safetensors.index.json: the file that each tensor is in."""
+
+    weight_map: dict[str, str]
 
 
 def _readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """Readers for the tensors in model.safetensors, or in the shards that an index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if os.path.lexists(single):
         return safetensors_readers(single)
-    if not index.exists():
+    if not os.path.lexists(index):
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         instead = f"{pickles[0]} is a pickle, which gptk does not open; " if pickles else ""
         raise gptk.SourceError(
             f"{folder} has no model.safetensors; {instead}save it as safetensors "
             "(model.save_pretrained of transformers does)"
         )
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise gptk.SourceError(f"{index}: there is no weight_map")
+    shard_of = _Index.parse(read_json(index), index).weight_map
     readers: dict[str, Callable[[], Tensor]] = {}
-    for shard in sorted(set(shards.values())):
-        if not (folder / shard).exists():
+    for shard in sorted(set(shard_of.values())):
+        # Links are followed, as those of the hub's cache must be; names that lead elsewhere aren't.
+        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+            raise gptk.SourceError(
+                f"{index} names the shard {shown(shard)}; shards are files in the same directory"
+            )
+        if not os.path.lexists(folder / shard):
             raise gptk.SourceError(f"{folder}: the shard {shard} is missing")
-        readers |= safetensors_readers(folder / shard)
+        found = safetensors_readers(folder / shard)
+        if twice := sorted(found.keys() & readers.keys()):
+            raise gptk.SourceError(f"{folder}: the tensor {twice[0]} is in two shards")
+        if absent := sorted(x for x in shard_of if shard_of[x] == shard and x not in found):
+            raise gptk.SourceError(f"{folder}: the shard {shard} has no tensor {absent[0]}")
+        readers |= found
     return readers
 
 
@@ -155,24 +181,12 @@ def _transposed(name: str, tensor: Tensor) -> Tensor:
 
 def _tokenizer(folder: Path) -> Callable[[], gptk.Tokenizer] | None:
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
 
     def tokenizer() -> gptk.Tokenizer:
         from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
 
-        return load_tokenizer_json(path)
+        return with_generation_tokens(load_tokenizer_json(path), folder)
 
     return tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise gptk.SourceError(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise gptk.SourceError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise gptk.SourceError(f"{path} holds no JSON object")
-    return value

@@ -10,12 +10,8 @@ from pathlib import Path
 from pydantic import Field
 
 import gptk
-from gptk_plugins.loaders._tensor_readers import (
-    dtype_names,
-    read_torch_file,
-    state_readers,
-    torch_file_contains,
-)
+from gptk_plugins.loaders._tensor_readers import dtype_names, naming
+from gptk_plugins.loaders._torch_file import read_torch_file, state_readers, torch_file_contains
 
 _NAMES = {
     "embed": "tok_emb",
@@ -62,12 +58,19 @@ class LLMsFromScratch(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        return torch_file_contains(source, b"tok_emb.weight", b"trf_blocks.0.att.")
+        # A whole model instead of its state dict has the same names, but apart; `load` explains.
+        return any(
+            torch_file_contains(source, *names)
+            for names in (
+                (b"tok_emb.weight", b"trf_blocks.0.att."),
+                (b"tok_emb", b"trf_blocks", b"W_query"),
+            )
+        )
 
     def load(self) -> gptk.Checkpoint:
         found = read_torch_file(Path(self.path))
         weights = found.get("model_state_dict", found)
-        readers = state_readers(weights) if isinstance(weights, dict) else {}
+        readers = state_readers(weights, self.path) if isinstance(weights, dict) else {}
         if "tok_emb.weight" not in readers:
             raise gptk.SourceError(
                 f"{self.path} is not the book's GPTModel: it has no tok_emb.weight"
@@ -104,18 +107,19 @@ class LLMsFromScratch(gptk.WeightLoader):
                 f"{f'{n_heads} heads' if self.n_heads else 'heads of 64'}; "
                 f"give the number of heads: {self.name}:path={self.path},n_heads=N"
             )
-        return gptk.GPTConfig(
-            vocab_size=vocab_size,
-            context_length=shapes["pos_emb.weight"][0],
-            width=width,
-            n_layers=max(layers) + 1,
-            n_heads=n_heads,
-            n_kv_heads=n_heads,
-            head_dim=width // n_heads,
-            mlp_width=shapes["trf_blocks.0.ff.layers.0.weight"][0],
-            qkv_bias=any(name.endswith((".W_query.bias", ".qkv.bias")) for name in shapes),
-            tied_head=False,
-        )
+        with naming(self.path):
+            return gptk.GPTConfig(
+                vocab_size=vocab_size,
+                context_length=shapes["pos_emb.weight"][0],
+                width=width,
+                n_layers=max(layers) + 1,
+                n_heads=n_heads,
+                n_kv_heads=n_heads,
+                head_dim=width // n_heads,
+                mlp_width=shapes["trf_blocks.0.ff.layers.0.weight"][0],
+                qkv_bias=any(name.endswith((".W_query.bias", ".qkv.bias")) for name in shapes),
+                tied_head=False,
+            )
 
 
 def _gpt2_tokenizer() -> gptk.Tokenizer:

@@ -13,13 +13,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 import gptk
-from gptk_plugins.loaders._tensor_readers import (
-    dtype_names,
-    read_torch_file,
-    state_readers,
-    tie_equal_head,
-    torch_file_contains,
-)
+from gptk.plugins import Fields
+from gptk_plugins.loaders._tensor_readers import dtype_names, naming, tie_equal_head
+from gptk_plugins.loaders._torch_file import read_torch_file, state_readers, torch_file_contains
 from gptk_plugins.tokenizers.gpt2 import GPT2
 
 _NAMES = {
@@ -51,7 +47,14 @@ class NanoGPT(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        return torch_file_contains(source, b"transformer.wte.weight", b"model_args")
+        # A whole model instead of its state dict has the same names, but apart; `load` explains.
+        return any(
+            torch_file_contains(source, *names)
+            for names in (
+                (b"transformer.wte.weight", b"model_args"),
+                (b"transformer", b"wte", b"wpe", b"c_attn"),
+            )
+        )
 
     def load(self) -> gptk.Checkpoint:
         found = read_torch_file(Path(self.path))
@@ -60,15 +63,20 @@ class NanoGPT(gptk.WeightLoader):
             raise gptk.SourceError(
                 f"{self.path} is not nanoGPT's ckpt.pt: it has no model and model_args"
             )
-        readers = state_readers(weights)
+        readers = state_readers(weights, self.path)
         tensors = gptk.Tensors(readers, self.path)
         # Causal masks, stored by runs whose PyTorch lacked scaled_dot_product_attention.
         tensors.drop(
             [name for name in tensors if re.fullmatch(r"transformer\.h\.\d+\.attn\.bias", name)]
         )
-        config = self._config(arguments, tied_head="lm_head.weight" not in tensors)
+        # nanoGPT's head is the embedding, and stored by both names; one of them may be missing.
+        names = dict(_NAMES)
+        if "transformer.wte.weight" not in tensors:
+            names["embed"] = names["head"]
+        tied = "lm_head.weight" not in tensors or names["embed"] == names["head"]
+        config = self._config(arguments, tied_head=tied)
         stored = dtype_names(readers[name]() for name in tensors)
-        config, state = tie_equal_head(config, tensors.assemble(config, _NAMES))
+        config, state = tie_equal_head(config, tensors.assemble(config, names))
         return gptk.Checkpoint(
             config,
             state,
@@ -78,29 +86,36 @@ class NanoGPT(gptk.WeightLoader):
         )
 
     def _config(self, raw: dict[Any, Any], *, tied_head: bool) -> gptk.GPTConfig:
-        try:
-            width, n_heads, bias = raw["n_embd"], raw["n_head"], bool(raw.get("bias", True))
-            if width % n_heads:
-                raise gptk.SourceError(
-                    f"{self.path}: a width of {width} does not make {n_heads} heads"
-                )
+        fields = _Arguments.parse(raw, f"{self.path}: model_args")
+        if fields.n_embd % fields.n_head:
+            raise gptk.SourceError(
+                f"{self.path}: a width of {fields.n_embd} does not make {fields.n_head} heads"
+            )
+        with naming(self.path):
             return gptk.GPTConfig(
-                vocab_size=raw["vocab_size"],
-                context_length=raw["block_size"],
-                width=width,
-                n_layers=raw["n_layer"],
-                n_heads=n_heads,
-                n_kv_heads=n_heads,
-                head_dim=width // n_heads,
-                mlp_width=4 * width,
-                norm_bias=bias,
+                vocab_size=fields.vocab_size,
+                context_length=fields.block_size,
+                width=fields.n_embd,
+                n_layers=fields.n_layer,
+                n_heads=fields.n_head,
+                n_kv_heads=fields.n_head,
+                head_dim=fields.n_embd // fields.n_head,
+                mlp_width=4 * fields.n_embd,
+                norm_bias=fields.bias,
                 mlp="gelu" if self.gelu == "exact" else "gelu-tanh",
-                mlp_bias=bias,
-                qkv_bias=bias,
-                out_bias=bias,
+                mlp_bias=fields.bias,
+                qkv_bias=fields.bias,
+                out_bias=fields.bias,
                 tied_head=tied_head,
             )
-        except KeyError as error:
-            raise gptk.SourceError(f"{self.path}: model_args has no {error.args[0]}") from None
-        except (TypeError, ZeroDivisionError) as error:
-            raise gptk.SourceError(f"{self.path}: wrong model_args: {error}") from None
+
+
+class _Arguments(Fields):
+    """model_args, by which train.py makes the model."""
+
+    n_layer: int = Field(ge=1)
+    n_head: int = Field(ge=1)
+    n_embd: int = Field(ge=1)
+    block_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    bias: bool = True

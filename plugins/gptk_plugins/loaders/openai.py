@@ -6,19 +6,19 @@ encoder.json, vocab.bpe          the tokenizer
 checkpoint                       names the checkpoint if it is not model.ckpt, after fine-tuning
 """
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk.plugins import Fields, read_json, read_text, shown
 from gptk_plugins.loaders._tensor_bundle import read_bundle
-from gptk_plugins.loaders._tensor_readers import dtype_names
+from gptk_plugins.loaders._tensor_readers import dtype_names, naming
 from gptk_plugins.tokenizers.gpt2 import END_OF_TEXT, GPT2
 
 _NORMS = {
@@ -51,9 +51,8 @@ class OpenAI(gptk.WeightLoader):
 
     @classmethod
     def matches(cls, source: str) -> bool:
-        if not os.path.isfile(os.path.join(source, "hparams.json")):  # takes any text
-            return False
-        return Path(f"{_prefix(Path(source))}.index").is_file()
+        parameters = os.path.join(source, "hparams.json")
+        return os.path.isfile(parameters) and os.path.isfile(f"{_prefix(Path(source))}.index")
 
     def load(self) -> gptk.Checkpoint:
         folder = Path(self.path)
@@ -72,37 +71,44 @@ class OpenAI(gptk.WeightLoader):
 
 def _prefix(folder: Path) -> Path:
     """The checkpoint's path without `.index`."""
-    try:
-        text = (folder / "checkpoint").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
+    path, text = folder / "checkpoint", ""
+    if os.path.isfile(path):
+        with contextlib.suppress(gptk.SourceError):  # then it is model.ckpt, if that exists
+            text = read_text(path)
     # It names the path at which it was written; only the file name is used.
     named = re.search(r'^model_checkpoint_path: "(?:[^"]*[\\/])?([^"\\/]+)"', text, re.MULTILINE)
-    if named and (folder / f"{named[1]}.index").is_file():
+    if named and os.path.isfile(f"{folder / named[1]}.index"):
         return folder / named[1]
     return folder / "model.ckpt"
 
 
+class _Parameters(Fields):
+    """hparams.json."""
+
+    n_vocab: int = Field(ge=1)
+    n_ctx: int = Field(ge=1)
+    n_embd: int = Field(ge=1)
+    n_head: int = Field(ge=1)
+    n_layer: int = Field(ge=1)
+
+
 def _config(path: Path) -> gptk.GPTConfig:
-    raw = _read_json(path, gptk.SourceError)
-    try:
-        width, n_heads = raw["n_embd"], raw["n_head"]
-        if width % n_heads:
-            raise gptk.SourceError(f"{path}: a width of {width} does not make {n_heads} heads")
-        return gptk.GPTConfig(
-            vocab_size=raw["n_vocab"],
-            context_length=raw["n_ctx"],
-            width=width,
-            n_layers=raw["n_layer"],
-            n_heads=n_heads,
-            n_kv_heads=n_heads,
-            head_dim=width // n_heads,
-            mlp_width=4 * width,
+    fields = _Parameters.parse(read_json(path), path)
+    if fields.n_embd % fields.n_head:
+        raise gptk.SourceError(
+            f"{path}: a width of {fields.n_embd} does not make {fields.n_head} heads"
         )
-    except KeyError as error:
-        raise gptk.SourceError(f"{path} has no {error.args[0]}") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise gptk.SourceError(f"{path} holds a wrong value: {error}") from None
+    with naming(path):
+        return gptk.GPTConfig(
+            vocab_size=fields.n_vocab,
+            context_length=fields.n_ctx,
+            width=fields.n_embd,
+            n_layers=fields.n_layer,
+            n_heads=fields.n_head,
+            n_kv_heads=fields.n_head,
+            head_dim=fields.n_embd // fields.n_head,
+            mlp_width=4 * fields.n_embd,
+        )
 
 
 def _linear(name: str, tensor: Tensor) -> Tensor:
@@ -119,35 +125,31 @@ def _tokenizer(folder: Path, vocab_size: int) -> Callable[[], gptk.Tokenizer] | 
 def _read_tokenizer(folder: Path) -> gptk.Tokenizer:
     from gptk_plugins.tokenizers import bpe
 
-    vocabulary = _read_json(folder / "encoder.json", gptk.TokenizerError)
+    path = folder / "encoder.json"
+    vocabulary = read_json(path, gptk.TokenizerError)
+    for token, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < 2**31:
+            raise gptk.TokenizerError(
+                f"{path}: the token {shown(token)} is {shown(number)}; it must be a whole number"
+            )
+    if END_OF_TEXT not in vocabulary:
+        raise gptk.TokenizerError(f"{path} has no {END_OF_TEXT}")
     path = folder / "vocab.bpe"
-    try:
-        # A line with the version, then a merge per line.
-        lines = path.read_text(encoding="utf-8").split("\n")[1:]
-        merges = [(left, right) for left, right in (line.split() for line in lines if line.strip())]
-        special = {END_OF_TEXT: vocabulary[END_OF_TEXT]}
-    except (OSError, ValueError) as error:
-        raise gptk.TokenizerError(f"{path} is damaged: {error}") from None
-    except KeyError:
-        raise gptk.TokenizerError(f"{folder / 'encoder.json'} has no {END_OF_TEXT}") from None
+    # A line with the version, then a merge per line.
+    lines = read_text(path, gptk.TokenizerError).split("\n")[1:]
+    merges = []
+    for number, line in enumerate(lines, start=2):
+        pair = line.split()
+        if line.strip():
+            if len(pair) != 2:
+                raise gptk.TokenizerError(f"{path}: line {number} is {shown(line)}, not a merge")
+            merges.append((pair[0], pair[1]))
+    end = vocabulary[END_OF_TEXT]
     encoding = bpe.byte_level_bpe(
         str(folder),
         vocabulary=vocabulary,
         merges=merges,
-        special=special,
+        special={END_OF_TEXT: end},
         pattern=gptk.SPLIT_PATTERNS["gpt2"],
     )
-    end = special[END_OF_TEXT]
     return gptk.Tokenizer(encoding, bos=end, eos=(end,))
-
-
-def _read_json(path: Path, error_type: type[gptk.GptkError]) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error_type(f"{path.parent} has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise error_type(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise error_type(f"{path} holds no JSON object")
-    return value

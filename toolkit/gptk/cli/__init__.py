@@ -6,6 +6,7 @@ a name is not one of gptk's own.
 
 import gc
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -106,6 +107,9 @@ def main() -> NoReturn:
     line; with 130 for Ctrl-C.
     """
     warnings.showwarning = _show_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the locale's encoding lacks, or a file's name that is no text, is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         prepare_streams()
         ended = cli.main(text_arguments(sys.argv[1:]), prog_name="gptk", standalone_mode=False)

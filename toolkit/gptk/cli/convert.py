@@ -1,6 +1,7 @@
 """`gptk convert`: from any format that gptk reads to one that it writes."""
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,10 +75,14 @@ def _check_target(target: Path, format_: str) -> None:
     from gptk.errors import SourceError
     from gptk.plugins.registry import provided
 
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+    is_folder = os.path.isdir(target)
+    try:
+        if not os.path.lexists(target) or (is_folder and not any(target.iterdir())):
+            return
+    except OSError as error:
+        raise SourceError(f"{target} cannot be written: {error.strerror}") from None
     loader = provided("loader").get(format_)
-    if not target.is_dir() or (loader and not loader.item.matches(str(target))):
+    if not is_folder or (loader and not loader.item.matches(str(target))):
         raise SourceError(f"{target} exists and is no {format_} model; it is not overwritten")
 
 

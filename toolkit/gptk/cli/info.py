@@ -24,7 +24,7 @@ def command(model: str | None) -> None:
     from gptk.model.levels import Levels
     from gptk.weights.loading import default_source, load_checkpoint
 
-    checkpoint = load_checkpoint(model or default_source(), stored=True)
+    checkpoint = load_checkpoint(default_source() if model is None else model, stored=True)
     click.echo(f"source: {checkpoint.source}")
     for key, value in (checkpoint.notes or {}).items():
         click.echo(f"{key}: {value}")

@@ -51,8 +51,17 @@ class WeightLoader(Plugin):
         return False
 
     @classmethod
+    def fetches(cls, source: str) -> bool:
+        """Whether it may fetch `source`, which is no path here, no loader's name or spec string,
+        and is matched by no loader; for example, whether it is the id of a model on a hub.
+
+        By default never.
+        """
+        return False
+
+    @classmethod
     def from_source(cls, source: str) -> "WeightLoader":
-        """The loader for a source that `matches`; by default its option `path` is it."""
+        """The loader for a source that it `matches` or `fetches`; by default, its option `path`."""
         options: dict[str, Any] = {"path": source}  # a field that the subclass declares
         return cls(**options)
 

@@ -1,14 +1,19 @@
 """The configuration of a GPT."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gptk.errors import SourceError
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and kinds of the parts of a GPT. Defaults are GPT-2's; sizes have none."""
+    """Sizes and kinds of the parts of a GPT. Defaults are GPT-2's; sizes have none.
+
+    Raises SourceError for a value of the wrong type, a size that is not positive, a number that is
+    not finite and positive, and parts that do not fit together.
+    """
 
     vocab_size: int
     context_length: int
@@ -38,17 +43,46 @@ class GPTConfig:
     """The output head is the token embedding's matrix."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, "int") and (not isinstance(value, int) or value < 1):
-                raise SourceError(f"the model's {field.name} is {value!r}; it must be 1 or more")
+        for name, allowed in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if problem := _problem(value, allowed):
+                raise SourceError(f"the model's {name} is {value!r:.60}; it must be {problem}")
         if self.n_heads % self.n_kv_heads:
             raise SourceError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key and value heads"
             )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise SourceError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_factors is not None:
             object.__setattr__(self, "rope_factors", tuple(self.rope_factors))
             if len(self.rope_factors) != self.head_dim // 2:
                 raise SourceError(
                     f"{len(self.rope_factors)} rotary factors do not fit heads of {self.head_dim}"
                 )
+
+
+def _problem(value: object, allowed: Any) -> str | None:
+    """What a value must be, if it is not: a size, a finite number, or one of several texts."""
+    if allowed is int:
+        fits = type(value) is int and 1 <= value <= MAX_SIZE
+        return None if fits else f"a whole number from 1 to {MAX_SIZE:,}"
+    if allowed is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if get_origin(allowed) is Literal:
+        texts = get_args(allowed)
+        return None if value in texts else f"one of {', '.join(texts)}"
+    if allowed is float:
+        return None if _is_positive(value) else "a finite number above 0"
+    if value is None or (isinstance(value, list | tuple) and all(map(_is_positive, value))):
+        return None
+    return "a list of finite numbers above 0"
+
+
+def _is_positive(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < math.inf
+
+
+MAX_SIZE = 2**31 - 1
+"""The largest size of any part of a model."""

@@ -30,6 +30,7 @@ from gptk.plugins.registry import unregister as unregister
 from gptk.plugins.returned import check_logits as check_logits
 from gptk.plugins.returned import check_process as check_process
 from gptk.spec import parse_spec as parse_spec
+from gptk.system.memory import is_out_of_memory as is_out_of_memory
 from gptk.system.metadata import Fields as Fields
 from gptk.system.metadata import open_regular as open_regular
 from gptk.system.metadata import parse_json as parse_json

@@ -12,13 +12,15 @@ from gptk.plugins.registry import PluginWarning, Provided, provided
 P = TypeVar("P", bound=Plugin)
 
 
-def matching(kind: str, source: object, base: type[P]) -> P | None:
+def matching(kind: str, source: object, base: type[P], method: str = "matches") -> P | None:
     """The plug-in of the first class whose `matches` takes a source; None if there is none.
+
+    method: the class method to ask instead of `matches`.
 
     Raises what `from_source` of that class raises, or a PluginError that names the class.
     """
     for plugin in provided(kind).values():
-        if ask(plugin, "matches", source, answer=object):
+        if ask(plugin, method, source, answer=object):
             return _made_from(plugin, source, base)
     return None
 
@@ -38,6 +40,8 @@ def ask(plugin: Provided, method: str, *arguments: Any, answer: type) -> Any:
         return answered
     except GptkError:
         raise
+    except OSError:  # the system refuses a path, such as one that is too long
+        return None
     except Exception as error:
         line = f"{_named(plugin)} failed in {method}: {brief(error)}"
         warnings.warn(line + to_report(plugin.distribution), PluginWarning, stacklevel=2)

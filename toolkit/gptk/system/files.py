@@ -36,9 +36,12 @@ def write_directory(
     Raises SourceError if something else is at `path`, or if it cannot be written; then nothing is
     changed.
     """
-    target = Path(path).resolve()
-    if files is not None:
-        check_replaceable(target, what, files)
+    try:
+        target = Path(path).resolve()
+        if files is not None:
+            check_replaceable(target, what, files)
+    except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be: a loop of links
+        raise SourceError(f"{path} cannot be written: {error}") from None
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

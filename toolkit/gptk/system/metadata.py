@@ -61,7 +61,7 @@ def read_text(
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise error(f"{path} has {size:,} bytes; such a file has {max_bytes:,} at most")
-            return file.read(max_bytes).decode("utf-8")
+            return file.read(size).decode("utf-8")  # Python allocates as much as it is to read
         except UnicodeDecodeError as problem:
             raise error(f"{path} is not UTF-8 at byte {problem.start:,}") from None
         except OSError as problem:
@@ -164,12 +164,26 @@ def _is_shallow(value: object) -> bool:
     return False
 
 
+_WORDINGS = {
+    "a valid integer": "a whole number",
+    "valid ": "",
+    r"greater than or equal to (\S+)": r"\1 or more",
+    r"less than or equal to (\S+)": r"\1 at most",
+    "greater than ": "more than ",
+}
+_ALTERNATIVE = re.compile(r"(int|float|str|bool|none|list|dict|function|literal|constrained)\b.*")
+
+
 def _explained(problem: pydantic.ValidationError) -> str:
     """What follows the name of a file: ` has no n_layer`, `: n_layer is 'x'; …`."""
     first = problem.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    first_key, *rest = first["loc"] or ("",)
+    # Pydantic adds the alternatives of a type, such as `int | list[int]`, to the path.
+    inner = [str(part) for part in rest if not _ALTERNATIVE.fullmatch(str(part))]
+    key = ".".join([str(first_key), *inner])
     if first["type"] == "missing":
         return f" has no {key}"
     allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    allowed = allowed.replace("a valid integer", "a whole number").replace("valid ", "")
+    for wording, ours in _WORDINGS.items():
+        allowed = re.sub(wording, ours, allowed)
     return f": {key} is {shown(first['input'])}; it must be {allowed}"

@@ -17,6 +17,7 @@ from gptk.model.quantization import Packed, quantized
 from gptk.model.quantization import pack as pack_levels
 from gptk.system.memory import new_bytes
 from gptk.weights.empty import empty_gpt
+from gptk.weights.failures import explaining_failures
 from gptk.weights.tensors import LazyTensors, Tensors
 
 
@@ -38,8 +39,10 @@ def build_model(
     Levels keep their codes; otherwise Levels are dequantized. The embedding is always dequantized,
     while a head tied to it may be quantized. pack: lay the weights out for inference, see GPT.pack.
 
-    Raises SourceError naming a tensor that is missing, left over or of the wrong shape.
+    Raises SourceError naming a tensor that is missing, left over or of the wrong shape, or a file
+    that cannot be read; OutOfMemory.
     """
+    state = _checked_state(checkpoint)
     model = empty_gpt(checkpoint.config)
     # gptk's kernels read weights a quarter faster from huge pages. For float32 weights, allocating
     # so many pages may take longer than is gained in a text of a hundred tokens.
@@ -49,10 +52,12 @@ def build_model(
         and torch.device(device).type == "cpu"
         and kernels.available()
     )
-    state = _checked_state(checkpoint)
-    _Builder(model, state, torch.device(device), dtype, quantize, huge_pages).fill(pack=pack)
-    if pack:
-        model.pack()
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    kind = str(quantize or dtype).removeprefix("torch.")
+    with explaining_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
+        _Builder(model, state, torch.device(device), dtype, quantize, huge_pages).fill(pack=pack)
+        if pack:
+            model.pack()
     return model.eval()
 
 

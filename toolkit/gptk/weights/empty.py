@@ -5,14 +5,23 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gptk.errors import SourceError
 from gptk.model.config import GPTConfig
 from gptk.model.gpt import GPT
 
 
 def empty_gpt(config: GPTConfig) -> GPT:
-    """A GPT on the device `meta`: no memory, no initialization."""
-    with torch.device("meta"), _NoInitialization():
-        return GPT(config)
+    """A GPT on the device `meta`: no memory, no initialization.
+
+    Raises SourceError for sizes whose products are beyond what a tensor can have.
+    """
+    try:
+        with torch.device("meta"), _NoInitialization():
+            return GPT(config)
+    except (RuntimeError, OverflowError, TypeError):  # what PyTorch raises for them
+        sizes = ("vocab_size", "context_length", "width", "n_heads", "head_dim", "mlp_width")
+        told = ", ".join(f"{name} {getattr(config, name):,}" for name in sizes)
+        raise SourceError(f"no model can have these sizes: {told}") from None
 
 
 class _NoInitialization(TorchFunctionMode):

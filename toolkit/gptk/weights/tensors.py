@@ -1,11 +1,13 @@
 """Tensors of a checkpoint by name: each must be used exactly once, and is read when needed."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gptk.errors import SourceError
+from gptk.system.memory import is_out_of_memory
 from gptk.weights.empty import empty_gpt
 
 if TYPE_CHECKING:
@@ -68,12 +70,9 @@ class Tensors:
                 f"{len(self._names)} tensors"
             )
         readers: dict[str, Callable[[], Any]] = {}
-        # `named_parameters` has a tied head once, as the embedding.
-        for name, parameter in empty_gpt(config).named_parameters():
+        for name, shape in _parameters(config):
             parts = {theirs: self._reader(theirs) for theirs in _their_names(name, names)}
-            readers[name] = partial(
-                _assembled, name, tuple(parameter.shape), parts, change, self._source
-            )
+            readers[name] = partial(_assembled, name, shape, parts, change, self._source)
         self.finish()
         return LazyTensors(readers)
 
@@ -85,6 +84,22 @@ class Tensors:
             raise SourceError(
                 f"{self._source}: nothing in the model uses the tensors {', '.join(left[:5])}{more}"
             )
+
+
+def _parameters(config: "GPTConfig") -> "Iterator[tuple[str, tuple[int, ...]]]":
+    """Names and shapes of a GPT's parameters, layer by layer; a tied head is the embedding.
+
+    Only one block is made, since all are alike: a file may name more layers than can be made.
+    """
+    one_layer = empty_gpt(dataclasses.replace(config, n_layers=1))
+    shapes = {name: tuple(x.shape) for name, x in one_layer.named_parameters()}
+    of_block = {name: shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    for name, shape in shapes.items():
+        if name == next(iter(of_block)):
+            for layer in range(config.n_layers):
+                yield from ((x.replace("0", str(layer), 1), s) for x, s in of_block.items())
+        if name not in of_block:
+            yield name, shape
 
 
 class LazyTensors(MutableMapping[str, Any]):
@@ -117,14 +132,16 @@ def _assembled(
     source: str,
 ) -> Any:
     """The tensor `name` of a GPT from those of a file. Raises SourceError for a wrong shape."""
-    read = {theirs: reader() for theirs, reader in parts.items()}
+    read = {theirs: _weight(reader(), theirs, source) for theirs, reader in parts.items()}
     found = " + ".join(str(tuple(part.shape)) for part in read.values())
     try:
         if change is not None:
             read = {theirs: change(theirs, part) for theirs, part in read.items()}
         tensor = next(iter(read.values())) if len(read) == 1 else _concatenated([*read.values()])
         fits = tuple(tensor.shape) == shape
-    except (RuntimeError, IndexError):  # what PyTorch raises for shapes that don't fit
+    except (RuntimeError, IndexError) as error:  # what PyTorch raises for shapes that don't fit
+        if is_out_of_memory(error):
+            raise
         fits = False
     if not fits:
         raise SourceError(
@@ -132,6 +149,28 @@ def _assembled(
             f"of shape {shape}, which the configuration asks for"
         )
     return tensor
+
+
+def _weight(tensor: Any, name: str, source: str) -> Any:
+    """The tensor, without gradient. Raises SourceError unless it holds floating-point numbers."""
+    import torch
+
+    from gptk.model.levels import Levels
+
+    if isinstance(tensor, Levels):
+        return tensor
+    what = f"{source}: the tensor {name}"
+    if not isinstance(tensor, torch.Tensor):
+        raise SourceError(f"{what} is a {type(tensor).__name__}, not a tensor of PyTorch's")
+    stored = str(tensor.dtype).removeprefix("torch.")
+    if stored not in _FLOATS:
+        raise SourceError(f"{what} is stored as {stored}; weights are {', '.join(_FLOATS)}")
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_nested:
+        raise SourceError(f"{what} has no numbers in memory one after the other; save it dense")
+    return tensor.detach()
+
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:

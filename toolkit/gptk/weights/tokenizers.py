@@ -38,9 +38,9 @@ def load_model_tokenizer(source: str | None) -> Tokenizer:
     source = source or os.environ.get("GPTK_MODEL")
     installed = [name for plugin in loaders if (name := ask(plugin, "default_source", answer=str))]
     source = source or next(iter(installed), None) or default_source()
-    if source in installed or os.path.exists(source):
-        if loader := matching("tokenizer", source, TokenizerLoader):
-            return _load(loader)
+    is_local = source in installed or os.path.exists(source)
+    if is_local and (loader := matching("tokenizer", source, TokenizerLoader)):
+        return _load(loader)
     checkpoint = load_checkpoint(source)
     if checkpoint.tokenizer is None:
         raise TokenizerError(f"{source} has no tokenizer; name one with --tokenizer")
