@@ -16,8 +16,17 @@ from machine import Work
 GPT2_VOCABULARY = 50257
 _GPT2 = {"gpt2-124M": (768, 12, 12), "gpt2-355M": (1024, 24, 16)}
 """Width, layers, heads; the weights are random."""
-DTYPES = ("float32", "bfloat16", "int8", "int4", "stored")
-"""The precisions of weights; stored: as in SmolLM2's file, mostly Q4_1."""
+_PRECISIONS = {
+    "float32": {"quantize": "none", "dtype": "float32"},
+    "bfloat16": {"quantize": "none", "dtype": "bfloat16"},
+    "int8": {"quantize": "int8", "dtype": "bfloat16"},
+    "int4": {"quantize": "int4", "dtype": "bfloat16"},
+    "kept-bfloat16": {"dtype": "bfloat16"},
+    "kept": {},
+}
+DTYPES = tuple(_PRECISIONS)
+"""The precisions of weights; kept: as in SmolLM2's file, mostly Q4_1, with activations in float32,
+which is gptk's default, or in bfloat16."""
 
 
 def gpt2_config(name: str) -> gptk.GPTConfig:
@@ -50,7 +59,7 @@ def load(name: str, dtype: str, device: str = "cpu") -> gptk.LanguageModel:
 
 def precision(dtype: str) -> dict[str, str]:
     """gptk.load's keywords for one of DTYPES."""
-    return {"dtype": dtype} if dtype in ("float32", "bfloat16") else {"quantize": dtype}
+    return _PRECISIONS[dtype]
 
 
 @functools.cache
@@ -96,7 +105,7 @@ def pass_work(
         tokens=rows * time,
         bytes=weight_bytes(model) + rows * cached * model.dtype.itemsize,
         operations=rows * (2 * time * matrix_weights(model) + 2 * logits * head + attention),
-        dtype="float32" if dtype == "float32" else "bfloat16",
+        dtype="float32" if dtype in ("float32", "kept") else "bfloat16",
     )
 
 

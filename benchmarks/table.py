@@ -17,14 +17,19 @@ class Comparison:
 
 
 ROWS = {
-    "q41": Comparison("greedy, the Q4_1 file, eager", "llama.cpp, same file", 1.0),
+    "q41": Comparison("greedy, the Q4_1 file, bfloat16 activations", "llama.cpp, same file", 1.0),
+    "q41-default": Comparison(
+        "greedy, the Q4_1 file, without options", "llama.cpp, same file", 1.0
+    ),
     "q41-compiled": Comparison(
-        "greedy, the Q4_1 file, compiled, warm", "llama.cpp, same file", 1.3
+        "greedy, the Q4_1 file, bfloat16 activations, compiled", "llama.cpp, same file", 1.3
     ),
     "bf16": Comparison("greedy bfloat16, eager", "transformers bfloat16", 1.5),
     "bf16-compiled": Comparison("greedy bfloat16, compiled", "transformers bfloat16", 2.3),
     "beams-bf16": Comparison("4 beams bfloat16", "transformers bfloat16, 4 beams", 1.7),
-    "beams-q41": Comparison("4 beams, the Q4_1 file", "transformers bfloat16, 4 beams", 3.0),
+    "beams-q41": Comparison(
+        "4 beams, the Q4_1 file, bfloat16 activations", "transformers bfloat16, 4 beams", 3.0
+    ),
     "gpt2-beams": Comparison(
         "GPT-2 124M, 4 beams, best settings", "CTranslate2, 4 beams, its best", 1.5
     ),
@@ -33,18 +38,29 @@ ROWS = {
         "beam of 4, sequence positions a second, bfloat16", "gptk's own greedy", 0.75
     ),
     "beam-positions-q41": Comparison(
-        "beam of 4, sequence positions a second, Q4_1", "gptk's own greedy", 0.75
+        "beam of 4, sequence positions a second, Q4_1, bfloat16 activations",
+        "gptk's own greedy",
+        0.75,
     ),
     "top-p": Comparison("top-p sampling, bfloat16", "gptk's own greedy", 0.95),
-    "top-p-q41": Comparison("top-p sampling, Q4_1", "gptk's own greedy", 0.95),
+    "top-p-q41": Comparison(
+        "top-p sampling, Q4_1, bfloat16 activations", "gptk's own greedy", 0.95
+    ),
+    "prompt-default": Comparison(
+        "prompt of 512 tokens to first token, Q4_1, without options", "llama.cpp, same file", 1.0
+    ),
     "prompt-q41": Comparison(
-        "prompt of 512 tokens to first token, Q4_1", "llama.cpp, same file", 2.0
+        "prompt of 512 tokens to first token, Q4_1, bfloat16 activations",
+        "llama.cpp, same file",
+        2.0,
     ),
     "prompt-bf16": Comparison(
         "prompt of 512 tokens to first token, bfloat16", "transformers bfloat16", 1.1
     ),
     "long-q41": Comparison(
-        "greedy after a prompt of 1,500 tokens, Q4_1, eager", "llama.cpp, same file", 1.0
+        "greedy after a prompt of 1,500 tokens, Q4_1, bfloat16 activations",
+        "llama.cpp, same file",
+        1.0,
     ),
     "long-beams": Comparison(
         "4 beams after a prompt of 512 tokens, bfloat16", "transformers bfloat16, 4 beams", 3.0
@@ -53,8 +69,12 @@ ROWS = {
         "a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5
     ),
     "training": Comparison("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
-    "start": Comparison("process start to first token, float32", "transformers, GGUF", 8),
-    "start-q41": Comparison("process start to first token, Q4_1", "transformers, GGUF", 8),
+    "start": Comparison(
+        "process start to first token, expanded to float32", "transformers, GGUF", 8
+    ),
+    "start-q41": Comparison(
+        "process start to first token, without options", "transformers, GGUF", 8
+    ),
     # Without a goal
     "greedy-float32": Comparison("greedy, float32", "transformers float32"),
     "top-p-float32": Comparison("top-p sampling, float32", "transformers float32"),

@@ -12,31 +12,45 @@ NEW = 128
 
 @pytest.fixture(scope="module")
 def lm():
-    return gptk.load(str(smollm2_file()), device="cpu", quantize="stored")
+    return gptk.load(str(smollm2_file()), device="cpu", dtype="bfloat16")
 
 
-@pytest.mark.peers("q41", "q41-compiled")
-def test_greedy(lm, table):
+@pytest.fixture(scope="module")
+def default():
+    """As it is loaded without options, with activations in float32."""
+    return gptk.load(str(smollm2_file()), device="cpu")
+
+
+@pytest.mark.peers("q41", "q41-compiled", "q41-default")
+def test_greedy(lm, default, table):
     ids = lm.encode("The capital of France is")
     peers = llama_cpp(len(ids) + NEW + 1)
-    functions = {"gptk": lambda: generate(lm, ids, NEW)}
+    functions = {
+        "gptk": lambda: generate(lm, ids, NEW),
+        "default": lambda: generate(default, ids, NEW),
+    }
     functions |= {name: lambda peer=peer: peer.generate(ids, NEW) for name, peer in peers.items()}
-    fast = compiled(str(smollm2_file()), quantize="stored")
+    fast = compiled(str(smollm2_file()), dtype="bfloat16")
     functions["compiled"] = lambda: generate(fast, ids, NEW)
     warm = warm_up(functions["compiled"])
     times = in_turns(functions)
     table.row("q41", times, ["gptk"], list(peers), tokens=NEW)
+    table.row("q41-default", times, ["default"], list(peers), tokens=NEW)
     table.row("q41-compiled", times, ["compiled"], list(peers), tokens=NEW, note=warm)
 
 
-@pytest.mark.peers("prompt-q41")
-def test_prompt(lm, table):
+@pytest.mark.peers("prompt-q41", "prompt-default")
+def test_prompt(lm, default, table):
     ids = prompt(512, vocabulary=40_000)
     peers = llama_cpp(len(ids) + 2)
-    functions = {"gptk": lambda: generate(lm, ids, 1)}
+    functions = {
+        "gptk": lambda: generate(lm, ids, 1),
+        "default": lambda: generate(default, ids, 1),
+    }
     functions |= {name: lambda peer=peer: peer.generate(ids, 1) for name, peer in peers.items()}
     times = in_turns(functions, rounds=7)
     table.row("prompt-q41", times, ["gptk"], list(peers), tokens=len(ids))
+    table.row("prompt-default", times, ["default"], list(peers), tokens=len(ids))
 
 
 @pytest.mark.peers("long-q41")

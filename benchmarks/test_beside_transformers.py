@@ -15,7 +15,7 @@ from engines import (
     transformers_smollm2,
     warm_up,
 )
-from models import load, prompt
+from models import load, precision, prompt
 from programs import GPTK, run
 from turns import in_turns
 
@@ -45,11 +45,7 @@ TOP_P = {"do_sample": True, "top_p": 0.9, "top_k": 0}
 
 @functools.cache
 def ours(dtype):
-    return gptk.load(
-        str(smollm2_file()),
-        device="cpu",
-        **({"quantize": dtype} if dtype == "stored" else {"dtype": dtype}),
-    )
+    return gptk.load(str(smollm2_file()), device="cpu", **precision(dtype))
 
 
 @pytest.mark.peers("bf16", "bf16-compiled")
@@ -60,7 +56,7 @@ def test_greedy_bfloat16(table):
         "gptk": lambda: generate(lm, ids, NEW),
         "transformers": lambda: peer.generate(ids, NEW),
     }
-    fast = compiled(str(smollm2_file()), dtype="bfloat16")
+    fast = compiled(str(smollm2_file()), **precision("bfloat16"))
     functions["compiled"] = lambda: generate(fast, ids, NEW)
     warm = warm_up(functions["compiled"])
     times = in_turns(functions)
@@ -70,17 +66,17 @@ def test_greedy_bfloat16(table):
 
 @pytest.mark.peers("beams-bf16", "beams-q41")
 def test_beams(table):
-    lm, stored, peer = ours("bfloat16"), ours("stored"), transformers_smollm2("bfloat16")
+    lm, kept, peer = ours("bfloat16"), ours("kept-bfloat16"), transformers_smollm2("bfloat16")
     ids = lm.encode(PROMPT)
     times = in_turns(
         {
             "gptk": lambda: generate(lm, ids, NEW, sampler="beam:width=4"),
-            "stored": lambda: generate(stored, ids, NEW, sampler="beam:width=4"),
+            "kept": lambda: generate(kept, ids, NEW, sampler="beam:width=4"),
             "transformers": lambda: peer.generate(ids, NEW, **FOUR_BEAMS),
         }
     )
     table.row("beams-bf16", times, ["gptk"], ["transformers"], tokens=NEW)
-    table.row("beams-q41", times, ["stored"], ["transformers"], tokens=NEW)
+    table.row("beams-q41", times, ["kept"], ["transformers"], tokens=NEW)
 
 
 @pytest.mark.peers("prompt-bf16")
@@ -149,15 +145,15 @@ def test_process_start_to_first_token(table):
     command = [GPTK, "generate", PROMPT, "--model", path, "--max-new-tokens", "1"]
     times = in_turns(
         {
-            "gptk": lambda: run(*command),
-            "stored": lambda: run(*command, "--quantize", "stored"),
+            "gptk": lambda: run(*command, "--quantize", "none"),
+            "kept": lambda: run(*command),
             "transformers": lambda: run(
                 sys.executable, "-c", THEIR_START, path.parent, path.name, PROMPT
             ),
         }
     )
     table.row("start", times, ["gptk"], ["transformers"])
-    table.row("start-q41", times, ["stored"], ["transformers"])
+    table.row("start-q41", times, ["kept"], ["transformers"])
 
 
 # Reported only

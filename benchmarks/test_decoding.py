@@ -12,7 +12,7 @@ SAMPLERS = {
     for name, sampler in provided("sampler").items()
 }
 DTYPES = [
-    pytest.param(dtype, marks=[] if dtype == "stored" else [pytest.mark.full])
+    pytest.param(dtype, marks=[] if dtype == "kept" else [pytest.mark.full])
     for dtype in models.DTYPES
 ]
 

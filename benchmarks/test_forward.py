@@ -35,7 +35,7 @@ def cases():
         packed = dtype not in ("float32", "bfloat16")  # only on the CPU
         if (
             context > longest
-            or (dtype == "stored" and model != "smollm2")
+            or (dtype.startswith("kept") and model != "smollm2")
             or (device == "cuda" and packed)
         ):
             continue

@@ -20,7 +20,7 @@ from programs import GPTK, run
             ("smollm2", "bfloat16", True),
             ("smollm2", "int8", False),
             ("smollm2", "int4", False),
-            ("smollm2", "stored", True),
+            ("smollm2", "kept", True),
             ("gpt2-124M", "float32", True),
             ("gpt2-124M", "bfloat16", False),
             ("gpt2-355M", "float32", False),
@@ -46,7 +46,7 @@ def test_gptk_help(measure):
     measure(lambda: run(GPTK, "--help"), rounds=10)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "stored"])
+@pytest.mark.parametrize("dtype", ["float32", "kept"])
 def test_gptk_first_token(dtype, measure):
     """The time from the start of the process. The limit is one read of the weights."""
     lm = models.load("smollm2", dtype)

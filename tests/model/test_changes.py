@@ -111,14 +111,11 @@ def test_unpacked_modules_have_their_parameters_in_one_place():
         assert not {*module._parameters, *module._modules} & set(vars(module))
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_quantized_layers_refuse_other_weights(strict):
-    model = tiny_gpt(CONFIG).to(torch.bfloat16).quantize("int8")
-    with pytest.raises(RuntimeError, match=r"head\.weight: the layer is quantized; call"):
-        model.load_state_dict(other().state_dict(), strict=strict)
-    model.unpack()
-    model.load_state_dict(other().state_dict())
-    assert torch.equal(logits(model), logits(other().to(torch.bfloat16)))
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
+def test_quantized_layers_become_those_that_are_loaded(options):
+    model = tiny_gpt(CONFIG).quantize("int8").pack()
+    model.load_state_dict(other().state_dict(), **options)
+    assert torch.equal(logits(model), logits(other()))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ Names below are imported on first use, so `import gptk` itself loads neither tor
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 import pluggy
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a program chooses what is shown
 
 hookimpl = pluggy.HookimplMarker("gptk")
 """Marks a plug-in's implementation of a hook from `gptk.hooks.hookspecs`."""

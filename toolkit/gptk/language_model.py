@@ -1,24 +1,28 @@
 """The public face: load a model, then generate, stream, chat and score."""
 
 import dataclasses
+import logging
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from gptk import kernels
 from gptk.decoding.limits import StopCondition
 from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
 from gptk.decoding.settings import check_settings
 from gptk.decoding.stream import Stream
-from gptk.errors import OptionError, PromptError, TokenizerError
+from gptk.errors import PromptError, TokenizerError
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.results import Generation, shortened
 from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.hooks.weights import Checkpoint
 from gptk.model import scoring
 from gptk.model.compiled import compile_step
-from gptk.model.levels import Precision
+from gptk.model.gpt import GPT
 from gptk.model.protocol import CausalModel
-from gptk.model.quantization import check_device
+from gptk.model.quantization import Quantize, check_quantize
 from gptk.model.scoring import Score
 from gptk.session.session import Overflow
 from gptk.system import collector
@@ -33,6 +37,8 @@ from gptk.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from gptk.text.chat import Message
+
+_LOG = logging.getLogger(__name__)
 
 
 class Settings(TypedDict, total=False):
@@ -75,7 +81,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: Precision | Literal["stored"] | None = None,
+    quantize: Quantize = "auto",
     compile: bool = False,
     tokenizer: "str | Tokenizer | None" = None,
 ) -> "LanguageModel":
@@ -83,20 +89,19 @@ def load(
 
     source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
     where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
-    GPUs and for quantized weights, float32 on CPUs), float32, bfloat16 or float16. quantize: the
-    precision of the linear layers' weights: int8, int4 (see GPT.quantize; on CUDA by torchao), or,
-    on a CPU, stored: matrices that a GGUF file has as Q4_0, Q4_1 or Q8_0 stay so, and are otherwise
-    dequantized. compile: the step that decodes one row, on a CPU (half a minute or more the first
-    time) or CUDA, see compile_step. tokenizer: instead of the model's own.
+    GPUs that have it, float32 on CPUs), float32, bfloat16 or float16. quantize: auto keeps matrices
+    that a GGUF file has as Q4_0, Q4_1 or Q8_0 as they are on a CPU, where gptk's kernels run or
+    dtype is bfloat16, and dequantizes them elsewhere; none dequantizes all; int8 and int4 round the
+    linear layers' weights of any model (see GPT.quantize; on CUDA by torchao). compile: the step
+    that decodes one row, on a CPU (half a minute or more the first time) or CUDA, see compile_step.
+    tokenizer: instead of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
     target_device = resolve_device(device)
-    if quantize not in (None, "stored", *get_args(Precision)):
-        raise OptionError(f"quantize is {quantize!r}; it must be int8, int4 or stored")
-    if quantize is not None:
-        check_device(quantize, target_device)
-    target_dtype = resolve_dtype(dtype, target_device, quantized=quantize is not None)
+    check_quantize(quantize, target_device)
+    target_dtype = resolve_dtype(dtype, target_device)
+    start = time.perf_counter()
     # Quantized matrices are read as they are stored, since they are small. Those that the model
     # needs dense are dequantized by build_model, one at a time.
     name = str(source or default_source())
@@ -108,7 +113,21 @@ def load(
         tokenizer = checkpoint.tokenizer()
 
     model = build_model(checkpoint, target_device, target_dtype, quantize=quantize, pack=True)
+    _log_loading(checkpoint, model, time.perf_counter() - start)
     return LanguageModel(compile_step(model) if compile else model, tokenizer, origin)
+
+
+def _log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
+    """What was loaded from where, as information."""
+    if not _LOG.isEnabledFor(logging.INFO):
+        return
+    sizes = model.bytes_by_kind().items()
+    weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
+    notes = "".join(f", {key} {value}" for key, value in (checkpoint.notes or {}).items())
+    by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
+    _LOG.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
+    dtype = str(model.dtype).removeprefix("torch.")
+    _LOG.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
 
 
 class LanguageModel:

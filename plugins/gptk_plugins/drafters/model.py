@@ -29,9 +29,8 @@ class ModelDrafter(gptk.Drafter):
         description="the model, as --model names it"
     )
     tokens: int = Field(5, ge=1, description="the most tokens to guess at a time")
-    quantize: Literal["int8", "int4", "stored"] | None = Field(
-        None,
-        description="quantization of its weights on a CPU; stored: as in its file",
+    quantize: Literal["auto", "none", "int8", "int4"] = Field(
+        "auto", description="what becomes of its weights, as --quantize says for the model's"
     )
 
     @classmethod
@@ -90,7 +89,7 @@ class ModelDraft(gptk.Follower):
 
 @functools.lru_cache(maxsize=1)
 def _loaded(
-    source: str, device: str, dtype: str, quantize: Literal["int8", "int4", "stored"] | None
+    source: str, device: str, dtype: str, quantize: Literal["auto", "none", "int8", "int4"]
 ) -> gptk.LanguageModel:
     """The model of the last call is cached, because the next call likely uses it again."""
     return gptk.load(source, device=device, dtype=dtype, quantize=quantize)

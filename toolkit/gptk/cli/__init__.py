@@ -6,17 +6,17 @@ a name is not one of gptk's own.
 
 import gc
 import importlib
-import io
+import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import click
 
 from gptk import __version__
+from gptk.cli.output import add_output_options, say, shown
 from gptk.cli.streams import discard_output, explain, prepare_streams, text_arguments
 from gptk.errors import GptkError, PluginError, UnknownNameError, suggest
 
@@ -35,7 +35,14 @@ COMMANDS = {
 }
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class _Commands(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with shown():
+            return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
 
@@ -52,7 +59,7 @@ class _Commands(click.Group):
                 raise UnknownNameError(f"no command is called {name!r}; {known}")
             command = find("command", name).item
         assert isinstance(command, click.Command)
-        return command
+        return add_output_options(command)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -100,16 +107,15 @@ def cli(debug: bool) -> None:
     """Decoding strategies for GPT models: every sampler with every processor, exactly."""
 
 
+add_output_options(cli)
+
+
 def main() -> NoReturn:
     """Run the program.
 
     Exits with 0; with 1 for an error, a fault in gptk itself included; with 2 for a wrong command
     line; with 130 for Ctrl-C.
     """
-    warnings.showwarning = _show_warning
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # What the locale's encoding lacks, or a file's name that is no text, is escaped.
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         prepare_streams()
         ended = cli.main(text_arguments(sys.argv[1:]), prog_name="gptk", standalone_mode=False)
@@ -140,28 +146,13 @@ def main() -> NoReturn:
         gc.freeze()
 
 
-def _show_warning(
-    message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any
-) -> None:
-    """Show a PluginWarning as a line `gptk: …`, and any other warning as Python does."""
-    from gptk.plugins.registry import PluginWarning
-
-    if issubclass(category, PluginWarning):
-        click.echo(f"gptk: {message}", err=True)
-    else:
-        _show_any_warning(message, category, *args, **kwargs)
-
-
-_show_any_warning = warnings.showwarning
-
-
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"gptk: {' '.join(message.split())}", err=True)
+    say(message)
     sys.exit(code)
 
 
 def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
-    """Print a line on stderr for each plug-in that could not be loaded.
+    """Log a warning for each plug-in that could not be loaded.
 
     kinds: those that a command uses; the hooks of others are then not called, which saves time.
     """
@@ -173,4 +164,4 @@ def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
     reserve_commands(COMMANDS)
     with collector.paused(), exiting():  # this is where PyTorch is imported
         for line in failures(KINDS if kinds is None else kinds):
-            click.echo(f"gptk: skipped {line}", err=True)
+            _LOG.warning("skipped %s", line)

@@ -4,18 +4,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.generate import read_prompts
+from gptk.cli.output import note
 from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
 
 if TYPE_CHECKING:
     from gptk.hooks.sampling import LogitsProcessor
     from gptk.language_model import LanguageModel
     from gptk.measure.comparison import Comparison
+    from gptk.model.quantization import Quantize
 
 _NOTE = (
     "log p: mean log-probability of the new tokens under the model itself, nats a token. "
@@ -83,7 +85,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4", "stored"] | None,
+    quantize: "Quantize",
     as_json: bool,
     plot: Path | None,
 ) -> None:
@@ -165,7 +167,7 @@ def _plot(compared: "Sequence[Comparison]", plot: Path) -> None:
         plot_comparison(compared, plot)
     except OSError as error:
         raise SourceError(f"{plot} cannot be written: {error.strerror or error}") from None
-    click.echo(f"plot: {plot}", err=True)
+    note(f"plot: {plot}")
 
 
 def _print(compared: "Sequence[Comparison]", n: int) -> None:

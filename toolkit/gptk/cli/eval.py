@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,7 @@ from gptk.cli.shared import model_option, precision_options, progress_bar, token
 
 if TYPE_CHECKING:
     from gptk.measure.evaluation import Evaluation
+    from gptk.model.quantization import Quantize
 
 
 @click.command("eval")
@@ -54,7 +55,7 @@ def command(
     max_tokens: int | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4", "stored"] | None,
+    quantize: "Quantize",
     as_json: bool,
 ) -> None:
     """Score a text of any length, each token once, by a sliding window.

@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.output import note, quiet
 from gptk.cli.shared import model_option, precision_options, tokenizer_option
 from gptk.cli.streams import is_text
 from gptk.errors import DecodingError, OptionError, OutOfMemory
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gptk.hooks.observing import DecodingObserver
     from gptk.hooks.results import Generation
     from gptk.language_model import LanguageModel
+    from gptk.model.quantization import Quantize
 
 
 @click.command("generate")
@@ -124,7 +126,7 @@ def command(
     tokenizer: str | None,
     device: str,
     dtype: str,
-    quantize: Literal["int8", "int4", "stored"] | None,
+    quantize: "Quantize",
     compiled: bool,
     prompts_file: IO[str] | None,
     chat: bool,
@@ -277,11 +279,11 @@ def _compile(lm: "LanguageModel") -> None:
 
     def announce() -> None:
         announced.append(True)
-        click.echo("compiling the step for this model and machine, once …", err=True)
+        note("compiling the step for this model and machine, once …")
 
     compile_step(lm.model, announce)
     if announced:
-        click.echo(f"compiled in {time.perf_counter() - start:.0f} s", err=True)
+        note(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
 def read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
@@ -325,7 +327,7 @@ def _read_template(file: IO[str] | None) -> str | None:
 
 def _with_progress(stream: "Stream", steps: int) -> Any:
     """The stream's pieces; on a terminal with a progress bar unless they have text."""
-    if stream.live or not sys.stderr.isatty():
+    if stream.live or quiet() or not sys.stderr.isatty():
         yield from stream
         return
     from rich.console import Console
@@ -356,4 +358,4 @@ def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -
         line += f", {right} of {guessed} guesses accepted{share}"
     if stream.draws and not seed_given:
         line += f", seed: {generations[0].seed}"
-    click.echo(line, err=True)
+    note(line)

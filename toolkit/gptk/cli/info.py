@@ -11,7 +11,9 @@ from gptk.cli import warn_of_failures
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gptk.hooks.weights import Checkpoint
+    import torch
+
+    from gptk.model.config import GPTConfig
 
 
 @click.command("info")
@@ -22,6 +24,7 @@ def command(model: str | None) -> None:
     from gptk import kernels
     from gptk.errors import TokenizerError
     from gptk.model.levels import Levels
+    from gptk.system.devices import DTYPES
     from gptk.weights.loading import default_source, load_checkpoint
 
     checkpoint = load_checkpoint(default_source() if model is None else model, stored=True)
@@ -42,10 +45,15 @@ def command(model: str | None) -> None:
         click.echo(f"in the file: {_sizes(stored)}")
     click.echo(f"parameters: {parameters:,}")
     click.echo("in memory, on a CPU:")
-    for option in ("--dtype float32", "--dtype bfloat16", "--quantize int8", "--quantize int4"):
-        click.echo(f"  {option}: {_sizes(bytes_in_memory(checkpoint, option.split()[1], {}))}")
-    if bits:
-        click.echo(f"  --quantize stored: {_sizes(bytes_in_memory(checkpoint, 'bfloat16', bits))}")
+    expanded = ["--quantize none", "--quantize none --dtype bfloat16"] if bits else []
+    rounded = ["--quantize int8", "--quantize int4"]
+    for options in ("", "--dtype bfloat16", *expanded, *rounded):
+        words = options.split()
+        chosen = dict(zip(words[::2], words[1::2], strict=True))
+        dtype = DTYPES[chosen.get("--dtype", "float32")]
+        quantize = chosen.get("--quantize", "auto")
+        sizes = bytes_in_memory(checkpoint.config, bits, quantize, dtype)
+        click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
     reason = kernels.why_not()
     click.echo(f"kernels: {'gptk and PyTorch' if reason is None else f'PyTorch ({reason})'}")
     for field in dataclasses.fields(checkpoint.config):
@@ -69,37 +77,40 @@ def command(model: str | None) -> None:
 
 
 def bytes_in_memory(
-    checkpoint: "Checkpoint", precision: str, bits: "Mapping[str, int]"
+    config: "GPTConfig", bits: "Mapping[str, int]", quantize: str, dtype: "torch.dtype"
 ) -> "Counter[str]":
-    """The bytes of a model's weights by kind, as `gptk.GPT.bytes_by_kind` gives them after loading.
+    """The bytes of a model's weights by kind after loading, as `gptk.GPT.bytes_by_kind` has them.
 
-    precision: float32, bfloat16, int8 or int4. bits: the bits of the matrices that stay quantized
-    as stored, by name.
+    bits: those of the matrices that the file has quantized, by name. quantize: see
+    gptk.model.quantization.Quantize.
     """
+    import torch
+
     from gptk import kernels
+    from gptk.model.embedding import Embedding
     from gptk.model.levels import GROUP
     from gptk.model.linear import Linear
-    from gptk.model.quantization import bytes_of
+    from gptk.model.quantization import bytes_of, keeps_levels
+    from gptk.system.devices import has_fast_products
     from gptk.weights.empty import empty_gpt
 
-    model = empty_gpt(checkpoint.config)
+    model, plain = empty_gpt(config), str(dtype).removeprefix("torch.")
+    keep = quantize == "auto" and keeps_levels(torch.device("cpu"), dtype)
+    packs_plain = dtype == torch.bfloat16 and has_fast_products(dtype) and not kernels.available()
     sizes: Counter[str] = Counter()
-    plain = "float32" if precision == "float32" else "bfloat16"
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind, shape = plain, parameter.shape
-            tied = module is model.head and checkpoint.config.tied_head
-            if isinstance(module, Linear) and name == "weight":
-                stored_bits = bits.get("embed.weight" if tied else f"{path}.weight")
-                if stored_bits is not None:
-                    kind = f"int{stored_bits}"
-                elif precision.startswith("int") and shape[1] % GROUP == 0:
-                    kind = precision
-            # A tied head is the embedding itself, unless PyTorch's kernel has a packed copy of it.
-            if tied and (kind == "float32" or (kind == plain and kernels.available())):
+            kind, tied = plain, module is model.head and config.tied_head
+            if name == "weight" and isinstance(module, Linear | Embedding):
+                stored = bits.get("embed.weight" if tied else f"{path}.weight")
+                if keep and stored and (isinstance(module, Linear) or kernels.available()):
+                    kind = f"int{stored}"
+                elif quantize.startswith("int") and isinstance(module, Linear):
+                    kind = quantize if parameter.shape[1] % GROUP == 0 else plain
+            # A tied head is the embedding itself, unless it has a packed copy for other kernels.
+            if tied and (not packs_plain if kind == plain else keep and kernels.available()):
                 continue
-            groups = kind == "int8" and bool(bits)
-            sizes[kind] += bytes_of(shape, kind, by_groups=groups)
+            sizes[kind] += bytes_of(parameter.shape, kind, by_groups=keep)
     return sizes
 
 

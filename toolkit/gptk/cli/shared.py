@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import click
 
+from gptk.cli.output import quiet
+
 Command = TypeVar("Command", bound=Callable[..., object])
 
 model_option = click.option(
@@ -25,9 +27,11 @@ def precision_options(command: Command) -> Command:
     for option in (
         click.option(
             "--quantize",
-            type=click.Choice(["int8", "int4", "stored"]),
-            help="Round the weights of linear layers, or keep them as a GGUF file has them: less "
-            "memory, faster on a CPU.",
+            type=click.Choice(["auto", "none", "int8", "int4"]),
+            default="auto",
+            show_default=True,
+            help="auto: matrices that a GGUF file has quantized stay so on a CPU; none: all are "
+            "expanded; int8, int4: all are rounded.",
         ),
         click.option(
             "--dtype",
@@ -45,11 +49,11 @@ def precision_options(command: Command) -> Command:
 
 @contextlib.contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """On a terminal, a progress bar on standard error; elsewhere None.
+    """On a terminal, a progress bar on standard error; elsewhere, and with --quiet, None.
 
     Call it with how much is done, and of how much.
     """
-    if not sys.stderr.isatty():
+    if quiet() or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

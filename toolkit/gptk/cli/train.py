@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.output import note, quiet
 from gptk.hooks.training import TrainingListener
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class _Progress(TrainingListener):
     total_steps = 0
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and not quiet()
         self._shown = 0
         self._next_plain = 0.0
 
@@ -287,7 +288,7 @@ class _Progress(TrainingListener):
             sys.stderr.flush()
             self._shown = len(text)
         elif now >= self._next_plain:
-            click.echo(text, err=True)
+            note(text)
             self._next_plain = now + 10
 
     def _line(self, text: str) -> None:

@@ -16,6 +16,7 @@ tokens (about two seconds a gigabyte) and that of the header.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from gptk.system.caches import cache_folder
 from gptk.system.files import new_file, remove_leftovers, replacing
 from gptk.system.metadata import open_regular, read_text
 from gptk.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,9 @@ def prepare_tokens(
     base = folder / f"{stem}-{key}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _reuse(base, found, fingerprint) or _write(base, found, tokenizer, fingerprint)
+        reused = _reuse(base, found, fingerprint)
+        _LOG.info("tokens of %s %s in %s", ", ".join(names), "kept" if reused else "new", folder)
+        return reused or _write(base, found, tokenizer, fingerprint)
     except OSError as error:
         raise DataError(
             f"the tokens cannot be kept in {folder}: {error.strerror or error}; "

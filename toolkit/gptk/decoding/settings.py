@@ -1,6 +1,7 @@
 """The settings of a generation, checked once."""
 
 import inspect
+import logging
 import operator
 import secrets
 from collections.abc import Iterable
@@ -19,6 +20,14 @@ from gptk.plugins.blame import blaming
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.session.session import Overflow
+from gptk.system.notices import tell_once
+
+_LOG = logging.getLogger(__name__)
+
+_SLOW_WITHOUT_CACHE = (
+    "use_cache=False reads the whole text again for each token; with the cache the results are the "
+    "same"
+)
 
 P = TypeVar("P", bound=Plugin)
 
@@ -83,6 +92,8 @@ def check_settings(
     n = _whole_number("n", n, least=1, most=MAX_ROWS)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
+    if not use_cache:
+        tell_once(_LOG, _SLOW_WITHOUT_CACHE)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
     ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptk.model.gpt import GPT
-from gptk.model.linear import Linear
+from gptk.model.packing import PackableModule
 
 Weight = tuple[list[dict[str, Any]], str, Tensor]
 """A weight: the dictionaries of attributes that hold it, its name in them, and the tensor."""
@@ -30,7 +30,7 @@ class Snapshot:
         for module in modules:
             held += [(module._modules, name, child) for name, child in module._modules.items()]
             held.append((module.__dict__, "forward", None))  # the class's
-            if isinstance(module, Linear):
+            if isinstance(module, PackableModule):
                 held.append((module.__dict__, "packed", module.__dict__.get("packed")))
         weights = weights_of(model)
         for holders, name, tensor in weights:
@@ -86,16 +86,20 @@ def description(model: GPT) -> str:
 def weights_of(model: GPT) -> list[Weight]:
     """All weights of a model: parameters, and the tensors of packed layers."""
     found: list[Weight] = []
+    packed: list[object] = []
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
                 # `GPT.pack` has put them into the module's attributes, too.
                 holders = [module._parameters, module.__dict__]
                 found.append(([holder for holder in holders if name in holder], name, value))
-        if isinstance(module, Linear) and module.packed is not None:
-            for attributes in _attributes(module.packed):
-                tensors = [item for item in attributes.items() if isinstance(item[1], Tensor)]
-                found += [([attributes], name, tensor) for name, tensor in tensors]
+        if isinstance(module, PackableModule) and module.packed is not None:
+            packed.append(module.packed)
+    # A tied head and the embedding may have the same packed matrix.
+    for matrix in {id(matrix): matrix for matrix in packed}.values():
+        for attributes in _attributes(matrix):
+            tensors = [item for item in attributes.items() if isinstance(item[1], Tensor)]
+            found += [([attributes], name, tensor) for name, tensor in tensors]
     return found
 
 

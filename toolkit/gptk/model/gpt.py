@@ -13,19 +13,17 @@ Read from top to bottom: normalization, attention, MLP, block, model. What is un
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.model.attributes import find_by_getattr, find_directly
 from gptk.model.cache import KVCache, Slots
 from gptk.model.config import GPTConfig
-from gptk.model.levels import Precision
+from gptk.model.embedding import Embedding
+from gptk.model.layout import PackableModel
 from gptk.model.linear import HooklessModule, Linear
-from gptk.model.protocol import Step
 
 
 class RMSNorm(HooklessModule, nn.RMSNorm):
@@ -194,7 +192,7 @@ class Block(HooklessModule):
         return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
 
 
-class GPT(nn.Module):
+class GPT(PackableModel):
     """A decoder-only transformer; see GPTConfig for what can vary."""
 
     dropout = 0.0
@@ -203,7 +201,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
         self.embed_positions = (
             nn.Embedding(config.context_length, config.width) if learned else None
@@ -214,8 +212,6 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embed.weight
         self._rope = torch.empty(2, 0, config.head_dim)
-        self.step: Step | None = None
-        """A faster pass for one new token of one row, after `compile_step`."""
         self._initialize()
 
     def forward(
@@ -289,70 +285,6 @@ class GPT(nn.Module):
             if isinstance(module, GPT | Block | Attention):
                 module.dropout = p
 
-    def pack(self) -> "GPT":
-        """Lay weights out for fast decoding, until `unpack` or `train`. Returns the model."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-            find_directly(module)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "blocks" in state:  # a copy of a packed model
-            self.pack()
-
-    def quantize(self, precision: Precision) -> "GPT":
-        """Round the weights of the linear layers, the head's too, to int8 or int4.
-
-        Embeddings, norms, biases and layers whose inputs are no multiple of 32 stay as they are. On
-        a CPU or, by torchao, on CUDA. Only one layer's weights at a time are in memory twice.
-        `unpack` and `train` make ordinary parameters of the rounded weights. Returns the model.
-        """
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.quantize(precision)
-        return self
-
-    def bytes_by_kind(self) -> dict[str, int]:
-        """The bytes of all weights by their precision: float32, bfloat16, int8, int4."""
-        sizes: dict[str, int] = {}
-        for parameter in self.parameters():
-            kind = str(parameter.dtype).removeprefix("torch.")
-            sizes[kind] = sizes.get(kind, 0) + parameter.nbytes
-        for module in self.modules():
-            if isinstance(module, Linear) and module.packed is not None:
-                sizes[module.packed.kind] = sizes.get(module.packed.kind, 0) + module.packed.nbytes
-        return sizes
-
-    def unpack(self) -> None:
-        """Undo `pack` and `compile_step`; make parameters of weights that `quantize` rounded."""
-        self.step = None
-        for module in self.modules():
-            find_by_getattr(module)
-            if isinstance(module, Linear):
-                module.unpack()
-        self.tie()
-
-    def train(self, mode: bool = True) -> "GPT":
-        """Training mode, or evaluation mode. Only unpacked weights can be trained."""
-        if mode:
-            self.unpack()
-        return super().train(mode)
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
-
-    def tie(self) -> None:
-        """Let the head share the embedding's matrix, if it is tied and not packed."""
-        if self.config.tied_head and self.head.packed is None:
-            self.head.weight = self.embed.weight
-
     def _initialize(self) -> None:
         """GPT-2's: std 0.02, or 0.02 / √(2 n_layers) for projections onto the residual stream."""
         for name, parameter in self.named_parameters():
@@ -377,24 +309,24 @@ class GPT(nn.Module):
 
         Empty where positions are learned.
         """
-        table, embed = self._rope, self.embed.weight
+        table, device, dtype = self._rope, self.device, self.dtype
         if self.embed_positions is not None:
             return table
         is_long_enough = table.shape[1] >= length
-        if is_long_enough and table.device == embed.device and table.dtype == embed.dtype:
+        if is_long_enough and table.device == device and table.dtype == dtype:
             return table
         # Computed in float32 whatever the model's dtype, as angles grow large; at least doubled if
         # too short. Not an inference tensor, so that training can use it after sampling.
         with torch.inference_mode(False):
             length = max(length, 2 * table.shape[1], 128)
             half = self.config.head_dim // 2
-            exponents = torch.arange(half, device=embed.device, dtype=torch.float32) / half
+            exponents = torch.arange(half, device=device, dtype=torch.float32) / half
             frequencies = 1.0 / self.config.rope_theta**exponents
             if self.config.rope_factors is not None:
-                frequencies /= torch.tensor(self.config.rope_factors, device=embed.device)
-            positions = torch.arange(length, device=embed.device, dtype=torch.float32)
+                frequencies /= torch.tensor(self.config.rope_factors, device=device)
+            positions = torch.arange(length, device=device, dtype=torch.float32)
             angles = torch.outer(positions, frequencies)
             cos, sin = angles.cos(), angles.sin()
             table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-            self._rope = table.to(embed.dtype)
+            self._rope = table.to(dtype)
         return self._rope

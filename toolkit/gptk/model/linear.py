@@ -15,13 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.model.levels import Precision
-from gptk.model.quantization import Packed, quantized
+from gptk.model.levels import Precision, outputs_at_a_time
+from gptk.model.packing import PackableModule
+from gptk.model.quantization import quantized
+from gptk.system.devices import has_fast_products
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn, "_linear_pointwise"
 )
 _LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
+_MANY_ROWS = 4
+"""From this many rows on, converting weights to float32 takes less time than it saves."""
 
 
 class HooklessModule(nn.Module):
@@ -33,14 +37,13 @@ class HooklessModule(nn.Module):
         return self.forward(*args)
 
 
-class Linear(HooklessModule, nn.Linear):
+class Linear(HooklessModule, PackableModule, nn.Linear):
     """nn.Linear with faster inference on CPUs, and with weights that may be packed or quantized."""
-
-    packed: Packed | None = None
-    """The weights in another layout. Then there is no `weight`, until `unpack`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
+            if torch.is_grad_enabled() and x.requires_grad:
+                return F.linear(x, self.packed.dense(x.dtype), self.bias)
             return self.packed.linear(x, self.bias)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             if _should_run_autocast_linear(x, self.weight):
@@ -58,6 +61,8 @@ class Linear(HooklessModule, nn.Linear):
             return kernels.linear(x, self.weight, self.bias)
         if _onednn_takes(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
+        if x.is_cpu and not has_fast_products(x.dtype) and x.numel() >= inputs * _MANY_ROWS:
+            return _linear_in_float32(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
@@ -66,51 +71,19 @@ class Linear(HooklessModule, nn.Linear):
         Packed weights cannot be trained.
         """
         can_pack = self.packed is None and _onednn_takes(self.weight, torch.bfloat16)
-        if can_pack and not kernels.available():
-            self.use_packed(OneDNNPacked(self.weight))
-
-    def use_packed(self, packed: Packed) -> None:
-        """Replace `weight` by packed weights."""
-        self.packed = packed
-        del self.weight
+        if can_pack and has_fast_products(torch.bfloat16) and not kernels.available():
+            self.use_packed(OneDNNPacked(self.weight), torch.bfloat16)
 
     def quantize(self, precision: Precision) -> None:
-        """Round the weights to a precision, if `gptk.model.quantization.quantized` can."""
-        if self.packed is None and (packed := quantized(self.weight, precision)) is not None:
-            self.use_packed(packed)
+        """Round the weights to a precision, if `gptk.model.quantization.quantized` can.
 
-    def unpack(self) -> None:
-        """Make the weights an ordinary parameter again, with the values that `packed` has."""
-        if self.packed is not None:
-            self.weight = nn.Parameter(self.packed.dense())
-            self.packed = None
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            destination[prefix + "weight"] = self.packed.dense()
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        self._unpack_for_change()
-        if self.packed is not None and prefix + "weight" in state_dict:
-            *_, errors = lists
-            errors.append(
-                f"{prefix}weight: the layer is quantized; call the model's unpack() before, "
-                "and quantize() after"
-            )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-
-    def _apply(self, function: Any, recurse: bool = True) -> "Linear":
-        self._unpack_for_change()
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _unpack_for_change(self) -> None:
-        """Unpack weights of which no value was changed: their layout is of one dtype and device."""
-        if isinstance(self.packed, OneDNNPacked):
-            self.unpack()
+        Weights that have this precision already, as in a GGUF file, stay as they are.
+        """
+        if self.packed is not None and self.packed.kind == precision:
+            return
+        weight = self.weight if self.packed is None else self.packed.dense(torch.float32)
+        if (packed := quantized(weight, precision)) is not None:
+            self.use_packed(packed, self.dtype)
 
 
 class OneDNNPacked:
@@ -120,7 +93,7 @@ class OneDNNPacked:
 
     def __init__(self, weight: Tensor) -> None:
         self.nbytes = weight.nbytes
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
     def __deepcopy__(self, memo: object) -> "OneDNNPacked":
         return self  # never changed, and PyTorch cannot copy it
@@ -128,9 +101,13 @@ class OneDNNPacked:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _onednn(x, self._weight, bias)
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         dense: Tensor = self._weight.to_dense()
-        return dense
+        return dense.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
 
 
 def _onednn_takes(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -155,6 +132,18 @@ def _should_run_autocast_linear(x: Tensor, weight: Tensor) -> bool:
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = _LINEAR(x, weight, bias, "none", [], "")
     return y
+
+
+def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with products in float32, a part of the outputs at a time.
+
+    For many rows, on a CPU without instructions for the dtype, where F.linear is four to ten times
+    as slow.
+    """
+    y, inputs = x.new_empty(*x.shape[:-1], len(weight)), x.float()
+    for outputs, part in outputs_at_a_time(weight):
+        y[..., outputs] = F.linear(inputs, part)
+    return y if bias is None else y.add_(bias)
 
 
 def _linear_for_compiler(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,14 +3,14 @@
 Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
 of the time. Weights are packed for gptk's own kernel (`KernelGroups`, see gptk.kernels) or, on
 machines that cannot run it, for PyTorch's kernels (`PyTorchInt8`, `PyTorchInt4`,
-`PyTorchInt8Groups`), which round activations, scales and offsets to bfloat16. All are made for few
-rows. For many, as in a prompt, the weights are dequantized, to bfloat16 or float32, for a single
-product. On CUDA torchao quantizes, see gptk.model.torchao.
+`PyTorchInt8Groups`), which round activations, scales and offsets to bfloat16, and are made for few
+rows: for many, as in a prompt, the weights are dequantized for a single product. On CUDA torchao
+quantizes, see gptk.model.torchao.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptk import kernels
 from gptk.distribution import install_command
-from gptk.errors import DeviceError
+from gptk.errors import DeviceError, OptionError
 from gptk.model.levels import (
     GROUP,
     WEIGHTS_AT_A_TIME,
@@ -27,50 +27,52 @@ from gptk.model.levels import (
     Precision,
     outputs_at_a_time,
 )
+from gptk.model.packing import Packed
+from gptk.system.devices import has_bfloat16_instructions, has_fast_products
 from gptk.system.memory import new_bytes
 
-_MANY_ROWS = 64
-"""From this many rows on, dequantizing the weights and multiplying by them is faster."""
+Quantize = Literal["auto", "none", "int8", "int4"]
+"""What becomes of the matrices of linear layers. auto: those that a file has quantized, as Levels,
+stay so where `keeps_levels`; none: all are dense; int8, int4: all are rounded, see Precision."""
+
+_MANY_ROWS, _MANY_ROWS_IN_BFLOAT16 = 64, 256
+"""From this many rows on, it is faster to dequantize the weights and multiply by them than to use
+PyTorch's kernels; or gptk's, if the product is in bfloat16 by instructions for it."""
+_ROWS_AT_A_TIME = 256
+"""Rows that are looked up at a time, so that the blocks that they are in take little memory."""
 _PYTORCH_BLOCK = 64
 """Outputs are padded to a multiple of this for PyTorch's int4 kernel."""
 _KERNEL_BLOCK = 16
 """Outputs are padded to a multiple of this for gptk's kernel."""
 
 
-class Packed(Protocol):
-    """The weights of a linear layer, (outputs, inputs), in the layout of a kernel."""
-
-    kind: str
-    """The precision: int8, int4 or bfloat16."""
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x times the weights, plus the bias, in x's dtype. x: (…, inputs)."""
-        raise NotImplementedError
-
-    def dense(self) -> Tensor:
-        """The dequantized weights, (outputs, inputs) bfloat16."""
-        raise NotImplementedError
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes that the weights take in memory."""
-        raise NotImplementedError
-
-
-def check_device(precision: Precision | Literal["stored"], device: torch.device) -> None:
-    """Raises DeviceError if weights of a precision cannot be on a device."""
-    if device.type == "cpu":
+def check_quantize(quantize: str, device: torch.device) -> None:
+    """Raises OptionError for what is no Quantize, DeviceError if a device does not have it."""
+    if quantize not in get_args(Quantize):
+        raise OptionError(f"quantize is {quantize!r}; it must be auto, none, int8 or int4")
+    if device.type == "cpu" or quantize in ("auto", "none"):
         return
     if device.type != "cuda":
-        raise DeviceError(f"quantized weights need the device cpu or cuda, not {device.type}")
-    if precision == "stored":
-        raise DeviceError("quantize stored needs the device cpu; on cuda it can be int8 or int4")
+        raise DeviceError(f"quantize {quantize} needs the device cpu or cuda, not {device.type}")
     from gptk.model.torchao import is_installed
 
     if not is_installed():
         raise DeviceError(
-            f"quantize {precision} on cuda needs torchao; install it: {install_command('torchao')}"
+            f"quantize {quantize} on cuda needs torchao; install it: {install_command('torchao')}"
         )
+
+
+def keeps_levels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the matrices that a file has quantized stay so, with activations of a dtype.
+
+    They do on a CPU where gptk's kernels run, which compute what the dequantized matrices give.
+    PyTorch's kernels round activations to bfloat16, so they are used if activations are bfloat16,
+    and the processor has instructions that they are written for.
+    """
+    if device.type != "cpu":
+        return False
+    by_pytorch = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
+    return kernels.available() or (dtype == torch.bfloat16 and by_pytorch)
 
 
 def quantized(weight: Tensor, precision: Precision) -> Packed | None:
@@ -141,21 +143,57 @@ class KernelGroups:
             kernels.pack(part.codes, part.scale, part.offset, self._bits, self._weights[block:])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _linear(x, bias, self, self._outputs)
+        if x.dim() != 2:
+            return self.linear(x.flatten(0, -2), bias).view(*x.shape[:-1], self._outputs)
+        if x.dtype == torch.float16:
+            return self.linear(x.float(), bias).half()
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return F.linear(x, self.dense(x.dtype), bias)
+        many = len(x) >= _MANY_ROWS_IN_BFLOAT16
+        if x.dtype == torch.bfloat16 and many and has_bfloat16_instructions():
+            return _with_bias(F.linear(x, self.dense(x.dtype)), x, bias)
+        return kernels.quantized_linear(x, self._weights, bias, self._bits, self._outputs)
 
-    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in (torch.float32, torch.bfloat16):
+            return self.dense(torch.float32).to(dtype)
         return kernels.dequantize_packed(
             self._weights, self._bits, self._outputs, self._inputs, dtype
         )
+
+    def rows(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dequantized weights of the outputs with these numbers, (n,): (n, inputs).
+
+        Raises IndexError for numbers of no output.
+        """
+        if not torch.compiler.is_compiling() and len(outputs):
+            low, high = outputs.aminmax()
+            if not 0 <= low <= high < self._outputs:
+                raise IndexError(f"rows from {low} to {high} of {self._outputs}")
+        parts = [self._rows(part).to(dtype) for part in torch.split(outputs, _ROWS_AT_A_TIME)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows(self, outputs: Tensor) -> Tensor:
+        blocks, lane = self._weights[outputs // _KERNEL_BLOCK], outputs % _KERNEL_BLOCK
+        count, groups = len(outputs), self._inputs // GROUP
+        row = torch.arange(count, device=outputs.device)
+        # (count, groups, 2): the group's scale and offset, of the 16 that a block has of each.
+        factors = blocks[:, :, : 4 * _KERNEL_BLOCK].view(torch.float16)
+        factors = factors.view(count, groups, 2, _KERNEL_BLOCK)[row, :, :, lane].float()
+        codes = blocks[:, :, 4 * _KERNEL_BLOCK :].view(count, groups, self._bits, _KERNEL_BLOCK, 4)
+        codes = codes[row, :, :, lane].flatten(2)
+        if self._bits == 4:
+            codes = torch.cat((codes & 15, codes >> 4), dim=2)
+        scale, offset = factors[:, :, :1], factors[:, :, 1:]
+        return torch.addcmul(offset, codes.float(), scale).flatten(1)
 
     @property
     def nbytes(self) -> int:
         return self._weights.nbytes
 
-    def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dtype == torch.float16:
-            return self.matmul_few_rows(x.float(), bias).half()
-        return kernels.quantized_linear(x, self._weights, bias, self._bits, self._outputs)
+    @property
+    def device(self) -> torch.device:
+        return self._weights.device
 
 
 class PyTorchInt8:
@@ -174,10 +212,17 @@ class PyTorchInt8:
             self._codes[outputs] = (part / scale[:, None]).round_().clamp_(-127, 127)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _linear(x, bias, self, len(self._scale))
+        return _linear(x, bias, self)
 
-    def dense(self) -> Tensor:
-        return self._codes.bfloat16().mul_(self._scale[:, None])
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self._codes.to(dtype).mul_(self._scale[:, None])
+
+    def transposed(self, dtype: torch.dtype) -> Tensor:
+        return self.dense(dtype).T
+
+    @property
+    def device(self) -> torch.device:
+        return self._codes.device
 
     @property
     def nbytes(self) -> int:
@@ -244,32 +289,32 @@ class PyTorchInt4:
             self._scales[:, part] = torch.stack((scale.T, zero.T), dim=2)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _linear(x, bias, self, self._outputs)
+        return _linear(x, bias, self)
 
-    def dense(self) -> Tensor:
-        block = _int4_block()
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.transposed(dtype).T
+
+    def transposed(self, dtype: torch.dtype) -> Tensor:
+        layout = _int4_layout()
         groups, padded, _ = self._scales.shape
-        if block is None:  # an unknown layout: multiply by the identity matrix
+        if layout is None:  # multiply by the identity matrix
             eye = torch.eye(groups * GROUP, dtype=torch.bfloat16)
-            return self.matmul_few_rows(eye, None).T
-        # (blocks, groups, inputs of a group, half a block): low nibbles are the block's first half
-        nibbles = self._packed.view(padded // block, groups, GROUP, block // 2)
-        scales = self._scales.view(groups, padded // block, 1, block, 2).transpose(0, 1).float()
-        scale, zero = scales.unbind(-1)
-        halves = (nibbles & 15).float(), (nibbles >> 4).float()
-        dense = [
-            torch.addcmul(half_zero - 8 * half_scale, half, half_scale).bfloat16()
-            for half, half_scale, half_zero in zip(
-                halves, scale.chunk(2, dim=-1), zero.chunk(2, dim=-1), strict=True
-            )
-        ]
-        by_input = torch.cat(dense, dim=-1).view(padded // block, groups * GROUP, block)
-        by_input = by_input.transpose(0, 1).reshape(groups * GROUP, padded)
-        return by_input[:, : self._outputs].T
+            return self.matmul_few_rows(eye, None).to(dtype)
+        block, dim = layout
+        nibbles = self._packed.view(padded // block, groups, GROUP, block // 2).permute(1, 2, 0, 3)
+        codes = torch.stack((nibbles & 15, nibbles >> 4), dim).view(groups, GROUP, padded)
+        scale, zero = self._scales[:, None].float().unbind(-1)
+        dense = codes.float()
+        torch.addcmul(zero - 8 * scale, dense, scale, out=dense)
+        return dense.flatten(0, 1)[:, : self._outputs].to(dtype)
 
     @property
     def nbytes(self) -> int:
         return int(self._packed.nbytes + self._scales.nbytes)
+
+    @property
+    def device(self) -> torch.device:
+        return self._packed.device
 
     def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = torch._weight_int4pack_mm_for_cpu(
@@ -292,30 +337,38 @@ class PyTorchInt8Groups:
         self._nibbles = PyTorchInt4.of_eight_bits(levels)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._nibbles.linear(torch.cat((x, x), dim=-1), bias)
+        return _linear(x, bias, self)
 
-    def dense(self) -> Tensor:
-        high, low = self._nibbles.dense().float().chunk(2, dim=1)
-        return (high + low).bfloat16()
+    def matmul_few_rows(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._nibbles.matmul_few_rows(torch.cat((x, x), dim=-1), bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.transposed(dtype).T
+
+    def transposed(self, dtype: torch.dtype) -> Tensor:
+        high, low = self._nibbles.transposed(torch.float32).chunk(2, dim=0)
+        return (high + low).to(dtype)
 
     @property
     def nbytes(self) -> int:
         return self._nibbles.nbytes
 
+    @property
+    def device(self) -> torch.device:
+        return self._nibbles.device
+
 
 def _linear(
-    x: Tensor, bias: Tensor | None, weights: KernelGroups | PyTorchInt8 | PyTorchInt4, outputs: int
+    x: Tensor, bias: Tensor | None, weights: PyTorchInt8 | PyTorchInt4 | PyTorchInt8Groups
 ) -> Tensor:
     """x times the weights, plus the bias: few rows by the kernel, many with dequantized weights."""
     if x.dim() != 2:
-        y = _linear(x.flatten(0, -2), bias, weights, outputs)
-        return y.view(*x.shape[:-1], outputs)
-    if x.shape[0] < _MANY_ROWS or (isinstance(weights, PyTorchInt4) and _int4_block() is None):
+        y = _linear(x.flatten(0, -2), bias, weights)
+        return y.view(*x.shape[:-1], y.shape[1])
+    if x.shape[0] < _MANY_ROWS or _int4_layout() is None:
         return weights.matmul_few_rows(x, bias)
-    if isinstance(weights, KernelGroups):
-        dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-        return _with_bias(F.linear(x.to(dtype), weights.dense(dtype)), x, bias)
-    return _with_bias(F.linear(x.bfloat16(), weights.dense()), x, bias)
+    dtype = torch.bfloat16 if has_fast_products(torch.bfloat16) else torch.float32
+    return _with_bias(x.to(dtype) @ weights.transposed(dtype), x, bias)
 
 
 def _with_bias(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -325,21 +378,25 @@ def _with_bias(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @functools.cache
-def _int4_block() -> int | None:
-    """How many outputs PyTorch's int4 layout packs together: 64, 32, or None for another layout.
+def _int4_layout() -> tuple[int, Literal[3, 4]] | None:
+    """How many outputs PyTorch's int4 layout packs together, and how; None for an unknown layout.
 
-    The layout is undocumented and differs between processors, so it is found out by packing known
-    codes. A byte has an output of the first half of a block in its low nibble, and the output at
-    the same place of the second half in its high nibble.
+    A byte has the codes of two outputs for one input. The outputs of a block are in the order of
+    `stack((low nibbles, high nibbles), dim)`, of tensors (inputs, groups, blocks, half a block):
+    for dim 3 the first half of a block is in low nibbles, for 4 every other output. The layout is
+    undocumented and differs between processors, so it is found out by packing known codes.
     """
     for block in (64, 32):
         outputs = torch.arange(block, dtype=torch.int32)[:, None].expand(block, GROUP)
-        halves = torch.zeros(2, GROUP, block // 2, dtype=torch.int32)
+        low, high = torch.zeros(2, GROUP, 1, 1, block // 2, dtype=torch.int32)
         for shift in (0, 4):
             codes = ((outputs >> shift) & 15).contiguous()
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-            packed = packed.view(GROUP, block // 2).int()
-            halves += torch.stack((packed & 15, packed >> 4)) << shift
-        if torch.equal(torch.cat((halves[0], halves[1]), dim=1), outputs.T):
-            return int(block)
+            packed = packed.view(low.shape).int()
+            low += (packed & 15) << shift
+            high += (packed >> 4) << shift
+        dims: tuple[Literal[3, 4], ...] = (3, 4)
+        for dim in dims:
+            if torch.equal(torch.stack((low, high), dim).view(GROUP, block), outputs.T):
+                return block, dim
     return None

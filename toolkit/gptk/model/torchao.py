@@ -40,9 +40,13 @@ class TorchAO:
         y = F.linear(x.bfloat16(), self._weight, None if bias is None else bias.bfloat16())
         return y.to(x.dtype)
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype) -> Tensor:
         eye = torch.eye(self._inputs, dtype=torch.bfloat16, device=self._weight.device)
-        return self.linear(eye, None).T
+        return self.linear(eye, None).T.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
 
     @property
     def nbytes(self) -> int:

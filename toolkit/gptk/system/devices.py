@@ -1,5 +1,8 @@
 """Devices and dtypes by name, or chosen for `auto`."""
 
+import functools
+from typing import Any
+
 import torch
 
 from gptk.errors import DeviceError
@@ -33,16 +36,13 @@ def available() -> list[str]:
     return [name for name, usable in kinds if usable] + ["cpu"]
 
 
-def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that supports it and for quantized weights, else float32.
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that supports it, else float32.
 
     On a CPU bfloat16 is faster if the processor supports it, but rounds so coarsely that a prompt's
-    greedy text can depend on the other prompts of a batch; so it is not chosen there. With
-    quantized weights it is chosen all the same: PyTorch's kernels for them take nothing else, and
-    prefill is faster. Raises DeviceError for an unknown name.
+    greedy text can depend on the other prompts of a batch; so it is not chosen there. Raises
+    DeviceError for an unknown name.
     """
-    if name == "auto" and quantized:
-        return torch.bfloat16
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -51,12 +51,35 @@ def resolve_dtype(name: str, device: torch.device, *, quantized: bool = False) -
     return DTYPES[name]
 
 
+@functools.cache
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies matrices of a dtype about as fast as float32 ones on this CPU.
+
+    In bfloat16 that takes AVX-512, in float16 AVX-512 FP16, or the like of other processors.
+    Without these PyTorch converts numbers one by one.
+    """
+    if dtype == torch.float32:
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in name or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    supported: Any = getattr(torch.ops.mkldnn, name[dtype], None)
+    return supported is not None and bool(supported())
+
+
+@functools.cache
+def has_bfloat16_instructions() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 numbers, faster than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return native and has_fast_products(torch.bfloat16)
+
+
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     """For training: `auto` is bfloat16 if the hardware has instructions for it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
         return resolve_dtype(name, device)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = device.type == "cpu" and has_bfloat16_instructions()
     return torch.bfloat16 if native else torch.float32

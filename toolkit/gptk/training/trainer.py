@@ -8,6 +8,7 @@ learning rate, the windows and the random numbers (dropout) all follow from that
 seed. So a run that was killed and resumed goes on bit for bit as if it had not been.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gptk.data.windows import Windows
 from gptk.errors import OptionError
 from gptk.hooks.training import LRScheduler, Regularizer, TrainingListener
 from gptk.model.gpt import GPT
+from gptk.model.slow_paths import tell_of_slow_training
 from gptk.plots.runs import plot_runs
 from gptk.plugins.blame import blaming
 from gptk.runs.directory import CONFIG, RunDirectory, open_records
@@ -41,6 +43,8 @@ from gptk.training.processes import Processes
 from gptk.training.progress import TrainingProgress
 from gptk.training.state import TrainingState
 from gptk.training.step import TrainingStep
+
+_LOG = logging.getLogger(__name__)
 
 
 def _counter(name: str) -> Any:
@@ -107,6 +111,7 @@ class Trainer:
         self._plugins = TrainingPlugins.create(config)
         self._listeners = list(listeners)
         self._dtype = autocast_dtype(config.dtype, model.device)
+        tell_of_slow_training(model.device, self._dtype)
         self._plan = TrainingPlan(config, train, validation, self.processes.count)
         self._plan.check()
         self._directory = None if self.run is None else RunDirectory(self.run)
@@ -223,11 +228,11 @@ class Trainer:
         """A trainer that resumes from a run's last intact checkpoint, in any number of processes.
 
         changes: settings to change, as `key=value`, for example `steps=4000`. warn: gets
-        a line for each damaged checkpoint and for changed data; by default on standard error.
+        a line for each damaged checkpoint and for changed data; by default it is logged.
         Raises TrainingError if there is no checkpoint, if another trainer uses the run, or if
         files of the run are damaged; OptionError for settings that are wrong, or cannot change.
         """
-        folder = Path(run)
+        folder, warn = Path(run), warn or _LOG.warning
         directory = RunDirectory(folder)
         try:
             with explaining_preparation(folder):

@@ -1,8 +1,8 @@
 """Building a GPT from a checkpoint, one tensor after the other, so that it takes little memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from gptk import kernels
 from gptk.errors import SourceError
 from gptk.hooks.weights import Checkpoint
 from gptk.model.gpt import GPT
-from gptk.model.levels import Levels, Precision
+from gptk.model.levels import Levels
 from gptk.model.linear import Linear
-from gptk.model.quantization import Packed, quantized
+from gptk.model.packing import Packed
+from gptk.model.quantization import Quantize, keeps_levels, quantized
 from gptk.model.quantization import pack as pack_levels
+from gptk.model.slow_paths import tell_of_slow_inference
 from gptk.system.memory import new_bytes
 from gptk.weights.empty import empty_gpt
 from gptk.weights.failures import explaining_failures
@@ -26,7 +28,7 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype,
     *,
-    quantize: Precision | Literal["stored"] | None = None,
+    quantize: Quantize = "none",
     pack: bool = False,
 ) -> GPT:
     """The GPT with a checkpoint's weights, in evaluation mode.
@@ -34,30 +36,30 @@ def build_model(
     The model is created without memory. Then each tensor is read, converted and put into it before
     the next one is read, so that only one tensor is in memory twice.
 
-    quantize: the linear layers' precision, see gptk.model.quantization; weights are rounded from
-    the checkpoint's precision, not from `dtype`. With `stored`, matrices that the checkpoint has as
-    Levels keep their codes; otherwise Levels are dequantized. The embedding is always dequantized,
-    while a head tied to it may be quantized. pack: lay the weights out for inference, see GPT.pack.
+    quantize: see gptk.model.quantization.Quantize. With auto, matrices that the checkpoint has as
+    Levels keep their codes, and so does the embedding where gptk's kernels run; otherwise Levels
+    are dequantized. int8 and int4 round the checkpoint's weights, not those in `dtype`; the
+    embedding stays dense, while a head tied to it is rounded. pack: lay the weights out for
+    inference, see GPT.pack.
 
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape, or a file
     that cannot be read; OutOfMemory.
     """
-    state = _checked_state(checkpoint)
-    model = empty_gpt(checkpoint.config)
+    device, model = torch.device(device), empty_gpt(checkpoint.config)
     # gptk's kernels read weights a quarter faster from huge pages. For float32 weights, allocating
     # so many pages may take longer than is gained in a text of a hundred tokens.
-    huge_pages = (
-        pack
-        and dtype == torch.bfloat16
-        and torch.device(device).type == "cpu"
-        and kernels.available()
-    )
+    huge_pages = pack and dtype == torch.bfloat16 and device.type == "cpu" and kernels.available()
+    state = _checked_state(checkpoint)
+    builder = _Builder(model, state, device, dtype, quantize, huge_pages)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    kind = str(quantize or dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.")
     with explaining_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
-        _Builder(model, state, torch.device(device), dtype, quantize, huge_pages).fill(pack=pack)
+        builder.fill(pack=pack)
         if pack:
             model.pack()
+    if pack:
+        expanded = quantize == "auto" and bool(builder.expanded)
+        tell_of_slow_inference(device, dtype, expanded=expanded)
     return model.eval()
 
 
@@ -84,8 +86,10 @@ class _Builder:
     state: LazyTensors
     device: torch.device
     dtype: torch.dtype
-    quantize: Precision | Literal["stored"] | None
+    quantize: Quantize
     huge_pages: bool
+    expanded: list[str] = field(default_factory=list)
+    """The matrices that the checkpoint has as Levels, and that auto does not keep here."""
 
     def fill(self, *, pack: bool) -> None:
         """Fill the model, layer by layer. pack: call `Linear.pack` on each linear layer."""
@@ -103,21 +107,34 @@ class _Builder:
         """Read the model's tensor `name`, convert it and put it into `layer`, which has it."""
         tensor = self.state[name]
         if isinstance(layer, Linear) and name.endswith(".weight"):
-            packed = self._packed(tensor)
-            if packed is not None:
-                layer.use_packed(packed)
+            if (packed := self._packed(tensor)) is not None:
+                layer.use_packed(packed, self.dtype)
                 return
-        is_tied = name == "embed.weight" and self.model.config.tied_head
-        if is_tied and (for_head := self._packed(tensor)) is not None:
-            self.model.head.use_packed(for_head)
+        elif layer is self.model.embed and self._packs_embedding(tensor):
+            return
+        if isinstance(tensor, Levels) and not keeps_levels(self.device, self.dtype):
+            self.expanded.append(name)
         setattr(layer, name.rpartition(".")[2], nn.Parameter(self._converted(tensor)))
 
+    def _packs_embedding(self, tensor: Tensor | Levels) -> bool:
+        """Put the embedding into the model if it stays quantized, and a quantized head that is tied
+        to it. Whether the embedding is done."""
+        model, keep = self.model, self.quantize == "auto" and kernels.available()
+        if not (model.config.tied_head or keep) or (packed := self._packed(tensor)) is None:
+            return False
+        if model.config.tied_head:
+            model.head.use_packed(packed, self.dtype)
+        if keep:
+            model.embed.use_packed(packed, self.dtype)
+        return keep
+
     def _packed(self, weight: Tensor | Levels) -> Packed | None:
-        """The quantized matrix, or None if it is not to be quantized."""
-        if self.quantize == "stored":
-            return pack_levels(weight) if isinstance(weight, Levels) else None
-        if self.quantize is None:
+        """The quantized matrix, or None if it is to be dense."""
+        if self.quantize == "none":
             return None
+        if self.quantize == "auto":
+            keep = isinstance(weight, Levels) and keeps_levels(self.device, self.dtype)
+            return pack_levels(weight) if isinstance(weight, Levels) and keep else None
         weight = weight.dense() if isinstance(weight, Levels) else weight
         return quantized(weight.to(self.device), self.quantize)
 

@@ -2,8 +2,9 @@
 //
 // A product of few rows with weights that are quantized in groups of 32 takes as long as reading
 // the weights, if the arithmetic keeps up. It does if codes are multiplied as integers, four to a
-// lane (VNNI). For that x is quantized, too: to 15 bits and a sign in each group of 32 inputs, an
-// error of about 1e-5 of the product. A row's products are summed in the same order for any number
+// lane (VNNI). For that x is quantized, too, in each group of 32 inputs: float32 to 21 bits and a
+// sign, an error of 2⁻²² of the group's largest number, which is that of float32 itself; bfloat16,
+// which has 8 bits, to 14 and a sign. A row's products are summed in the same order for any number
 // of rows, so that its result is the same, bit for bit, whatever the other rows are.
 #pragma once
 
@@ -20,23 +21,31 @@ constexpr int64_t PREFETCH_DISTANCE =
 // 32 x 16 codes of `bits` bits.
 constexpr int64_t group_bytes(int bits) { return 4 * BLOCK + GROUP * BLOCK * bits / 8; }
 
-// Rows of x, (rows, inputs), quantized in groups of 32 inputs: x = scale · (128 · high + low), and
-// for each group the sum of these.
+// Integers of 8 bits that a number of x is made of: see QuantizedRows.
+template <typename T>
+constexpr int PARTS = sizeof(T) == 4 ? 3 : 2;
+
+// Rows of x, (rows, inputs), quantized in groups of 32 inputs: x = scale · n, where the integer n
+// is part[0] · 128² + part[1] · 128 + part[2] with three parts, or part[0] · 128 + part[1] with
+// two; and for each group the sum of x.
+template <int parts>
 struct QuantizedRows {
-  int64_t groups;      // in a row
-  int8_t *high, *low;  // (rows, inputs)
-  float *scale, *sum;  // (rows, groups)
+  static constexpr int32_t LARGEST = 127 << 7 * (parts - 1);
+
+  int64_t groups;       // in a row
+  int8_t* part[parts];  // (rows, inputs)
+  float *scale, *sum;   // (rows, groups)
 
   // memory: of at least `bytes(rows, inputs)`.
   QuantizedRows(int64_t rows, int64_t inputs, int8_t* memory)
       : groups(inputs / GROUP),
-        high(memory),
-        low(high + rows * inputs),
-        scale((float*)(low + rows * inputs)),
-        sum(scale + rows * groups) {}
+        scale((float*)(memory + parts * rows * inputs)),
+        sum(scale + rows * groups) {
+    for (int p = 0; p < parts; p++) part[p] = memory + p * rows * inputs;
+  }
 
   static int64_t bytes(int64_t rows, int64_t inputs) {
-    return round_up(2 * rows * inputs + 2 * rows * (inputs / GROUP) * sizeof(float), 64);
+    return round_up(parts * rows * inputs + 2 * rows * (inputs / GROUP) * sizeof(float), 64);
   }
 
   // Quantizes one group; `group` counts through all rows of x. Infinity and NaN make the group NaN.
@@ -50,18 +59,19 @@ struct QuantizedRows {
                          _mm512_and_si512(_mm512_castps_si512(b), absolute)));
     float largest;
     std::memcpy(&largest, &largest_bits, sizeof largest);
-    const float step =
-        largest_bits < 0x7f800000 ? largest * (1.0f / 16256) : __builtin_nanf("");  // 127 · 128
-    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 16256 / largest : 0);
+    const float step = largest_bits < 0x7f800000 ? largest * (1.0f / LARGEST) : __builtin_nanf("");
+    const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? LARGEST / largest : 0);
     const __m512i rounded[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
                                 _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse))};
     for (int half = 0; half < 2; half++) {
-      const __m512i upper =
-          _mm512_srai_epi32(_mm512_add_epi32(rounded[half], _mm512_set1_epi32(64)), 7);
-      const __m512i lower = _mm512_sub_epi32(rounded[half], _mm512_slli_epi32(upper, 7));
-      const int64_t start = group * GROUP + 16 * half;
-      _mm_storeu_si128((__m128i*)&high[start], _mm512_cvtepi32_epi8(upper));
-      _mm_storeu_si128((__m128i*)&low[start], _mm512_cvtepi32_epi8(lower));
+      __m512i rest = rounded[half];
+      for (int p = parts - 1; p >= 0; p--) {
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(64)), 7);
+        const __m512i lower = p == 0 ? rest : _mm512_sub_epi32(rest, _mm512_slli_epi32(upper, 7));
+        _mm_storeu_si128((__m128i*)&part[p][group * GROUP + 16 * half],
+                         _mm512_cvtepi32_epi8(lower));
+        rest = upper;
+      }
     }
     scale[group] = step;
     sum[group] = step * _mm512_reduce_add_epi32(_mm512_add_epi32(rounded[0], rounded[1]));
@@ -77,8 +87,9 @@ inline __m512i broadcast_four(const int8_t* x) {
 
 // y[r], a lane for each output of a block: the product of row `row` + r of x, for r < R. weights:
 // the block's, in the layout of `pack`.
-template <int bits, int R>
-inline void multiply_block(const uint8_t* weights, const QuantizedRows& x, int64_t row, __m512* y) {
+template <int bits, int R, int parts>
+inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x, int64_t row,
+                           __m512* y) {
   for (int r = 0; r < R; r++) y[r] = _mm512_setzero_ps();
   for (int64_t group = 0; group < x.groups; group++, weights += group_bytes(bits)) {
     for (int64_t line = 0; line < group_bytes(bits); line += 64)
@@ -98,18 +109,22 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows& x, int64
     }
     for (int r = 0; r < R; r++) {
       const int64_t x_group = (row + r) * x.groups + group;
-      const int8_t *high = &x.high[x_group * GROUP], *low = &x.low[x_group * GROUP];
-      __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-      for (int i = 0; i < 8; i += 2) {
-        a = _mm512_dpbusd_epi32(a, codes[i], broadcast_four(high + 4 * i));
-        b = _mm512_dpbusd_epi32(b, codes[i + 1], broadcast_four(high + 4 * i + 4));
-        c = _mm512_dpbusd_epi32(c, codes[i], broadcast_four(low + 4 * i));
-        d = _mm512_dpbusd_epi32(d, codes[i + 1], broadcast_four(low + 4 * i + 4));
+      __m512i sum[parts];  // Σ code · part over the group, exact in 32 bits
+      for (int p = 0; p < parts; p++) {
+        const int8_t* numbers = &x.part[p][x_group * GROUP];
+        __m512i even = _mm512_setzero_si512(), odd = even;
+        for (int i = 0; i < 8; i += 2) {
+          even = _mm512_dpbusd_epi32(even, codes[i], broadcast_four(numbers + 4 * i));
+          odd = _mm512_dpbusd_epi32(odd, codes[i + 1], broadcast_four(numbers + 4 * i + 4));
+        }
+        sum[p] = _mm512_add_epi32(even, odd);
       }
-      a = _mm512_slli_epi32(_mm512_add_epi32(a, b), 7);
-      a = _mm512_add_epi32(a, _mm512_add_epi32(c, d));
-      // Σ (code · scale + offset) · x over the group, with Σ code · x exact in 32 bits.
-      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(a), scale);
+      const __m512i lower = _mm512_add_epi32(_mm512_slli_epi32(sum[parts - 2], 7), sum[parts - 1]);
+      __m512 total = _mm512_cvtepi32_ps(lower);
+      if constexpr (parts == 3)
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[0]), _mm512_set1_ps(1 << 14), total);
+      // Σ (code · scale + offset) · x over the group.
+      const __m512 scaled = _mm512_mul_ps(total, scale);
       y[r] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x.scale[x_group]), y[r]);
       y[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(x.sum[x_group]), y[r]);
     }
@@ -119,7 +134,7 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows& x, int64
 // This thread's share, within a parallel region, of y (rows, outputs) = x times the weights, plus
 // the bias (outputs) unless it is null: a range of blocks of outputs, for all rows.
 template <int bits, typename T>
-void multiply_blocks(const QuantizedRows& x, const uint8_t* weights, const T* bias, T* y,
+void multiply_blocks(const QuantizedRows<PARTS<T>>& x, const uint8_t* weights, const T* bias, T* y,
                      int64_t rows, int64_t outputs) {
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < (outputs + BLOCK - 1) / BLOCK; block++) {
@@ -152,19 +167,20 @@ constexpr int64_t ROWS_QUANTIZED_BY_EACH = 8;
 template <int bits, typename T>
 void quantized_linear(const T* x, const uint8_t* weights, const T* bias, T* y, int64_t rows,
                       int64_t inputs, int64_t outputs) {
-  const int64_t groups = rows * (inputs / GROUP), bytes = QuantizedRows::bytes(rows, inputs);
+  const int64_t groups = rows * (inputs / GROUP),
+                bytes = QuantizedRows<PARTS<T>>::bytes(rows, inputs);
   const bool by_each = rows <= ROWS_QUANTIZED_BY_EACH;
   const Memory<int8_t> memory((by_each ? omp_get_max_threads() : 1) * bytes);
   if (by_each) {
 #pragma omp parallel
     {
-      QuantizedRows quantized(rows, inputs, memory.get() + omp_get_thread_num() * bytes);
+      QuantizedRows<PARTS<T>> quantized(rows, inputs, memory.get() + omp_get_thread_num() * bytes);
       for (int64_t group = 0; group < groups; group++) quantized.quantize(x, group);
       multiply_blocks<bits>(quantized, weights, bias, y, rows, outputs);
     }
     return;
   }
-  QuantizedRows quantized(rows, inputs, memory.get());
+  QuantizedRows<PARTS<T>> quantized(rows, inputs, memory.get());
 #pragma omp parallel
   {
 #pragma omp for schedule(static)

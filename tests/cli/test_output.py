@@ -1,0 +1,121 @@
+"""What the program says on standard error: lines that begin with `gptk:`, more or fewer of them."""
+
+import logging
+import os
+import subprocess
+import warnings
+
+import pytest
+
+import gptk as toolkit
+from gptk.system.notices import tell_once
+from gptk.testing import tiny_gpt
+from program import GPTK, failing
+from program import gptk as run
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A command that loads a model and generates."""
+    path = tmp_path_factory.mktemp("output") / "model"
+    toolkit.LanguageModel(tiny_gpt(), toolkit.load_tokenizer("bytes")).save(path)
+    return ["generate", "abc", "--model", str(path), "--max-new-tokens", "3", "--seed", "0"]
+
+
+def is_said(out, text):
+    return any(line.startswith("gptk: ") and text in line for line in out.stderr.splitlines())
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose"])
+@pytest.mark.parametrize("after", [False, True])
+def test_verbose_says_what_is_loaded_from_where(flag, after, words):
+    out = run(*words, flag) if after else run(flag, *words)
+    assert out.returncode == 0, out.stderr
+    assert is_said(out, f"loaded {words[3]}")
+    assert is_said(out, "on cpu, float32, weights ")
+    assert "finish reason" in out.stderr
+
+
+def test_without_a_flag_only_the_closing_line_is_said(words):
+    (line,) = run(*words).stderr.splitlines()
+    assert "finish reason" in line
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_quiet_says_nothing_but_errors(after, words):
+    quiet = run(*words, "--quiet") if after else run("--quiet", *words)
+    assert quiet.returncode == 0
+    assert quiet.stderr == ""
+    assert quiet.stdout == run(*words).stdout
+    assert "no sampler" in failing(*words, "--quiet", "--sampler", "nonsense", code=2)
+
+
+def test_a_command_in_a_group_takes_them_too():
+    assert run("plugins", "show", "greedy", "--quiet").stderr == ""
+
+
+def test_one_excludes_the_other(words):
+    assert "--verbose or --quiet, not both" in failing("-v", *words, "--quiet", code=2)
+
+
+@pytest.mark.parametrize(("flags", "told"), [((), True), (("--quiet",), False)])
+def test_warnings_of_plugins_come_through_the_same_door(flags, told, tmp_path, words):
+    plugin = tmp_path / "warns.py"
+    plugin.write_text(
+        "import warnings, gptk\n"
+        "from gptk import PluginWarning\n"
+        "@gptk.hookimpl\n"
+        "def gptk_samplers():\n"
+        "    warnings.warn('a plug-in\\nhas a worry', PluginWarning)\n"
+        "    return []\n"
+    )
+    out = run("--plugin", plugin, *flags, *words)
+    assert out.returncode == 0, out.stderr
+    assert is_said(out, "a plug-in has a worry") is told
+
+
+def test_the_library_shows_nothing_and_leaves_logging_as_it_was(words, caplog, capfd):
+    logger = logging.getLogger("gptk")
+    handlers, level, shows = list(logger.handlers), logger.level, warnings.showwarning
+    assert all(isinstance(handler, logging.NullHandler) for handler in handlers)
+    run(*words, "-v")
+    assert (list(logger.handlers), logger.level, warnings.showwarning) == (handlers, level, shows)
+    toolkit.load(words[3], device="cpu").generate("a", max_new_tokens=1)
+    assert capfd.readouterr().err == ""
+    with caplog.at_level(logging.INFO, logger="gptk"):
+        toolkit.load(words[3], device="cpu")
+    assert any("loaded" in record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    """As in a process that has told no notice yet."""
+    monkeypatch.setattr("gptk.system.notices._told", set())
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_notice_is_told_once(caplog):
+    log = logging.getLogger("gptk.tests")
+    for _ in range(3):
+        tell_once(log, "a notice of this test")
+    assert [record.getMessage() for record in caplog.records] == ["a notice of this test"]
+
+
+@pytest.mark.usefixtures("untold")
+def test_reading_without_a_cache_says_that_it_is_slow(caplog):
+    lm = toolkit.LanguageModel(tiny_gpt())
+    for _ in range(2):
+        lm.generate([1, 2], max_new_tokens=2, use_cache=False)
+    notices = [record.getMessage() for record in caplog.records]
+    assert sum("use_cache=False" in notice for notice in notices) == 1
+
+
+def test_a_machine_without_kernels_says_why_and_what_to_do(words, tmp_path):
+    environment = {"CXX": "/nonexistent", "GPTK_CACHE": str(tmp_path)}
+    out = subprocess.run(
+        [*GPTK, *words], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    notice, closing = out.stderr.splitlines()
+    assert notice.startswith("gptk: gptk's kernels do not run here: ")
+    assert "/nonexistent" in notice
+    assert "finish reason" in closing
