@@ -44,8 +44,9 @@ _LOG = logging.getLogger(__name__)
 class Settings(TypedDict, total=False):
     """The settings of a generation; the defaults are in brackets."""
 
-    sampler: str | Sampler
-    """A spec string or an instance [greedy]."""
+    sampler: str | Sampler | None
+    """A spec string or an instance [greedy; with a processor that is meant for sampling, such as
+    temperature or top-p, multinomial]."""
     processors: Iterable[str | LogitsProcessor]
     """Logits processors, applied in order, before those of the sampler [none]."""
     max_new_tokens: int

@@ -20,6 +20,7 @@ class Choice(Constraint):
     name = "choice"
     example = """choices='["yes", "no"]'"""
     positional = "choices"
+    other_names = {"guided_choice": "choices"}
 
     choices: tuple[str, ...] = Field(min_length=1, description="the texts, as a JSON list")
 

@@ -23,6 +23,7 @@ class Grammar(Constraint):
     name = "grammar"
     example = """grammar='start: "yes" | "no" " way"?'"""
     positional = "grammar"
+    other_names = {"guided_grammar": "grammar"}
     shows_positions = True
 
     grammar: str = Field(description="a Lark grammar: a file, or the text itself")

@@ -53,6 +53,7 @@ class JsonSchema(Constraint):
         'schema={"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}'
     )
     positional = "schema"
+    other_names = {"guided_json": "schema"}
 
     schema: str | dict[str, Any] | SkipJsonSchema[type] = Field(  # type: ignore[assignment]
         description="a JSON schema: a file, or the JSON object itself; in Python also a class"

@@ -19,6 +19,7 @@ class Regex(Constraint):
     name = "regex"
     example = 'pattern="[0-9]{3}-[0-9]{4}"'
     positional = "pattern"
+    other_names = {"guided_regex": "pattern"}
 
     pattern: str = Field(description="no look-around, no backreferences")
 

@@ -28,6 +28,7 @@ class BadWords(gptk.LogitsProcessor):
     name = "bad-words"
     example = 'words=["red", "navy blue"]'
     positional = "words"
+    other_names = {"bad_words_ids": "words"}
 
     words: tuple[TokensOrText, ...] = Field(
         description="texts, banned with and without a space before them, or lists of token ids, "

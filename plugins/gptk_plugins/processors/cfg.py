@@ -23,6 +23,7 @@ class CFG(gptk.LogitsProcessor):
     name = "cfg"
     example = "scale=1.5"
     positional = "scale"
+    other_names = {"guidance_scale": "scale", "negative_prompt": "negative"}
 
     scale: float = Field(
         1.5, ge=-1e6, le=1e6, description="above 1 follows the prompt more closely"

@@ -38,6 +38,12 @@ class DRY(gptk.LogitsProcessor):
     name = "dry"
     example = "multiplier=0.8"
     positional = "multiplier"
+    other_names = {
+        "dry_multiplier": "multiplier",
+        "dry_base": "base",
+        "dry_allowed_length": "allowed_length",
+        "dry_penalty_last_n": "penalty_last_n",
+    }
 
     multiplier: float = Field(
         0.8,

@@ -13,8 +13,10 @@ class Epsilon(gptk.LogitsProcessor):
     """Keeps tokens whose probability is at least epsilon, and always the most likely one."""
 
     name = "epsilon"
+    for_sampling = True
     example = "epsilon=0.001"
     positional = "epsilon"
+    other_names = {"epsilon_cutoff": "epsilon"}
 
     epsilon: float = Field(
         0.0003, gt=0, lt=1, description="the least probability; the paper has 0.0003 to 0.0009"

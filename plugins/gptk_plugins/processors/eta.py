@@ -20,8 +20,10 @@ class Eta(gptk.LogitsProcessor):
     """Keeps tokens above a probability that falls with the entropy, and the most likely one."""
 
     name = "eta"
+    for_sampling = True
     example = "epsilon=0.001"
     positional = "epsilon"
+    other_names = {"eta_cutoff": "epsilon"}
 
     epsilon: float = Field(
         0.0003,

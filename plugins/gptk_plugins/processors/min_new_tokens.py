@@ -16,6 +16,7 @@ class MinNewTokens(gptk.LogitsProcessor):
     name = "min-new-tokens"
     example = "n=20"
     positional = "n"
+    other_names = {"min_tokens": "n"}
 
     n: int = Field(ge=0, description="new tokens before a row may end, EOS not counted")
 

@@ -17,6 +17,7 @@ class MinP(gptk.LogitsProcessor):
     """Keeps tokens whose probability is at least a share of the likeliest one's."""
 
     name = "min-p"
+    for_sampling = True
     example = "p=0.05"
     positional = "p"
 

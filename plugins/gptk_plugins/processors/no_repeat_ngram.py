@@ -19,6 +19,7 @@ class NoRepeatNgram(gptk.LogitsProcessor):
     name = "no-repeat-ngram"
     example = "size=3"
     positional = "size"
+    other_names = {"no_repeat_ngram_size": "size"}
 
     size: int = Field(3, ge=1, description="length of the sequences that may occur once")
 

@@ -21,6 +21,7 @@ class RepetitionPenalty(gptk.LogitsProcessor):
     name = "repetition-penalty"
     example = "penalty=1.1"
     positional = "penalty"
+    other_names = {"repeat_penalty": "penalty"}
 
     penalty: float = Field(
         1.1, ge=1e-6, le=1e6, description="1 changes nothing; below 1 rewards repetition"

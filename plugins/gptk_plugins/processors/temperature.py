@@ -14,8 +14,10 @@ class Temperature(gptk.LogitsProcessor):
     """Sharpens (below 1) or flattens (above 1) the distribution."""
 
     name = "temperature"
+    for_sampling = True
     example = "temperature=0.7"
     positional = "temperature"
+    other_names = {"temp": "temperature"}
 
     temperature: float = Field(
         1.0, ge=1e-6, le=1e6, description="1 changes nothing; for 0 use greedy"

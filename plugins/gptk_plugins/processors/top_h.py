@@ -22,6 +22,7 @@ class TopH(gptk.LogitsProcessor):
     """Keeps the most likely tokens up to a share of the entropy, and ties with the last."""
 
     name = "top-h"
+    for_sampling = True
     example = "h=0.4"
     positional = "h"
 

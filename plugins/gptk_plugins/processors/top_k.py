@@ -13,6 +13,7 @@ class TopK(gptk.LogitsProcessor):
     """Keeps the k most likely tokens, and any that tie with the k-th."""
 
     name = "top-k"
+    for_sampling = True
     example = "k=50"
     positional = "k"
 

@@ -18,6 +18,7 @@ class TopNSigma(gptk.LogitsProcessor):
     """Keeps tokens whose logit is within n standard deviations of the highest."""
 
     name = "top-n-sigma"
+    for_sampling = True
     example = "n=1.5"
     positional = "n"
 

@@ -14,6 +14,7 @@ class TopP(gptk.LogitsProcessor):
     """Keeps the fewest most likely tokens that reach p together, and ties with the last."""
 
     name = "top-p"
+    for_sampling = True
     example = "p=0.9"
     positional = "p"
 

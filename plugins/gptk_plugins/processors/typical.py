@@ -18,8 +18,10 @@ class Typical(gptk.LogitsProcessor):
     """Keeps the tokens whose surprise is nearest to the entropy, until they reach p."""
 
     name = "typical"
+    for_sampling = True
     example = "p=0.9"
     positional = "p"
+    other_names = {"typical_p": "p"}
 
     p: float = Field(0.9, gt=0, le=1, description="the probability to reach; 1 keeps all")
 

@@ -19,8 +19,10 @@ class XTC(gptk.LogitsProcessor):
     """Masks the most likely tokens if a less likely one still reaches a threshold."""
 
     name = "xtc"
+    for_sampling = True
     example = "probability=0.5,threshold=0.1"
     positional = "probability"
+    other_names = {"xtc_probability": "probability", "xtc_threshold": "threshold"}
 
     probability: float = Field(0.5, ge=0, le=1, description="probability of masking at a step")
     threshold: float = Field(

@@ -28,6 +28,13 @@ class Beam(gptk.Sampler):
     name = "beam"
     example = "width=4"
     positional = "width"
+    other_names = {
+        "num_beams": "width",
+        "beam_size": "width",
+        "beam_width": "width",
+        "length_penalty": "length_penalty",
+        "early_stopping": "early_stopping",
+    }
     competing = True
 
     width: int = Field(4, ge=1, description="beams kept at each step")

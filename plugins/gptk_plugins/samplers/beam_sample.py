@@ -27,6 +27,7 @@ class BeamSample(Beam):
     name = "beam-sample"
     example = "width=4,temperature=0.7"
     random = True
+    other_names = Beam.other_names | {"do_sample": ""}
 
     temperature: float = Field(
         1.0, ge=1e-6, le=1e6, description="below 1 sharpens, above 1 flattens"

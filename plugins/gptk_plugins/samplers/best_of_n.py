@@ -22,6 +22,7 @@ class BestOfN(WrappingSampler):
     name = "best-of-n"
     example = 'n=8,sampler="top-p:p=0.9"'
     positional = "n"
+    other_names = {"best_of": "n"}
     random = True
 
     n: int = Field(8, ge=1, description="how many results to draw")

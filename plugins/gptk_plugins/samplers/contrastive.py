@@ -22,6 +22,7 @@ class Contrastive(gptk.Sampler):
     name = "contrastive"
     example = "k=4,alpha=0.6"
     positional = "k"
+    other_names = {"penalty_alpha": "alpha"}
 
     k: int = Field(4, ge=1, description="how many candidates to weigh")
     alpha: float = Field(0.6, ge=0, le=1, description="weight of the penalty; 0 is greedy")

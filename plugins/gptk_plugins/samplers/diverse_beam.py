@@ -24,6 +24,10 @@ class DiverseBeam(Beam):
 
     name = "diverse-beam"
     example = "width=6,beam_groups=3,diversity=0.5"
+    other_names = Beam.other_names | {
+        "num_beam_groups": "beam_groups",
+        "diversity_penalty": "diversity",
+    }
 
     beam_groups: int = Field(2, ge=1, description="groups, which share the beams equally")
     diversity: float = Field(

@@ -39,6 +39,7 @@ class DoLa(WrappingSampler):
     name = "dola"
     example = "layers=high"
     positional = "layers"
+    other_names = {"dola_layers": "layers"}
 
     sampler: str = Field("greedy", description="the sampler that chooses the tokens, a spec")
     layers: Literal["low", "high"] | tuple[int, ...] = Field(

@@ -44,6 +44,13 @@ class Mirostat(Multinomial):
     name = "mirostat"
     example = "tau=4,eta=0.1"
     positional = "version"
+    other_names = {
+        "mirostat": "version",
+        "mirostat_tau": "tau",
+        "mirostat_ent": "tau",
+        "mirostat_eta": "eta",
+        "mirostat_lr": "eta",
+    }
 
     version: int = Field(2, ge=1, le=2, description="2 is simpler, 1 is the paper's first")
     tau: float = Field(5.0, gt=0, description="the mean surprise to keep to, in bits")

@@ -25,6 +25,7 @@ class Multinomial(gptk.Sampler):
     name = "multinomial"
     example = "temperature=0.8"
     positional = "temperature"
+    other_names = {"do_sample": ""}
     random = True
 
     temperature: float = Field(

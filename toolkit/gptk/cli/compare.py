@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import DecodingCommand
 from gptk.cli.generate import read_prompts
 from gptk.cli.output import note
 from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
@@ -27,7 +28,7 @@ _NOTE = (
 _SAMPLE = 160  # characters
 
 
-@click.command("compare")
+@click.command("compare", cls=DecodingCommand)
 @click.argument("prompt", required=False)
 @click.option(
     "--sampler",

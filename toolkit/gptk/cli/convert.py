@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from gptk.text.tokenizer import Tokenizer
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from gptk.model.quantization import Quantize
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @model_option
 @click.option(
     "--data",

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note, quiet
 from gptk.cli.shared import model_option, precision_options, tokenizer_option
 from gptk.cli.streams import is_text
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
     from gptk.model.quantization import Quantize
 
 
-@click.command("generate")
+@click.command("generate", cls=DecodingCommand)
 @click.argument("prompt", required=False)
 @model_option
 @tokenizer_option
 @click.option(
     "--sampler",
     metavar="SPEC",
-    default="greedy",
-    show_default=True,
-    help="For example beam:width=4; `gptk plugins` lists them.",
+    help="For example beam:4; `gptk plugins` lists them. Default: greedy, or multinomial with a "
+    "processor that is meant for sampling, such as temperature or top-p.",
 )
 @click.option(
     "--processor",

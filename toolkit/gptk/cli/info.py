@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from gptk.model.config import GPTConfig
 
 
-@click.command("info")
+@click.command("info", cls=Command)
 @click.argument("model", required=False)
 def command(model: str | None) -> None:
     """Show configuration, size and tokenizer of MODEL (default: as for `gptk generate`)."""

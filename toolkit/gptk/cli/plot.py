@@ -5,8 +5,10 @@ from pathlib import Path
 
 import click
 
+from gptk.cli.command import Command
 
-@click.command("plot")
+
+@click.command("plot", cls=Command)
 @click.argument("runs", metavar="RUN…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",

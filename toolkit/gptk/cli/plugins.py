@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptk.cli import COMMANDS, warn_of_failures
+from gptk.cli.command import Command
 from gptk.errors import UnknownNameError, suggest
 from gptk.options import option_help
 from gptk.plugins.creating import short_form
@@ -52,7 +53,7 @@ def command(ctx: click.Context) -> None:
     _console().print(table)
 
 
-@command.command("show")
+@command.command("show", cls=Command)
 @click.argument("name")
 @click.option(
     "--kind", type=click.Choice(list(KINDS)), help="If several kinds have a plug-in of that name."
@@ -76,7 +77,7 @@ def show(name: str, kind: str | None) -> None:
         _show(plugin)
 
 
-@command.command("new")
+@command.command("new", cls=Command)
 @click.argument("name")
 @click.option("--kind", type=click.Choice(SCAFFOLDS), required=True, help="The kind of plug-in.")
 @click.option(

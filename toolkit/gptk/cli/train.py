@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 from gptk.cli.output import note, quiet
 from gptk.hooks.training import TrainingListener
 
@@ -27,10 +28,10 @@ class _Setting(click.Option):
     """
 
     def __init__(self, names: Sequence[str], *, metavar: str = "", help: str = "") -> None:
-        self._switch = metavar == _SWITCH
+        self.is_switch = metavar == _SWITCH
         options = [f"--{name.replace('_', '-')}" for name in names]
-        self._shown = f"--[no-]{options[0][2:]}" if self._switch else f"{options[0]} {metavar}"
-        if self._switch:
+        self._shown = f"--[no-]{options[0][2:]}" if self.is_switch else f"{options[0]} {metavar}"
+        if self.is_switch:
             options += [f"--no-{option[2:]}" for option in options]
         # `multiple`, so that giving a setting twice is noticed.
         super().__init__(
@@ -43,7 +44,7 @@ class _Setting(click.Option):
         )
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        if not self._switch:
+        if not self.is_switch:
             super().add_to_parser(parser, ctx)
             return
         # click's own switches do not combine with `multiple`.
@@ -96,7 +97,7 @@ _METAVARS = {"integer": "INTEGER", "number": "NUMBER", "string": "TEXT", "array"
 """How the types of settings are shown; others are shown as the values that are allowed."""
 
 
-class _TrainCommand(click.Command):
+class _TrainCommand(Command):
     """Shows the settings in groups, after the other options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

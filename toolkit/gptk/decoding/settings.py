@@ -4,21 +4,21 @@ import inspect
 import logging
 import operator
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from gptk.decoding.checks import check_draft, check_groups, check_rows
 from gptk.decoding.drafters import make_drafter
 from gptk.decoding.limits import StopCondition
-from gptk.errors import OptionError, shown, suggest
+from gptk.decoding.other_names import translate
+from gptk.errors import OptionError, shown
 from gptk.hooks.base import Plugin
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.plugins.blame import blaming
 from gptk.plugins.creating import create
-from gptk.plugins.registry import provided
 from gptk.session.session import Overflow
 from gptk.system.notices import tell_once
 
@@ -66,7 +66,7 @@ class CheckedSettings:
 
 def check_settings(
     *,
-    sampler: str | Sampler = "greedy",
+    sampler: str | Sampler | None = None,
     processors: Iterable[str | LogitsProcessor] = (),
     max_new_tokens: int = 64,
     n: int = 1,
@@ -86,8 +86,8 @@ def check_settings(
     They are those of `gptk.Settings`. What cannot be combined is refused before any work.
     Raises OptionError, UnknownNameError, SpecError, IncompatibleError, or PluginError.
     """
-    for name in unknown:
-        raise OptionError(_unknown_setting(name))
+    if unknown:
+        raise OptionError(_unknown_settings(unknown))
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
     n = _whole_number("n", n, least=1, most=MAX_ROWS)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
@@ -97,9 +97,9 @@ def check_settings(
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
     ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)
-    chosen = create("sampler", sampler, Sampler)
     user_processors = _created("processor", "processors", processors, LogitsProcessor)
     user_observers = _created("decoding-observer", "observers", observers, DecodingObserver)
+    chosen = create("sampler", sampler or _default_sampler(user_processors), Sampler)
     drafter = None if draft is None else make_drafter(draft)
     with blaming([chosen]):
         rows = check_rows(chosen.max_rows(n), chosen)
@@ -126,6 +126,12 @@ def check_settings(
     )
 
 
+def _default_sampler(processors: Iterable[LogitsProcessor]) -> str:
+    """Greedy, or multinomial with a processor that is meant for sampling."""
+    draws = any(processor.for_sampling for processor in processors)
+    return "multinomial" if draws else "greedy"
+
+
 def _created(kind: str, setting: str, value: Any, base: type[P]) -> tuple[P, ...]:
     """The plug-ins of a setting that takes specs or instances, one or a list."""
     return tuple(create(kind, item, base) for item in _as_list(setting, value, base))
@@ -147,12 +153,12 @@ def _as_list(name: str, value: Any, single: type) -> list[Any]:
     return list(value)
 
 
-def _unknown_setting(name: str) -> str:
-    processor = name.replace("_", "-")
-    if processor in provided("processor"):
-        return f"there is no setting {name}; it is a processor: processors=['{processor}:…']"
+def _unknown_settings(unknown: Mapping[str, Any]) -> str:
     known = [name for name in inspect.signature(check_settings).parameters if name != "unknown"]
-    return f"there is no setting {name}; {suggest(name, known, what='settings')}"
+    words = str(translate(unknown, known)) or f"leave {' and '.join(unknown)} out"
+    names = " and ".join(unknown)
+    what = f"are no settings {names}" if len(unknown) > 1 else f"is no setting {names}"
+    return f"there {what}; write {words}"
 
 
 def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -> int:

@@ -1,6 +1,7 @@
 """The base class of plug-ins: a name, and typed options."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pydantic_core
@@ -25,6 +26,9 @@ class Plugin(Options):
     kind: ClassVar[str]
     example: ClassVar[str] = ""
     """Options worth showing, such as `width=4`; `gptk plugins show` makes a command of it."""
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """How other programs call options of this plug-in: `{"num_beams": "width"}`. A name that stands
+    for the plug-in itself has the option "": `{"do_sample": ""}`."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **settings: Any) -> None:

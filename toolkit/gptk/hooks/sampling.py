@@ -36,6 +36,9 @@ class LogitsProcessor(Plugin):
     """
 
     kind: ClassVar[str] = "processor"
+    for_sampling: ClassVar[bool] = False
+    """It shapes what is drawn, as temperature and top-p do, and means little to greedy search: a
+    run that names no sampler then draws (multinomial) instead of taking the likeliest token."""
 
     @classmethod
     def _class_problem(cls) -> str | None:
