@@ -213,12 +213,12 @@ def before_each_change(call: Callable[[str], None]) -> Iterator[None]:
             call(event)
             inside = True
 
-    def noting_sync(descriptor: int) -> None:
+    def noting_sync(fd: Any) -> None:
         call("os.fsync")
-        sync(descriptor)
+        sync(fd)
 
     sys.addaudithook(hook)  # stays until the process ends, see `inside`
-    os.fsync = noting_sync  # type: ignore[assignment]
+    os.fsync = noting_sync
     try:
         yield
     finally:

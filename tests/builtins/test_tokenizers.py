@@ -721,6 +721,17 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(tokens, form, samples):
         assert mine.encode(sample) == oracle.encode(sample).ids
 
 
+def test_of_several_tokenizer_files_the_newest_is_read_as_in_transformers(tmp_path):
+    names = ["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.4.10.1.json"]
+    config = FAST | {"fast_tokenizer_files": names}
+    folder = saved(gpt2_like(), tmp_path, tokenizer_config=config)
+    smollm_like().save(str(folder / "tokenizer.4.10.1.json"))
+    gpt2_like().save(str(folder / "tokenizer.4.0.0.json"))
+    mine, oracle = load_tokenizer(str(folder)), auto_tokenizer(folder)
+    assert mine.encode("a 1234") == oracle("a 1234").input_ids
+    assert len(mine.encode(" 12")) == 3
+
+
 def test_generation_ends_as_in_transformers_where_config_json_names_the_tokens(tmp_path):
     """Without generation_config.json transformers makes it from config.json."""
     folder = saved(

@@ -133,7 +133,7 @@ def test_info_shows_smollm2():
         "n_kv_heads: 3",
         "context_length: 8192",
         "in the file: 0.1 MiB F32, 63.3 MiB Q4_1, 28.7 MiB Q8_0",
-        "--dtype float32: 513.1 MiB float32",
+        "--quantize none: 513.1 MiB float32",
     ):
         assert line in out.stdout
     assert "'<|im_end|>'" in out.stdout

@@ -186,8 +186,8 @@ class TestBadInput:
             ("betas=[0.9]", "betas=[0.9] is not allowed; betas is array of 2 or more, of 2 at"),
             ("data=", "a source of data is empty"),
             ("data=[]", "data=[] is not allowed; data is array of 1 or more"),
-            ("width=100000000000", "out of memory for the model; take a smaller one"),
-            ("n_layers=1000000000000", "out of memory for the model; take a smaller one"),
+            ("width=100000000000", "it must be a whole number from 1 to 2,147,483,647"),
+            ("n_layers=1000000000", "out of memory for the model; take a smaller one"),
             ("epochs=2", "give steps or epochs, not both"),
         ],
     )

@@ -8,6 +8,7 @@ import pytest
 
 import gptk
 from gptk.testing import tiny_lm
+from gptk.text.chat import conversation, encode_chat
 from program import GPTK, failing
 from program import gptk as run
 from tokenizer_files import saved, trained
@@ -62,17 +63,17 @@ def test_decode_is_the_other_way():
     assert tokenize("--decode", "[464, 3139]", "--tokenizer", "gpt2") == "The capital\n"
 
 
-def test_the_default_models_tokenizer_is_that_of_generate(smollm2_path):
-    out = run("generate", TEXT, "--max-new-tokens", 1, "--json")
-    prompt = json.loads(out.stdout)["prompt_tokens"]
+def test_the_default_model_is_that_of_generate(smollm2_path):
+    assert gptk.default_source() == "smollm2"
+    prompt = gptk.load_tokenizer(str(smollm2_path)).encode(TEXT)
     assert json.loads(tokenize(TEXT, "--json"))["ids"] == prompt
     assert json.loads(tokenize(TEXT, "--model", smollm2_path, "--json"))["ids"] == prompt
     assert json.loads(tokenize(TEXT, "--model", "smollm2", "--json"))["ids"] == prompt
 
 
 def test_chat_shows_the_prompt_of_a_conversation():
-    out = run("generate", "--chat", "Hi", "--system", "Be kind.", "--max-new-tokens", 1, "--json")
-    prompt = json.loads(out.stdout)["prompt_tokens"]
+    tokenizer = gptk.load_tokenizer("smollm2")
+    prompt = encode_chat(tokenizer, conversation("Hi", "Be kind."))
     shown = tokenize("Hi", "--chat", "--system", "Be kind.", "--ids")
     assert list(map(int, shown.split())) == prompt
 
@@ -116,7 +117,7 @@ def test_a_locale_that_is_not_utf8_makes_no_difference(tmp_path):
             check=False,
         )
         assert out.returncode == 0, out.stderr
-        assert out.stdout.splitlines()[0] == b"2634  '\\xe9'"
+        assert out.stdout.splitlines()[0] == "2634  'é'".encode()
 
 
 def inherited():

@@ -118,12 +118,12 @@ def test_nor_with_a_draft(draft, processor):
 @pytest.mark.parametrize("processor", [Polite(), InPlace(), Rude(), RudeFollower()])
 def test_the_trace_counts_what_a_processor_removed_even_in_place(processor, tmp_path):
     path = tmp_path / "t.jsonl"
-    LM.generate("x", processors=["top-k:k=100", processor], observers=[f"trace:path={path}"],
-                max_new_tokens=4)  # fmt: skip
+    settings = {"sampler": "greedy", "max_new_tokens": 4}
+    first = "top-k:k=100"
+    LM.generate("x", processors=[first, processor], observers=[f"trace:path={path}"], **settings)
     _, *steps = map(json.loads, path.read_text().splitlines())
     polite = tmp_path / "polite.jsonl"
-    LM.generate("x", processors=["top-k:k=100", Polite()], observers=[f"trace:path={polite}"],
-                max_new_tokens=4)  # fmt: skip
+    LM.generate("x", processors=[first, Polite()], observers=[f"trace:path={polite}"], **settings)
     _, *want = map(json.loads, polite.read_text().splitlines())
     for step, expected in zip(steps, want, strict=True):
         assert step["removed"][processor.name] == expected["removed"]["polite"] > 0

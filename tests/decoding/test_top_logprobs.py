@@ -71,7 +71,8 @@ def test_they_are_those_of_the_row_of_each_result(sampler):
 
 
 def test_a_chosen_token_has_the_log_probability_that_is_reported_for_it():
-    out = LM.generate(PROMPT, processors=PROCESSORS, top_logprobs=1, max_new_tokens=12)
+    settings = {"sampler": "greedy", "processors": PROCESSORS, "max_new_tokens": 12}
+    out = LM.generate(PROMPT, top_logprobs=1, **settings)
     for token, logprob, top in zip(out.tokens, out.token_logprobs, out.top_logprobs, strict=True):
         assert top.after[0].token == token
         assert top.after[0].logprob == pytest.approx(logprob, abs=1e-5)

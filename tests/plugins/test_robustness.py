@@ -593,9 +593,12 @@ class TestSettings:
             ({"processors": 3}, "processors is 3; it must be a list of specs or instances"),
             ({"observers": 0.5}, "observers is 0.5; it must be a list of specs or instances"),
             ({"stop": 3}, "stop is 3; it must be a text, a function, or a list of these"),
-            ({"max_tokens": 3}, "no setting max_tokens; did you mean max_new_tokens"),
-            ({"temperature": 0.5}, "no setting temperature; .*processors=\\['temperature:…'\\]"),
-            ({"top_p": 0.5}, "no setting top_p; .*processors=\\['top-p:…'\\]"),
+            ({"max_tokens": 3}, "no setting max_tokens; write max_new_tokens=3"),
+            (
+                {"temperature": 0.5},
+                "no setting temperature; write processors=\\['temperature:0.5'\\]",
+            ),
+            ({"top_p": 0.5}, "no setting top_p; write processors=\\['top-p:0.5'\\]"),
         ],
     )
     def test_what_cannot_be_is_told(self, settings, message):

@@ -378,7 +378,7 @@ class TestAFile:
             "--sampler", "coldest", "--max-new-tokens", 3, "--json",
         )  # fmt: skip
         assert out.returncode == 0, out.stderr
-        assert json.loads(out.stdout)["sampler"] == "coldest"
+        assert json.loads(out.stdout)["settings"]["sampler"] == "coldest"
 
     def test_plugins_lists_it_with_its_file(self, coldest):
         listed = run_gptk("--plugin", coldest, "plugins")

@@ -200,6 +200,10 @@ class TestGPT2Tokenizer(testing.TokenizerContract):
     make = provided("tokenizer")["gpt2"].item
 
 
+class TestSmolLM2Tokenizer(testing.TokenizerContract):
+    make = provided("tokenizer")["smollm2"].item
+
+
 class TestHuggingFaceTokenizer(testing.TokenizerContract):
     """With a file of 300 tokens that tokenizers trained."""
 

@@ -537,8 +537,8 @@ def test_the_rendering_process_ends_with_its_parent_and_survives_a_fork():
     program = """
 import os, sys
 from gptk.text import chat
-from gptk.testing import tiny_lm
-tokenizer = tiny_lm().tokenizer
+import gptk
+tokenizer = gptk.load_tokenizer("bytes")
 render = lambda: chat.render_chat(tokenizer, [{"role": "user", "content": "a"}], "{{ messages }}")
 first = render()
 number = chat._renderer._process.pid

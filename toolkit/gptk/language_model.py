@@ -38,7 +38,7 @@ from gptk.weights.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from gptk.text.chat import Message
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Settings(TypedDict, total=False):
@@ -120,15 +120,15 @@ def load(
 
 def _log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
     """What was loaded from where, as information."""
-    if not _LOG.isEnabledFor(logging.INFO):
+    if not _log.isEnabledFor(logging.INFO):
         return
     sizes = model.bytes_by_kind().items()
     weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
     notes = "".join(f", {key} {value}" for key, value in (checkpoint.notes or {}).items())
     by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
-    _LOG.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
+    _log.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
     dtype = str(model.dtype).removeprefix("torch.")
-    _LOG.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
+    _log.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
 
 
 class LanguageModel:

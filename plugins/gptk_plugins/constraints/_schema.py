@@ -53,7 +53,8 @@ def is_plain(schema: Mapping[str, Any]) -> bool:
     for value in _values(schema):
         values += 1
         if isinstance(value, Mapping):
-            patterns += len(value.get("patternProperties") or ())
+            by_pattern = value.get("patternProperties")
+            patterns += len(by_pattern) if isinstance(by_pattern, Mapping) else 0
             if _combines(value) or _coefficient(value.get("multipleOf", 1)) > 100_000:
                 return False
     return values <= 600 and patterns <= 5 and len(json.dumps(schema)) <= 20_000

@@ -131,7 +131,7 @@ def _limit_resources() -> None:
 
 
 def _main() -> None:
-    sys.path.insert(0, sys.argv[1])
+    sys.path.append(sys.argv[1])
     grammar = sys.stdin.buffer.read().decode()
     import llguidance
 

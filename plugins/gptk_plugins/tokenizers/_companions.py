@@ -14,6 +14,7 @@ texts in its own way; gptk always splits as tokenizer.json says.
 
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -74,7 +75,8 @@ class _TokenizerConfig(Fields):
     extra_special_tokens: list[Token] | dict[str, Token] | None = None
     additional_special_tokens: list[Token] | None = None
     split_special_tokens: bool | None = None
-    chat_template: str | list[_NamedTemplate] | None = None
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
+    fast_tokenizer_files: list[str] | None = None
 
 
 class _SpecialTokensMap(Fields):
@@ -217,9 +219,17 @@ class Companions:
             return read_text(path, gptk.TokenizerError)
         template = self._config.chat_template
         if isinstance(template, list):
-            named = {entry.name: entry.template for entry in template}
-            return named.get("default")
-        return template
+            template = {entry.name: entry.template for entry in template}
+        return template.get("default") if isinstance(template, dict) else template
+
+    def tokenizer_file(self) -> str:
+        """The name of the tokenizer.json: of several for versions of transformers, the newest."""
+        found = [
+            ([int(part) for part in match[1].split(".")], match[0])
+            for name in self._config.fast_tokenizer_files or ()
+            if (match := re.fullmatch(r"tokenizer\.(\d{1,6}(?:\.\d{1,6})*)\.json", name))
+        ]
+        return max(found)[1] if found else "tokenizer.json"
 
 
 def _listed(roles: _Roles, role: str) -> list[int]:

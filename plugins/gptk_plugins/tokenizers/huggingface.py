@@ -106,6 +106,9 @@ def load_tokenizer_json(path: Path) -> gptk.Tokenizer:
 
     Raises TokenizerError if a file is corrupt or the tokenizer is of an unsupported kind.
     """
+    companions = Companions(path.parent)
+    if path.name == FILE:
+        path = path.with_name(companions.tokenizer_file())
     source = str(path)
     raw = read_json(path, gptk.TokenizerError, max_bytes=MAX_BYTES)
     file = _File.parse(raw, path, gptk.TokenizerError)
@@ -115,7 +118,6 @@ def load_tokenizer_json(path: Path) -> gptk.Tokenizer:
     model = _Model.parse(file.model, f"{path}: model", gptk.TokenizerError)
     _check_model(model, source)
     _check_decoder(file.decoder, source)
-    companions = Companions(path.parent)
     added = AddedVocabulary(model.vocab)
     added.add(file.added_tokens or ())
     added.add(companions.added_tokens(file.added_tokens or ()))

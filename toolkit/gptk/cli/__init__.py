@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class _Commands(click.Group):
@@ -164,4 +164,4 @@ def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
     reserve_commands(COMMANDS)
     with collector.paused(), exiting():  # this is where PyTorch is imported
         for line in failures(KINDS if kinds is None else kinds):
-            _LOG.warning("skipped %s", line)
+            _log.warning("skipped %s", line)

@@ -147,15 +147,10 @@ def command(
     The text goes to standard output; a closing line with tokens, tokens/s and the finish reason
     goes to standard error.
     """
-    if not chat and (system is not None or chat_template is not None):
-        raise click.UsageError("--system and --chat-template work with --chat")
-    prompts = read_prompts(prompt, prompts_file)
-    if chat and not all(prompts):
-        raise click.UsageError("--chat needs a message")
-    if system is not None and not is_text(system):
-        raise click.UsageError("--system is not UTF-8 text")
     if settings["top_logprobs"] and not as_json:
         raise click.UsageError("--top-logprobs works with --json")
+    prompts = read_prompts(prompt, prompts_file)
+    _check_chat(prompts, chat=chat, system=system, has_template=chat_template is not None)
     used = {"processor": settings["processors"], "drafter": settings["draft"]}
     used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
     warn_of_failures(["sampler", "loader", *(kind for kind, value in used.items() if value)])
@@ -179,15 +174,22 @@ def command(
     if as_json:
         made_by = {"system": system, "template": template} if chat else None
         record = partial(_records, lm, prompts, tokenizer=tokenizer, chat=made_by)
+    steps, seed_given = settings["max_new_tokens"], settings["seed"] is not None
+    at_the_end = as_json or no_stream
     with lm.stream_batch(inputs, **settings) as stream:
-        _print_stream(
-            stream,
-            prompts,
-            settings["max_new_tokens"],
-            record,
-            at_the_end=as_json or no_stream,
-            seed_given=settings["seed"] is not None,
-        )
+        _print_stream(stream, prompts, steps, record, at_the_end=at_the_end, seed_given=seed_given)
+
+
+def _check_chat(
+    prompts: Sequence[str], *, chat: bool, system: str | None, has_template: bool
+) -> None:
+    """Raise click.UsageError for options of a chat that do not go together."""
+    if not chat and (system is not None or has_template):
+        raise click.UsageError("--system and --chat-template work with --chat")
+    if chat and not all(prompts):
+        raise click.UsageError("--chat needs a message")
+    if system is not None and not is_text(system):
+        raise click.UsageError("--system is not UTF-8 text")
 
 
 def _print_stream(

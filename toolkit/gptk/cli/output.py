@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
-_LOG = logging.getLogger("gptk")
+_log = logging.getLogger("gptk")
 
 
 def quiet() -> bool:
     """Whether --quiet was given: no progress bars, no closing line, no notices."""
-    return not _LOG.isEnabledFor(logging.WARNING)
+    return not _log.isEnabledFor(logging.WARNING)
 
 
 def note(line: str) -> None:
@@ -35,9 +35,9 @@ def say(message: str) -> None:
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
     """Within the block, show what gptk logs, and the warnings of plug-ins."""
-    handler, level = _Lines(), _LOG.level
-    _LOG.addHandler(handler)
-    _LOG.setLevel(logging.WARNING)
+    handler, level = _Lines(), _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.WARNING)
     show_any = warnings.showwarning
 
     def show_warning(
@@ -55,8 +55,8 @@ def shown() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show_any
-        _LOG.setLevel(level)
-        _LOG.removeHandler(handler)
+        _log.setLevel(level)
+        _log.removeHandler(handler)
 
 
 class _Lines(logging.Handler):
@@ -102,6 +102,6 @@ def _options() -> list[click.Option]:
 def _set_level(given: bool, level: int) -> None:
     if not given:
         return
-    if _LOG.level not in (logging.WARNING, level):
+    if _log.level not in (logging.WARNING, level):
         raise click.UsageError("give --verbose or --quiet, not both")
-    _LOG.setLevel(level)
+    _log.setLevel(level)

@@ -69,7 +69,7 @@ def command(
         raise click.UsageError("give --model or --tokenizer, not both")
     if listed is not None:
         ids = _read_ids(listed)
-        _print(_decoded(_load(model, tokenizer), ids))
+        click.echo(_decoded(_load(model, tokenizer), ids))
         return
     given = _read_text(text, path)
     loaded = _load(model, tokenizer)
@@ -80,15 +80,15 @@ def command(
     else:
         ids = loaded.encode(given)
     if count:
-        _print(str(len(ids)))
+        click.echo(str(len(ids)))
     elif only_ids:
-        _print(" ".join(map(str, ids)))
+        click.echo(" ".join(map(str, ids)))
     elif as_json:
-        _print(json.dumps(_object(loaded, ids)))
+        click.echo(json.dumps(_object(loaded, ids)))
     else:
         width = len(str(max(ids, default=0)))
         for token in ids:
-            _print(f"{token:>{width}}  {_shown(loaded.token_bytes(token))}")
+            click.echo(f"{token:>{width}}  {_shown(loaded.token_bytes(token))}")
 
 
 def _check_usage(
@@ -118,8 +118,7 @@ def _load(model: str | None, tokenizer: str | None) -> "Tokenizer":
 
 def _read_text(text: str | None, path: Path | None) -> str:
     if text is not None:
-        # Where the locale is not UTF-8, Python keeps the bytes of other characters as surrogates.
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return text
     if path is not None:
         from gptk.system.metadata import open_regular
 
@@ -184,9 +183,3 @@ def _shown(piece: bytes) -> str:
         return repr(piece.decode("utf-8"))
     except UnicodeDecodeError:
         return repr(piece)
-
-
-def _print(line: str) -> None:
-    """Print a line; where standard output is not UTF-8, other characters as escapes."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(line.encode(encoding, "backslashreplace").decode(encoding))

@@ -36,7 +36,7 @@ from gptk.system.files import new_file, remove_leftovers, replacing
 from gptk.system.metadata import open_regular, read_text
 from gptk.text.tokenizer import Tokenizer
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def prepare_tokens(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reused = _reuse(base, found, fingerprint)
-        _LOG.info("tokens of %s %s in %s", ", ".join(names), "kept" if reused else "new", folder)
+        _log.info("tokens of %s %s in %s", ", ".join(names), "kept" if reused else "new", folder)
         return reused or _write(base, found, tokenizer, fingerprint)
     except OSError as error:
         raise DataError(

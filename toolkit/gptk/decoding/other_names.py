@@ -67,22 +67,16 @@ class Translation:
 
     def __str__(self) -> str:
         """As keyword arguments: `n=2, sampler='beam:4'`."""
-        words = [f"{name}={value!r}" for name, value in self.settings.items()]
-        if self.sampler:
-            words.append(f"sampler={self.sampler!r}")
-        if self.processors:
-            words.append(f"processors={self.processors!r}")
-        return ", ".join(words)
+        plugins = {"sampler": self.sampler, "processors": self.processors}
+        named = self.settings | {name: value for name, value in plugins.items() if value}
+        return ", ".join(f"{name}={value!r}" for name, value in named.items())
 
 
 def is_known(name: str) -> bool:
     """Whether another program has a setting of this name, or gptk a processor."""
-    return (
-        name in SETTINGS
-        or name in ANSWERS
-        or _processor_option(name) is not None
-        or bool(_samplers_with(name))
-    )
+    if name in SETTINGS or name in ANSWERS:
+        return True
+    return _processor_option(name) is not None or bool(_samplers_with(name))
 
 
 def takes_value(name: str) -> bool:
@@ -159,9 +153,19 @@ def _samplers_with(name: str) -> list[type[Plugin]]:
 
 def _short_spec(plugin: type[Plugin], options: Mapping[str, Any]) -> str:
     """The plug-in's spec; a single option is written without its name if it may be."""
+    options = {name: value if _is_writable(value) else "…" for name, value in options.items()}
     if [*options] == [plugin.positional]:
         return f"{plugin.name}:{format_value(options[plugin.positional])}"
     return format_spec(plugin.name, options)
+
+
+def _is_writable(value: object) -> bool:
+    """Whether a value can be written as text, unlike an array."""
+    try:
+        format_value(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from gptk.plugins.creating import create
 from gptk.session.session import Overflow
 from gptk.system.notices import tell_once
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _SLOW_WITHOUT_CACHE = (
     "use_cache=False reads the whole text again for each token; with the cache the results are the "
@@ -93,13 +93,13 @@ def check_settings(
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
     if not use_cache:
-        tell_once(_LOG, _SLOW_WITHOUT_CACHE)
+        tell_once(_log, _SLOW_WITHOUT_CACHE)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
     ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)
     user_processors = _created("processor", "processors", processors, LogitsProcessor)
     user_observers = _created("decoding-observer", "observers", observers, DecodingObserver)
-    chosen = create("sampler", sampler or _default_sampler(user_processors), Sampler)
+    chosen = create("sampler", _sampler_or_default(sampler, user_processors), Sampler)
     drafter = None if draft is None else make_drafter(draft)
     with blaming([chosen]):
         rows = check_rows(chosen.max_rows(n), chosen)
@@ -126,10 +126,13 @@ def check_settings(
     )
 
 
-def _default_sampler(processors: Iterable[LogitsProcessor]) -> str:
-    """Greedy, or multinomial with a processor that is meant for sampling."""
+def _sampler_or_default(
+    sampler: str | Sampler | None, processors: Iterable[LogitsProcessor]
+) -> str | Sampler:
+    """Without a sampler greedy, or multinomial with a processor that is meant for sampling."""
     draws = any(processor.for_sampling for processor in processors)
-    return "multinomial" if draws else "greedy"
+    default = "multinomial" if draws else "greedy"
+    return default if sampler is None else sampler
 
 
 def _created(kind: str, setting: str, value: Any, base: type[P]) -> tuple[P, ...]:

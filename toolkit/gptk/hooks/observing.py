@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class DecodingStep:
     """What happened at one step: the rows before it, their logits, and the choice.
 
-    Decoding goes on with these tensors: they must not be changed, and a tensor that is kept beyond
-    the step must be copied.
+    Its tensors are copies: they may be kept, and written into.
     """
 
     number: int

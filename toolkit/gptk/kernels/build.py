@@ -9,6 +9,7 @@ these, PyTorch's operations are used.
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -28,6 +29,8 @@ from gptk.system.threads import use_threads_that_start
 FEW_QUERIES = 16
 """The most queries of a key head over a cache that the kernel of `attend` takes. With more,
 PyTorch's attention is faster."""
+
+_log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).with_name("cpp")
 _NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "f16c", "fma3")
@@ -131,9 +134,11 @@ def _identity(program: str) -> str:
 
 def _compile(compiler: list[str], path: Path) -> None:
     """Compile the sources into a shared library at `path`, in a folder that has room for more."""
+    level = logging.INFO
     with contextlib.suppress(OSError, ValueError):  # stderr is closed
         if sys.stderr and sys.stderr.isatty():
-            print("gptk: compiling its kernels for this machine, once…", file=sys.stderr)
+            level = logging.WARNING  # somebody waits
+    _log.log(level, "compiling gptk's kernels for this machine, once: some ten seconds")
     sources = sorted(_SOURCES.glob("*.cpp"))
     objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
     deadline = time.monotonic() + _PATIENCE

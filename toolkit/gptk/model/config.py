@@ -45,6 +45,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name, allowed in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if name == "norm_eps" and type(value) in (int, float) and value == 0:
+                continue  # no epsilon
             if problem := _problem(value, allowed):
                 raise SourceError(f"the model's {name} is {value!r:.60}; it must be {problem}")
         if self.n_heads % self.n_kv_heads:

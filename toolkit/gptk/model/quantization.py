@@ -1,11 +1,9 @@
 """Quantized weights: int8 by channel and int4 by groups of 32 inputs, on CPUs.
 
-Decoding reads every weight once a step, so a weight of a quarter of the bytes takes about a quarter
-of the time. Weights are packed for gptk's own kernel (`KernelGroups`, see gptk.kernels) or, on
-machines that cannot run it, for PyTorch's kernels (`PyTorchInt8`, `PyTorchInt4`,
-`PyTorchInt8Groups`), which round activations, scales and offsets to bfloat16, and are made for few
-rows: for many, as in a prompt, the weights are dequantized for a single product. On CUDA torchao
-quantizes, see gptk.model.torchao.
+Decoding reads every weight once a step, so a quarter of the bytes takes about a quarter of the
+time. Weights are packed for gptk's kernel (`KernelGroups`) or, where it cannot run, for PyTorch's
+(`PyTorchInt8`, `PyTorchInt4`, `PyTorchInt8Groups`), which round activations and scales to bfloat16.
+For many rows weights are dequantized. On CUDA torchao quantizes, see gptk.model.torchao.
 """
 
 import functools

@@ -8,7 +8,7 @@ from gptk import kernels
 from gptk.system.devices import has_fast_products
 from gptk.system.notices import tell_once
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded: bool) -> None:
@@ -18,14 +18,14 @@ def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded
         if expanded:
             small = "; --quantize int4 takes less memory" if device.type == "cuda" else ""
             tell_once(
-                _LOG,
+                _log,
                 f"the matrices that the file has quantized are expanded to {name}, since gptk's "
                 f"kernels for them do not run on {device.type}{small}",
             )
         return
     if not has_fast_products(dtype):
         tell_once(
-            _LOG,
+            _log,
             f"this processor has no instructions for {name}, which is converted to float32 for "
             "each product; --dtype float32 is faster, and takes more memory",
         )
@@ -37,7 +37,7 @@ def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded
                 "(--dtype bfloat16 keeps them quantized)"
             )
         tell_once(
-            _LOG,
+            _log,
             f"gptk's kernels do not run here: {reason}. PyTorch's run instead, at half the speed "
             f"or less{more}",
         )
@@ -49,13 +49,13 @@ def tell_of_slow_training(device: torch.device, dtype: torch.dtype) -> None:
         return  # float32 training is computed by PyTorch everywhere
     if not has_fast_products(dtype):
         tell_once(
-            _LOG,
+            _log,
             f"this processor has no instructions for {str(dtype).removeprefix('torch.')}; training "
             "in float32 is faster (dtype=float32)",
         )
     elif reason := kernels.why_not():
         tell_once(
-            _LOG,
+            _log,
             f"gptk's kernels do not run here: {reason}. Training takes PyTorch's, and a third more "
             "time or so",
         )

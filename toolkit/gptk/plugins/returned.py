@@ -1,10 +1,11 @@
 """Checks of what a logits processor returns, in gptk's decoding loop and in others' loops."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gptk.errors import PluginError, shown
-from gptk.session.rows import Follower
+
+if TYPE_CHECKING:  # gptk.plugins is imported where PyTorch is not needed
+    from torch import Tensor
 
 
 def check_process(process: object, name: str) -> None:
@@ -22,6 +23,8 @@ def check_process(process: object, name: str) -> None:
 
 def check_state(state: object, whose: str) -> None:
     """Raises PluginError for an object that has some of a follower's methods, and not all."""
+    from gptk.session.rows import Follower
+
     verbs = [verb for verb in ("extend", "select", "rewind") if hasattr(state, verb)]
     if verbs and not isinstance(state, Follower):
         raise PluginError(
@@ -29,10 +32,12 @@ def check_state(state: object, whose: str) -> None:
         )
 
 
-def check_logits(logits: object, name: str, before: Tensor) -> None:
+def check_logits(logits: object, name: str, before: "Tensor") -> None:
     """Raises PluginError unless a processor returned logits like `before`, those that it got."""
+    import torch
+
     returned = shown(logits)
-    if isinstance(logits, Tensor):
+    if isinstance(logits, torch.Tensor):
         like = logits.shape == before.shape and logits.dtype == torch.float32
         if like and logits.device == before.device:
             return

@@ -55,6 +55,7 @@ def load_or_make(code: Code, load: Callable[[Path], Loaded]) -> Loaded:
     for folder in _folders(problems):
         found = _load(folder, code, load)
         if not isinstance(found, _Unusable):
+            _log.info("%s loaded from %s", code.name, folder)
             return found
         if not os.access(folder, os.W_OK | os.X_OK):
             problems.append(f"{folder} cannot be written")
@@ -66,6 +67,7 @@ def load_or_make(code: Code, load: Callable[[Path], Loaded]) -> Loaded:
             if found.reason:
                 _log.warning("%s is not loaded, and is made again: %s", found.path, found.reason)
             path = _make(folder, code)
+            _log.info("%s compiled, and kept in %s", code.name, folder)
             try:
                 return load(path)
             except BaseException:  # it is no good, and is not kept

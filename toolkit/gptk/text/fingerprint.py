@@ -9,13 +9,16 @@ from gptk.text.tokenizer import Tokenizer
 def fingerprint(tokenizer: Tokenizer) -> str:
     """The SHA-256 of what a tokenizer is made of, in hexadecimal digits.
 
-    That is the bytes of each token, the special tokens, the pattern that splits texts, the normal
-    form, BOS and the tokens that end a text.
+    That is the bytes of each token, the special tokens and how they are found, the pattern that
+    splits texts, the normal form, BOS and the tokens that end a text.
     """
     encoding = tokenizer.encoding
     about = {
         "pattern": getattr(encoding, "_pat_str", None),
         "special": getattr(encoding, "_special_tokens", None),
+        "special_options": {
+            text: sorted(options) for text, options in (tokenizer.special_options or {}).items()
+        },
         "normalization": tokenizer.normalization,
         "bos": tokenizer.bos,
         "add_bos": tokenizer.add_bos,

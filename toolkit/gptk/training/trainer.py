@@ -44,7 +44,7 @@ from gptk.training.progress import TrainingProgress
 from gptk.training.state import TrainingState
 from gptk.training.step import TrainingStep
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def _counter(name: str) -> Any:
@@ -159,13 +159,7 @@ class Trainer:
             {regularizer.name: {} for regularizer in self.regularizers},
         )
         self._checkpoints = RunCheckpoints(
-            self._directory,
-            config,
-            processes,
-            model,
-            self.tokenizer,
-            self._state,
-            self._progress,
+            self._directory, config, processes, model, self.tokenizer, self._state, self._progress
         )
         self._step = TrainingStep(
             config,
@@ -232,7 +226,7 @@ class Trainer:
         Raises TrainingError if there is no checkpoint, if another trainer uses the run, or if
         files of the run are damaged; OptionError for settings that are wrong, or cannot change.
         """
-        folder, warn = Path(run), warn or _LOG.warning
+        folder, warn = Path(run), warn or _log.warning
         directory = RunDirectory(folder)
         try:
             with explaining_preparation(folder):

@@ -34,12 +34,12 @@ def load_model_tokenizer(source: str | None) -> Tokenizer:
     Where a loader of tokenizers knows the model's files, neither PyTorch nor a loader of weights is
     imported. Raises TokenizerError if the model has none, and what finding a model raises.
     """
-    loaders = provided("tokenizer").values()
-    source = source or os.environ.get("GPTK_MODEL")
-    installed = [name for plugin in loaders if (name := ask(plugin, "default_source", answer=str))]
-    source = source or next(iter(installed), None) or default_source()
-    is_local = source in installed or os.path.exists(source)
-    if is_local and (loader := matching("tokenizer", source, TokenizerLoader)):
+    asked = [ask(p, "default_source", answer=str) for p in provided("tokenizer").values()]
+    installed = [name for name in asked if name]
+    source = source or os.environ.get("GPTK_MODEL") or next(iter(installed), None)
+    source = source or default_source()
+    known = source in installed or os.path.exists(source)
+    if known and (loader := matching("tokenizer", source, TokenizerLoader)):
         return _load(loader)
     checkpoint = load_checkpoint(source)
     if checkpoint.tokenizer is None:

@@ -1,0 +1,134 @@
+"""What people type who know transformers, vLLM, llama.cpp or OpenAI's API: it works, or the answer
+says the very words to type."""
+
+import json
+
+import pytest
+
+import gptk
+from gptk.decoding.other_names import translate
+from gptk.testing import tiny_lm
+from program import gptk as run_gptk
+
+LM = tiny_lm()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    LM.save(folder)
+    return str(folder)
+
+
+def record(model, *words):
+    """What `gptk generate … --json` says it did."""
+    out = run_gptk("generate", "abc", "--model", model, "--json", "--seed", "1", *words)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout)
+
+
+@pytest.mark.parametrize(
+    ("given", "sampler", "processors"),
+    [
+        ({"num_beams": 2}, "beam:2", []),
+        ({"num_beams": 2, "do_sample": True}, "beam-sample:2", []),
+        ({"do_sample": True}, "multinomial", []),
+        ({"do_sample": False, "repeat_penalty": 1.2}, None, ["repetition-penalty:1.2"]),
+        ({"top_p": 0.9, "top_k": 40}, None, ["top-p:0.9", "top-k:40"]),
+        ({"typical_p": 0.9}, None, ["typical:0.9"]),
+        ({"no_repeat_ngram_size": 3}, None, ["no-repeat-ngram:3"]),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive:alpha=0.6", ["top-k:4"]),
+        (
+            {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.5},
+            "diverse-beam:width=6,beam_groups=3,diversity=0.5",
+            [],
+        ),
+        (
+            {"xtc_probability": 0.5, "xtc_threshold": 0.1},
+            None,
+            ["xtc:probability=0.5,threshold=0.1"],
+        ),
+        ({"mirostat": 2, "mirostat_tau": 3}, "mirostat:version=2,tau=3", []),
+        ({"guided_regex": "a=b, c"}, None, ['regex:"a=b, c"']),
+    ],
+    ids=str,
+)
+def test_settings_of_other_programs_are_samplers_and_processors(given, sampler, processors):
+    translation = translate(given, [])
+    assert (translation.sampler, translation.processors) == (sampler, processors)
+    for spec in processors:
+        gptk.plugins.create("processor", spec, gptk.LogitsProcessor)
+    if sampler:
+        gptk.plugins.create("sampler", sampler, gptk.Sampler)
+
+
+@pytest.mark.parametrize(
+    ("words", "done"),
+    [
+        (["--num-beams", "2"], "beam"),
+        (["--num-beams=2", "--do-sample"], "beam-sample"),
+        (["--temperature", "0.7"], "multinomial"),
+        (["--repetition-penalty", "1.2"], "greedy"),
+        (["--max-tokens", "3"], "greedy"),
+        (["--max-tokens", "3", "--debug"], "greedy"),
+    ],
+)
+def test_the_program_does_what_the_options_mean(words, done, model):
+    said = record(model, *words)
+    assert said["settings"]["sampler"].partition(":")[0] == done
+    if "--max-tokens" in words:
+        assert said["settings"]["max_new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--temperature", "0"], "leave it out, or name the sampler greedy"),
+        (["--top-p"], "--top-p needs a value"),
+        (["--max-length", "9"], "no option --max-length: --max-new-tokens counts new tokens"),
+        (["--sampler", "greedy", "--sampler", "beam"], "--sampler is given twice"),
+        (["--seed", "1", "--seed", "2"], "--seed is given twice: --seed 1 and --seed 2"),
+        (["--sampler", "greedy", "--num-beams", "2"], "options that mean --sampler beam:2"),
+        (["--sampler", "beam:4,4"], "without the name"),
+        (["--plugin", "no/such/file.py"], "no/such/file.py"),
+    ],
+)
+def test_what_cannot_be_is_answered_with_the_words_to_type(words, answer, model):
+    out = run_gptk("generate", "abc", "--model", model, *words)
+    assert out.returncode in (1, 2)
+    assert answer in out.stderr
+    assert out.stderr.startswith("gptk: ")
+    assert out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"num_beams": 4}, "there is no setting num_beams; write sampler='beam:4'"),
+        ({"do_sample": True, "temperature": 0.7}, "'multinomial', processors=['temperature:0.7']"),
+        ({"num_return_sequences": 3}, "write n=3"),
+        ({"stop_strings": ["x"]}, "write stop=['x']"),
+        ({"max_tokens": 5}, "write max_new_tokens=5"),
+        ({"top_p": 0.9}, "write processors=['top-p:0.9']"),
+        ({"bad_words_ids": {b"x"}}, "write processors=['bad-words:…']"),
+        ({"max_length": 5}, "max_new_tokens counts new tokens"),
+        ({"procesors": []}, "did you mean processors?"),
+    ],
+)
+def test_python_answers_with_the_words_to_write(settings, answer):
+    with pytest.raises(gptk.OptionError) as error:
+        LM.generate("abc", **settings)
+    assert answer in str(error.value)
+
+
+def test_a_processor_that_is_meant_for_sampling_makes_a_run_sample():
+    drawn = {
+        LM.generate("abc", processors=["temperature:2"], seed=seed, max_new_tokens=8).text
+        for seed in range(5)
+    }
+    assert len(drawn) > 1
+    greedy = {
+        LM.generate("abc", processors=["repetition-penalty:1.1"], seed=seed, max_new_tokens=8).text
+        for seed in range(5)
+    }
+    assert len(greedy) == 1
