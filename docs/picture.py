@@ -24,15 +24,15 @@ SCHEMA = (
 )
 RUNS = {
     "Beam search under a JSON schema": [
-        *("generate", "Tom, 34, lives in Ghent. As JSON:", "--sampler", "beam:width=4"),
-        *("--processor", f"json-schema:schema={SCHEMA}"),
+        *("generate", "Name: Tom, age: 34. As JSON:", "--sampler", "beam:4"),
+        *("--processor", f"json-schema:{SCHEMA}"),
     ],
     "DoLa with a penalty": [
         *("generate", "The three largest cities of Germany are", "--sampler", "dola"),
-        *("--processor", "repetition-penalty:penalty=1.1", "--max-new-tokens", "24"),
+        *("--processor", "repetition-penalty:1.1", "--max-new-tokens", "24"),
     ],
     "Sampling with a draft: the same text as without, sooner": [
-        *("generate", "Roses are red, violets are blue, roses are", "--sampler", "top-p:p=0.9"),
+        *("generate", "Roses are red, violets are blue, roses are", "--sampler", "top-p:0.9"),
         *("--draft", "lookup", "--seed", "1", "--max-new-tokens", "24"),
     ],
 }

@@ -81,6 +81,8 @@ class Attacker:
             self._child = None
 
     def _child_for(self, file: str, test: str) -> "subprocess.Popen[bytes]":
+        if self._target is not None and self._target[0] != file:
+            self.close()  # a test's module may change the process that it is imported in
         if self._child is None:
             self._child = subprocess.Popen(
                 [sys.executable, __file__],

@@ -241,7 +241,7 @@ def test_too_little_memory_is_an_exception(compiled):
     body = """
         import resource, torch
         from gptk import kernels
-        from gptk.errors import out_of_memory
+        from gptk.system.memory import is_out_of_memory
         from gptk.kernels import attention, products
 
         torch.set_num_threads(2)
@@ -278,7 +278,7 @@ def test_too_little_memory_is_an_exception(compiled):
                 except (MemoryError, RuntimeError) as error:
                     last = error
                 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-                assert last and out_of_memory(last), (name, left, last)
+                assert last and is_out_of_memory(last), (name, left, last)
             assert isinstance(last, MemoryError), (name, last)
         for _, call in calls.values():
             call()

@@ -98,4 +98,4 @@ def test_the_example_of_a_page_runs(kind, plugin, build, lm):
     settings = build.arguments(kind, plugin.name, build.example(plugin))
     prompt = build.PROMPTS.get((kind, plugin.name), build.STORY)
     text = build.result(lm, prompt, settings)
-    assert text.replace("    ", "").startswith(prompt.splitlines()[0].rstrip())
+    assert text.removeprefix("````text\n").startswith(prompt.splitlines()[0].rstrip())

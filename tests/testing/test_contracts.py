@@ -200,7 +200,7 @@ class TestGPT2Tokenizer(testing.TokenizerContract):
     make = provided("tokenizer")["gpt2"].item
 
 
-class TestSmolLM2Tokenizer(testing.TokenizerContract):
+class TestSmolLM2Tokenizer(testing.PluginContract):
     make = provided("tokenizer")["smollm2"].item
 
 
