@@ -4,6 +4,7 @@ says the very words to type."""
 import json
 
 import pytest
+import torch
 
 import gptk
 from gptk.decoding.other_names import translate
@@ -70,6 +71,8 @@ def test_settings_of_other_programs_are_samplers_and_processors(given, sampler, 
         (["--temperature", "0.7"], "multinomial"),
         (["--repetition-penalty", "1.2"], "greedy"),
         (["--max-tokens", "3"], "greedy"),
+        (["--max-time", "100"], "greedy"),
+        (["--logits-processor", "top-k:3"], "multinomial"),
         (["--max-tokens", "3", "--debug"], "greedy"),
     ],
 )
@@ -89,6 +92,18 @@ def test_the_program_does_what_the_options_mean(words, done, model):
         (["--sampler", "greedy", "--sampler", "beam"], "--sampler is given twice"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice: --seed 1 and --seed 2"),
         (["--sampler", "greedy", "--num-beams", "2"], "options that mean --sampler beam:2"),
+        (
+            ["--top-p", "0.9", "--top-p", "0.8"],
+            "--top-p is given twice: --top-p 0.9 and --top-p 0.8",
+        ),
+        (["--max-tokens", "3", "--max-new-tokens", "5"], "--max-new-tokens is given twice"),
+        (
+            ["--max-tokens", "3", "--n-predict", "5"],
+            "given twice: another name of --max-new-tokens",
+        ),
+        (["--temp", "1", "--temperature", "2"], "another name of temperature"),
+        (["--num-beams", "3", "--beam-size", "2"], "another name of width"),
+        (["--sampler", "multinomial:0"], "name the sampler greedy"),
         (["--sampler", "beam:4,4"], "without the name"),
         (["--plugin", "no/such/file.py"], "no/such/file.py"),
     ],
@@ -99,6 +114,14 @@ def test_what_cannot_be_is_answered_with_the_words_to_type(words, answer, model)
     assert answer in out.stderr
     assert out.stderr.startswith("gptk: ")
     assert out.stderr.count("\n") == 1
+
+
+def test_a_command_takes_only_what_it_has_options_for(model):
+    words = ("compare", "abc", "--model", model, "--sampler", "greedy", "--max-tokens", "3")
+    assert run_gptk(*words).returncode == 0
+    out = run_gptk(*words, "--stop-strings", "x")
+    assert out.returncode == 2
+    assert "--stop-strings" in out.stderr
 
 
 @pytest.mark.parametrize(
@@ -112,6 +135,9 @@ def test_what_cannot_be_is_answered_with_the_words_to_type(words, answer, model)
         ({"top_p": 0.9}, "write processors=['top-p:0.9']"),
         ({"bad_words_ids": {b"x"}}, "write processors=['bad-words:…']"),
         ({"max_length": 5}, "max_new_tokens counts new tokens"),
+        ({"max_tokens": 5, "n_predict": 6}, "n_predict is given twice"),
+        ({"use_cache": [False, True]}, "use_cache is [False, True]; it must be True or False"),
+        ({"use_cache": torch.ones(2)}, "it must be True or False"),
         ({"procesors": []}, "did you mean processors?"),
     ],
 )

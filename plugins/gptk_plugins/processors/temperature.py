@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._temperature import TemperatureOption
 
 
 class Temperature(gptk.LogitsProcessor):
@@ -19,7 +20,7 @@ class Temperature(gptk.LogitsProcessor):
     positional = "temperature"
     other_names = {"temp": "temperature"}
 
-    temperature: float = Field(
+    temperature: TemperatureOption = Field(
         1.0, ge=1e-6, le=1e6, description="1 changes nothing; for 0 use greedy"
     )
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
+from gptk_plugins.processors._temperature import TemperatureOption
 from gptk_plugins.processors.temperature import Temperature
 
 
@@ -28,7 +29,7 @@ class Multinomial(gptk.Sampler):
     other_names = {"do_sample": ""}
     random = True
 
-    temperature: float = Field(
+    temperature: TemperatureOption = Field(
         1.0, ge=1e-6, le=1e6, description="below 1 sharpens, above 1 flattens"
     )
 

@@ -33,8 +33,8 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
             words = [*self._take_program_options(self._words(ctx, args))]
-            _refuse_repetitions(words)
             args = self._translated(ctx, words)
+            _refuse_repetitions([*self._words(ctx, args)])
         return super().parse_args(ctx, args)
 
     def _translated(self, ctx: click.Context, words: list[_Word]) -> list[str]:
@@ -96,9 +96,16 @@ class DecodingCommand(Command):
         unknown = {word.name: word for word in words if word.name and word.parameter is None}
         if not any(name.startswith("--") for name in unknown):
             return super()._translated(ctx, words)
-        from gptk.decoding.other_names import is_known, translate
+        from gptk.decoding.other_names import SETTINGS, is_known, option_of, translate
 
-        foreign = {name: word for name, word in unknown.items() if is_known(_setting(name))}
+        own = {name for parameter in self.params for name in parameter.opts}
+        foreign = {
+            name: word
+            for name, word in unknown.items()
+            if is_known(setting := _setting(name))
+            and option_of(SETTINGS.get(setting, "processors")) in own
+        }
+        _refuse_repetitions([word for word in words if word.name in foreign])
         for name, word in foreign.items():
             if (word.value is None and self._takes_value(name, None)) or word.value == "":
                 raise click.UsageError(f"{name} needs a value")
@@ -135,9 +142,10 @@ def _refuse_repetitions(words: list[_Word]) -> None:
     """Raise click.UsageError for an option that takes one value and is given twice."""
     seen: dict[str, _Word] = {}
     for word in words:
-        if word.parameter is None or word.parameter.multiple or word.parameter.count:
+        option = word.parameter
+        if not word.name or (option is not None and (option.multiple or option.count)):
             continue
-        first = seen.setdefault(word.parameter.name or "", word)
+        first = seen.setdefault((option and option.name) or word.name, word)
         if first is not word:
             several = "; gptk compare runs several" if word.name == "--sampler" else ""
             raise click.UsageError(

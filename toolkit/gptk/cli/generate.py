@@ -74,6 +74,11 @@ if TYPE_CHECKING:
     "more faster; on CUDA a graph. For a single text; beams and batches run uncompiled.",
 )
 @click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0),
+    help="A limit on the time of decoding; what is there then is the result.",
+)
+@click.option(
     "--overflow",
     type=click.Choice(["stop", "slide"]),
     default="stop",

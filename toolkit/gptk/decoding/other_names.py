@@ -60,7 +60,7 @@ class Translation:
 
     def as_options(self) -> list[str]:
         """As words of a command line: `--n 2 --sampler beam:4`."""
-        words = [(f"--{name.replace('_', '-')}", value) for name, value in self.settings.items()]
+        words = [(option_of(name), value) for name, value in self.settings.items()]
         words += [("--sampler", self.sampler)] if self.sampler else []
         words += [("--processor", processor) for processor in self.processors]
         return [word for pair in words for word in pair]
@@ -70,6 +70,11 @@ class Translation:
         plugins = {"sampler": self.sampler, "processors": self.processors}
         named = self.settings | {name: value for name, value in plugins.items() if value}
         return ", ".join(f"{name}={value!r}" for name, value in named.items())
+
+
+def option_of(setting: str) -> str:
+    """The option of the command line that is a setting of Python, such as --max-new-tokens."""
+    return "--processor" if setting == "processors" else f"--{setting.replace('_', '-')}"
 
 
 def is_known(name: str) -> bool:
@@ -88,24 +93,20 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
     """What settings that gptk does not have are in gptk.
 
     given: values by name, with underscores. known: gptk's own settings, to suggest similar names.
-    Raises OptionError for a setting that no program known here has, or without a counterpart.
+    Raises OptionError for a setting that no program known here has, or without a counterpart, and
+    for two names of the same.
     """
     translation = Translation()
     sampler_options: dict[str, Any] = {}
     processors: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
         if name in SETTINGS:
-            translation.settings[SETTINGS[name]] = value
+            _put(translation.settings, SETTINGS[name], value, name)
         elif name in ANSWERS:
             raise OptionError(f"there is no setting {name}: {ANSWERS[name]}")
         elif (found := _processor_option(name)) is not None:
             processor, option = found
-            if processor == "temperature" and value in (0, "0", "0.0"):
-                raise OptionError(
-                    "temperature 0 is the likeliest token at each step: leave it out, "
-                    "or name the sampler greedy"
-                )
-            processors.setdefault(processor, {})[option] = value
+            _put(processors.setdefault(processor, {}), option, value, name)
         elif _samplers_with(name):
             sampler_options[name] = value
         else:
@@ -119,6 +120,14 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
         for name, options in processors.items()
     ]
     return translation
+
+
+def _put(values: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Put a value that was given under another program's name. Raises OptionError if it is there
+    already, under a second name."""
+    if key in values:
+        raise OptionError(f"{name} is given twice: another name of {key} is given, too")
+    values[key] = value
 
 
 def _processor_option(name: str) -> tuple[str, str] | None:
@@ -140,7 +149,9 @@ def _sampler(given: Mapping[str, Any]) -> str:
     if not fitting:
         raise OptionError(f"no sampler has {_listed(given)} together; see gptk plugins")
     sampler: type[Plugin] = min(fitting, key=lambda s: (len(s.other_names), len(s.model_fields)))
-    options = {sampler.other_names[name]: value for name, value in given.items()}
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        _put(options, sampler.other_names[name], value, name)
     options.pop("", None)  # a name such as do_sample stands for the sampler, not for an option
     return _short_spec(sampler, options)
 

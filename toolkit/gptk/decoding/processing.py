@@ -60,6 +60,7 @@ class Processing:
             raise DecodingError("the model's logits are not numbers; are its weights damaged?")
         for name, process in self.started:
             logits = process(logits, self._rows)
+            self._rows.forget_copy()
             if bool((logits[index] == -torch.inf).all()):
                 raise DecodingError(f"processor {name} left no token to choose from {where}")
             if not _is_distribution(logits[index]):

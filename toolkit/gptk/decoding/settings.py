@@ -92,11 +92,11 @@ def check_settings(
     n = _whole_number("n", n, least=1, most=MAX_ROWS)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
-    if not use_cache:
-        tell_once(_log, _SLOW_WITHOUT_CACHE)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
     ignore_eos, use_cache = _flag("ignore_eos", ignore_eos), _flag("use_cache", use_cache)
+    if not use_cache:
+        tell_once(_log, _SLOW_WITHOUT_CACHE)
     user_processors = _created("processor", "processors", processors, LogitsProcessor)
     user_observers = _created("decoding-observer", "observers", observers, DecodingObserver)
     chosen = create("sampler", _sampler_or_default(sampler, user_processors), Sampler)
