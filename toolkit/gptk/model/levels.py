@@ -18,7 +18,7 @@ to the largest of each 32 weights, a scale and an offset for each such group."""
 
 GROUP = 32
 """Consecutive inputs of an output whose weights share a scale and an offset."""
-WEIGHTS_AT_A_TIME = 1 << 18
+WEIGHTS_AT_A_TIME = 1 << 16
 """Weights that are converted at a time, so that intermediate tensors take little memory."""
 
 
