@@ -591,7 +591,7 @@ The public names: `import gptk`, then `gptk.NAME`. Names that are not on this pa
 without notice. The site fills this page with the docstrings; `help(gptk.load)` shows the same."""
 API = {
     "Language model": """load LanguageModel Settings Stream Generation TopTokens RankedToken
-        StreamedToken Score Acceptance
+        StreamedToken Request Response Score Acceptance
         FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
         Evaluation""",
     "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",

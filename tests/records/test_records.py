@@ -59,7 +59,7 @@ def test_a_record_has_every_setting_the_model_s_hash_and_the_versions(recorded, 
         "sampler": "beam:width=4,length_penalty=1.0,early_stopping=false",
         "processors": [], "max_new_tokens": 6, "n": 1, "seed": record["seed"], "stop": [],
         "draft": None, "overflow": "stop", "max_seconds": None, "ignore_eos": False,
-        "use_cache": True, "top_logprobs": 0, "observers": [],
+        "use_cache": True, "top_logprobs": 0, "observers": [], "ordinal": 0,
     }  # fmt: skip
     weights = (model / "model.safetensors").read_bytes()
     assert {

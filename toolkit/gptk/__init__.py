@@ -76,6 +76,8 @@ _HOMES = {
     "RandomStream": "session.random",
     "RankedToken": "hooks.results",
     "Regularizer": "hooks.training",
+    "Request": "decoding.requests",
+    "Response": "decoding.requests",
     "Rows": "session.rows",
     "Run": "hooks.run",
     "Sampler": "hooks.sampling",
@@ -123,6 +125,8 @@ if TYPE_CHECKING:
     from gptk.data.token_files import prepare_tokens as prepare_tokens
     from gptk.data.windows import Windows as Windows
     from gptk.decoding.limits import StopCondition as StopCondition
+    from gptk.decoding.requests import Request as Request
+    from gptk.decoding.requests import Response as Response
     from gptk.decoding.run import Decoding as Decoding
     from gptk.decoding.speculation import Acceptance as Acceptance
     from gptk.decoding.stream import Stream as Stream

@@ -3,16 +3,17 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 from gptk import kernels
 from gptk.decoding.limits import StopCondition
 from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
+from gptk.decoding.requests import Request, Response
 from gptk.decoding.settings import check_settings
 from gptk.decoding.stream import Stream
-from gptk.errors import PromptError, TokenizerError
+from gptk.errors import GptkError, PromptError, TokenizerError
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.results import Generation, shortened
@@ -55,6 +56,10 @@ class Settings(TypedDict, total=False):
     """How many results for each prompt; those after the first are in `.alternatives` [1]."""
     seed: int | None
     """From -2^63 to 2^64 - 1; the result reports it [a new one each time]."""
+    ordinal: int
+    """The number of the first prompt, and those after it count on: with the seed and the prompt it
+    decides what is drawn, so that equal prompts of a call get different texts, and a text can be
+    drawn again alone [0]."""
     stop: "str | StopCondition | Iterable[str | StopCondition]"
     """One or several, each a text that ends the continuation, or a function that is called after
     each new token with the row's tokens, prompt first, and says whether it ends [none]."""
@@ -180,6 +185,45 @@ class LanguageModel:
         for _ in stream:
             pass
         return stream.results
+
+    def generate_many(
+        self,
+        prompts: "Iterable[Prompt | Request]",
+        *,
+        ordered: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Response]:
+        """Continue any number of prompts, which are read as there is room for them.
+
+        Each gets what it would get alone with its `ordinal`. Responses come as they end, or with
+        `ordered` in the order of the prompts. A prompt that fails has its error in its response,
+        and the others go on. Closing the iterator ends those under way.
+
+        Settings of the call are checked before this returns; it raises what `generate` raises.
+        """
+        if isinstance(prompts, str):
+            raise PromptError("prompts must be a list; for one prompt there is generate()")
+        settings["seed"] = check_settings(**settings).seed
+        return self._respond(prompts, settings)
+
+    def _respond(
+        self, prompts: "Iterable[Prompt | Request]", settings: Settings
+    ) -> Iterator[Response]:
+        for index, prompt in enumerate(prompts):
+            request = prompt if isinstance(prompt, Request) else Request(prompt)
+            ordinal = request.ordinal
+            numbered = {
+                "ordinal": settings.get("ordinal", 0) + index if ordinal is None else ordinal
+            }
+            try:
+                own = cast(Settings, {**settings, **numbered, **request.settings})
+                if request.messages is None:
+                    generation = self.generate(request.prompt, **own)
+                else:
+                    generation = self.chat(request.messages, **own)
+                yield Response(index, request, generation=generation)
+            except GptkError as error:
+                yield Response(index, request, error=error)
 
     def stream(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Stream:
         """Continue one prompt and give the text as it comes, see Stream."""

@@ -48,6 +48,8 @@ class CheckedSettings:
     rows: int
     """The most rows that a prompt has at the same time."""
     seed: int
+    ordinal: int
+    """The number of the request, which its random stream depends on."""
     stop: tuple[str, ...]
     stop_conditions: tuple[StopCondition, ...]
     drafter: Drafter | None
@@ -71,6 +73,7 @@ def check_settings(
     max_new_tokens: int = 64,
     n: int = 1,
     seed: int | None = None,
+    ordinal: int = 0,
     stop: str | StopCondition | Iterable[str | StopCondition] = (),
     draft: object = None,
     overflow: Overflow = "stop",
@@ -91,6 +94,7 @@ def check_settings(
     max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, least=1)
     n = _whole_number("n", n, least=1, most=MAX_ROWS)
     seed = secrets.randbits(32) if seed is None else _checked_seed(seed)
+    ordinal = _whole_number("ordinal", ordinal, least=0)
     top_logprobs = _whole_number("top_logprobs", top_logprobs, least=0)
     _check_overflow(overflow)
     max_seconds = _seconds(max_seconds)
@@ -101,11 +105,7 @@ def check_settings(
     user_observers = _created("decoding-observer", "observers", observers, DecodingObserver)
     chosen = create("sampler", _sampler_or_default(sampler, user_processors), Sampler)
     drafter = None if draft is None else make_drafter(draft)
-    with blaming([chosen]):
-        rows = check_rows(chosen.max_rows(n), chosen)
-        if drafter is not None:
-            check_draft(chosen)
-    _check_rows(chosen, rows)
+    rows = _most_rows(chosen, n, drafter)
     stops = _checked_stops(stop)
     return CheckedSettings(
         sampler=chosen,
@@ -114,6 +114,7 @@ def check_settings(
         n=n,
         rows=rows,
         seed=seed,
+        ordinal=ordinal,
         stop=tuple(text for text in stops if isinstance(text, str)),
         stop_conditions=tuple(condition for condition in stops if not isinstance(condition, str)),
         drafter=drafter,
@@ -194,12 +195,18 @@ def _flag(name: str, value: Any) -> bool:
     raise OptionError(f"{name} is {shown(value)}; it must be True or False")
 
 
-def _check_rows(sampler: Sampler, rows: int) -> None:
+def _most_rows(sampler: Sampler, n: int, drafter: Drafter | None) -> int:
+    """The most rows that a prompt has at the same time, checked; and whether a draft is possible."""
+    with blaming([sampler]):
+        rows = check_rows(sampler.max_rows(n), sampler)
+        if drafter is not None:
+            check_draft(sampler)
     if rows > MAX_ROWS:
         raise OptionError(
             f"sampler {sampler.name} would decode {rows} rows for a prompt; at most {MAX_ROWS:,} "
             "are possible"
         )
+    return rows
 
 
 def _check_overflow(overflow: object) -> None:

@@ -21,7 +21,7 @@ from gptk.hooks.sampling import Sampler
 from gptk.model.protocol import CausalModel
 from gptk.plugins.blame import blaming
 from gptk.plugins.registry import PluginWarning
-from gptk.session.rows import Rows
+from gptk.session.rows import Rows, equal_before
 from gptk.session.session import DecodeSession
 from gptk.system.memory import explaining_out_of_memory
 from gptk.text.tokenizer import Tokenizer
@@ -68,7 +68,10 @@ class Stream:
         self._model, self._tokenizer = model, tokenizer
         self.settings = settings
         """The settings in effect, with the seed that was chosen."""
-        self._prompts, self._ordinals = prompts, ordinals
+        self._prompts = prompts
+        if ordinals is None:
+            ordinals = [settings.ordinal + before for before in equal_before(prompts)]
+        self._ordinals = ordinals
         self._decoding: Decoding | None = None
         """None before the first step, and once there are results."""
         self._acceptance: Acceptance | None = None
@@ -274,6 +277,7 @@ class Stream:
                 score=decoding.rank(row),
                 prompt=self._prompts[index],
                 seed=self.settings.seed,
+                ordinal=self.settings.ordinal,
                 tokenizer=self._tokenizer,
                 stop=self.settings.stop,
                 top_logprobs=bool(self.settings.top_logprobs),

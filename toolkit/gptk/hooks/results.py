@@ -89,6 +89,8 @@ class Generation:
     finish_reason: FinishReason
     prompt_tokens: list[int]
     seed: int
+    ordinal: int = 0
+    """The number of its request: with the seed and the prompt, what drawn tokens depend on."""
     complete: bool | None = None
     """With a constraint: whether the text satisfies it as it stands, and not only as the beginning
     of a longer one."""

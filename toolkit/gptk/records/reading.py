@@ -67,6 +67,7 @@ class Settings(Part):
     max_new_tokens: int
     n: int
     seed: int
+    ordinal: int
     stop: list[str]
     draft: str | None
     overflow: str

@@ -95,6 +95,7 @@ def settings_as_dict(settings: CheckedSettings) -> dict[str, Any]:
         "max_new_tokens": settings.max_new_tokens,
         "n": settings.n,
         "seed": settings.seed,
+        "ordinal": settings.ordinal,
         "stop": list(settings.stop),
         "draft": None if drafter is None else full_spec(drafter),
         "overflow": settings.overflow,
