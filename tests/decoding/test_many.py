@@ -9,8 +9,16 @@ LM = tiny_lm()
 PROMPTS = ["The cat", "A dog ran", "The cat", "Once"]
 
 
-def alone(prompt, ordinal, **settings):
-    return LM.generate(prompt, ordinal=ordinal, **settings)
+def is_as_alone(result, prompt, ordinal, **settings):
+    """Tokens are the same; log-probabilities but for the rounding of passes of other sizes."""
+    alone = LM.generate(prompt, ordinal=ordinal, **settings)
+    assert result.ordinal == ordinal
+    assert (result.tokens, result.text) == (alone.tokens, alone.text)
+    assert result.token_logprobs == pytest.approx(alone.token_logprobs, abs=1e-4)
+    assert [other.tokens for other in result.alternatives] == [
+        other.tokens for other in alone.alternatives
+    ]
+    return True
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "multinomial", "beam:3", "top-p:0.8"])
@@ -19,7 +27,7 @@ def test_each_gets_what_it_gets_alone_with_its_ordinal(sampler):
     responses = list(LM.generate_many(PROMPTS, ordered=True, **settings))
     assert [response.index for response in responses] == [0, 1, 2, 3]
     for index, response in enumerate(responses):
-        assert response.generation == alone(PROMPTS[index], index, **settings)
+        assert is_as_alone(response.generation, PROMPTS[index], index, **settings)
 
 
 def test_requests_have_settings_ids_and_ordinals_of_their_own():
@@ -32,11 +40,11 @@ def test_requests_have_settings_ids_and_ordinals_of_their_own():
         requests, ordered=True, sampler="top-k:3", seed=1, ordinal=10, max_new_tokens=5
     )
     assert first.request.id == "a"
-    want = alone("The cat", 10, sampler="multinomial", seed=1, max_new_tokens=3)
-    assert first.generation == want
-    assert first.generation.ordinal == 10
-    assert second.generation == alone([1, 2, 3], 7, sampler="top-k:3", seed=1, max_new_tokens=5)
-    assert third.generation == alone("A dog", 12, sampler="top-k:3", seed=1, max_new_tokens=5)
+    own = {"sampler": "multinomial", "seed": 1, "max_new_tokens": 3}
+    assert is_as_alone(first.generation, "The cat", 10, **own)
+    common = {"sampler": "top-k:3", "seed": 1, "max_new_tokens": 5}
+    assert is_as_alone(second.generation, [1, 2, 3], 7, **common)
+    assert is_as_alone(third.generation, "A dog", 12, **common)
 
 
 def test_prompts_are_read_as_there_is_room():
@@ -62,8 +70,8 @@ def test_a_request_that_fails_has_its_error_and_the_others_go_on():
     assert responses[1].generation is responses[2].generation is None
     for index in (0, 3):
         assert responses[index].error is None
-        want = alone(requests[index], index, max_new_tokens=3, seed=0)
-        assert responses[index].generation == want
+        result = responses[index].generation
+        assert is_as_alone(result, requests[index], index, max_new_tokens=3, seed=0)
 
 
 def test_settings_of_the_call_are_checked_before_it_returns():

@@ -5,13 +5,14 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gptk import kernels
 from gptk.decoding.limits import StopCondition
+from gptk.decoding.many import Job, respond
 from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
 from gptk.decoding.requests import Request, Response
-from gptk.decoding.settings import check_settings
+from gptk.decoding.settings import CheckedSettings, check_settings
 from gptk.decoding.stream import Stream
 from gptk.errors import GptkError, PromptError, TokenizerError
 from gptk.hooks.drafting import Drafter
@@ -175,16 +176,20 @@ class LanguageModel:
 
         Raises PromptError, OptionError, UnknownNameError, SpecError or DecodingError.
         """
-        return self.generate_batch([prompt], **settings)[0]
+        return self._stream(prompt, check_settings(**settings)).run()
 
     def generate_batch(
         self, prompts: Sequence[Prompt], **settings: Unpack[Settings]
     ) -> list[Generation]:
-        """Continue several prompts at once; each gets what it would get alone."""
-        stream = self.stream_batch(prompts, **settings)
-        for _ in stream:
-            pass
-        return stream.results
+        """Continue several prompts at once, see `generate_many`. Raises the error of the first that
+        fails."""
+        results = []
+        for response in self.generate_many(prompts, ordered=True, **settings):
+            if response.error is not None:
+                raise response.error
+            assert response.generation is not None
+            results.append(response.generation)
+        return results
 
     def generate_many(
         self,
@@ -203,27 +208,39 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list; for one prompt there is generate()")
-        settings["seed"] = check_settings(**settings).seed
-        return self._respond(prompts, settings)
+        checked = check_settings(**settings)
+        settings["seed"] = checked.seed
+        return respond(self._jobs(prompts, settings, checked), ordered=ordered)
 
-    def _respond(
-        self, prompts: "Iterable[Prompt | Request]", settings: Settings
-    ) -> Iterator[Response]:
+    def _jobs(
+        self, prompts: "Iterable[Prompt | Request]", settings: Settings, checked: CheckedSettings
+    ) -> Iterator[Job]:
+        """What continues each prompt. checked: the settings of the call."""
         for index, prompt in enumerate(prompts):
             request = prompt if isinstance(prompt, Request) else Request(prompt)
-            ordinal = request.ordinal
-            numbered = {
-                "ordinal": settings.get("ordinal", 0) + index if ordinal is None else ordinal
-            }
+            ordinal = checked.ordinal + index if request.ordinal is None else request.ordinal
             try:
-                own = cast(Settings, {**settings, **numbered, **request.settings})
-                if request.messages is None:
-                    generation = self.generate(request.prompt, **own)
-                else:
-                    generation = self.chat(request.messages, **own)
-                yield Response(index, request, generation=generation)
+                own = dataclasses.replace(checked, ordinal=ordinal)
+                if request.settings:
+                    given = {**settings, "ordinal": ordinal, **request.settings}
+                    own = check_settings(**given)
+                stream = self._stream(request.prompt, own, request.messages)
+                yield Job(index, request, rows=own.rows, run=stream.run)
             except GptkError as error:
-                yield Response(index, request, error=error)
+                yield Job(index, request, error=error)
+
+    def _stream(
+        self,
+        prompt: Prompt,
+        settings: CheckedSettings,
+        messages: "Sequence[Message] | None" = None,
+    ) -> Stream:
+        tokenizer = self.tokenizer if settings.stop else self._tokenizer
+        if messages is not None:
+            from gptk.text.chat import encode_chat  # jinja2 is not needed before
+
+            prompt = encode_chat(self.tokenizer, messages, None)
+        return Stream(self.model, tokenizer, [self.encode(prompt)], settings)
 
     def stream(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Stream:
         """Continue one prompt and give the text as it comes, see Stream."""

@@ -196,7 +196,7 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _most_rows(sampler: Sampler, n: int, drafter: Drafter | None) -> int:
-    """The most rows that a prompt has at the same time, checked; and whether a draft is possible."""
+    """The most rows of a prompt at the same time, checked; and whether it can have a draft."""
     with blaming([sampler]):
         rows = check_rows(sampler.max_rows(n), sampler)
         if drafter is not None:

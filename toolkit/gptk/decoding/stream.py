@@ -15,6 +15,7 @@ from gptk.decoding.run import Decoding
 from gptk.decoding.settings import CheckedSettings
 from gptk.decoding.speculation import Acceptance
 from gptk.decoding.text import make_generation
+from gptk.engine.engine import ENGINE
 from gptk.errors import DecodingError, GptkError, PluginError, brief
 from gptk.hooks.results import Generation, TopTokens
 from gptk.hooks.sampling import Sampler
@@ -87,20 +88,26 @@ class Stream:
         return self
 
     def __next__(self) -> str:
+        if self._stepping and ENGINE.is_inside:
+            raise GptkError("a stream cannot be read by what its own steps call")
         with self._lock:
-            if self._stepping:
-                raise GptkError("a stream cannot be read by what its own steps call")
             if self._ended:
                 raise StopIteration
             self._stepping = True
             try:
                 with explaining_out_of_memory(self._what(), _LESS):
-                    return self._step()
+                    return ENGINE.call(self._step, rows=self.settings.rows)
             except BaseException:
                 self._end()
                 raise
             finally:
                 self._stepping = False
+
+    def run(self) -> Generation:
+        """Decode to the end; the result for the first prompt."""
+        for _ in self:
+            pass
+        return self.result
 
     def tokens(self) -> Iterator[StreamedToken]:
         """The tokens of the first result, each with its log-probability and what it adds to the
@@ -117,10 +124,10 @@ class Stream:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        if self._stepping and ENGINE.is_inside:
+            self._interrupted = True
+            return
         with self._lock:
-            if self._stepping:
-                self._interrupted = True
-                return
             try:
                 self._end()
                 if self._decoding is not None:
@@ -169,9 +176,9 @@ class Stream:
         Raises DecodingError if decoding has not started.
         """
         self._interrupted = True  # so that a thread that reads on ends after its step
+        if self._stepping and ENGINE.is_inside:
+            return ""
         with self._lock:
-            if self._stepping:
-                return ""
             self._end()
             return self._finish()
 

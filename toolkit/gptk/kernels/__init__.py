@@ -4,8 +4,10 @@ Before a kernel is called, `available` or one of the functions `can_run…` and 
 have said yes. Arguments that a kernel cannot take raise ValueError, too little memory MemoryError.
 """
 
+from gptk.kernels.attention import BLOCK as BLOCK
 from gptk.kernels.attention import HEAD_DIMS as HEAD_DIMS
 from gptk.kernels.attention import attend as attend
+from gptk.kernels.attention import attend_blocks as attend_blocks
 from gptk.kernels.attention import attend_causally as attend_causally
 from gptk.kernels.build import FEW_QUERIES as FEW_QUERIES
 from gptk.kernels.checks import aoti_shims as aoti_shims

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+INT32, INT64 = torch.int32, torch.int64
 
 
 def are_floats(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:

@@ -6,11 +6,13 @@ All tensors are on the CPU. All functions raise ValueError for other arguments t
 import torch
 from torch import Tensor
 
-from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
+from gptk.kernels.arguments import BFLOAT16, FLOAT32, INT32, INT64, are, are_floats, fail, refuse
 from gptk.kernels.build import FEW_QUERIES, library
 
 HEAD_DIMS = (32, 64, 96, 128)
 """The head sizes that there are kernels for."""
+BLOCK = 64
+"""Tokens of a block of `attend_blocks`; it is CHUNK in cpp/attention.h."""
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: int) -> Tensor:
@@ -59,6 +61,57 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
         *(mask_address, y.data_ptr(), d**-0.5),
         *(trees, rows, heads, kv_heads, length, d),
         *(q.stride(0), keys.stride(0), tree_stride, mask_stride),
+    ):
+        fail(status)
+    return y
+
+
+def attend_blocks(
+    qkv: Tensor,
+    sequences: Tensor,
+    tables: Tensor,
+    slabs: Tensor,
+    sample: Tensor,
+    layer: int,
+    heads: int,
+) -> Tensor:
+    """softmax(q kᵀ / √d) v for sequences of any lengths, whose keys and values are in blocks.
+
+    The new keys and values are stored in the blocks first. Each token sees those before it in its
+    sequence, and itself.
+
+    qkv: (tokens, heads + 2 · kv_heads, d), contiguous: queries, keys, values. sequences: (n, 4)
+    int64: a sequence's first token in qkv, how many it has there, how many its blocks hold already,
+    and where its blocks begin in `tables`, int32 numbers of blocks. For the numbers in these two
+    the caller answers. slabs: the addresses of slabs of blocks, int64; sample: one of them,
+    (layers, 2, blocks, kv_heads, BLOCK, d), contiguous, blocks a power of two. Returns (tokens,
+    heads, d).
+    """
+    tokens, all_heads, d = qkv.shape
+    layers, _, blocks, kv_heads, block, _ = sample.shape
+    if (
+        all_heads != heads + 2 * kv_heads
+        or kv_heads < 1
+        or heads % kv_heads
+        or heads // kv_heads > FEW_QUERIES
+        or d not in HEAD_DIMS
+        or not 0 <= layer < layers
+        or sample.shape != (layers, 2, blocks, kv_heads, BLOCK, d)
+        or blocks & (blocks - 1)
+        or not (qkv.is_contiguous() and sample.is_contiguous())
+        or not are_floats(qkv, sample)
+        or not are(INT64, sequences, slabs)
+        or not are(INT32, tables)
+        or sequences.shape[1:] != (4,)
+    ):
+        refuse("attend_blocks", qkv=qkv, sequences=sequences, slab=sample, layer=layer, heads=heads)
+    y = qkv.new_empty(tokens, heads, d)
+    half = blocks * kv_heads * block * d
+    if status := library().gptk_attend_blocks(
+        *(qkv.dtype is BFLOAT16, qkv.data_ptr(), y.data_ptr(), sequences.data_ptr()),
+        *(tables.data_ptr(), slabs.data_ptr(), d**-0.5),
+        *(tokens, len(sequences), heads, kv_heads, d, blocks.bit_length() - 1),
+        *(2 * layer * half, (2 * layer + 1) * half),
     ):
         fail(status)
     return y

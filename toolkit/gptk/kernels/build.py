@@ -236,6 +236,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_permutation": [*[size] * 3, data],
         "gptk_attend_causally": [flag, *[data] * 5, real, *[size] * 9],
         "gptk_attend_causally_backward": [*[data] * 9, real, *[size] * 9],
+        "gptk_attend_blocks": [flag, *[data] * 5, real, *[size] * 8],
         "gptk_attend": [flag, *[data] * 5, real, *[size] * 10],
     }
     for name, types in signatures.items():

@@ -13,6 +13,7 @@ Read from top to bottom: normalization, attention, MLP, block, model. What is un
 """
 
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,20 @@ Rope = tuple[Tensor, Tensor]
 heads of queries, keys and values; for values, cosines are 1 and sines 0."""
 
 
+class Joined(Protocol):
+    """Where the tokens of several rows go and what they see, see gptk.model.passes."""
+
+    positions: Tensor
+
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        """Attention of all tokens. qkv: (1, tokens, heads, d). Returns (tokens, heads · d)."""
+        raise NotImplementedError
+
+
+AnySlots = Slots | Joined | None
+"""Of a cache, of caches in blocks, or of none: the tokens are the first ones."""
+
+
 class Attention(HooklessModule):
     """Causal self-attention with grouped heads and a KV cache."""
 
@@ -65,7 +80,7 @@ class Attention(HooklessModule):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: Slots | None) -> Tensor:
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: AnySlots) -> Tensor:
         """x: (rows · time, width). slots: of the KV cache, if there is one. Returns x's shape."""
         qkv = self.qkv(x)
         qkv = qkv.view(rows, -1, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
@@ -79,6 +94,8 @@ class Attention(HooklessModule):
         if slots is None:
             q, k, v = qkv.split(heads, dim=2)
             y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
+        elif not isinstance(slots, Slots):
+            y = slots.attend(qkv, self.layer)
         else:
             kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
             kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
@@ -184,7 +201,7 @@ class Block(HooklessModule):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: Slots | None) -> Tensor:
+    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: AnySlots) -> Tensor:
         """x: (rows · time, width). Returns the same shape."""
         y = self.attn(self.attn_norm(x), rows, rope, slots)
         x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
@@ -246,7 +263,7 @@ class GPT(PackableModel):
         return states
 
     def states_at(
-        self, ids: Tensor, slots: Slots | None, table: Tensor, layers: Collection[int] = ()
+        self, ids: Tensor, slots: AnySlots, table: Tensor, layers: Collection[int] = ()
     ) -> Tensor:
         """`states` of tokens that go to these slots of a cache; without slots, from position 0.
 

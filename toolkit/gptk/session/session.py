@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptk.engine.engine import ENGINE
 from gptk.errors import DecodingError, GptkError, PromptError
+from gptk.model.blocks import BlockCache
 from gptk.model.protocol import Cache, CausalModel, evaluating
 from gptk.session.rows import Follower, Rows
 
@@ -67,7 +69,7 @@ class DecodeSession:
         layers: Sequence[int] = (),
         ordinals: Sequence[int] | None = None,
     ) -> None:
-        self.model = model
+        self.model = model = ENGINE.joined(model)
         if not prompts:
             raise PromptError("a session needs a prompt")
         for number, prompt in enumerate(prompts, 1):
@@ -88,7 +90,7 @@ class DecodeSession:
         """For each row the tokens that the cache holds past its end: guesses, or rewound tokens."""
         self._state_column = [0] * len(prompts)
         with torch.inference_mode():
-            self._store(self._recompute(1))
+            self._store(self._begin())
             copies = max(samples, groups)
             if copies > 1:
                 self.select([i for i in range(len(prompts)) for _ in range(copies)])
@@ -335,6 +337,17 @@ class DecodeSession:
     def _states(self, ids: Tensor, cache: Cache | None, counts: list[int] | None = None) -> Tensor:
         with evaluating(self.model):
             return self.model.states(ids, cache, counts, self._layers)
+
+    def _begin(self) -> Tensor:
+        """Read the prompts. Returns the hidden state of each one's last token."""
+        length = self.rows.lengths[0]
+        if isinstance(self._cache, BlockCache) and len(self.rows) == 1 and length <= self._window:
+            self._cache.recall(self.rows.session_tokens.tolist())
+            self._cached = True
+            return self._states(self._last_tokens(length - self._cache.lengths[0]), self._cache)[
+                :, -1:
+            ]
+        return self._recompute(1)
 
     def _recompute(self, n: int) -> Tensor:
         """The hidden states of each row's last n tokens, from the tokens in its window alone.

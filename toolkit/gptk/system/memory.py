@@ -10,11 +10,13 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptk.errors import OutOfMemory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -67,6 +69,34 @@ def physical_memory() -> float:
     if not hasattr(os, "sysconf"):  # on Windows
         return math.inf
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def available_memory(device: "torch.device") -> float:
+    """About how many bytes of memory can be taken on a device."""
+    if device.type == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        free = 1024.0 * int(next(kilobytes))
+    except (OSError, StopIteration, ValueError):  # not Linux
+        free = min(physical_memory(), _UNKNOWN) / 2
+    return float(min(free, _address_space()))
+
+
+def _address_space() -> float:
+    """The bytes that a limit of this process (RLIMIT_AS) leaves, or infinity."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit == resource.RLIM_INFINITY:
+            return math.inf
+        return float(limit - int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE)
+    except (ImportError, OSError, ValueError):
+        return math.inf
 
 
 def keep_freed_memory() -> None:
@@ -127,6 +157,8 @@ class _Arena:
         return taken
 
 
+_UNKNOWN = 8 << 30  # bytes
+_PAGE = 4096
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 _MADV_POPULATE_WRITE = 23  # from mman.h
 

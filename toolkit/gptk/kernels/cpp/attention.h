@@ -92,26 +92,36 @@ void sum_values(const T* values, const float (*weights)[CHUNK], int64_t query_st
     for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[h * query_step].sum + 16 * v, sum[h][v]);
 }
 
-// All queries of an element of the batch with a chunk of `count` keys. keys, values: (count, size);
-// mask: the element's rows at the chunk, or null; out: (queries).
-template <typename T, int vectors>
-void attend_chunk(const T* q, const T* keys, const T* values, const T* mask,
-                  const CacheShape& shape, int64_t element, int64_t count, Partial* out) {
+// The queries of one key head that are worked through together: for `rows` tokens the `group` heads
+// that it serves, (group, rows). q: the first one; a token every row_stride numbers.
+template <typename T>
+struct Queries {
+  const T* q;
+  int64_t rows, group, row_stride;
+  float scale;
+
+  int64_t count() const { return rows * group; }
+};
+
+// All queries with a chunk of keys and values, (chunk, size). see(row, visible): puts the indexes
+// of the keys that a row sees into `visible` and returns how many; mask: what is added to the
+// scores of a row, `mask_stride` numbers after those of the row before, or null; out: (queries).
+template <typename T, int vectors, typename See>
+void attend_chunk(const Queries<T>& queries, const T* keys, const T* values, const See& see,
+                  const T* mask, int64_t mask_stride, Partial* out) {
   constexpr int64_t size = 16 * vectors;
   alignas(64) float weights[MAX_QUERIES][CHUNK];
   // All heads of a row see the same keys; a row of a tree often sees few of them.
-  for (int64_t row = 0; row < shape.rows; row++) {
-    const T* row_mask = mask ? mask + row * shape.mask_stride : nullptr;
+  for (int64_t row = 0; row < queries.rows; row++) {
     int32_t visible[CHUNK];
-    int64_t seen = 0;
-    for (int64_t key = 0; key < count; key++)
-      if (!row_mask || to_float(row_mask[key]) > -INFINITY) visible[seen++] = key;
-    for (int64_t query = row; query < shape.queries(); query += shape.rows) {
-      const T* vector =
-          q + shape.row(element, query) * shape.row_stride + shape.head(element, query) * size;
+    const int64_t seen = see(row, visible);
+    for (int64_t head = 0; head < queries.group; head++) {
+      const int64_t query = head * queries.rows + row;
+      const T* vector = queries.q + row * queries.row_stride + head * size;
       float* scores = weights[query];
       out[query].highest =
-          compute_scores<T, vectors>(vector, keys, row_mask, visible, seen, shape.scale, scores);
+          compute_scores<T, vectors>(vector, keys, mask ? mask + row * mask_stride : nullptr,
+                                     visible, seen, queries.scale, scores);
       const __m512 shift = softmax_shift(out[query].highest);
       __m512 total = _mm512_setzero_ps();
       for (int64_t key = 0; key < seen; key += 16) {
@@ -122,24 +132,43 @@ void attend_chunk(const T* q, const T* keys, const T* values, const T* mask,
       out[query].weight = _mm512_reduce_add_ps(total);
     }
     constexpr int together = vectors > 4 ? 2 : 4;  // heads, as many as registers hold sums of
-    for (int64_t head = 0; head < shape.group;) {
-      const int64_t query = head * shape.rows + row, left = shape.group - head;
+    for (int64_t head = 0; head < queries.group;) {
+      const int64_t query = head * queries.rows + row, left = queries.group - head;
+      const auto* of_head = weights + query;
       if (left >= together) {
-        sum_values<T, vectors, together>(values, weights + query, shape.rows, visible, seen,
-                                         out + query);
+        sum_values<T, vectors, together>(values, of_head, queries.rows, visible, seen, out + query);
         head += together;
       } else if (left == 3) {
-        sum_values<T, vectors, 3>(values, weights + query, shape.rows, visible, seen, out + query);
+        sum_values<T, vectors, 3>(values, of_head, queries.rows, visible, seen, out + query);
         head += 3;
       } else if (left == 2) {
-        sum_values<T, vectors, 2>(values, weights + query, shape.rows, visible, seen, out + query);
+        sum_values<T, vectors, 2>(values, of_head, queries.rows, visible, seen, out + query);
         head += 2;
       } else {
-        sum_values<T, vectors, 1>(values, weights + query, shape.rows, visible, seen, out + query);
+        sum_values<T, vectors, 1>(values, of_head, queries.rows, visible, seen, out + query);
         head += 1;
       }
     }
   }
+}
+
+// y (size) = the weighted mean of the values of all chunks for one query: `of_query` is its partial
+// result of the first chunk, those of the others follow every `step`.
+template <typename T, int vectors>
+void merge_chunks(const Partial* of_query, int64_t chunks, int64_t step, T* y) {
+  float highest = -INFINITY;
+  for (int64_t chunk = 0; chunk < chunks; chunk++)
+    highest = std::max(highest, of_query[chunk * step].highest);
+  __m512 sum[vectors], weight = _mm512_setzero_ps();
+  for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const Partial& part = of_query[chunk * step];
+    const __m512 factor = exp(_mm512_set1_ps(part.highest - highest));
+    weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(part.weight), weight);
+    for (int v = 0; v < vectors; v++)
+      sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(part.sum + 16 * v), sum[v]);
+  }
+  for (int v = 0; v < vectors; v++) store(y + 16 * v, _mm512_div_ps(sum[v], weight));
 }
 
 // y = softmax(q kᵀ · scale + mask) v; for the layouts see `gptk_attend`. Chunks are the same
@@ -156,32 +185,30 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y,
     for (int64_t task = 0; task < shape.batch() * chunks; task++) {
       const int64_t element = task / chunks, start = task % chunks * CHUNK;
       const int64_t from = element * shape.key_stride + start * size;
+      const int64_t count = std::min(CHUNK, shape.length - start);
       const T* chunk_mask =
           mask ? mask + element / shape.kv_heads * shape.tree_stride + start : nullptr;
-      attend_chunk<T, vectors>(q, keys + from, values + from, chunk_mask, shape, element,
-                               std::min(CHUNK, shape.length - start), &partial[task * queries]);
+      const auto see = [&](int64_t row, int32_t* visible) {
+        const T* of_row = chunk_mask ? chunk_mask + row * shape.mask_stride : nullptr;
+        int64_t seen = 0;
+        for (int64_t key = 0; key < count; key++)
+          if (!of_row || to_float(of_row[key]) > -INFINITY) visible[seen++] = key;
+        return seen;
+      };
+      const Queries<T> of_element{
+          q + shape.row(element, 0) * shape.row_stride + shape.head(element, 0) * size, shape.rows,
+          shape.group, shape.row_stride, shape.scale};
+      attend_chunk<T, vectors>(of_element, keys + from, values + from, see, chunk_mask,
+                               shape.mask_stride, &partial[task * queries]);
     }
     // Merge the chunks of each query.
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < shape.batch() * queries; task++) {
       const int64_t element = task / queries, query = task % queries;
-      const Partial* of_query = &partial[element * chunks * queries + query];
       T* to = y + (shape.row(element, query) * shape.kv_heads * shape.group +
                    shape.head(element, query)) *
                       size;
-      float highest = -INFINITY;
-      for (int64_t chunk = 0; chunk < chunks; chunk++)
-        highest = std::max(highest, of_query[chunk * queries].highest);
-      __m512 sum[vectors], weight = _mm512_setzero_ps();
-      for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
-      for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const Partial& part = of_query[chunk * queries];
-        const __m512 factor = exp(_mm512_set1_ps(part.highest - highest));
-        weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(part.weight), weight);
-        for (int v = 0; v < vectors; v++)
-          sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(part.sum + 16 * v), sum[v]);
-      }
-      for (int v = 0; v < vectors; v++) store(to + 16 * v, _mm512_div_ps(sum[v], weight));
+      merge_chunks<T, vectors>(&partial[element * chunks * queries + query], chunks, queries, to);
     }
   }
 }

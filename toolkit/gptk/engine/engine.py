@@ -1,0 +1,197 @@
+"""The engine: any number of runs over one model, whose passes it joins.
+
+A run is a function that uses the model, such as one that decodes a prompt with a strategy of its
+own. Where it needs the model to read tokens, it is suspended (by a greenlet, not a thread); when
+all runs are, one pass reads the tokens of all. A run knows nothing of the others.
+
+    run 1    choose ─ read 1 token  ──┐          ┌── choose ─ …
+    run 2    choose ─ read 4 tokens ──┼── pass ──┼── choose ─ …
+    run 3    begin ── read 90 tokens ─┘          └── choose ─ …
+
+Runs begin in the order in which they come, when there is room for their rows. Long prompts are read
+in several passes, so that others go on meanwhile. Keys and values are in blocks within a budget; if
+these run out, the newest runs lose theirs, and read their texts again when there is room.
+
+Everything here happens in one thread, the engine's. Any thread may start runs and wait for them.
+"""
+
+import logging
+import os
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from greenlet import getcurrent
+
+from gptk.engine.model import JoinedModel
+from gptk.engine.passes import Passes
+from gptk.engine.reading import LogitsWanted, Reading
+from gptk.engine.run import CancelledError, Run, Wanted
+from gptk.model.protocol import CausalModel
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs functions that use models."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Run[Any]] = deque()
+        self._active: list[Run[Any]] = []
+        self._count = 0
+        self._inbox: queue.SimpleQueue[Run[Any]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._hub: Any = None
+        self._running: Run[Any] | None = None
+        self._passes: weakref.WeakKeyDictionary[Any, Passes] = weakref.WeakKeyDictionary()
+        """For each model."""
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        function: Callable[[], T],
+        *,
+        rows: int = 1,
+        done: Callable[[Run[T]], None] | None = None,
+    ) -> Run[T]:
+        """Start a run; `done` is called in the engine's thread when it has ended."""
+        run = Run(function, rows, done)
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="gptk engine", daemon=True)
+                self._thread.start()
+        self._inbox.put(run)
+        return run
+
+    def call(self, function: Callable[[], T], *, rows: int = 1) -> T:
+        """Run a function and wait for what it returns. Within a run it is a part of this."""
+        return function() if self.is_inside else self.submit(function, rows=rows).result()
+
+    def joined(self, model: CausalModel) -> CausalModel:
+        """Within a run: the model, with passes that are joined with those of other runs."""
+        if not self.is_inside or isinstance(model, JoinedModel):
+            return model
+        return JoinedModel(model, self.passes(model))
+
+    def passes(self, model: CausalModel, budget: int | None = None) -> Passes:
+        """The passes of a model. budget: bytes for keys and values, if this is the first use."""
+        with self._lock:
+            passes = self._passes.get(model)
+            if passes is None:
+                passes = self._passes[model] = Passes(model, self, budget)
+            return passes
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is within a run."""
+        return self._thread is threading.current_thread()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is but one run."""
+        return len(self._active) <= 1 and not self._waiting and self._inbox.empty()
+
+    @property
+    def rows_in_use(self) -> int:
+        """How many rows the runs have that are under way."""
+        return sum(run.rows for run in self._active)
+
+    def wait_for(self, wanted: Wanted) -> torch.Tensor:
+        """Suspend the run that asks until the engine has what it wants of a model."""
+        if not self.is_inside:  # a model that a run has given away
+            return self.call(lambda: self.wait_for(wanted))
+        run = self._running
+        if run is None:
+            raise RuntimeError("a model was asked for a pass by the engine itself")
+        if run.is_cancelled:
+            raise CancelledError
+        if self.is_alone and (answer := wanted.passes.at_once(run, wanted)) is not None:
+            return answer
+        answered: torch.Tensor = self._hub.switch(wanted)
+        return answered
+
+    def forget_all(self) -> None:
+        """In a process that was forked: there is no thread, and nothing under way."""
+        self.__init__()  # type: ignore[misc]
+
+    def _work(self) -> None:
+        """What the engine's thread does."""
+        self._hub = getcurrent()
+        with torch.inference_mode():
+            while True:
+                self._waiting.append(self._inbox.get())
+                try:
+                    self._serve()
+                except BaseException as error:
+                    _log.exception("the engine failed")
+                    runs = [*self._active, *self._waiting]
+                    self._active, self._waiting = [], deque()
+                    for run in runs:
+                        run.end(error)
+
+    def _serve(self) -> None:
+        """Take all runs to their ends."""
+        while self._waiting or self._active:
+            while not self._inbox.empty():
+                self._waiting.append(self._inbox.get())
+            self._admit()
+            self._go_on()
+            self._read()
+
+    def _admit(self) -> None:
+        """Begin with those that wait, in their order, while there is room for their rows."""
+        rows = self.rows_in_use
+        while self._waiting and (not rows or self._has_room(rows + self._waiting[0].rows)):
+            run = self._waiting.popleft()
+            run.number, self._count = self._count, self._count + 1
+            if run.threads != torch.get_num_threads():
+                torch.set_num_threads(run.threads)
+            rows += run.rows
+            self._active.append(run)
+
+    def _has_room(self, rows: int) -> bool:
+        return rows <= MOST_ROWS and all(p.has_room(rows) for p in self._passes.values())
+
+    def _go_on(self) -> None:
+        """Let every run go on that has what it wanted, until all want tokens to be read."""
+        while ready := [run for run in self._active if run.is_ready]:
+            for run in ready:
+                self._running = run
+                if not run.go_on():
+                    self._active.remove(run)
+            self._running = None
+            wanting = [run for run in self._active if isinstance(run.wanted, LogitsWanted)]
+            for passes, runs in _by_model(wanting):
+                passes.give_logits(runs)
+
+    def _read(self) -> None:
+        """One pass of each model over what runs want read."""
+        wanting = [run for run in self._active if isinstance(run.wanted, Reading)]
+        for passes, runs in _by_model(wanting):
+            passes.read(runs)
+
+
+def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
+    """Runs by the model that they want something of."""
+    groups: dict[int, tuple[Passes, list[Run[Any]]]] = {}
+    for run in runs:
+        assert run.wanted is not None
+        groups.setdefault(id(run.wanted.passes), (run.wanted.passes, []))[1].append(run)
+    return list(groups.values())
+
+
+MOST_ROWS = 64
+"""Rows that are decoded at the same time, but that one run may have more. More rows in a pass of a
+CPU would make it longer and not faster."""
+
+ENGINE = Engine()
+"""The engine of this process."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ENGINE.forget_all)

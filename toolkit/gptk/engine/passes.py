@@ -1,0 +1,201 @@
+"""The passes of an engine: what runs want read, together, within the budget of memory."""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptk.engine.reading import LogitsWanted, PartOfRow, Reading
+from gptk.engine.run import Run, Wanted
+from gptk.model.blocks import BlockCache, BlockPool, OutOfBlocks
+from gptk.model.gpt import GPT
+from gptk.model.passes import Part, read_parts
+from gptk.model.protocol import Cache, CausalModel, evaluating
+from gptk.system.memory import available_memory
+
+if TYPE_CHECKING:
+    from gptk.engine.engine import Engine
+
+
+Taken = tuple[Run[Any], list[Part], list[PartOfRow]]
+"""A run, what of it a pass reads, and of which of its rows."""
+
+
+class Passes:
+    """Answers what runs want of one model.
+
+    budget: bytes for keys and values [a quarter of the memory that is free]. It holds the model
+    only as long as somebody else does.
+    """
+
+    def __init__(self, model: CausalModel, engine: "Engine", budget: int | None = None) -> None:
+        self._model_of = weakref.ref(model)
+        self._engine = engine
+        self._budget = budget
+        self._pool: BlockPool | None = None
+        self._caches: weakref.WeakKeyDictionary[BlockCache, int] = weakref.WeakKeyDictionary()
+        """All caches in blocks, numbered in the order in which they were made."""
+        self._numbers = itertools.count()
+
+    @property
+    def pool(self) -> BlockPool:
+        """The model's blocks."""
+        if self._pool is None:
+            model = self._model
+            assert isinstance(model, GPT)
+            budget = self._budget
+            if budget is None:
+                budget = int(available_memory(model.device) * _SHARE)
+            self._pool = BlockPool(model.config, model.device, model.dtype, budget)
+        return self._pool
+
+    def has_room(self, rows: int) -> bool:
+        """Whether so many rows will find some blocks."""
+        return self._pool is None or self._pool.available >= 2 * rows
+
+    def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
+        """A cache in blocks, or the model's own where this or its compiled step needs it."""
+        compiled = model.step is not None and rows == 1 and self._engine.is_alone
+        if not isinstance(model, GPT) or compiled:
+            return model.new_cache(rows, capacity)
+        if self._pool is not None and self._pool.dtype != model.dtype:
+            self._pool = None  # the model was converted
+        cache = BlockCache(self.pool, rows)
+        self._caches[cache] = next(self._numbers)
+        return cache
+
+    def wait_for(self, wanted: Wanted) -> Tensor:
+        """Suspend the run that asks until the engine has what it wants."""
+        return self._engine.wait_for(wanted)
+
+    def at_once(self, run: Run[Any], wanted: Wanted) -> Tensor | None:
+        """The answer to the only run there is; None if its tokens are many, and it has to wait."""
+        if isinstance(wanted, LogitsWanted):
+            return self._logits(wanted.states)
+        if wanted.size > TOKENS:
+            return None
+        run.wanted = wanted
+        self.read([run])
+        run.wanted = None
+        answer, run.answer = run.answer, None
+        if isinstance(answer, BaseException):
+            raise answer
+        assert isinstance(answer, Tensor)
+        return answer
+
+    def give_logits(self, runs: Sequence[Run[Any]]) -> None:
+        """Compute the logits that runs want, together."""
+        wanted = [run.wanted for run in runs if isinstance(run.wanted, LogitsWanted)]
+        flat = [each.states.flatten(0, -2) for each in wanted]
+        try:
+            logits = self._logits(torch.cat(flat) if len(flat) > 1 else flat[0])
+        except Exception as error:
+            self._each_alone(runs, error, self.give_logits)
+            return
+        parts = torch.split(logits, [len(states) for states in flat])
+        for run, each, part in zip(runs, wanted, parts, strict=True):
+            # A copy: a part would keep the memory of all.
+            run.answer = part.clone().view(*each.states.shape[:-1], -1)
+
+    def read(self, runs: Sequence[Run[Any]]) -> None:
+        """Read tokens that runs want read; those whose tokens are all read have their answer.
+
+        First those with few tokens, so that long prompts do not hold them up.
+        """
+        order = sorted(runs, key=lambda run: (_few(run), run.number))
+        taken = self._take(order)
+        if not taken:
+            return
+        parts = [part for _, of_run, _ in taken for part in of_run]
+        layers = sorted({layer for run, _, _ in taken for layer in _reading(run).layers})
+        try:
+            states = self._states(parts, layers, beyond=len(taken) == 1)
+        except OutOfBlocks:
+            self._make_room(order, taken)
+            return
+        except Exception as error:
+            for run, _, _ in taken:
+                _reading(run).start_again()
+            self._each_alone([run for run, _, _ in taken], error, self.read)
+            return
+        first = 0
+        for run, of_run, rows in taken:
+            reading = _reading(run)
+            columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
+            for part, row in zip(of_run, rows, strict=True):
+                piece = states[first : first + len(part.tokens)]
+                first += len(part.tokens)
+                reading.took(row, piece if len(columns) == states.shape[1] else piece[:, columns])
+            run.answer = reading.result()
+
+    def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
+        """What of each run a pass reads."""
+        taken: list[Taken] = []
+        room = TOKENS
+        for run in runs:
+            if room <= 0:
+                break
+            reading = _reading(run)
+            if taken and reading.is_lost and self.pool.available < reading.blocks + len(taken):
+                continue
+            parts, rows = reading.parts(room)
+            room -= sum(len(part.tokens) for part in parts)
+            taken.append((run, parts, rows))
+        return taken
+
+    @property
+    def _model(self) -> CausalModel:
+        model = self._model_of()
+        assert model is not None
+        return model
+
+    def _states(self, parts: Sequence[Part], layers: Sequence[int], *, beyond: bool) -> Tensor:
+        model = self._model
+        assert isinstance(model, GPT)
+        with evaluating(model):
+            return read_parts(model, parts, layers, beyond=beyond)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        model = self._model
+        with evaluating(model):
+            return model.logits(states)
+
+    def _make_room(self, runs: Sequence[Run[Any]], taken: Sequence[Taken]) -> None:
+        """Take the blocks of the newest cache that the oldest run does not need."""
+        oldest = min(runs, key=lambda run: run.number)
+        spared = _reading(oldest).cache
+        caches = sorted(self._caches.items(), key=lambda item: -item[1])
+        for cache, _ in caches:
+            if cache is not spared and cache.has_blocks:
+                cache.drop()
+                for run in runs:
+                    if _reading(run).cache is cache:
+                        _reading(run).start_again()
+                break
+        else:
+            self.read([oldest])
+
+    def _each_alone(self, runs: Sequence[Run[Any]], error: Exception, answer: Any) -> None:
+        """After an error of several together: only who fails alone has it."""
+        if len(runs) == 1:
+            runs[0].answer = error
+            return
+        for run in runs:
+            answer([run])
+
+
+def _reading(run: Run[Any]) -> Reading:
+    assert isinstance(run.wanted, Reading)
+    return run.wanted
+
+
+def _few(run: Run[Any]) -> bool:
+    return _reading(run).size > 16
+
+
+TOKENS = 512
+"""The most tokens of a pass."""
+_SHARE = 0.25

@@ -1,0 +1,124 @@
+"""What runs wait for: tokens to be read, and logits to be computed from states."""
+
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gptk.kernels import BLOCK
+from gptk.model.blocks import BlockCache
+from gptk.model.passes import Part
+
+if TYPE_CHECKING:
+    from gptk.engine.passes import Passes
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsWanted:
+    """Next-token logits of these states, (…, width)."""
+
+    passes: "Passes"
+    states: Tensor
+
+
+@dataclass(slots=True)
+class PartOfRow:
+    """What is to be read of a row, in several passes if it is long."""
+
+    row: int
+    unread: "array[int]"
+    wanted: int
+    """How many of its last tokens the run wants the states of."""
+    states: list[Tensor] = field(default_factory=list)
+
+
+class Reading:
+    """Tokens that a run wants read after what a cache holds of its rows.
+
+    ids, counts, layers: as in `CausalModel.states`. Where blocks were taken from the cache, the
+    tokens that they held are read again first.
+    """
+
+    def __init__(
+        self,
+        passes: "Passes",
+        ids: Tensor,
+        cache: BlockCache,
+        counts: list[int] | None,
+        layers: Collection[int],
+    ) -> None:
+        self.passes, self.cache, self.layers = passes, cache, tuple(layers)
+        self._before = list(cache.lengths)
+        time = ids.shape[1]
+        counts = [time] * len(ids) if counts is None else counts
+        self._time = time
+        self._tokens = [
+            array("q", row[:count]) for row, count in zip(ids.tolist(), counts, strict=True)
+        ]
+        self._rows: list[PartOfRow] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many tokens are still to be read."""
+        return sum(len(row.unread) for row in self._open())
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether blocks were taken from the cache since its rows were read."""
+        return any(held < had for held, had in zip(self.cache.held, self._before, strict=True))
+
+    @property
+    def blocks(self) -> int:
+        """About how many blocks the cache's rows will have after this."""
+        return sum(length // BLOCK + 2 for length in self._before) + len(self._tokens[0]) // BLOCK
+
+    def parts(self, room: int) -> tuple[list[Part], list[PartOfRow]]:
+        """Up to `room` of its tokens, for a pass, and the rows that they are of."""
+        parts, rows = [], []
+        for row in self._open():
+            if room > 0 and row.unread:
+                tokens = row.unread[:room]
+                room -= len(tokens)
+                parts.append(Part(self.cache, row.row, tokens))
+                rows.append(row)
+        return parts, rows
+
+    def took(self, row: PartOfRow, states: Tensor) -> None:
+        """A pass has read the next tokens of a row. states: (tokens, 1 + layers, width)."""
+        row.unread = row.unread[len(states) :]
+        first = len(states) + len(row.unread) - row.wanted  # the first of them that is wanted
+        if first < len(states):
+            row.states.append(states[max(first, 0) :])
+
+    def start_again(self) -> None:
+        """The cache has lost its blocks: read all."""
+        self._rows = None
+
+    def result(self) -> Tensor | None:
+        """(rows, time, 1 + layers, width), once all is read."""
+        rows = self._open()
+        if any(row.unread for row in rows):
+            return None
+        if len(rows) == 1:
+            pieces = rows[0].states
+            return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None]
+        each = [torch.cat(row.states) if len(row.states) > 1 else row.states[0] for row in rows]
+        if all(len(states) == self._time for states in each):
+            return torch.stack(each)
+        padded = each[0].new_zeros(len(rows), self._time, *each[0].shape[1:])
+        for row, states in zip(padded, each, strict=True):
+            row[: len(states)] = states
+        return padded
+
+    def _open(self) -> Sequence[PartOfRow]:
+        if self._rows is None:
+            self._rows = []
+            for number, tokens in enumerate(self._tokens):
+                self.cache.shorten(number, self._before[number])
+                self.cache.recover(number)
+                unread = self.cache.unread(number) + tokens
+                self._rows.append(PartOfRow(number, unread, len(tokens)))
+        return self._rows

@@ -1,0 +1,121 @@
+"""A run: a function that uses the model, which the engine suspends where it needs a pass."""
+
+import contextvars
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from greenlet import GreenletExit, greenlet
+
+from gptk.engine.reading import LogitsWanted, Reading
+
+T = TypeVar("T")
+Wanted = Reading | LogitsWanted
+
+
+class CancelledError(GreenletExit):
+    """Raised in a run that is cancelled, where it is suspended."""
+
+
+class Run(Generic[T]):
+    """A function under way; `result` waits for what it returns.
+
+    rows: how many rows it decodes at the same time.
+    """
+
+    def __init__(
+        self, function: Callable[[], T], rows: int, done: "Callable[[Run[T]], None] | None" = None
+    ) -> None:
+        self.rows = rows
+        self.wanted: Wanted | None = None
+        """What it is suspended for."""
+        self.answer: Any = None
+        """What it wanted, or an exception, once it is there."""
+        self.number = -1
+        """Counts the engine's runs in the order in which they began."""
+        self.threads = torch.get_num_threads()
+        self._function: Callable[[], T] | None = function
+        self._context = contextvars.copy_context()
+        self._greenlet: greenlet | None = None
+        self._done = done
+        self._ended = threading.Event()
+        self._value: T
+        self._error: BaseException | None = None
+        self._cancelled = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can go on: it has what it wanted, or has to end."""
+        return self.wanted is None or self.answer is not None or self._cancelled
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """End it where it is suspended, or before it begins. It is then `CancelledError`."""
+        self._cancelled = True
+
+    def result(self) -> T:
+        """Wait until it has ended. Raises what it raised; if the wait is interrupted, as by Ctrl-C,
+        the run is cancelled."""
+        try:
+            self._ended.wait()
+        except BaseException:
+            self.cancel()
+            self._ended.wait(_PATIENCE)
+            raise
+        if self._error is not None:
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error
+        return self._value
+
+    # What follows is for the engine, in its thread.
+
+    def go_on(self) -> bool:
+        """Run until it wants something of the model or has ended; says whether it goes on."""
+        answer, self.answer = self.answer, None
+        if self._cancelled:
+            answer = CancelledError()
+        if self._greenlet is None:
+            if isinstance(answer, BaseException):
+                self.end(answer)
+                return False
+            self._greenlet = greenlet(self._work)
+            self._greenlet.gr_context = self._context
+            self.wanted = self._greenlet.switch()
+        elif isinstance(answer, BaseException):
+            self.wanted = self._greenlet.throw(answer)
+        else:
+            self.wanted = self._greenlet.switch(answer)
+        if self.wanted is not None:
+            return True
+        self.end(self._error)
+        return False
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell who waits for it."""
+        self._error = error
+        self._greenlet = self._function = None
+        self._ended.set()
+        if self._done is not None:
+            self._done(self)
+
+    def _work(self) -> None:
+        assert self._function is not None
+        try:
+            self._value = self._function()
+        except BaseException as error:
+            self._error = error
+
+
+_PATIENCE = 5.0
+"""Seconds to wait for a run that was cancelled: a pass of others may be under way."""
