@@ -196,6 +196,6 @@ def _few(run: Run[Any]) -> bool:
     return _reading(run).size > 16
 
 
-TOKENS = 512
+TOKENS = 128
 """The most tokens of a pass."""
 _SHARE = 0.25
