@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model.protocol import Cache, CausalModel, evaluating
+from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.session.rows import Follower, Rows
 
 Overflow = Literal["stop", "slide"]
@@ -345,6 +346,8 @@ class DecodeSession:
         longest = max(self.rows.lengths)
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
+        if longest > self._window and self.model.step is not None:
+            tell_of_uncompiled_passes("each pass reads the whole window once a text has filled it")
         ids, counts = self._ids_in_window()
         self._cached = self._cache is not None and longest <= self._window
         if self._cache is not None:
