@@ -306,7 +306,11 @@ class DecodeSession:
             raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
         tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
         if tokens.device.type == "cpu" and tokens.numel():  # on a GPU this would wait for it
-            self._check_ids([int(tokens.min()), int(tokens.max())], DecodingError)
+            few = tokens.numel() <= 64  # then a list takes less time than two reductions
+            self._check_ids(
+                tokens.flatten().tolist() if few else [int(tokens.min()), int(tokens.max())],
+                DecodingError,
+            )
         if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
             raise DecodingError(
                 f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
