@@ -611,6 +611,7 @@ API = {
         testing.ModelContract testing.BrokenPromise testing.tiny_lm testing.tiny_gpt
         testing.markov_lm testing.prompts testing.batches testing.logits""",
     "Training": """Trainer TrainConfig prepare_tokens TokenFile Windows best_checkpoint
+        check_run_file
         keep_freed_memory""",
     "Adapters": """adapters.transformers.from_transformers
         adapters.transformers.from_stopping_criteria adapters.transformers.to_transformers

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gptk
+from gptk.cli import COMMANDS
 from gptk.decoding.other_names import translate
 from gptk.testing import tiny_lm
 from program import gptk as run_gptk
@@ -114,6 +115,13 @@ def test_what_cannot_be_is_answered_with_the_words_to_type(words, answer, model)
     assert answer in out.stderr
     assert out.stderr.startswith("gptk: ")
     assert out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"plugins"}), "plugins show"])
+def test_every_command_takes_the_program_s_options(command):
+    out = run_gptk(*command.split(), "--plugin", "no/such/file.py")
+    assert out.returncode == 1
+    assert out.stderr == "gptk: no/such/file.py: there is no such file\n"
 
 
 def test_a_command_takes_only_what_it_has_options_for(model):

@@ -1,7 +1,9 @@
 """Drafts: with them the results are the very same, and guesses are counted."""
 
 import dataclasses
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -217,3 +219,45 @@ def test_with_a_draft_tokens_are_drawn_as_often_as_they_are_likely(draft):
                 expected = runs * (p[-2, first] * p[-1, second]).item()
                 statistic += (drawn[first, second] - expected) ** 2 / expected
     assert statistic < 60  # 24 degrees of freedom: 1 in 15,000
+
+
+# --- A draft model that is named by its path ---------------------------------------------------
+
+
+def accepted(path):
+    """How many guesses of the model at a path are right for LM's greedy text, of how many."""
+    acceptance = run(f"model:{path}", max_new_tokens=12, ignore_eos=True).acceptance
+    return acceptance.accepted, acceptance.guessed
+
+
+def test_a_draft_model_whose_files_have_changed_is_loaded_again(tmp_path):
+    OTHER.save(tmp_path / "draft")
+    assert accepted(tmp_path / "draft")[0] == 0
+    LM.save(tmp_path / "draft")
+    right, guessed = accepted(tmp_path / "draft")
+    assert right == guessed > 0
+
+
+def test_a_relative_path_is_looked_up_in_the_folder_of_now(tmp_path, monkeypatch):
+    for name, lm in {"one": OTHER, "two": LM}.items():
+        lm.save(tmp_path / name / "draft")
+    monkeypatch.chdir(tmp_path / "one")
+    assert accepted("draft")[0] == 0
+    monkeypatch.chdir(tmp_path / "two")
+    assert accepted("draft")[0] > 0
+
+
+def test_threads_that_need_the_same_draft_model_load_it_once(tmp_path, monkeypatch):
+    LM.save(tmp_path / "draft")
+    loaded, load = [], gptk.load
+
+    def slowly(*args, **options):
+        loaded.append(args)
+        time.sleep(0.2)
+        return load(*args, **options)
+
+    monkeypatch.setattr(gptk, "load", slowly)
+    with ThreadPoolExecutor() as pool:
+        results = [*pool.map(accepted, [tmp_path / "draft"] * 3)]
+    assert len(loaded) == 1
+    assert len({*results}) == 1

@@ -281,6 +281,36 @@ def test_a_recorded_step_follows_or_is_dropped(change):
     gives_the_tokens_of(plain, model)
 
 
+UNCOMPILED = {
+    "one row": ({}, None),
+    "beams": ({"sampler": "beam:3"}, "several rows are decoded together"),
+    "results": ({"sampler": "multinomial", "n": 2}, "several rows are decoded together"),
+    "candidates": ({"sampler": "contrastive"}, "several rows are decoded together"),
+    "layers": ({"sampler": "dola:layers=high"}, "the strategy reads the states of layers"),
+    "a draft": ({"draft": "lookup:1"}, "several tokens are read at once"),
+    "a full window": ({"overflow": "slide", "max_new_tokens": 95}, "the whole window"),
+}
+
+
+@pytest.mark.parametrize("case", [*UNCOMPILED, "a batch"])
+def test_where_the_step_is_not_used_a_line_says_so_once_and_why(case, monkeypatch, caplog):
+    """With a recorder that, instead of CUDA's, runs the operations each time."""
+    monkeypatch.setattr("gptk.system.notices._told", set())
+    model = tiny_gpt(CONFIGS["llama-like"])
+    model.step = compiled.RecordedStep(model, lambda run: run)
+    settings, why = UNCOMPILED.get(case, UNCOMPILED["beams"])
+    batch = [[1, 2, 1, 2, 1], [4, 5]] if case == "a batch" else [[1, 2, 1, 2, 1]]
+    settings = {} if case == "a batch" else settings
+    for _ in range(2):
+        chosen = {"max_new_tokens": 6, "ignore_eos": True} | settings
+        gptk.LanguageModel(model).generate_batch(batch, **chosen)
+    told = [r.getMessage() for r in caplog.records if "compiled step" in r.getMessage()]
+    assert len(told) == (0 if why is None else 1)
+    for line in told:
+        assert line.startswith("the compiled step (--compile) is not used here: ")
+        assert why in line
+
+
 def compiled_and_plain(packed=False):
     """Two equal models, one with a compiled step."""
     models = [tiny_gpt(CONFIGS["llama-like"]) for _ in range(2)]

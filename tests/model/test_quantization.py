@@ -20,6 +20,7 @@ from gptk.cli.info import bytes_in_memory
 from gptk.model.levels import GROUP, Levels, to_four_bits
 from gptk.model.linear import Linear
 from gptk.model.quantization import (
+    KernelGroups,
     PyTorchInt4,
     PyTorchInt8,
     PyTorchInt8Groups,
@@ -574,3 +575,20 @@ def test_the_command_takes_a_precision(tmp_path):
         gptk.OptionError, match="quantize is 'int3'; it must be auto, none, int8 or int4"
     ):
         gptk.load(str(tmp_path / "model"), quantize="int3")
+
+
+@pytest.mark.skipif(not kernels.available(), reason="gptk's kernels do not run here")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_row_is_looked_up_as_among_others(bits, dtype):
+    """A step of decoding looks up one row, by another way than several. Bit for bit."""
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (37, 96), generator=generator).to(torch.uint8)
+    scale, offset = torch.randn(2, 37, 3, generator=generator).half().float()
+    packed = KernelGroups(gptk.Levels(codes, scale, offset, bits))
+    together = packed.rows(torch.arange(37), dtype)
+    alone = [packed.rows(torch.tensor([row]), dtype) for row in range(37)]
+    assert torch.equal(torch.cat(alone), together)
+    for row in (-1, 37):
+        with pytest.raises(IndexError):
+            packed.rows(torch.tensor([row]), dtype)

@@ -121,6 +121,124 @@ def test_a_model_made_in_python_has_no_files():
     json.dumps(tiny_lm().to_dict())
 
 
+# --- Files that plug-ins read ------------------------------------------------------------------
+
+
+def test_a_record_has_the_hashes_of_what_plugins_read(recorded, tmp_path):
+    """Of a draft model, a schema, a grammar, and a plug-in that is a file itself."""
+    tiny_lm(seed=1).save(tmp_path / "draft")
+    (tmp_path / "schema.json").write_text('{"type": "boolean"}')
+    path = recorded("generate", "abc", "--draft", f"model:{tmp_path / 'draft'}",
+                    "--processor", f"json-schema:{tmp_path / 'schema.json'}", *FEW)  # fmt: skip
+    files = json.loads(path.read_text())["files"]
+    read = [tmp_path / "schema.json", *sorted((tmp_path / "draft").iterdir())]
+    plugins = ["processor json-schema", *["drafter model"] * (len(read) - 1)]
+    assert files == [
+        {
+            "plugin": plugin,
+            "name": file.name,
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for plugin, file in zip(plugins, read, strict=True)
+    ]
+    out = run_gptk("repeat", path)
+    assert (out.returncode, len(out.stdout.splitlines())) == (0, 2), out.stdout
+
+
+CHANGES = {
+    "a schema": ("--processor", "json-schema:{}", '{"type": "boolean"}', '{"type": "null"}'),
+    "a grammar": ("--processor", "grammar:{}", 'start: "true"', 'start: "false"'),
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_has_changed_is_told_by_name(recorded, tmp_path, name, command):
+    option, spec, before, after = CHANGES[name]
+    file = tmp_path / "constraint.txt"
+    file.write_text(before)
+    sampler = ("--sampler", "greedy") if command == "compare" else ()
+    path = recorded(command, "abc", *sampler, option, spec.format(file), *FEW)
+    file.write_text(after)
+    out = run_gptk("repeat", path)
+    plugin = spec.partition(":")[0]
+    was, now = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (before, after))
+    assert out.stdout.splitlines()[0] == (
+        f"environment: constraint.txt of processor {plugin}: SHA-256 {now}, was {was}"
+    )
+    assert out.returncode == 1
+
+
+def test_a_draft_that_has_changed_is_told_and_does_not_change_the_result(recorded, tmp_path):
+    tiny_lm(seed=1).save(tmp_path / "draft")
+    path = recorded("generate", "abc", "--draft", f"model:{tmp_path / 'draft'}", *FEW)
+    tiny_lm(seed=2).save(tmp_path / "draft")
+    out = run_gptk("repeat", path)
+    assert out.returncode == 0
+    (line, *_) = out.stdout.splitlines()
+    assert line.startswith("environment: model.safetensors of drafter model: SHA-256 ")
+
+
+PLUGIN = """
+import torch
+import gptk
+class FromFile(gptk.Sampler):
+    "A third party's sampler, which begins with a token from a file."
+    name = "from-file"
+    path: str
+    def step(self, logits, rows):
+        return gptk.Choice.one_each(torch.full((len(rows),), {token}), logits, rows)
+    def files_read(self):
+        return {answer}
+@gptk.hookimpl
+def gptk_samplers():
+    return [FromFile]
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    """The file of a plug-in, which is taken out afterwards."""
+    path = tmp_path / "mine.py"
+    yield path
+    gptk.plugins.unregister(gptk.plugins.register_file(path))
+
+
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_plugin_of_a_third_party_says_what_it_reads(recorded, tmp_path, code, command):
+    """And of a plug-in that is a single file, its own file is recorded."""
+    words = tmp_path / "words.txt"
+    answer = "[gptk.plugins.ReadFile.of(self.path)]"
+    code.write_text(PLUGIN.format(token=65, answer=answer))
+    words.write_text("a")
+    options = ("--plugin", code, "--sampler", f"from-file:path={words}")
+    path = recorded(command, "abc", *options, *FEW)
+    files = json.loads(path.read_text())["files"]
+    assert [(file["plugin"], file["name"]) for file in files] == [
+        ("sampler from-file", "words.txt"),
+        ("sampler from-file", "mine.py"),
+    ]
+    words.write_text("b")
+    code.write_text(PLUGIN.format(token=66, answer=answer))
+    out = run_gptk("repeat", path, "--plugin", code)
+    assert not out.stderr, out.stderr
+    told = [line.split(": SHA")[0] for line in out.stdout.splitlines() if "SHA" in line]
+    assert told == [
+        f"environment: {name} of sampler from-file" for name in ("words.txt", "mine.py")
+    ]
+
+
+@pytest.mark.parametrize("answer", ["None", "'words.txt'", "[self.path]", "1 / 0"])
+def test_a_wrong_answer_of_a_plugin_names_it(model, code, answer):
+    code.write_text(PLUGIN.format(token=65, answer=answer))
+    args = ("generate", "--model", model, "abc", "--json", "--plugin", code)
+    out = run_gptk(*args, "--sampler", "from-file:path=x", *FEW)
+    assert out.returncode == 1
+    assert "sampler from-file of " in out.stderr
+    assert "files_read" in out.stderr
+
+
 # --- Repeating --------------------------------------------------------------------------------
 
 

@@ -199,6 +199,63 @@ def test_the_checkpoint_that_an_error_names_is_intact(three, tmp_path):
         trainer.train()
 
 
+LOADED = {
+    "weights": ("model.safetensors", flip),
+    "configuration": ("gptk.json", lambda path: change_json(path, {"extra": 1})),
+    "tokenizer": ("tokenizer.tiktoken", lambda path: path.write_text("YQ== 0\n")),
+    "no checksum": (
+        "checksums.json",
+        lambda path: change_json(
+            path, {"model.safetensors": None, "averaged/model.safetensors": None}
+        ),
+    ),
+    "no checksums": ("checksums.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("what", LOADED)
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("whole_run", [True, False])
+def test_a_damaged_file_of_a_run_is_not_loaded(what, averaged, whole_run, three, sharded, tmp_path):
+    """As it is not resumed from: a flipped bit in the weights would only give worse texts."""
+    run = shutil.copytree(sharded if averaged else three, tmp_path / "run")
+    best = gptk.best_checkpoint(run)
+    source = run if whole_run else best / "averaged" if averaged else best
+    assert gptk.load(source).generate("a", max_new_tokens=1).tokens
+    name, damage = LOADED[what]
+    in_averaged = averaged and name != "checksums.json"
+    file = best / "averaged" / name if in_averaged else best / name
+    damage(file)
+    with pytest.raises(gptk.SourceError) as caught:
+        gptk.load(source).generate("a", max_new_tokens=1)
+    told = best / "averaged" if averaged and what == "no checksum" else file.parent
+    told = told / ("model.safetensors" if what == "no checksum" else name)
+    assert str(caught.value).startswith(f"{told}")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_were_taken_out_of_a_run_are_loaded_as_they_are(three, tmp_path):
+    shutil.copytree(gptk.best_checkpoint(three), tmp_path / "model")
+    for path in (tmp_path / "model").glob("training.*"):
+        path.unlink()
+    (tmp_path / "model/checksums.json").unlink()
+    flip(tmp_path / "model/model.safetensors")
+    assert gptk.load(tmp_path / "model").generate("a", max_new_tokens=1).tokens
+
+
+def test_another_checkpoint_of_a_run_makes_a_model_loaded_from_it_an_old_one(three, tmp_path):
+    run = shutil.copytree(three, tmp_path / "run")
+    lm = gptk.load(run)
+    assert lm.is_unchanged()
+    later = run / "checkpoints/step-00000008"
+    shutil.copytree(gptk.best_checkpoint(run), later)
+    assert not lm.is_unchanged()
+    shutil.rmtree(later)
+    lm = gptk.load(run)
+    flip(gptk.best_checkpoint(run) / "model.safetensors")
+    assert not lm.is_unchanged()
+
+
 class Planted:
     """An object whose pickle creates a file as it is unpickled."""
 

@@ -23,6 +23,7 @@ import gptk
 from gptk.plugins.registry import register, unregister
 from gptk.system.files import write_directory
 from gptk.testing import tiny_gpt, tiny_lm
+from gptk.text.chat import render_chat
 from gptk.weights.building import build_model
 from gptk.weights.loading import load_checkpoint
 from gptk.weights.saving import write_model
@@ -393,6 +394,51 @@ def test_a_tokenizer_whose_role_is_no_token_of_its_is_refused(tmp_path):
     ):
         with pytest.raises(gptk.TokenizerError, match=r"cannot be written as tokenizer\.json"):
             written(tokenizer, tmp_path)
+
+
+TEMPLATE = (
+    "{{ bos_token }}{{ image }}{{ x_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        {"bos_token": "<s>", "x_token": "<x>"},
+        {"bos_token": "<s>", "x_token": "<x>", "image": "<img>"},
+        {"bos_token": "", "image": "<img>"},
+        {"pad_token": "no token, and no name in the template"},
+        None,
+    ],
+)
+def test_what_a_template_knows_by_name_stays(tokens, tmp_path):
+    """Also for transformers; in their tokenizer_config.json other names than …_token are extra."""
+    encoding = learned(gptk.SPLIT_PATTERNS["gpt2"], ("<s>", "<x>", "<img>"))
+    start = encoding._special_tokens["<s>"]
+    tokenizer = gptk.Tokenizer(encoding, start, chat_template=TEMPLATE, template_tokens=tokens)
+    folder = written(tokenizer, tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = render_chat(tokenizer, messages)
+    assert render_chat(load_tokenizer_json(folder / "tokenizer.json"), messages) == expected
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    assert oracle.apply_chat_template(messages, tokenize=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"template_tokens": {"bos_token": "The"}}, "bos_token, 'The'"),
+        ({"template_tokens": {"image": "<none>"}}, "image, '<none>'"),
+        ({"bos": 65}, "bos_token, '.+'"),
+    ],
+)
+def test_a_name_in_the_template_that_is_no_special_token_is_refused(changes, told, tmp_path):
+    encoding = learned(gptk.SPLIT_PATTERNS["gpt2"])
+    tokenizer = gptk.Tokenizer(encoding, chat_template=TEMPLATE, **changes)
+    with pytest.raises(gptk.TokenizerError, match=f"template uses {told}, which is no special"):
+        written(tokenizer, tmp_path)
+    (tmp_path / "without").mkdir()
+    written(replace(tokenizer, chat_template=None), tmp_path / "without")
 
 
 def test_two_tokens_of_one_id_are_refused(tmp_path):

@@ -26,6 +26,7 @@ hookimpl = pluggy.HookimplMarker("gptk")
 _HOMES = {
     "Acceptance": "decoding.speculation",
     "best_checkpoint": "runs.checkpoints",
+    "check_run_file": "runs.checkpoints",
     "build_model": "weights.building",
     "ByteLevelBPE": "text.encoding",
     "CausalModel": "model.protocol",
@@ -186,6 +187,7 @@ if TYPE_CHECKING:
     from gptk.model.scoring import Score as Score
     from gptk.plugins.registry import PluginWarning as PluginWarning
     from gptk.runs.checkpoints import best_checkpoint as best_checkpoint
+    from gptk.runs.checkpoints import check_run_file as check_run_file
     from gptk.session.random import RandomStream as RandomStream
     from gptk.session.rows import Follower as Follower
     from gptk.session.rows import Rows as Rows

@@ -29,6 +29,7 @@ from gptk.model.scoring import Score
 from gptk.session.session import Overflow
 from gptk.system import collector
 from gptk.system.devices import resolve_device, resolve_dtype
+from gptk.system.read_files import ReadFile
 from gptk.text.fingerprint import fingerprint
 from gptk.text.tokenizer import Tokenizer
 from gptk.weights.building import build_model
@@ -155,6 +156,11 @@ class LanguageModel:
         self.model = model
         self._tokenizer = tokenizer
         self._origin = origin
+
+    @property
+    def source(self) -> str | None:
+        """What it was loaded from, as it was given, or the default; None if it was not loaded."""
+        return None if self._origin is None else self._origin.source
 
     @property
     def has_tokenizer(self) -> bool:
@@ -310,6 +316,17 @@ class LanguageModel:
         check_vocabulary(ids, self.model.config)
         return ids
 
+    def files_read(self) -> list[ReadFile]:
+        """The files that the model was loaded from, as they were then; none if it was not loaded.
+
+        A plug-in that loads a model returns them from its method of the same name.
+        """
+        return [] if self._origin is None else list(self._origin.files)
+
+    def is_unchanged(self) -> bool:
+        """Whether loading it again would read the same files, as far as sizes and times tell."""
+        return self._origin is None or self._origin.is_unchanged()
+
     def to_dict(self) -> dict[str, Any]:
         """What the model is, as JSON has it: where it was loaded from, the SHA-256 of its files and
         its tokenizer (which reads the files once more), its configuration, dtype and device."""
@@ -319,9 +336,9 @@ class LanguageModel:
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             values = dataclasses.asdict(config)
         return {
-            "source": None if origin is None else origin.source,
+            "source": self.source,
             "path": None if origin is None or origin.path is None else str(origin.path),
-            "files": [] if origin is None else origin.files(),
+            "files": [read.to_dict() for read in self.files_read()],
             "class": type(model).__name__,
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
             "dtype": str(model.dtype).removeprefix("torch."),

@@ -57,6 +57,25 @@ class Constraint(gptk.LogitsProcessor):
         """Whether llguidance is certain to compile it in little time, memory and stack."""
         return len(grammar) <= 20_000
 
+    def files_read(self) -> Sequence[gptk.plugins.ReadFile]:
+        return self._files
+
+    @functools.cached_property
+    def _files(self) -> list[gptk.plugins.ReadFile]:
+        """The files that `_read` has read."""
+        return []
+
+    def _read(self, option: str, *, literal: bool, form: str) -> str:
+        """The text of an option if it is literal, else that of the file which it names.
+
+        form: what a literal text would be, for the message. Raises ValueError.
+        """
+        if literal:
+            return option
+        text = _text_of(option, form)
+        self._files.append(gptk.plugins.ReadFile.of(option))
+        return text
+
     @functools.cached_property
     def _grammar(self) -> "_Grammar":
         with self._option_errors():
@@ -351,13 +370,8 @@ def explain(error: str, *, positions: bool = False) -> str:
     return reason
 
 
-def read_option(option: str, *, literal: bool, form: str) -> str:
-    """The text of an option if it is literal, else that of the file which it names.
-
-    form: what a literal text would be, for the message. Raises ValueError.
-    """
-    if literal:
-        return option
+def _text_of(option: str, form: str) -> str:
+    """The text of the file that an option names. Raises ValueError."""
     if not os.path.exists(option):
         raise ValueError(f"there is no such file, and it is not {form}")
     if not os.path.isfile(option) and not os.path.isdir(option):

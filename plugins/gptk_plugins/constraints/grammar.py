@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from gptk_plugins.constraints import _schema
-from gptk_plugins.constraints._matcher import Constraint, read_option
+from gptk_plugins.constraints._matcher import Constraint
 
 
 class Grammar(Constraint):
@@ -30,7 +30,7 @@ class Grammar(Constraint):
 
     def grammar_text(self) -> str:
         form = "a Lark grammar, which has a rule `start: …`"
-        text = read_option(self.grammar, literal=self._is_literal(), form=form)
+        text = self._read(self.grammar, literal=self._is_literal(), form=form)
         if text.lstrip().startswith("{"):
             raise ValueError("is JSON, and not a Lark grammar")
         return _schema.replace_json(text, _schemas(text))

@@ -37,7 +37,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 import gptk
 from gptk_plugins.constraints import _schema
-from gptk_plugins.constraints._matcher import Constraint, read_option
+from gptk_plugins.constraints._matcher import Constraint
 
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -105,7 +105,7 @@ class JsonSchema(Constraint):
             return _schema_of(self.schema)
         if isinstance(self.schema, dict):
             return self.schema
-        text = read_option(self.schema, literal=_is_literal(self.schema), form="a JSON object")
+        text = self._read(self.schema, literal=_is_literal(self.schema), form="a JSON object")
         try:
             schema = gptk.plugins.from_json(text)
         except RecursionError:

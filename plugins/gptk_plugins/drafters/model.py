@@ -5,6 +5,8 @@ Where the two models' distributions agree, so do their tokens.
 """
 
 import functools
+import os
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +17,8 @@ from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 
 import gptk
+
+_Quantize = Literal["auto", "none", "int8", "int4"]
 
 
 class ModelDrafter(gptk.Drafter):
@@ -29,7 +33,7 @@ class ModelDrafter(gptk.Drafter):
         description="the model, as --model names it"
     )
     tokens: int = Field(5, ge=1, description="the most tokens to guess at a time")
-    quantize: Literal["auto", "none", "int8", "int4"] = Field(
+    quantize: _Quantize = Field(
         "auto", description="what becomes of its weights, as --quantize says for the model's"
     )
 
@@ -42,9 +46,18 @@ class ModelDrafter(gptk.Drafter):
         lm = self.source
         if isinstance(lm, str):
             dtype = str(model.dtype).removeprefix("torch.")
-            lm = _loaded(lm, str(model.device), dtype, self.quantize)
+            lm = _last.load(lm, str(model.device), dtype, self.quantize)
+            self._files[:] = lm.files_read()
         _check_vocabulary(lm, model, run.tokenizer)
         return ModelDraft(lm.model, run.session.rows, self.tokens)
+
+    def files_read(self) -> Sequence[gptk.plugins.ReadFile]:
+        return self._files if isinstance(self.source, str) else self.source.files_read()
+
+    @functools.cached_property
+    def _files(self) -> list[gptk.plugins.ReadFile]:
+        """Those of the model that the last run has loaded."""
+        return []
 
 
 class ModelDraft(gptk.Follower):
@@ -87,12 +100,28 @@ class ModelDraft(gptk.Follower):
         self._session.rewind(counts)
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(
-    source: str, device: str, dtype: str, quantize: Literal["auto", "none", "int8", "int4"]
-) -> gptk.LanguageModel:
-    """The model of the last call is cached, because the next call likely uses it again."""
-    return gptk.load(source, device=device, dtype=dtype, quantize=quantize)
+class _LastModel:
+    """The model of the last call, because the next call likely uses it again."""
+
+    def __init__(self) -> None:
+        self._arguments: tuple[str, ...] = ()
+        self._lm: gptk.LanguageModel | None = None
+        self._lock = threading.Lock()
+        """Held while a model is loaded, so that threads that need the same load it once."""
+
+    def load(self, source: str, device: str, dtype: str, quantize: _Quantize) -> gptk.LanguageModel:
+        """The model as its files are now."""
+        # A relative path is another file once the process has gone to another folder.
+        arguments = (os.path.abspath(source), source, device, dtype, quantize)
+        with self._lock:
+            if self._lm is None or self._arguments != arguments or not self._lm.is_unchanged():
+                self._lm = None  # so that two are never in memory
+                self._lm = gptk.load(source, device=device, dtype=dtype, quantize=quantize)
+                self._arguments = arguments
+            return self._lm
+
+
+_last = _LastModel()
 
 
 def _check_vocabulary(

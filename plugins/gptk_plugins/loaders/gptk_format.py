@@ -4,11 +4,13 @@ import base64
 import dataclasses
 import functools
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import tiktoken
 from pydantic import Field, Strict, create_model
+from torch import Tensor
 
 import gptk
 from gptk.plugins import Fields, read_json, read_text, shown
@@ -39,6 +41,7 @@ class Gptk(gptk.WeightLoader):
             if os.path.isdir(folder / "averaged"):  # it was chosen by the averaged weights' loss
                 folder = folder / "averaged"
         path = folder / "gptk.json"
+        gptk.check_run_file(path)
         about = _read_about(path)
         try:
             with naming(path):
@@ -46,12 +49,14 @@ class Gptk(gptk.WeightLoader):
         except TypeError as error:  # a name that is missing, or that GPTConfig lacks
             problem = str(error).partition("() ")[2]
             raise gptk.SourceError(f"{path}: wrong configuration: it {problem}") from None
-        readers = safetensors_readers(folder / "model.safetensors")
-        state = gptk.Tensors(readers, str(folder)).assemble(config, {})
+        weights = folder / "model.safetensors"
+        readers = safetensors_readers(weights)
+        state = gptk.Tensors(_checked(readers, weights), str(folder)).assemble(config, {})
         stored = about.tokenizer
 
         def tokenizer() -> gptk.Tokenizer:
             assert stored is not None
+            gptk.check_run_file(folder / "tokenizer.tiktoken")
             return _read_tokenizer(folder / "tokenizer.tiktoken", stored)
 
         notes = {
@@ -61,6 +66,20 @@ class Gptk(gptk.WeightLoader):
         return gptk.Checkpoint(
             config, state, tokenizer if stored is not None else None, str(folder), notes
         )
+
+
+def _checked(
+    readers: Mapping[str, Callable[[], Tensor]], weights: Path
+) -> dict[str, Callable[[], Tensor]]:
+    """Readers of tensors, the first of which checks the file, so that reading a tokenizer or a
+    configuration alone does not take the time."""
+    check = functools.cache(gptk.check_run_file)
+
+    def checked(read: Callable[[], Tensor]) -> Tensor:
+        check(weights)
+        return read()
+
+    return {name: functools.partial(checked, read) for name, read in readers.items()}
 
 
 class _Encoding(Fields):

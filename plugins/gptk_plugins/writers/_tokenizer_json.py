@@ -9,6 +9,7 @@ token stays whole.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def write_tokenizer(folder: Path, tokenizer: gptk.Tokenizer, context_length: int
     for part, value in _parts(tokenizer).items():
         if _parts(again)[part] != value:
             raise _refusal(f"reading it back would change its {part}")
+    _check_template_tokens(tokenizer, again)
 
 
 def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
@@ -205,23 +207,40 @@ def _post_processor(
 def _tokenizer_config(tokenizer: gptk.Tokenizer, context_length: int) -> dict[str, Any]:
     # Only special tokens: transformers makes every token that is named here a special one.
     names = {number: name for name, number in tokenizer.encoding._special_tokens.items()}
-    named: dict[str, str] = {}
-    if tokenizer.template_tokens is not None:
-        special = tokenizer.encoding._special_tokens
-        named = {role: text for role, text in tokenizer.template_tokens.items() if text in special}
-    else:
-        if tokenizer.bos in names:
-            named["bos_token"] = names[tokenizer.bos]
-        if eos := [names[token] for token in tokenizer.eos if token in names]:
-            named["eos_token"] = eos[0]
+    special = {*names.values(), ""}
+    named = {role: text for role, text in _template_tokens(tokenizer).items() if text in special}
+    ends = [names[token] for token in tokenizer.eos if token in names]
+    if ends and tokenizer.template_tokens is None:
+        named["eos_token"] = ends[0]
+    extra = {role: text for role, text in named.items() if not role.endswith("_token")}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         **({"split_special_tokens": True} if _splits_special_tokens(tokenizer) else {}),
-        **named,
+        **{role: text for role, text in named.items() if role not in extra},
+        **({"extra_special_tokens": extra} if extra else {}),
         **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
     }
+
+
+def _template_tokens(tokenizer: gptk.Tokenizer) -> dict[str, str]:
+    """What a chat template knows by the names of tokens, see `gptk.Tokenizer.template_tokens`."""
+    if tokenizer.template_tokens is not None:
+        return dict(tokenizer.template_tokens)
+    ids = {"bos_token": tokenizer.bos, "eos_token": next(iter(tokenizer.eos), None)}
+    return {role: tokenizer.decode([token]) for role, token in ids.items() if token is not None}
+
+
+def _check_template_tokens(tokenizer: gptk.Tokenizer, again: gptk.Tokenizer) -> None:
+    """Raise TokenizerError if the chat template names a token that is lost, or another one now."""
+    now, template = _template_tokens(again), again.chat_template or ""
+    for role, text in _template_tokens(tokenizer).items():
+        if now.get(role) != text and re.search(rf"\b{re.escape(role)}\b", template):
+            raise _refusal(
+                f"its chat template uses {role}, {gptk.plugins.shown(text)}, which is no special "
+                "token"
+            )
 
 
 def _parts(tokenizer: gptk.Tokenizer) -> dict[str, object]:

@@ -108,7 +108,7 @@ def command(
     from gptk.plugins.creating import create
 
     # Report mistakes before the model is loaded.
-    created = [sampler for sampler, _ in check_samplers(samplers, n)]
+    check_samplers(samplers, n)
     with_processors = [create("processor", spec, LogitsProcessor) for spec in processors]
     if plot is not None:
         check_format(plot)
@@ -122,9 +122,8 @@ def command(
     if as_json:
         from gptk.records.writing import comparison_record
 
-        used = created[: len(compared)]
         record = comparison_record(
-            lm, prompts, compared, used, with_processors, tokenizer=tokenizer, **settings
+            lm, prompts, compared, with_processors, tokenizer=tokenizer, **settings
         )
         click.echo(json.dumps(record))
     elif compared:

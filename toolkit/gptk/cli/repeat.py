@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 from gptk.cli.shared import model_option, tokenizer_option
 
 
-@click.command("repeat")
+@click.command("repeat", cls=Command)
 @click.argument("file", type=click.Path(path_type=Path))
 @model_option
 @tokenizer_option

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gptk.cli import warn_of_failures
+from gptk.cli.command import Command
 from gptk.cli.shared import model_option, tokenizer_option
 from gptk.errors import PromptError, TokenizerError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gptk.text.tokenizer import Tokenizer
 
 
-@click.command("tokenize")
+@click.command("tokenize", cls=Command)
 @click.argument("text", required=False)
 @click.option(
     "--file",

@@ -21,7 +21,8 @@ class LiveText:
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._text = TextStream(stop)
-        self._unstopped = TextStream(())
+        self._unstopped = TextStream(()) if stop else None
+        """The text without regard to stop strings; None if there are none."""
         self._size = 0
         """Characters of all tokens read, those of a stop string included."""
         self._shown = ""
@@ -43,10 +44,11 @@ class LiveText:
                 self._give((link.token, link.logprob, "", link.top))
                 continue
             data = self._tokenizer.token_bytes(link.token)
-            text = self._unstopped.push(data)
+            shown = self._text.push(data)
+            text = shown if self._unstopped is None else self._unstopped.push(data)
             self._open.append((link, self._size, text))
             self._size += len(text)
-            piece += self._text.push(data)
+            piece += shown
         self._read = row.length
         self._shown += piece
         while self._open:

@@ -1,7 +1,7 @@
 """The base class of plug-ins: a name, and typed options."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pydantic_core
@@ -12,6 +12,7 @@ from gptk.errors import (
 )
 from gptk.options import Options
 from gptk.spec import format_spec
+from gptk.system.read_files import ReadFile
 
 
 class Plugin(Options):
@@ -71,6 +72,14 @@ class Plugin(Options):
             f"{self.title()} cannot be changed (by setting {name}): it may serve several calls at "
             f"once. Options are given when it is made{self._where_state()}"
         )
+
+    def files_read(self) -> Sequence[ReadFile]:
+        """The files on whose content its results depend; records have their names and SHA-256.
+
+        Asked when a run has ended. By default none. A plug-in that reads a file returns
+        `[gptk.plugins.ReadFile.of(path)]`, one that loads a model the model's `files_read()`.
+        """
+        return ()
 
     @property
     def spec(self) -> str:

@@ -27,6 +27,8 @@ from gptk.kernels.products import autocast_linear as autocast_linear
 from gptk.kernels.products import column_sums as column_sums
 from gptk.kernels.products import dequantize as dequantize
 from gptk.kernels.products import dequantize_packed as dequantize_packed
+from gptk.kernels.products import dequantize_row as dequantize_row
+from gptk.kernels.products import dequantize_rows as dequantize_rows
 from gptk.kernels.products import linear as linear
 from gptk.kernels.products import pack as pack
 from gptk.kernels.products import product as product

@@ -17,7 +17,7 @@ is None.
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,8 @@ class Comparison:
     tokens: int
     """New tokens in all results."""
     tokens_per_second: float
+    plugin: Sampler | None = field(default=None, compare=False)
+    """The sampler itself."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -232,6 +234,7 @@ def _measured(
         self_bleu=mean(self_bleu(group) for group in tokens),
         tokens=total,
         tokens_per_second=total / seconds if seconds else 0.0,
+        plugin=sampler,
     )
 
 

@@ -34,6 +34,7 @@ from gptk.model.captured import (
 )
 from gptk.model.gpt import GPT
 from gptk.model.linear import Linear, OneDNNPacked
+from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
 
 _log = logging.getLogger(__name__)
@@ -58,13 +59,10 @@ class _RowStep:
 
     def fits(self, ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> bool:
         """Whether a pass is one new token of one row, and returns no states of layers."""
-        return (
-            ids.shape == (1, 1)
-            and cache is not None
-            and cache.slots_are_positions
-            and not layers
-            and (self._is_current(cache) or self._follows())
-        )
+        if ids.shape != (1, 1) or cache is None or not cache.slots_are_positions or layers:
+            tell_of_uncompiled_passes(_why_not(ids, cache, layers))
+            return False
+        return self._is_current(cache) or self._follows()
 
     def _is_current(self, cache: KVCache) -> bool:
         """Compares all with the first step of a text, and what could crash with each."""
@@ -107,6 +105,17 @@ class CompiledStep(_RowStep):
         )
         cache.advance([1], slots)
         return hidden, logits
+
+
+def _why_not(ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> str:
+    """Why a step for one new token of one row does not fit a pass."""
+    if layers:
+        return "the strategy reads the states of layers"
+    if len(ids) > 1:
+        return "several rows are decoded together (prompts, results, beams or candidates)"
+    if ids.shape[1] > 1:
+        return "several tokens are read at once, as those that a draft has guessed"
+    return "there is no cache" if cache is None else "the cache still holds the slots of other rows"
 
 
 Recorder = Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], tuple[Tensor, Tensor]]]

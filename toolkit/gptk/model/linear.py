@@ -42,7 +42,7 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            if torch.is_grad_enabled() and x.requires_grad:
+            if x.requires_grad and torch.is_grad_enabled():
                 return F.linear(x, self.packed.dense(x.dtype), self.bias)
             return self.packed.linear(x, self.bias)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

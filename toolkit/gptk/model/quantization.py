@@ -143,13 +143,14 @@ class KernelGroups:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
             return self.linear(x.flatten(0, -2), bias).view(*x.shape[:-1], self._outputs)
-        if x.dtype == torch.float16:
+        dtype = x.dtype
+        if dtype == torch.float16:
             return self.linear(x.float(), bias).half()
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return F.linear(x, self.dense(x.dtype), bias)
-        many = len(x) >= _MANY_ROWS_IN_BFLOAT16
-        if x.dtype == torch.bfloat16 and many and has_bfloat16_instructions():
-            return _with_bias(F.linear(x, self.dense(x.dtype)), x, bias)
+        if dtype == torch.bfloat16:
+            if x.shape[0] >= _MANY_ROWS_IN_BFLOAT16 and has_bfloat16_instructions():
+                return _with_bias(F.linear(x, self.dense(dtype)), x, bias)
+        elif dtype != torch.float32:
+            return F.linear(x, self.dense(dtype), bias)
         return kernels.quantized_linear(x, self._weights, bias, self._bits, self._outputs)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -164,26 +165,20 @@ class KernelGroups:
 
         Raises IndexError for numbers of no output.
         """
-        if not torch.compiler.is_compiling() and len(outputs):
-            low, high = outputs.aminmax()
+        one = None
+        if not torch.compiler.is_compiling() and (count := len(outputs)):
+            one = outputs.tolist()[0] if count == 1 else None
+            low, high = outputs.aminmax() if one is None else (one, one)
             if not 0 <= low <= high < self._outputs:
                 raise IndexError(f"rows from {low} to {high} of {self._outputs}")
-        parts = [self._rows(part).to(dtype) for part in torch.split(outputs, _ROWS_AT_A_TIME)]
+        if one is not None:  # as at each step of decoding
+            return kernels.dequantize_row(self._weights, self._bits, self._inputs, one).to(dtype)
+        sizes = self._bits, self._inputs
+        parts = [
+            kernels.dequantize_rows(self._weights, *sizes, part).to(dtype)
+            for part in torch.split(outputs, _ROWS_AT_A_TIME)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _rows(self, outputs: Tensor) -> Tensor:
-        blocks, lane = self._weights[outputs // _KERNEL_BLOCK], outputs % _KERNEL_BLOCK
-        count, groups = len(outputs), self._inputs // GROUP
-        row = torch.arange(count, device=outputs.device)
-        # (count, groups, 2): the group's scale and offset, of the 16 that a block has of each.
-        factors = blocks[:, :, : 4 * _KERNEL_BLOCK].view(torch.float16)
-        factors = factors.view(count, groups, 2, _KERNEL_BLOCK)[row, :, :, lane].float()
-        codes = blocks[:, :, 4 * _KERNEL_BLOCK :].view(count, groups, self._bits, _KERNEL_BLOCK, 4)
-        codes = codes[row, :, :, lane].flatten(2)
-        if self._bits == 4:
-            codes = torch.cat((codes & 15, codes >> 4), dim=2)
-        scale, offset = factors[:, :, :1], factors[:, :, 1:]
-        return torch.addcmul(offset, codes.float(), scale).flatten(1)
 
     @property
     def nbytes(self) -> int:

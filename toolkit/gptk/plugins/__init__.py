@@ -36,3 +36,4 @@ from gptk.system.metadata import open_regular as open_regular
 from gptk.system.metadata import parse_json as parse_json
 from gptk.system.metadata import read_json as read_json
 from gptk.system.metadata import read_text as read_text
+from gptk.system.read_files import ReadFile as ReadFile

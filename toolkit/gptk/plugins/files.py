@@ -13,6 +13,7 @@ from gptk.errors import (
 )
 from gptk.plugins.registry import quiet, register, unregister
 from gptk.system.metadata import open_regular
+from gptk.system.read_files import ReadFile
 
 
 def register_file(path: str | os.PathLike[str]) -> ModuleType:
@@ -30,6 +31,7 @@ def register_file(path: str | os.PathLike[str]) -> ModuleType:
         raise PluginError(f"{origin} is not a .py file; a plug-in is a Python module")
     with open_regular(file, lambda said: PluginError(said.replace(str(file), origin))) as opened:
         source = opened.read(_MOST_BYTES + 1)
+        read = ReadFile.of(file)
     if len(source) > _MOST_BYTES:
         raise PluginError(f"{origin} has more than {_MOST_BYTES:,} bytes; a plug-in is shorter")
     module = ModuleType(_file_module(file))
@@ -47,9 +49,17 @@ def register_file(path: str | os.PathLike[str]) -> ModuleType:
         if isinstance(error, PluginError) and origin not in str(error):
             raise PluginError(f"{origin}: {error}") from error
         raise
+    _read[module.__name__] = read
     return module
 
 
+def source_file(plugin: type) -> ReadFile | None:
+    """The file that `register_file` read a plug-in's class from; None for a class of elsewhere."""
+    return _read.get(plugin.__module__)
+
+
+_read: dict[str, ReadFile] = {}
+"""The files of modules, by the modules' names."""
 _MOST_BYTES = 1 << 20
 
 

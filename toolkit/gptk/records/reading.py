@@ -95,6 +95,16 @@ class Compared(Fields):
     generations: list[list[Result]]
 
 
+class PluginFile(Part):
+    """A file that a plug-in has read, or is written in."""
+
+    plugin: str
+    name: str
+    bytes: _Count
+    sha256: str | None
+    """None if it had changed since it was read."""
+
+
 class Record(Fields):
     """What records of all kinds have."""
 
@@ -102,6 +112,7 @@ class Record(Fields):
     model: dict[str, Any]
     environment: dict[str, Any]
     plugins: dict[str, Any]
+    files: list[PluginFile]
 
 
 class GenerationRecord(Record, Result):

@@ -5,7 +5,7 @@ depend on the batch. Observers are not: they change nothing, and would write to 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +13,21 @@ from gptk.decoding.prompts import Prompt
 from gptk.decoding.settings import check_settings
 from gptk.decoding.stream import Stream
 from gptk.errors import DecodingError
+from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
+from gptk.hooks.sampling import LogitsProcessor
 from gptk.language_model import LanguageModel, load
 from gptk.measure.comparison import check_samplers, compare_one_by_one
-from gptk.records.reading import ComparisonRecord, GenerationRecord, Load, Record, Result
-from gptk.records.writing import environment
+from gptk.plugins.creating import create
+from gptk.records.reading import (
+    ComparisonRecord,
+    GenerationRecord,
+    Load,
+    PluginFile,
+    Record,
+    Result,
+)
+from gptk.records.writing import environment, files_of, plugins_of
 
 _UNFINISHED = ("interrupted", "time")
 """Ends that do not come from the settings alone."""
@@ -49,8 +59,9 @@ class Models:
 
     def get(self, wanted: Load) -> LanguageModel:
         """Load the model. Raises what `gptk.load` raises."""
-        if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = None  # so that two are never in memory
+        loaded = self._loaded
+        if loaded is None or loaded[0] != wanted or not loaded[1].is_unchanged():
+            self._loaded = loaded = None  # so that two are never in memory
             quantize: Any = wanted.quantize
             lm = load(
                 self.model or wanted.model,
@@ -60,8 +71,8 @@ class Models:
                 compile=wanted.compile,
                 tokenizer=self.tokenizer or wanted.tokenizer,
             )
-            self._loaded = wanted, lm
-        return self._loaded[1]
+            self._loaded = loaded = wanted, lm
+        return loaded[1]
 
 
 def repeat(
@@ -73,11 +84,14 @@ def repeat(
     """
     for call in calls(records):
         lm = models.get(call[0].load)
-        differences = environment_differences(call[0], lm)
+        used: list[Plugin] = []
         if isinstance(call[0], ComparisonRecord):
-            yield differences, list(_repeat_comparison(call[0], lm))
+            repetitions = list(_repeat_comparison(call[0], lm, used))
         else:
-            yield differences, list(_repeat_generations(call, lm))
+            repetitions = list(_repeat_generations(call, lm, used))
+        differences = environment_differences(call[0], lm)
+        differences += file_differences(call[0].files, files_of(lm, used))
+        yield differences, repetitions
 
 
 def calls(records: Sequence[Any]) -> list[list[Any]]:
@@ -119,6 +133,31 @@ def environment_differences(record: Record, lm: LanguageModel) -> list[str]:
     return lines
 
 
+def file_differences(
+    recorded: Sequence[PluginFile], found: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """A line for each file of a plug-in that is not what it was. found: see `files_of`."""
+    was = _numbered((file.plugin, file.name, file.sha256) for file in recorded)
+    now = _numbered((file["plugin"], file["name"], file["sha256"]) for file in found)
+    return [
+        f"{key[1]} of {key[0]}: SHA-256 {now.get(key) or 'none':.16}, "
+        f"was {was.get(key) or 'none':.16}"
+        for key in {**was, **now}
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _numbered(
+    files: Iterable[tuple[str, str, str | None]],
+) -> dict[tuple[str, str, int], str | None]:
+    """The hash of each file by its plug-in, its name, and a number for those alike in both."""
+    numbered: dict[tuple[str, str, int], str | None] = {}
+    for plugin, name, sha256 in files:
+        number = sum(key[:2] == (plugin, name) for key in numbered)
+        numbered[plugin, name, number] = sha256
+    return numbered
+
+
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, str]:
     """Values by their paths, such as `tokenizer.sha256`, as text."""
     flat: dict[str, str] = {}
@@ -137,11 +176,13 @@ def _hashes(files: Any) -> dict[str, str]:
 
 
 def _repeat_generations(
-    records: Sequence[GenerationRecord], lm: LanguageModel
+    records: Sequence[GenerationRecord], lm: LanguageModel, used: list[Plugin]
 ) -> Iterator[Repetition]:
+    """used: gets the plug-ins of the call."""
     first = records[0]
     settings = first.settings.model_dump(exclude={"observers"})
     checked = check_settings(**settings)
+    used += plugins_of(checked)
     prompts = [_prompt(record, lm) for record in records]
     stream = Stream(
         lm.model,
@@ -170,13 +211,20 @@ def _prompt(record: GenerationRecord, lm: LanguageModel) -> Prompt:
     return encode_chat(lm.tokenizer, messages, record.chat.template)
 
 
-def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Iterator[Repetition]:
+def _repeat_comparison(
+    record: ComparisonRecord, lm: LanguageModel, used: list[Plugin]
+) -> Iterator[Repetition]:
+    """used: gets the plug-ins of the call."""
     specs, settings = [compared.spec for compared in record.samplers], record.settings
+    processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
+    used += processors
     if not specs:  # it was interrupted before the first sampler had ended
         return
     check_samplers(specs, settings.n)
-    again = compare_one_by_one(lm, record.prompts, specs, **settings.model_dump())
+    options = settings.model_dump(exclude={"processors"})
+    again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
     for compared, comparison in zip(record.samplers, again, strict=True):
+        used += [comparison.plugin] if comparison.plugin is not None else []
         groups = zip(compared.generations, comparison.generations, strict=False)
         for number, (was, now) in enumerate(groups, 1):
             yield from _compare_all(f"{compared.sampler}, prompt {number}", was, now)

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,12 @@ from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
 from gptk.language_model import LanguageModel
 from gptk.measure.comparison import Comparison
+from gptk.plugins.blame import blaming, expect
+from gptk.plugins.files import source_file
 from gptk.plugins.registry import provided
 from gptk.session.rows import equal_before
 from gptk.spec import format_spec
+from gptk.system.read_files import ReadFile
 from gptk.weights.loading import find_loader
 
 VERSION = 1
@@ -38,7 +41,7 @@ def generation_records(
     """
     about = {
         "settings": settings_as_dict(settings),
-        **_about(lm, tokenizer, [settings.sampler, *_others(settings)]),
+        **_about(lm, tokenizer, plugins_of(settings), settings.observers),
     }
     ordinals = equal_before([result.prompt_tokens for result in results])
     return [
@@ -59,7 +62,6 @@ def comparison_record(
     lm: LanguageModel,
     prompts: Sequence[str],
     compared: Sequence[Comparison],
-    samplers: Sequence[Plugin],
     processors: Sequence[Plugin],
     *,
     n: int,
@@ -67,7 +69,8 @@ def comparison_record(
     seed: int,
     tokenizer: str | None,
 ) -> dict[str, Any]:
-    """The record of a comparison. samplers: those of `compared`, which may be the first of all."""
+    """The record of a comparison."""
+    samplers = [comparison.plugin for comparison in compared if comparison.plugin is not None]
     return {
         "record": "comparison",
         "version": VERSION,
@@ -126,11 +129,40 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _about(lm: LanguageModel, tokenizer: str | None, used: Sequence[Plugin]) -> dict[str, Any]:
-    """The model, how to load it, the environment, and the plug-ins' distributions."""
+def plugins_of(settings: CheckedSettings) -> list[Plugin]:
+    """The plug-ins of a call on which its results depend."""
+    used: list[Plugin] = [settings.sampler, *settings.processors, *settings.sampler.processors()]
+    return [*used, *([] if settings.drafter is None else [settings.drafter])]
+
+
+def files_of(lm: LanguageModel, used: Sequence[Plugin]) -> list[dict[str, Any]]:
+    """The files that plug-ins have read, and those that they are written in, each with its
+    SHA-256: `plugin` (kind and name), `name`, `bytes`, `sha256`.
+
+    used: the plug-ins of a call, after it; the model's loader is added. Raises PluginError.
+    """
+    files = []
+    for plugin in _all_plugins(lm, used):
+        wanted = "a list of gptk.plugins.ReadFile"
+        with blaming([plugin]):
+            read = list(expect(plugin, "files_read", plugin.files_read(), list | tuple, wanted))
+        for file in read:
+            expect(plugin, "files_read", file, ReadFile, wanted)
+        if (source := source_file(type(plugin))) is not None:
+            read.append(source)
+        files += [{"plugin": plugin.title(), **file.to_dict()} for file in dict.fromkeys(read)]
+    return files
+
+
+def _about(
+    lm: LanguageModel,
+    tokenizer: str | None,
+    used: Sequence[Plugin],
+    observers: Sequence[Plugin] = (),
+) -> dict[str, Any]:
+    """The model, how to load it, the environment, and the plug-ins' distributions and files."""
     model = lm.to_dict()
     source = model["source"]
-    plugins = [*used, find_loader(source)] if source is not None else used
     if source is not None and os.path.exists(source):
         source = os.path.abspath(source)
     load = {
@@ -141,22 +173,30 @@ def _about(lm: LanguageModel, tokenizer: str | None, used: Sequence[Plugin]) -> 
         "quantize": model["quantize"],
         "compile": model["compiled"],
     }
-    distributions = dict(found for plugin in plugins for found in _distributions(plugin))
-    return {"load": load, "model": model, "environment": environment(), "plugins": distributions}
+    return {
+        "load": load,
+        "model": model,
+        "environment": environment(),
+        "plugins": dict(map(_distribution, _all_plugins(lm, [*used, *observers]))),
+        "files": files_of(lm, used),
+    }
 
 
-def _others(settings: CheckedSettings) -> list[Plugin]:
-    """The plug-ins of a call besides its sampler."""
-    others: list[Plugin] = [*settings.processors, *settings.sampler.processors()]
-    others += [] if settings.drafter is None else [settings.drafter]
-    return [*others, *settings.observers]
+def _all_plugins(lm: LanguageModel, used: Sequence[Plugin]) -> list[Plugin]:
+    """The plug-ins of a call, those that they have made, and the model's loader."""
+    source = lm.source
+    return list(_with_made([*used, find_loader(source)] if source is not None else used))
 
 
-def _distributions(plugin: Plugin) -> Iterator[tuple[str, str]]:
-    """For a plug-in, and those that it has made, its kind and name, and its distribution."""
+def _with_made(plugins: Iterable[Plugin]) -> Iterator[Plugin]:
+    """Plug-ins, and those that they have made, such as the sampler that another wraps."""
+    for plugin in plugins:
+        yield plugin
+        yield from _with_made(made for made in vars(plugin).values() if isinstance(made, Plugin))
+
+
+def _distribution(plugin: Plugin) -> tuple[str, str]:
+    """A plug-in's kind and name, and its distribution."""
     known = provided(plugin.kind).get(plugin.name)
     is_known = known is not None and known.item is type(plugin)
-    yield plugin.title(), known.distribution if known and is_known else type(plugin).__module__
-    for value in vars(plugin).values():  # such as the sampler that another wraps
-        if isinstance(value, Plugin):
-            yield from _distributions(value)
+    return plugin.title(), known.distribution if known and is_known else type(plugin).__module__

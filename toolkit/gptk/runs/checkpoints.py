@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from gptk.errors import TrainingError
+from gptk.errors import SourceError, TrainingError
 from gptk.system.files import sync, write_text
-from gptk.system.metadata import Fields, open_regular, read_json
+from gptk.system.metadata import ErrorType, Fields, open_regular, read_json
 
 _NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 _READY = re.compile(r"\.step-(\d{8,18})\.ready", re.ASCII)
@@ -134,6 +134,25 @@ def best_checkpoint(run: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def check_run_file(path: str | os.PathLike[str]) -> None:
+    """Raise SourceError if a file in a checkpoint of a training run is not what the trainer wrote.
+
+    It is read for its SHA-256, 0.1 s for 100 MB. A file that is in no such checkpoint passes.
+    """
+    path = Path(path)
+    for folder in path.parents[:2]:  # the checkpoint, or the one that has it in averaged/
+        if not ((folder / _CHECKSUMS).exists() or (folder / STATE).exists()):
+            continue
+        sums = read_json(folder / _CHECKSUMS)
+        expected = sums.get(path.relative_to(folder).as_posix())
+        if _checksum(path, SourceError) != expected:
+            raise SourceError(
+                f"{path} is damaged: it is not what the trainer wrote, by {_CHECKSUMS}; name "
+                "another checkpoint of the run"
+            )
+        return
+
+
 def fingerprint(run: Path) -> Fingerprint:
     """Tells whether checkpoints were added to a run, removed or replaced. Raises OSError."""
     return tuple((path.name, _fingerprint(path)) for path in _all(run))
@@ -190,8 +209,8 @@ def _files(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def _checksum(path: Path) -> str:
-    with open_regular(path, TrainingError) as file:
+def _checksum(path: Path, error: ErrorType = TrainingError) -> str:
+    with open_regular(path, error) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -15,6 +15,7 @@ from gptk.engine.engine import ENGINE
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model.blocks import BlockCache
 from gptk.model.protocol import Cache, CausalModel, evaluating
+from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.session.rows import Follower, Rows
 
 Overflow = Literal["stop", "slide"]
@@ -307,7 +308,11 @@ class DecodeSession:
             raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
         tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
         if tokens.device.type == "cpu" and tokens.numel():  # on a GPU this would wait for it
-            self._check_ids([int(tokens.min()), int(tokens.max())], DecodingError)
+            few = tokens.numel() <= 64  # then a list takes less time than two reductions
+            self._check_ids(
+                tokens.flatten().tolist() if few else [int(tokens.min()), int(tokens.max())],
+                DecodingError,
+            )
         if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
             raise DecodingError(
                 f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
@@ -358,6 +363,8 @@ class DecodeSession:
         longest = max(self.rows.lengths)
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
+        if longest > self._window and self.model.step is not None:
+            tell_of_uncompiled_passes("each pass reads the whole window once a text has filled it")
         ids, counts = self._ids_in_window()
         self._cached = self._cache is not None and longest <= self._window
         if self._cache is not None:

@@ -1,13 +1,12 @@
-"""Where a model was loaded from, and the hashes of its files, for records of results."""
+"""Where a model was loaded from, and its files as they were then."""
 
-import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gptk.hooks.weights import Checkpoint
+from gptk.system.read_files import ReadFile
 
 _SUFFIXES = {
     *(".safetensors", ".gguf", ".json", ".jinja", ".tiktoken", ".model", ".txt", ".bpe", ".index"),
@@ -26,26 +25,24 @@ class Origin:
     """The file or folder that was read; None if that is not known."""
     quantize: str | None
     """As it was given."""
-    _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
-    """The size and time of each file when it was read."""
+    files: Sequence[ReadFile] = ()
+    folders: Sequence[ReadFile] = ()
+    """From the source to the folder that was read: a training run, of which the best checkpoint
+    is loaded, gets new ones."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, source: str, quantize: str | None) -> "Origin":
         """The origin of a checkpoint that was just read."""
         path = Path(checkpoint.path or checkpoint.source)
-        known = path if checkpoint.source and os.path.exists(path) else None
-        files = [] if known is None else _files(known)
-        return cls(source, known, quantize, {file: _stamp(file) for file in files})
+        if not checkpoint.source or not os.path.exists(path):
+            return cls(source, None, quantize)
+        files, folders = map(ReadFile.of, _files(path)), map(ReadFile.of, _folders(path, source))
+        return cls(source, path, quantize, tuple(files), tuple(folders))
 
-    def files(self) -> list[dict[str, Any]]:
-        """Name, size in bytes and SHA-256 of each file, which are read for it: 0.1 s for 100 MB.
-
-        The hash is None for a file that has changed or gone since the model was loaded.
-        """
-        return [
-            {"name": path.name, "bytes": stamp[0], "sha256": _sha256(path, stamp)}
-            for path, stamp in self._stamps.items()
-        ]
+    def is_unchanged(self) -> bool:
+        """Whether loading the source again would read the same files, as far as their sizes and
+        times tell."""
+        return all(read.is_unchanged() for read in (*self.files, *self.folders))
 
 
 def _files(path: Path) -> Sequence[Path]:
@@ -58,15 +55,8 @@ def _is_of_model(file: Path) -> bool:
     return any(file.name.endswith(suffix) for suffix in _SUFFIXES)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _sha256(path: Path, stamp: tuple[int, int]) -> str | None:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest if _stamp(path) == stamp else None
-    except OSError:
-        return None
+def _folders(path: Path, source: str) -> Iterator[Path]:
+    if path.is_dir():
+        yield path
+        if path.is_relative_to(source):
+            yield from path.parents[: len(path.parts) - len(Path(source).parts)]
