@@ -190,7 +190,7 @@ class LanguageModel:
         """Continue several prompts at once, see `generate_many`. Raises the error of the first that
         fails."""
         results = []
-        for response in self.generate_many(prompts, ordered=True, **settings):
+        for response in self._responses(prompts, settings, ordered=True, together=True):
             if response.error is not None:
                 raise response.error
             assert response.generation is not None
@@ -212,11 +212,22 @@ class LanguageModel:
 
         Settings of the call are checked before this returns; it raises what `generate` raises.
         """
+        return self._responses(prompts, settings, ordered=ordered)
+
+    def _responses(
+        self,
+        prompts: "Iterable[Prompt | Request]",
+        settings: Settings,
+        *,
+        ordered: bool,
+        together: bool = False,
+    ) -> Iterator[Response]:
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list; for one prompt there is generate()")
         checked = check_settings(**settings)
         settings["seed"] = checked.seed
-        return respond(self._jobs(prompts, settings, checked), ordered=ordered)
+        jobs = self._jobs(prompts, settings, checked)
+        return respond(jobs, ordered=ordered, together=together)
 
     def _jobs(
         self, prompts: "Iterable[Prompt | Request]", settings: Settings, checked: CheckedSettings

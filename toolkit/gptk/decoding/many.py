@@ -29,9 +29,11 @@ class Job:
             return Response(self.index, self.request, error=error)
 
 
-def respond(jobs: Iterable[Job], *, ordered: bool) -> Iterator[Response]:
+def respond(jobs: Iterable[Job], *, ordered: bool, together: bool = False) -> Iterator[Response]:
     """The responses, as they end or in order. Jobs are taken as there is room for them.
 
+    together: none begins before as many have been taken as there is room for, so that the same jobs
+    share the same passes each time.
     What is under way when the iterator is closed is cancelled.
     """
     source = iter(jobs)
@@ -42,6 +44,7 @@ def respond(jobs: Iterable[Job], *, ordered: bool) -> Iterator[Response]:
     exhausted = False
     try:
         while under_way or held or not exhausted:
+            started: list[Run[Generation]] = []
             while not exhausted and len(under_way) + len(held) < _AHEAD:
                 job = next(source, None)
                 if job is None:
@@ -49,7 +52,12 @@ def respond(jobs: Iterable[Job], *, ordered: bool) -> Iterator[Response]:
                 elif job.run is None:
                     held[job.index] = Response(job.index, job.request, error=job.error)
                 else:
-                    under_way[job.index] = _start(job, ended)
+                    run = under_way[job.index] = _run_of(job, ended)
+                    if together:
+                        started.append(run)
+                    else:
+                        ENGINE.start([run])
+            ENGINE.start(started)
             if under_way and (not held or (ordered and following not in held)):
                 job, run = ended.get()
                 del under_way[job.index]
@@ -62,9 +70,9 @@ def respond(jobs: Iterable[Job], *, ordered: bool) -> Iterator[Response]:
             run.cancel()
 
 
-def _start(job: Job, ended: "queue.SimpleQueue[tuple[Job, Run[Generation]]]") -> Run[Generation]:
+def _run_of(job: Job, ended: "queue.SimpleQueue[tuple[Job, Run[Generation]]]") -> Run[Generation]:
     assert job.run is not None
-    return ENGINE.submit(job.run, rows=job.rows, done=lambda run: ended.put((job, run)))
+    return Run(job.run, job.rows, lambda run: ended.put((job, run)))
 
 
 _AHEAD = 2 * MOST_ROWS

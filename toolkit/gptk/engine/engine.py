@@ -21,7 +21,7 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +45,7 @@ class Engine:
         self._waiting: deque[Run[Any]] = deque()
         self._active: list[Run[Any]] = []
         self._count = 0
-        self._inbox: queue.SimpleQueue[Run[Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[Run[Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._hub: Any = None
         self._running: Run[Any] | None = None
@@ -62,12 +62,16 @@ class Engine:
     ) -> Run[T]:
         """Start a run; `done` is called in the engine's thread when it has ended."""
         run = Run(function, rows, done)
+        self.start([run])
+        return run
+
+    def start(self, runs: Sequence[Run[Any]]) -> None:
+        """Start runs together: they begin before the next pass, as far as there is room."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="gptk engine", daemon=True)
                 self._thread.start()
-        self._inbox.put(run)
-        return run
+        self._inbox.put(runs)
 
     def call(self, function: Callable[[], T], *, rows: int = 1) -> T:
         """Run a function and wait for what it returns. Within a run it is a part of this."""
@@ -125,7 +129,7 @@ class Engine:
         self._hub = getcurrent()
         with torch.inference_mode():
             while True:
-                self._waiting.append(self._inbox.get())
+                self._waiting.extend(self._inbox.get())
                 try:
                     self._serve()
                 except BaseException as error:
@@ -139,7 +143,7 @@ class Engine:
         """Take all runs to their ends."""
         while self._waiting or self._active:
             while not self._inbox.empty():
-                self._waiting.append(self._inbox.get())
+                self._waiting.extend(self._inbox.get())
             self._admit()
             self._go_on()
             self._read()
