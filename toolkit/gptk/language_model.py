@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gptk import kernels
+from gptk.decoding.awaiting import awaited, pieces
 from gptk.decoding.limits import StopCondition
 from gptk.decoding.many import Job, respond
 from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
@@ -274,6 +275,15 @@ class LanguageModel:
             raise PromptError("prompts must be a list; for one prompt there is generate()")
         ids = [self.encode(prompt) for prompt in prompts]
         return Stream(self.model, tokenizer, ids, checked)
+
+    async def agenerate(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Generation:
+        """As generate, for asyncio: other tasks go on meanwhile. Cancelling the task ends it."""
+        stream = self.stream(prompt, **settings)
+        return await awaited(stream.run, rows=stream.rows)
+
+    def astream(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> AsyncIterator[str]:
+        """As stream, for asyncio: `async for piece in lm.astream("Once")`."""
+        return pieces(self.stream(prompt, **settings))
 
     def chat(
         self,

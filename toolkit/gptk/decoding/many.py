@@ -22,10 +22,10 @@ class Job:
     error: GptkError | None = None
 
     def response(self, run: Run[Generation]) -> Response:
-        """Once it has ended. Raises errors that are no GptkError."""
+        """Once it has ended. What a stop function raised is its error, too."""
         try:
             return Response(self.index, self.request, generation=run.result())
-        except GptkError as error:
+        except Exception as error:
             return Response(self.index, self.request, error=error)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gptk.decoding.prompts import Prompt
-from gptk.errors import GptkError, PromptError
+from gptk.errors import PromptError
 from gptk.hooks.results import Generation, shortened
 
 if TYPE_CHECKING:
@@ -53,5 +53,5 @@ class Response:
     """The place of the request in the call, from 0."""
     request: Request
     generation: Generation | None = None
-    error: GptkError | None = None
-    """What went wrong; the other requests of the call are not affected."""
+    error: Exception | None = None
+    """A GptkError, or what a function that the caller passed has raised; the other requests of the call are not affected."""

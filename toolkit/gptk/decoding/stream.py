@@ -104,10 +104,19 @@ class Stream:
                 self._stepping = False
 
     def run(self) -> Generation:
-        """Decode to the end; the result for the first prompt."""
-        for _ in self:
-            pass
+        """Decode to the end. Returns the result for the first prompt."""
+        try:
+            for _ in self:
+                pass
+        finally:
+            self._forget()
         return self.result
+
+    def _forget(self) -> None:
+        """Let go the session and its memory."""
+        if self._decoding is not None:
+            self._decoding.session.release()
+            self._decoding = None
 
     def tokens(self) -> Iterator[StreamedToken]:
         """The tokens of the first result, each with its log-probability and what it adds to the
@@ -136,12 +145,17 @@ class Stream:
                 if error is None:
                     raise
             finally:
-                self._decoding = None
+                self._forget()
 
     @property
     def live(self) -> bool:
         """Whether pieces of text come during decoding, and not all at the end."""
         return len(self._prompts) == self.settings.rows == 1 and not self._sampler.competing
+
+    @property
+    def rows(self) -> int:
+        """The most rows that it decodes at the same time."""
+        return self.settings.rows
 
     @property
     def acceptance(self) -> Acceptance | None:
@@ -273,7 +287,7 @@ class Stream:
                     self._generation(self._decoding, index) for index in range(len(self._prompts))
                 ]
             self._acceptance = self._decoding.acceptance
-            self._decoding = None
+            self._forget()
         return self._text.finish(self._results[0]) if self._results else ""
 
     def _generation(self, decoding: Decoding, index: int) -> Generation:

@@ -106,8 +106,9 @@ class Run(Generic[T]):
         self._error = error
         self._greenlet = self._function = None
         self._ended.set()
-        if self._done is not None:
-            self._done(self)
+        done, self._done = self._done, None
+        if done is not None:
+            done(self)
 
     def _work(self) -> None:
         assert self._function is not None

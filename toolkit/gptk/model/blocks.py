@@ -286,9 +286,9 @@ class BlockCache:
             self.shorten(row, 0)
 
     def drop(self) -> None:
-        """Give all blocks back. The rows keep their tokens, to be read again."""
+        """Give all blocks back, in any thread. The rows keep their tokens, to be read again."""
         for row, table in enumerate(self._tables):
-            self.pool.release(table)
+            self.pool.release_later(table)
             self._tables[row] = array("i")
             self.held[row] = 0
 

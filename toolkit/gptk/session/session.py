@@ -270,6 +270,11 @@ class DecodeSession:
         for follower in self._followers:
             follower.rewind(counts)
 
+    def release(self) -> None:
+        """Give back the cache's memory. If the session goes on, its rows are read again."""
+        if isinstance(self._cache, BlockCache):
+            self._cache.drop()
+
     @property
     def _window(self) -> int:
         return self.model.config.context_length

@@ -1,0 +1,238 @@
+"""The engine: each run as alone, whatever runs beside it and whatever is taken from it."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptk
+from gptk.engine.engine import ENGINE
+from gptk.testing import tiny_gpt, tiny_lm
+
+LM = tiny_lm()
+STRATEGIES = [
+    {"sampler": "greedy"},
+    {"sampler": "multinomial"},
+    {"sampler": "top-p:0.8", "n": 2},
+    {"sampler": "beam:3"},
+    {"sampler": "beam:3", "n": 2, "processors": ["no-repeat-ngram:2"]},
+    {"sampler": "diverse-beam:width=4,beam_groups=2"},
+    {"sampler": "stochastic-beam:3"},
+    {"sampler": "contrastive"},
+    {"sampler": "dola"},
+    {"sampler": "best-of-n:3"},
+    {"sampler": "mirostat"},
+    {"sampler": "multinomial", "draft": "lookup:ngram=1,tokens=3"},
+    {"sampler": "greedy", "draft": LM},
+    {"sampler": "greedy", "processors": ["repetition-penalty:1.3", 'regex:pattern="[a-z ]{3,40}"']},
+    {"sampler": "multinomial", "processors": ["cfg:scale=1.5,negative=x"]},
+    {"sampler": "greedy", "stop": ["e", "q"]},
+    {"sampler": "multinomial", "use_cache": False},
+    {"sampler": "multinomial", "overflow": "slide"},
+]
+
+
+def flat(result):
+    """Of all results of a prompt what must be equal, and the numbers that may differ a little."""
+    every = [result, *result.alternatives]
+    exact = [(each.tokens, each.text, each.finish_reason) for each in every]
+    return exact, [number for each in every for number in each.token_logprobs]
+
+
+def check_as_alone(lm, requests, responses, **common):
+    for response in responses:
+        assert response.error is None, response.error
+        request = requests[response.index]
+        ordinal = response.generation.ordinal
+        alone = lm.generate(request.prompt, **{**common, **request.settings, "ordinal": ordinal})
+        (got, numbers), (want, wanted) = flat(response.generation), flat(alone)
+        assert got == want, request
+        assert numbers == pytest.approx(wanted, abs=1e-4)
+
+
+prompts = st.lists(st.integers(0, 255), min_size=1, max_size=90)
+requests = st.builds(
+    lambda prompt, chosen, new: gptk.Request(prompt, settings={**chosen, "max_new_tokens": new}),
+    prompts,
+    st.sampled_from(STRATEGIES),
+    st.integers(1, 12),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=8), st.integers(0, 2**16))
+def test_any_mixture_of_strategies_gives_what_each_gives_alone(chosen, seed):
+    responses = list(LM.generate_many(chosen, seed=seed))
+    assert sorted(response.index for response in responses) == list(range(len(chosen)))
+    check_as_alone(LM, chosen, responses, seed=seed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(requests, min_size=2, max_size=8), st.integers(1, 12), st.integers(0, 2**16))
+def test_so_it_does_when_blocks_run_out(chosen, blocks, seed):
+    """The budget has room for few blocks: runs lose theirs, and read their texts again."""
+    lm = gptk.LanguageModel(tiny_gpt(LM.model.config), LM.tokenizer)
+    lm.model.load_state_dict(LM.model.state_dict())
+    passes = ENGINE.passes(lm.model, budget=1)
+    passes.pool.budget = blocks * passes.pool.block_bytes
+    passes.pool.per_slab = 1
+    responses = list(lm.generate_many(chosen, seed=seed))
+    check_as_alone(lm, chosen, responses, seed=seed)
+    assert passes.pool.used == 0
+
+
+def test_runs_share_passes(monkeypatch):
+    sizes = []
+    real = LM.model.states_at
+    monkeypatch.setattr(
+        LM.model,
+        "states_at",
+        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
+    )
+    list(LM.generate_many([[1], [2], [3, 4]], max_new_tokens=4, ignore_eos=True, ordered=True))
+    LM.generate_batch([[1], [2], [3, 4]], max_new_tokens=4, ignore_eos=True)
+    assert sizes[-4:] == [4, 3, 3, 3]
+
+
+def test_a_text_that_begins_like_an_earlier_one_reads_only_the_rest(monkeypatch):
+    lm = gptk.LanguageModel(tiny_gpt(LM.model.config))
+    beginning = list(range(200))[: lm.model.config.context_length - 10]
+    shared = len(beginning) // 64 * 64
+    assert shared
+    first = lm.generate(beginning, max_new_tokens=2)
+    sizes = []
+    real = lm.model.states_at
+    monkeypatch.setattr(
+        lm.model,
+        "states_at",
+        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
+    )
+    second = lm.generate(beginning, max_new_tokens=2)
+    assert sizes[0] == len(beginning) - shared
+    assert second.tokens == first.tokens
+
+
+class Raises(gptk.LogitsProcessor):
+    name = "raises"
+    after: int
+
+    def __call__(self, logits, rows):
+        if rows.lengths[0] - rows.prompt_lengths[0] >= self.after:
+            raise RuntimeError("on purpose")
+        return logits
+
+
+class Nan(gptk.LogitsProcessor):
+    name = "nan"
+
+    def __call__(self, logits, rows):
+        return logits * float("nan")
+
+
+def stops(tokens):
+    raise ValueError("on purpose")
+
+
+def test_a_run_that_fails_ends_with_its_error_and_the_others_go_on():
+    window = LM.model.config.context_length
+    chosen = [
+        gptk.Request([1, 2]),
+        gptk.Request([1, 2], settings={"processors": [Raises(after=3)]}),
+        gptk.Request([1, 2], settings={"processors": [Nan()]}),
+        gptk.Request([1, 2], settings={"stop": stops}),
+        gptk.Request([1] * window),
+        gptk.Request([3, 4], settings={"sampler": "beam:3"}),
+    ]
+    responses = list(LM.generate_many(chosen, max_new_tokens=8, seed=0, ordered=True))
+    assert [type(response.error).__name__ for response in responses] == [
+        "NoneType", "PluginError", "DecodingError", "ValueError", "PromptError", "NoneType",
+    ]  # fmt: skip
+    good = [response for response in responses if response.error is None]
+    check_as_alone(LM, chosen, good, max_new_tokens=8, seed=0)
+    assert ENGINE.passes(LM.model).pool.used == 0
+
+
+def test_threads_and_cancellations_leave_nothing_behind():
+    """8 threads, each with streams that it leaves at random, and calls whose results it checks."""
+    failures = []
+
+    def work(number):
+        try:
+            for round_ in range(4):
+                prompt = [number + 1, round_ + 1, 7]
+                chosen = STRATEGIES[(number * 4 + round_) % len(STRATEGIES)]
+                common = {"max_new_tokens": 6, "seed": number}
+                stream = LM.stream(prompt, **chosen, **common)
+                for step, _ in enumerate(stream):
+                    if step == number % 3:
+                        break
+                if number % 2:
+                    stream.interrupt()
+                request = gptk.Request(prompt, settings=chosen)
+                responses = LM.generate_many([request] * 3, **common)
+                check_as_alone(LM, [request] * 3, [next(responses)], **common)
+                responses.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    deadline = time.monotonic() + 5
+    while ENGINE.rows_in_use and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ENGINE.rows_in_use == 0
+    assert ENGINE.passes(LM.model).pool.used == 0
+
+
+def test_a_plugin_may_generate_within_a_run():
+    class Nested(gptk.LogitsProcessor):
+        name = "nested"
+
+        def __call__(self, logits, rows):
+            assert LM.generate([1, 2], max_new_tokens=2).tokens == inner
+            return logits
+
+    inner = LM.generate([1, 2], max_new_tokens=2).tokens
+    results = LM.generate_batch([[3], [4]], processors=[Nested()], max_new_tokens=3)
+    want = LM.generate_batch([[3], [4]], max_new_tokens=3)
+    assert [result.tokens for result in results] == [result.tokens for result in want]
+
+
+def test_asyncio():
+    async def one(number):
+        return await LM.agenerate([number + 1], max_new_tokens=4, sampler="multinomial", seed=1)
+
+    async def pieces():
+        return [piece async for piece in LM.astream("ab", max_new_tokens=4, seed=1)]
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(one(number)) for number in range(64)]
+        for task in tasks[::7]:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True), await pieces()
+
+    results, text = asyncio.run(all_of_them())
+    for number, result in enumerate(results):
+        if number % 7:
+            want = LM.generate([number + 1], max_new_tokens=4, sampler="multinomial", seed=1)
+            assert result.tokens == want.tokens
+        else:
+            assert isinstance(result, asyncio.CancelledError)
+    assert "".join(text) == LM.generate("ab", max_new_tokens=4, seed=1).text
+    assert ENGINE.passes(LM.model).pool.used == 0
+
+
+def test_gradients_and_threads_of_the_caller_are_left_as_they_were():
+    threads = torch.get_num_threads()
+    LM.generate([1], max_new_tokens=1)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert torch.get_num_threads() == threads
