@@ -16,8 +16,12 @@ async def awaited(function: Callable[[], T], *, rows: int) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
 
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
     def tell(_: Run[T]) -> None:
-        loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+        loop.call_soon_threadsafe(wake)
 
     run = ENGINE.submit(function, rows=rows, done=tell)
     try:

@@ -54,4 +54,5 @@ class Response:
     request: Request
     generation: Generation | None = None
     error: Exception | None = None
-    """A GptkError, or what a function that the caller passed has raised; the other requests of the call are not affected."""
+    """A GptkError, or what a function that the caller passed has raised. The other requests of the
+    call are not affected."""
