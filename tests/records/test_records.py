@@ -389,6 +389,20 @@ def test_an_interrupted_result_is_compared_as_far_as_it_goes():
     assert "token 3 is" in compare_results("x", other, done).difference
 
 
+@pytest.mark.parametrize("sampler", ["greedy", "multinomial", "beam:2"])
+def test_a_result_that_a_time_limit_ended_is_repeated_without_it(recorded, sampler):
+    path = recorded("generate", "abc", "--sampler", sampler, *FEW)
+
+    def end_by_time(record):  # as a slower machine would have ended it
+        record["settings"] |= {"max_seconds": 0.0, "max_new_tokens": 10**9}
+        record["finish_reason"] = "time"
+
+    tokens = len(json.loads(path.read_text())["tokens"])
+    out = run_gptk("repeat", edited(path, end_by_time))
+    assert out.returncode == 0, out.stdout
+    assert f"{tokens} equal tokens" in out.stdout
+
+
 def test_a_dead_end_is_repeated(recorded, model, tmp_path):
     args = ("generate", "a", "--model", model, "--processor", "bad-words:words='[\"b\"]'",
             "--processor", "regex:pattern=aab", "--json")  # fmt: skip
