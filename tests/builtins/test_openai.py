@@ -19,6 +19,7 @@ from tokenizers import models, pre_tokenizers
 import gptk
 from gptk.weights.building import build_model
 from gptk.weights.loading import load_checkpoint
+from gptk_plugins.loaders import _tensor_bundle
 from gptk_plugins.loaders._tensor_bundle import read_bundle
 from gptk_plugins.loaders.openai import OpenAI
 from gptk_plugins.tokenizers import gpt2
@@ -340,6 +341,12 @@ def test_bundles_that_hold_something_else_are_refused(options, message, folder):
     stored = {name: read() for name, read in read_bundle(folder / "model.ckpt").items()}
     write_bundle(folder / "model.ckpt", stored, **options)
     assert message in refusal(folder)
+
+
+def test_more_tensors_than_any_model_has_are_refused_before_they_are_kept(folder, monkeypatch):
+    assert _tensor_bundle._MAX_TENSORS == 1 << 16
+    monkeypatch.setattr(_tensor_bundle, "_MAX_TENSORS", 20)
+    assert "model.ckpt.index has more than 20 tensors" in refusal(folder)
 
 
 def test_tensors_that_are_missing_or_left_over_are_named(folder):

@@ -86,8 +86,8 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
     """What settings that gptk does not have are in gptk.
 
     given: values by name, with underscores; a None says nothing. known: gptk's own settings, to
-    suggest similar names. Raises OptionError for a setting that no program known here has, or without a counterpart, and
-    for two names of the same.
+    suggest similar names. Raises OptionError for a setting that no program known here has, or
+    without a counterpart, and for two names of the same.
     """
     translation = Translation()
     sampler_options: dict[str, Any] = {}
