@@ -12,7 +12,6 @@ from torch import Tensor
 
 import gptk
 from gptk.plugins import Fields, read_json, shown
-from gptk_plugins.loaders._generation_tokens import with_generation_tokens
 from gptk_plugins.loaders._huggingface_config import read_config
 from gptk_plugins.loaders._tensor_readers import (
     dtype_names,
@@ -187,6 +186,6 @@ def _tokenizer(folder: Path) -> Callable[[], gptk.Tokenizer] | None:
     def tokenizer() -> gptk.Tokenizer:
         from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
 
-        return with_generation_tokens(load_tokenizer_json(path), folder)
+        return load_tokenizer_json(path)
 
     return tokenizer
