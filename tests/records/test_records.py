@@ -110,6 +110,15 @@ def test_a_hash_is_left_out_where_the_file_has_changed_since(tmp_path):
     assert {f["name"] for f in lm.to_dict()["files"] if f["sha256"] is None} == {path.name}
 
 
+def test_the_files_of_a_run_s_checkpoint_are_those_of_its_model(tmp_path):
+    """Not the optimizer's tensors: they are large, and do not change its results."""
+    tiny_lm().save(tmp_path / "m")
+    for name in ("training.safetensors", "training.json"):
+        (tmp_path / "m" / name).write_text("{}")
+    names = {file["name"] for file in gptk.load(tmp_path / "m").to_dict()["files"]}
+    assert names == {"gptk.json", "model.safetensors", "tokenizer.tiktoken"}
+
+
 def test_smollm2_s_hash_is_that_of_its_file(smollm2_path):
     lm = gptk.load("smollm2")
     (file,) = lm.to_dict()["files"]

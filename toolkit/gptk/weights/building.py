@@ -19,7 +19,7 @@ from gptk.model.quantization import pack as pack_levels
 from gptk.model.slow_paths import tell_of_slow_inference
 from gptk.system.memory import new_bytes
 from gptk.weights.empty import empty_gpt
-from gptk.weights.failures import explaining_failures
+from gptk.weights.failures import explaining_load_failures
 from gptk.weights.tensors import LazyTensors, Tensors
 
 
@@ -53,7 +53,7 @@ def build_model(
     builder = _Builder(model, state, device, dtype, quantize, huge_pages)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kind = str(dtype).removeprefix("torch.")
-    with explaining_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
+    with explaining_load_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
         builder.fill(pack=pack)
         if pack:
             model.pack()
