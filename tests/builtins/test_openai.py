@@ -248,7 +248,7 @@ def test_what_the_writer_of_these_tests_writes_is_the_model(folder):
     ("changes", "message"),
     [
         ({"n_head": None}, "hparams.json has no n_head"),
-        ({"n_head": 3}, "a width of 8 does not make 3 heads"),
+        ({"n_head": 3}, "a width of 8 does not divide into 3 heads"),
         ({"n_head": 0}, "n_head is 0; it must be 1 or more"),
         ({"n_embd": "8"}, "n_embd is '8'; it must be a whole number"),
         ({"n_layer": 2.5}, "n_layer is 2.5"),

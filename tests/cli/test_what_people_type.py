@@ -118,7 +118,10 @@ def test_compare_runs_samplers_in_the_order_typed(model):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--temperature", "0"], "leave it out, or name the sampler greedy"),
+        (
+            ["--temperature", "0"],
+            "temperature must be above 0; for the likeliest token",
+        ),
         (["--top-p"], "--top-p needs a value"),
         (["--max-length", "9"], "no option --max-length: --max-new-tokens counts new tokens"),
         (["--sampler", "greedy", "--sampler", "beam"], "--sampler is given twice"),
@@ -140,7 +143,7 @@ def test_compare_runs_samplers_in_the_order_typed(model):
         (["--max-tokens="], "--max-tokens needs a value"),
         (["--temp", "1", "--temperature", "2"], "another name of temperature"),
         (["--num-beams", "3", "--beam-size", "2"], "another name of width"),
-        (["--sampler", "multinomial:0"], "name the sampler greedy"),
+        (["--sampler", "multinomial:0"], "take the sampler greedy"),
         (["--sampler", "beam:4,4"], "without the name"),
         (["--plugin", "no/such/file.py"], "no/such/file.py"),
     ],
