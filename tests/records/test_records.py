@@ -112,10 +112,13 @@ def test_a_hash_is_left_out_where_the_file_has_changed_since(tmp_path):
 
 def test_the_files_of_a_run_s_checkpoint_are_those_of_its_model(tmp_path):
     """Not the optimizer's tensors: they are large, and do not change its results."""
-    tiny_lm().save(tmp_path / "m")
-    for name in ("training.safetensors", "training.json"):
-        (tmp_path / "m" / name).write_text("{}")
-    names = {file["name"] for file in gptk.load(tmp_path / "m").to_dict()["files"]}
+    (tmp_path / "text.txt").write_text("abcdefgh" * 100)
+    config = gptk.TrainConfig(
+        data=[str(tmp_path / "text.txt")], steps=1, n_layers=1, n_heads=1, width=8, batch_size=2,
+        context_length=8, eval_batches=1, sample_tokens=0, device="cpu", dtype="float32",
+    )  # fmt: skip
+    gptk.Trainer.start(config, tmp_path / "run").train()
+    names = {file["name"] for file in gptk.load(tmp_path / "run").to_dict()["files"]}
     assert names == {"gptk.json", "model.safetensors", "tokenizer.tiktoken"}
 
 
