@@ -625,7 +625,7 @@ MEMBERS = {
     "vocabulary": "top, keep_from, last_key, logprobs_of, entropy, mean",
     "distribution": "NAME, DOCS, install_command, page",
     "plugins": "register, unregister, provided, Provided, failures, create, find, option_help, "
-    "read_json, parse_json, read_text, open_regular, Fields, shown, is_out_of_memory",
+    "read_json, parse_json, read_text, open_regular, Fields, shown, suggest, is_out_of_memory",
 }
 """The names of a module that are shown; its other names are for gptk itself."""
 

@@ -1,6 +1,7 @@
 """Fixtures and the fixed Hypothesis profile."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,16 @@ def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip(f"gptk's kernels cannot run: {reason}")
     else:
         yield
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Unregisters, after the test, the plug-ins and files that it has registered."""
+    from gptk import plugins
+
+    before = list(plugins.manager().get_plugins())
+    yield
+    for plugin in plugins.manager().get_plugins():
+        if plugin not in before:
+            plugins.unregister(plugin)
+            sys.modules.pop(plugin.__name__, None)

@@ -152,7 +152,7 @@ def test_only_nanogpts_files_match(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_head": 5}, "a width of 32 does not make 5 heads"),
+        ({"n_head": 5}, "a width of 32 does not divide into 5 heads"),
         ({"n_head": 0}, "model_args: n_head is 0; it must be 1 or more"),
         ({"n_embd": "32"}, "model_args: n_embd is '32'; it must be a whole number"),
         ({"block_size": None}, "model_args: block_size is None"),

@@ -19,6 +19,7 @@ from tokenizers import models, pre_tokenizers
 import gptk
 from gptk.weights.building import build_model
 from gptk.weights.loading import load_checkpoint
+from gptk_plugins.loaders import _tensor_bundle
 from gptk_plugins.loaders._tensor_bundle import read_bundle
 from gptk_plugins.loaders.openai import OpenAI
 from gptk_plugins.tokenizers import gpt2
@@ -247,7 +248,7 @@ def test_what_the_writer_of_these_tests_writes_is_the_model(folder):
     ("changes", "message"),
     [
         ({"n_head": None}, "hparams.json has no n_head"),
-        ({"n_head": 3}, "a width of 8 does not make 3 heads"),
+        ({"n_head": 3}, "a width of 8 does not divide into 3 heads"),
         ({"n_head": 0}, "n_head is 0; it must be 1 or more"),
         ({"n_embd": "8"}, "n_embd is '8'; it must be a whole number"),
         ({"n_layer": 2.5}, "n_layer is 2.5"),
@@ -340,6 +341,12 @@ def test_bundles_that_hold_something_else_are_refused(options, message, folder):
     stored = {name: read() for name, read in read_bundle(folder / "model.ckpt").items()}
     write_bundle(folder / "model.ckpt", stored, **options)
     assert message in refusal(folder)
+
+
+def test_more_tensors_than_any_model_has_are_refused_before_they_are_kept(folder, monkeypatch):
+    assert _tensor_bundle._MAX_TENSORS == 1 << 16
+    monkeypatch.setattr(_tensor_bundle, "_MAX_TENSORS", 20)
+    assert "model.ckpt.index has more than 20 tensors" in refusal(folder)
 
 
 def test_tensors_that_are_missing_or_left_over_are_named(folder):

@@ -732,17 +732,19 @@ def test_of_several_tokenizer_files_the_newest_is_read_as_in_transformers(tmp_pa
     assert len(mine.encode(" 12")) == 3
 
 
-def test_generation_ends_as_in_transformers_where_config_json_names_the_tokens(tmp_path):
-    """Without generation_config.json transformers makes it from config.json."""
+@pytest.mark.parametrize("ends", [[0, 2], [0]])
+def test_generation_ends_as_in_transformers_where_config_json_names_the_tokens(ends, tmp_path):
+    """Without generation_config.json transformers makes it from config.json; tokenizer_config.json
+    does not count."""
     folder = saved(
         trained(special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
         tmp_path,
         tokenizer_config={"eos_token": "<|im_end|>"},
-        config={"model_type": "gpt2", "eos_token_id": [0, 2]},
+        config={"model_type": "gpt2", "eos_token_id": ends},
     )
     config = transformers.AutoConfig.from_pretrained(folder)
     oracle = transformers.GenerationConfig.from_model_config(config)
-    assert list(load_tokenizer(str(folder)).eos) == oracle.eos_token_id == [0, 2]
+    assert list(load_tokenizer(str(folder)).eos) == oracle.eos_token_id == ends
 
 
 def change(settings: dict[str, Any], path: str, value: object) -> None:

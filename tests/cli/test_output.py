@@ -58,6 +58,7 @@ def test_one_excludes_the_other(words):
     assert "--verbose or --quiet, not both" in failing("-v", *words, "--quiet", code=2)
 
 
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(("flags", "told"), [((), True), (("--quiet",), False)])
 def test_warnings_of_plugins_come_through_the_same_door(flags, told, tmp_path, words):
     plugin = tmp_path / "warns.py"

@@ -57,7 +57,7 @@ def record(model, *words):
 )
 def test_settings_of_other_programs_are_samplers_and_processors(given, sampler, processors):
     translation = translate(given, [])
-    assert (translation.sampler, translation.processors) == (sampler, processors)
+    assert (translation.sampler, [*translation.processors.values()]) == (sampler, processors)
     for spec in processors:
         gptk.plugins.create("processor", spec, gptk.LogitsProcessor)
     if sampler:
@@ -85,9 +85,43 @@ def test_the_program_does_what_the_options_mean(words, done, model):
 
 
 @pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--processor top-k:50 --top-p 0.9", "--processor top-k:50 --processor top-p:0.9"),
+        ("--top-p 0.9 --processor top-k:50", "--processor top-p:0.9 --processor top-k:50"),
+        (
+            "--xtc-threshold 0.1 --processor top-k:5 --xtc-probability 0.5 --min-p=0.1",
+            "--processor xtc:threshold=0.1,probability=0.5 --processor top-k:5 "
+            "--processor min-p:0.1",
+        ),
+        (
+            "--logits-processor top-k:9 --logits-processors top-p:0.9 --logits-processor top-k:5",
+            "--processor top-k:9 --processor top-p:0.9 --processor top-k:5",
+        ),
+        ("--stop-strings x --stop y --stop-sequences z", "--stop x --stop y --stop z"),
+    ],
+)
+def test_other_programs_options_keep_their_places(typed, meant, model):
+    said, wanted = record(model, *typed.split()), record(model, *meant.split())
+    assert said["settings"] == wanted["settings"]
+    assert said["text"] == wanted["text"]
+
+
+def test_compare_runs_samplers_in_the_order_typed(model):
+    words = ["abc", "--model", model, "--max-tokens", "2", "--sampler", "greedy", "--num-beams"]
+    out = run_gptk("compare", *words, "2", "--sampler", "multinomial", "--json")
+    assert out.returncode == 0, out.stderr
+    names = [found["spec"].partition(":")[0] for found in json.loads(out.stdout)["samplers"]]
+    assert names == ["greedy", "beam", "multinomial"]
+
+
+@pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--temperature", "0"], "leave it out, or name the sampler greedy"),
+        (
+            ["--temperature", "0"],
+            "temperature must be above 0; for the likeliest token",
+        ),
         (["--top-p"], "--top-p needs a value"),
         (["--max-length", "9"], "no option --max-length: --max-new-tokens counts new tokens"),
         (["--sampler", "greedy", "--sampler", "beam"], "--sampler is given twice"),
@@ -97,14 +131,19 @@ def test_the_program_does_what_the_options_mean(words, done, model):
             ["--top-p", "0.9", "--top-p", "0.8"],
             "--top-p is given twice: --top-p 0.9 and --top-p 0.8",
         ),
-        (["--max-tokens", "3", "--max-new-tokens", "5"], "--max-new-tokens is given twice"),
         (
-            ["--max-tokens", "3", "--n-predict", "5"],
-            "given twice: another name of --max-new-tokens",
+            ["--max-new-tokens", "5", "--max-tokens", "6"],
+            "--max-new-tokens is given twice: --max-new-tokens 5 and --max-tokens 6",
         ),
+        (
+            ["--max-tokens=3", "--n-predict", "5"],
+            "--max-new-tokens is given twice: --max-tokens=3 and --n-predict 5",
+        ),
+        (["--max-tokens"], "--max-tokens needs a value"),
+        (["--max-tokens="], "--max-tokens needs a value"),
         (["--temp", "1", "--temperature", "2"], "another name of temperature"),
         (["--num-beams", "3", "--beam-size", "2"], "another name of width"),
-        (["--sampler", "multinomial:0"], "name the sampler greedy"),
+        (["--sampler", "multinomial:0"], "take the sampler greedy"),
         (["--sampler", "beam:4,4"], "without the name"),
         (["--plugin", "no/such/file.py"], "no/such/file.py"),
     ],
@@ -142,6 +181,12 @@ def test_a_command_takes_only_what_it_has_options_for(model):
         ({"max_tokens": 5}, "write max_new_tokens=5"),
         ({"top_p": 0.9}, "write processors=['top-p:0.9']"),
         ({"bad_words_ids": {b"x"}}, "write processors=['bad-words:…']"),
+        ({"do_sample": False}, "there is no setting do_sample; leave do_sample out"),
+        ({"top_p": None}, "there is no setting top_p; leave top_p out"),
+        ({"max_time": None, "num_beams": None}, "; leave max_time and num_beams out"),
+        ({"pad_token_id": None}, "; leave pad_token_id out"),
+        ({"top_p": None, "top_k": 4}, "write processors=['top-k:4']"),
+        ({"procesors": None}, "did you mean processors?"),
         ({"max_length": 5}, "max_new_tokens counts new tokens"),
         ({"max_tokens": 5, "n_predict": 6}, "n_predict is given twice"),
         ({"use_cache": [False, True]}, "use_cache is [False, True]; it must be True or False"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import gptk
 from gptk.data import encoding, sources, token_files
 from gptk.data.encoding import encode_documents
-from gptk.data.token_files import prepare_tokens, tokenizer_fingerprint
+from gptk.data.token_files import prepare_tokens
 from gptk.data.windows import check_enough, epoch_order
 from gptk.weights.tokenizers import load_tokenizer
 from toys import byte_tokenizer
@@ -386,21 +386,17 @@ class TestReuse:
         assert about["sha256"] == tokens.sha256
 
 
-def test_the_fingerprint_follows_from_what_decides_the_tokens(tokenizers):
-    from dataclasses import replace
-
-    llama3 = tokenizers["llama3"]
-    variants = [
-        *tokenizers.values(),
-        replace(llama3, add_bos=False),
-        replace(llama3, bos=7),
-        replace(llama3, eos=()),
-        replace(llama3, normalization=None),
-    ]
-    assert len({tokenizer_fingerprint(variant) for variant in variants}) == len(variants)
-    assert tokenizer_fingerprint(replace(llama3, chat_template="x")) == tokenizer_fingerprint(
-        llama3
+def test_a_split_pattern_that_takes_too_long_at_a_cut_is_an_error(monkeypatch):
+    monkeypatch.setattr(gptk.text.encoding, "_SECONDS", 0.3)
+    slow = gptk.ByteLevelBPE(
+        "slow",
+        pat_str=r"(?:a|aa)+$|.",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={},
     )
+    text = "b" * 100 + " " + "a" * 63 + "b" * 100
+    with pytest.raises(gptk.TokenizerError, match="takes too long"):
+        list(encode_documents([[text]], gptk.Tokenizer(slow), chunk=200))
 
 
 def test_the_cache_is_where_gptk_cache_says(tmp_path, text_file, monkeypatch):

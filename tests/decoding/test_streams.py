@@ -57,7 +57,7 @@ def test_a_block_that_read_nothing_has_no_result():
     with LM.stream("abc") as stream:
         pass
     assert list(stream) == []
-    with pytest.raises(gptk.GptkError, match="has not ended"):
+    with pytest.raises(gptk.GptkError, match="ended before its first token, and has no result"):
         _ = stream.result
 
 

@@ -15,7 +15,7 @@ import torch
 
 from gptk import kernels
 from gptk.kernels import build
-from gptk.system import compiled_code
+from gptk.system import notices
 
 NEEDS_KERNELS = pytest.mark.skipif(
     not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
@@ -30,7 +30,7 @@ def fresh(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(compiled_code, "_told", set())
+    monkeypatch.setattr(notices, "_told", set())
     monkeypatch.setattr(build, "_loaded", None)
     # As on a machine that could run them.
     has = torch.cpu.get_capabilities() | dict.fromkeys(build._NEEDED, True)

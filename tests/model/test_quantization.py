@@ -551,7 +551,12 @@ def test_int4_loses_little(losses):
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen2-untied"])
 @pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
-def test_info_tells_what_is_in_the_file_and_what_would_be_loaded(case, kind, tmp_path):
+@pytest.mark.parametrize("by_pytorch", [False, True])
+def test_info_tells_what_is_in_the_file_and_what_would_be_loaded(
+    case, kind, by_pytorch, tmp_path, monkeypatch
+):
+    if by_pytorch:
+        monkeypatch.setattr(kernels, "available", lambda: False)
     path = str(tmp_path / "model.gguf")
     checkpoints.write_gguf(Path(path), checkpoints.random_model(case), kind)
     out = run_gptk("info", path).stdout

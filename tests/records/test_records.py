@@ -110,6 +110,18 @@ def test_a_hash_is_left_out_where_the_file_has_changed_since(tmp_path):
     assert {f["name"] for f in lm.to_dict()["files"] if f["sha256"] is None} == {path.name}
 
 
+def test_the_files_of_a_run_s_checkpoint_are_those_of_its_model(tmp_path):
+    """Not the optimizer's tensors: they are large, and do not change its results."""
+    (tmp_path / "text.txt").write_text("abcdefgh" * 100)
+    config = gptk.TrainConfig(
+        data=[str(tmp_path / "text.txt")], steps=1, n_layers=1, n_heads=1, width=8, batch_size=2,
+        context_length=8, eval_batches=1, sample_tokens=0, device="cpu", dtype="float32",
+    )  # fmt: skip
+    gptk.Trainer.start(config, tmp_path / "run").train()
+    names = {file["name"] for file in gptk.load(tmp_path / "run").to_dict()["files"]}
+    assert names == {"gptk.json", "model.safetensors", "tokenizer.tiktoken"}
+
+
 def test_smollm2_s_hash_is_that_of_its_file(smollm2_path):
     lm = gptk.load("smollm2")
     (file,) = lm.to_dict()["files"]
@@ -387,6 +399,20 @@ def test_an_interrupted_result_is_compared_as_far_as_it_goes():
     assert compare_results("x", was, done).compared == 3
     other = Result.parse(cut | {"tokens": [*done.tokens[:2], 1]}, "here")
     assert "token 3 is" in compare_results("x", other, done).difference
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "multinomial", "beam:2"])
+def test_a_result_that_a_time_limit_ended_is_repeated_without_it(recorded, sampler):
+    path = recorded("generate", "abc", "--sampler", sampler, *FEW)
+
+    def end_by_time(record):  # as a slower machine would have ended it
+        record["settings"] |= {"max_seconds": 0.0, "max_new_tokens": 10**9}
+        record["finish_reason"] = "time"
+
+    tokens = len(json.loads(path.read_text())["tokens"])
+    out = run_gptk("repeat", edited(path, end_by_time))
+    assert out.returncode == 0, out.stdout
+    assert f"{tokens} equal tokens" in out.stdout
 
 
 def test_a_dead_end_is_repeated(recorded, model, tmp_path):

@@ -48,22 +48,9 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def taken_in():
+def taken_in(forgotten):
     """Registers a file, until the test ends."""
-    modules = []
-
-    def take_in(path):
-        modules.append(plugins.register_file(path))
-        return modules[-1]
-
-    yield take_in
-    for module in modules:
-        forget(module)
-
-
-def forget(module):
-    plugins.unregister(module)
-    sys.modules.pop(module.__name__, None)
+    return plugins.register_file
 
 
 def source(folder):
@@ -357,16 +344,6 @@ def coldest(tmp_path):
     return path
 
 
-@pytest.fixture
-def forgotten():
-    """Unregisters, after the test, the files that the program registered in this process."""
-    before = list(plugins.manager().get_plugins())
-    yield
-    for plugin in plugins.manager().get_plugins():
-        if plugin not in before:
-            forget(plugin)
-
-
 @pytest.mark.usefixtures("forgotten")
 class TestAFile:
     """`gptk --plugin FILE.py COMMAND`."""
@@ -386,6 +363,39 @@ class TestAFile:
         assert str(coldest) in row.replace("\n", "")
         shown = run_gptk("--plugin", coldest, "plugins", "show", "coldest")
         assert "Always the least likely token." in shown.stdout
+
+    def test_it_may_follow_any_command(self, coldest, tmp_path):
+        assert " coldest " in run_gptk("plugins", "--plugin", coldest).stdout
+        shown = run_gptk("plugins", "show", "coldest", "--plugin", coldest, "--debug")
+        assert "Always the least likely token." in shown.stdout
+        words = (
+            "detect-watermark",
+            "some text",
+            "--tokenizer",
+            "bytes",
+            f"--plugin={coldest}",
+            "--debug",
+        )
+        assert "not watermarked" in run_gptk(*words).stdout
+        for command in ("tokenize", "repeat", "generate", "train", "plot", "detect-watermark"):
+            line = failing(command, "x", "--plugin", "none.py", code=1)
+            assert line == "gptk: none.py: there is no such file"
+
+    def test_its_options_under_other_names_may_follow_it(self, coldest, tmp_path):
+        tiny_lm().save(tmp_path / "model")
+        coldest.write_text(COLDEST.replace(
+            'name = "coldest"', 'name = "coldest"\n    other_names = {"do_freeze": ""}'
+        ))  # fmt: skip
+        words = ("--do-freeze", "abc", "--model", tmp_path / "model", "--json", "--max-tokens", 2)
+        out = run_gptk("generate", "--plugin", coldest, *words)
+        assert out.returncode == 0, out.stderr
+        assert json.loads(out.stdout)["settings"]["sampler"] == "coldest"
+
+    def test_an_option_of_a_command_that_has_the_same_name_stays_the_commands(self, coldest):
+        coldest.write_text(COLDEST.replace(
+            'def hello():', '@click.option("--debug", default="")\ndef hello(debug):'
+        ).replace('"hello from a file"', 'debug'))  # fmt: skip
+        assert run_gptk("--plugin", coldest, "hello", "--debug", "me").stdout == "me\n"
 
     def test_it_may_add_a_command(self, coldest):
         assert run_gptk("--plugin", coldest, "hello").stdout == "hello from a file\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptk.system import compiled_code
+from gptk.system import compiled_code, notices
 from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs modes and owners of files")
@@ -28,7 +28,7 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "temporary").chmod(0o1777)
     monkeypatch.setenv("GPTK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(compiled_code, "_told", set())
+    monkeypatch.setattr(notices, "_told", set())
     return tmp_path
 
 

@@ -1807,6 +1807,40 @@ class TestListensOnce(testing.DecodingObserverContract):
     breaks = "one instance serves several calls"
 
 
+class KeepsEntropies(gptk.DecodingObserver, gptk.DecodingListener):
+    """Is its own listener."""
+
+    name = "keeps-entropies"
+    seen: list[float] = Field([], description="entropies in nats")
+
+    def start(self, run):
+        return self
+
+    def step(self, step):
+        self.seen.extend(step.entropy.tolist())
+
+
+class TestKeepsEntropies(testing.DecodingObserverContract):
+    make = KeepsEntropies
+    breaks = "one instance serves several calls"
+
+
+class CountsSteps(Observes):
+    """Counts the steps of all instances together."""
+
+    name = "counts-steps"
+    steps: ClassVar[list[int]] = []
+
+    class Listener(gptk.DecodingListener):
+        def step(self, step):
+            CountsSteps.steps.append(1)
+
+
+class TestCountsSteps(testing.DecodingObserverContract):
+    make = CountsSteps
+    breaks = "one instance serves several calls"
+
+
 class ReadsLosses(gptk.TrainingObserver):
     """Expects a loss in every record."""
 
@@ -1837,6 +1871,24 @@ class TrainsOnce(gptk.TrainingObserver):
             raise RuntimeError("used up")
         self._runs.append(1)
         return gptk.TrainingListener()
+
+
+class KeepsRecords(gptk.TrainingObserver, gptk.TrainingListener):
+    """Is its own listener."""
+
+    name = "keeps-records"
+    _records: list = []  # noqa: RUF012
+
+    def start(self, run):
+        return self
+
+    def record(self, record):
+        self._records.append(record)
+
+
+class TestKeepsRecords(testing.TrainingObserverContract):
+    make = KeepsRecords
+    breaks = "one instance serves several calls"
 
 
 class TestTrainsOnce(testing.TrainingObserverContract):

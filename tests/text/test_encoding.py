@@ -15,6 +15,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 import gptk
 from gptk.text import encoding
 from gptk.text.encoding import ByteLevelBPE
+from gptk.text.fingerprint import fingerprint
 from gptk.text.normalization import normalize
 from gptk.text.patterns import SPLIT_PATTERNS, SplitPattern
 from tokenizer_files import any_character, texts
@@ -204,3 +205,33 @@ def test_random_texts_have_the_bytes_of_the_text():
         for _ in range(20):
             text = "".join(rng.choice(alphabet) * rng.choice([1, 1, 2, 300]) for _ in range(30))
             assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
+
+
+def test_the_fingerprint_tells_tokenizers_apart_that_encode_or_decode_differently():
+    def variant(ranks=(), *, pattern=SPLIT_PATTERNS["gpt2"], special=(), decode_only=(), **about):
+        made = gptk.ByteLevelBPE(
+            "x",
+            pat_str=pattern,
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)} | dict(ranks),
+            special_tokens=dict(special),
+            decode_only=dict(decode_only),
+        )
+        return gptk.Tokenizer(made, **about)
+
+    variants = [
+        variant(),
+        variant({b"ab": 256}),
+        variant({b"ab": 257}),
+        variant(decode_only={256: b"ab"}),
+        variant(decode_only={256: b"ac"}),
+        variant(special={"ab": 256}),
+        variant(special={"ab": 256}, special_options={"ab": ["lstrip"]}),
+        variant(pattern=SPLIT_PATTERNS["llama3"]),
+        variant(normalization="NFC"),
+        variant(bos=7),
+        variant(bos=7, add_bos=True),
+        variant(eos=(7,)),
+        variant(eos=(7, 8)),
+    ]
+    assert len({fingerprint(made) for made in variants}) == len(variants)
+    assert fingerprint(variant(chat_template="x")) == fingerprint(variant())

@@ -86,6 +86,15 @@ def test_what_an_answer_says_to_write_can_be_written(name):
         assert read_config(None, [f"{setting}={value}"]) != TrainConfig()
 
 
+@pytest.mark.parametrize("name", ["data", "validation_data", "regularizers", "observers"])
+def test_null_is_an_empty_list(name):
+    if name == "data":
+        with pytest.raises(gptk.OptionError, match=r"data=\[\] is not allowed"):
+            read_config(None, ["data=null"])
+    else:
+        assert getattr(read_config(None, [f"{name}=null"]), name) == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [

@@ -367,6 +367,17 @@ class TestRun:
             Trainer.resume(run, ["width=64"])
 
 
+def test_too_large_a_model_is_told_with_what_training_has(tmp_path, monkeypatch):
+    def load(source):
+        raise gptk.OutOfMemory(
+            "the model big needs more memory than there is; take --quantize int8"
+        )
+
+    monkeypatch.setattr("gptk.training.preparation.load_checkpoint", load)
+    with pytest.raises(gptk.TrainingError, match="out of memory for the model; take a smaller one"):
+        gptk.Trainer.start(gptk.TrainConfig(model="big"), tmp_path / "run")
+
+
 def test_too_large_a_batch_is_told_with_the_settings_to_change(tmp_path):
     trainer = Trainer.start(config(save_every=2), tmp_path / "run")
     step = trainer.step

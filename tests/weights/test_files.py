@@ -97,6 +97,20 @@ def test_a_compressed_archive_is_refused(method, book):
     assert "the entry model/data/3 of the zip archive is compressed" in refusal(spec(book))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damage", [b"\0", b"\xff"])
+def test_a_damaged_compressed_archive_is_refused(method, damage, book):
+    """The loaders look at it one after another, to tell whose it is."""
+    rezipped(book, lambda archive, name, content: archive.writestr(name, content, method))
+    data = bytearray(book.read_bytes())
+    with zipfile.ZipFile(book) as archive:
+        entry = next(e for e in archive.infolist() if e.filename.endswith("data.pkl"))
+    start = entry.header_offset + 30 + len(entry.filename)
+    data[start + 4 : start + 40] = damage * 36
+    book.write_bytes(data)
+    assert book.name in refusal(book)
+
+
 def test_an_archive_that_is_packed_uncompressed_is_read(book):
     before = copied(built(spec(book)).state_dict())
     rezipped(book, lambda archive, name, content: archive.writestr(name, content))
@@ -240,9 +254,16 @@ def deep(opcode: bytes, depth: int) -> bytes:
     return b"\x80\x02}(" + b"N" + opcode * depth + b"Nu."
 
 
+def doubled(then: bytes) -> bytes:
+    """A tuple of 2^90 items, as each level is the one before it twice, through the memo."""
+    return b"\x80\x02N\x85" + b"q\x00h\x00\x86" * 90 + then
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        doubled(b"q\x01}h\x01Ns."),
+        doubled(b"NR."),
         b"",
         b"\x80\x02.",
         b"\x80\x04}.",

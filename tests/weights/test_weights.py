@@ -323,7 +323,23 @@ def test_a_source_that_is_nowhere_says_what_was_tried(source, asked, hub):
         assert f"no model at '{source}'" in message
         assert "smollm2" in message, "the loaders are named"
     if source == "smollm":
-        assert message.endswith("did you mean smollm2?")
+        assert "did you mean smollm2?" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("gguf:path=a,path=b", "gives path twice"),
+        ("gguf:", "has no value after 'gguf:'"),
+        ("gguf:path=", "has no value for path"),
+        ("gptk:a,b", "has 'b' without the name of its option"),
+    ],
+)
+def test_a_misspelt_spec_of_a_known_loader_says_what_is_wrong(source, words, hub):
+    with pytest.raises(gptk.SpecError) as caught:
+        load_checkpoint(source)
+    assert words in str(caught.value)
+    assert hub == []
 
 
 def test_what_is_here_wins_over_the_hub_and_is_never_passed_over(hub, tmp_path):
@@ -727,6 +743,12 @@ def test_gptk_checkpoints_that_are_damaged_are_refused(tmp_path):
         tokenizer()
 
     about = json.loads((saved / "gptk.json").read_text())
+    save_checkpoint(saved, model, GPT2().load())
+    for part in ({"pattern": "("}, {"special_tokens": {"<|x|>": 10**9}}):
+        changed = about | {"tokenizer": about["tokenizer"] | part}
+        (saved / "gptk.json").write_text(json.dumps(changed))
+        with pytest.raises(gptk.TokenizerError, match=r"saved/gptk\.json, tokenizer: \w"):
+            Gptk(path=str(saved)).load().tokenizer()
 
     def refusal_with(**changes: object) -> str:
         (saved / "gptk.json").write_text(json.dumps(about | changes))

@@ -13,6 +13,7 @@ from pydantic import Field
 
 import gptk
 from gptk.plugins import Fields, shown
+from gptk_plugins.loaders._heads import check_head_dim, head_dim_of
 from gptk_plugins.loaders._tensor_readers import naming
 
 _GELUS = {
@@ -164,10 +165,6 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[gptk.GPTConfig, di
 
 
 def _gpt2(fields: _GPT2) -> gptk.GPTConfig:
-    if fields.n_embd % fields.n_head:
-        raise gptk.SourceError(
-            f"a width of {fields.n_embd} does not divide into {fields.n_head} heads"
-        )
     if fields.activation_function not in _GELUS:
         raise gptk.SourceError(
             f"activation_function {shown(fields.activation_function)} is not supported; "
@@ -180,7 +177,7 @@ def _gpt2(fields: _GPT2) -> gptk.GPTConfig:
         n_layers=fields.n_layer,
         n_heads=fields.n_head,
         n_kv_heads=fields.n_head,
-        head_dim=fields.n_embd // fields.n_head,
+        head_dim=head_dim_of(fields.n_embd, fields.n_head),
         mlp_width=fields.n_inner or 4 * fields.n_embd,
         norm_eps=fields.layer_norm_epsilon,
         mlp=_GELUS[fields.activation_function],  # type: ignore[arg-type]
@@ -264,8 +261,7 @@ def _rope(fields: _Llama, raw: Mapping[str, Any]) -> tuple[float, tuple[float, .
         raise gptk.SourceError(
             f"{where}: rope_type is {shown(kind)}; default, linear and llama3 are supported"
         )
-    if fields.heads > _MAX_HEAD:
-        raise gptk.SourceError(f"no model has heads of {fields.heads:,}")
+    check_head_dim(fields.heads)
     if kind == "linear":
         return theta, (_Linear.parse(given, where).factor,) * (fields.heads // 2)
     # The original context is looked for beside the rule, too, and there it counts more.
@@ -288,6 +284,3 @@ def _llama3_divisors(rule: _Llama3, theta: float, head_dim: int) -> tuple[float,
         kept = min(1.0, max(0.0, (position - low) / (high - low)))
         divisors.append(1 / (kept + (1 - kept) / rule.factor))
     return tuple(divisors)
-
-
-_MAX_HEAD = 1 << 16

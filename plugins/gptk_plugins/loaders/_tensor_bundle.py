@@ -26,6 +26,7 @@ from gptk_plugins.mapped_file import MappedFile
 _MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 _FOOTER = 48  # two block handles, padded, and the magic number
 _MAX_KEY = 1 << 12  # bytes
+_MAX_TENSORS = 1 << 16  # GPT-2's largest model has 580
 _TRAILER = 5  # after a block: a byte for its compression, and its checksum
 _DTYPES = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
 
@@ -48,6 +49,8 @@ def read_bundle(prefix: Path) -> dict[str, Callable[[], Tensor]]:
         if _integer(fields, 2):
             raise gptk.SourceError(f"{index} is of a big-endian machine, which is not supported")
         for key, value in entries:
+            if len(named) == _MAX_TENSORS:
+                raise gptk.SourceError(f"{index} has more than {_MAX_TENSORS:,} tensors")
             named[key.decode()] = _entry(value)
     except (StopIteration, IndexError, ValueError, struct.error):
         raise gptk.SourceError(f"{index} is damaged: it is not an index of tensors") from None

@@ -67,7 +67,9 @@ def torch_file_contains(path: str, *names: bytes) -> bool:
             if not all(name in head for name in names) and head.startswith(_ZIP):
                 with zipfile.ZipFile(file) as archive, archive.open(_pickle_of(archive)) as pickle:
                     head = pickle.read(_HEAD)
-    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except Exception as error:  # a damaged file can make zipfile raise anything
+        if is_out_of_memory(error):
+            raise
         return False
     return all(name in head for name in names)
 
@@ -264,19 +266,26 @@ def _take(stack: list[Any], wanted: list[Any]) -> list[Any]:
 
 
 class _Tuple(tuple[Any, ...]):
-    """A tuple that is not nested deeply: hashing that as a key would overflow the stack."""
+    """A tuple that can be hashed, as a key is: that would overflow the stack if it were nested
+    deeply, and take forever if it held itself twice, through the memo, on many levels."""
 
     depth: int
+    size: int
+    """The items that are hashed."""
 
     def __new__(cls, items: list[Any]) -> "_Tuple":
         made = super().__new__(cls, items)
-        made.depth = 1 + max((item.depth for item in items if isinstance(item, cls)), default=0)
+        tuples = [item for item in items if isinstance(item, cls)]
+        made.depth = 1 + max((item.depth for item in tuples), default=0)
+        made.size = 1 + len(items) + sum(item.size for item in tuples)
         if made.depth > _MAX_DEPTH:
             raise ValueError(f"its pickle has tuples nested more than {_MAX_DEPTH} deep")
+        if made.size > _MAX_SIZE:
+            raise ValueError(f"its pickle has a tuple of more than {_MAX_SIZE:,} items")
         return made
 
 
-_MAX_DEPTH = 100
+_MAX_DEPTH, _MAX_SIZE = 100, 1 << 16
 
 
 _PUSHES = {

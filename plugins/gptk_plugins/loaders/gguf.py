@@ -13,6 +13,7 @@ from torch import Tensor
 import gptk
 from gptk.plugins import Fields, open_regular, shown
 from gptk_plugins.gguf_file import GGUFFile, read_gguf
+from gptk_plugins.loaders._heads import check_head_dim
 from gptk_plugins.loaders._tensor_readers import naming, tie_equal_head
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
@@ -269,9 +270,6 @@ def _rope_factors(
         return tuple(scale * factor for factor in factors.tolist())
     if scale in (0.0, 1.0):
         return None
-    if head_dim > _MAX_HEAD:
-        raise gptk.SourceError(f"{source}: no model has heads of {head_dim:,}")
+    with naming(source):
+        check_head_dim(head_dim)
     return (scale,) * (head_dim // 2)
-
-
-_MAX_HEAD = 1 << 16

@@ -141,6 +141,8 @@ def _read_tokenizer(path: Path, stored: dict[str, Any]) -> gptk.Tokenizer:
         )
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise gptk.TokenizerError(f"{path} is damaged: {error}") from None
+    except gptk.TokenizerError as error:
+        raise gptk.TokenizerError(f"{where}, tokenizer: {error}") from None
     return gptk.Tokenizer(encoding, **dict(settings))
 
 

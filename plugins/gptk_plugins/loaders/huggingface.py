@@ -1,6 +1,5 @@
 """Hugging Face checkpoints: a directory with config.json and safetensors, or one on the hub."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk.plugins import Fields, read_json, shown
-from gptk_plugins.loaders._generation_tokens import with_generation_tokens
+from gptk.plugins import Fields, read_json, shown, suggest
 from gptk_plugins.loaders._huggingface_config import read_config
 from gptk_plugins.loaders._tensor_readers import (
     dtype_names,
@@ -117,12 +115,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
         )
     except Exception as error:  # the hub's client also raises errors of its HTTP library
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        loaders = gptk.plugins.provided("loader")
-        near = difflib.get_close_matches(hub_id, loaders, n=1, cutoff=0.75)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        loaders = suggest(hub_id, gptk.plugins.provided("loader"), what="loaders")
         raise gptk.SourceError(
-            f"no model at {hub_id!r}: no such file or directory, no loader of that name (there are "
-            f"{', '.join(loaders)}), and not available from the Hugging Face hub: {reason}{hint}"
+            f"no model at {hub_id!r}: no such file or directory, no loader of that name, and not "
+            f"available from the Hugging Face hub: {reason.rstrip('.')}; {loaders}"
         ) from None
     return Path(folder)
 
@@ -187,6 +183,6 @@ def _tokenizer(folder: Path) -> Callable[[], gptk.Tokenizer] | None:
     def tokenizer() -> gptk.Tokenizer:
         from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
 
-        return with_generation_tokens(load_tokenizer_json(path), folder)
+        return load_tokenizer_json(path)
 
     return tokenizer

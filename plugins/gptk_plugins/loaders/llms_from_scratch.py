@@ -103,7 +103,7 @@ class LLMsFromScratch(gptk.WeightLoader):
         n_heads = self.n_heads or width // 64
         if not n_heads or width % n_heads or (self.n_heads is None and width % 64):
             raise gptk.SourceError(
-                f"{self.path}: the width {width} does not divide into "
+                f"{self.path}: a width of {width} does not divide into "
                 f"{f'{n_heads} heads' if self.n_heads else 'heads of 64'}; "
                 f"give the number of heads: {self.name}:path={self.path},n_heads=N"
             )

@@ -14,6 +14,7 @@ from pydantic import Field
 
 import gptk
 from gptk.plugins import Fields
+from gptk_plugins.loaders._heads import head_dim_of
 from gptk_plugins.loaders._tensor_readers import dtype_names, naming, tie_equal_head
 from gptk_plugins.loaders._torch_file import read_torch_file, state_readers, torch_file_contains
 from gptk_plugins.tokenizers.gpt2 import GPT2
@@ -87,10 +88,6 @@ class NanoGPT(gptk.WeightLoader):
 
     def _config(self, raw: dict[Any, Any], *, tied_head: bool) -> gptk.GPTConfig:
         fields = _Arguments.parse(raw, f"{self.path}: model_args")
-        if fields.n_embd % fields.n_head:
-            raise gptk.SourceError(
-                f"{self.path}: a width of {fields.n_embd} does not make {fields.n_head} heads"
-            )
         with naming(self.path):
             return gptk.GPTConfig(
                 vocab_size=fields.vocab_size,
@@ -99,7 +96,7 @@ class NanoGPT(gptk.WeightLoader):
                 n_layers=fields.n_layer,
                 n_heads=fields.n_head,
                 n_kv_heads=fields.n_head,
-                head_dim=fields.n_embd // fields.n_head,
+                head_dim=head_dim_of(fields.n_embd, fields.n_head),
                 mlp_width=4 * fields.n_embd,
                 norm_bias=fields.bias,
                 mlp="gelu" if self.gelu == "exact" else "gelu-tanh",

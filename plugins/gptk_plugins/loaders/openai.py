@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gptk
 from gptk.plugins import Fields, read_json, read_text, shown
+from gptk_plugins.loaders._heads import head_dim_of
 from gptk_plugins.loaders._tensor_bundle import read_bundle
 from gptk_plugins.loaders._tensor_readers import dtype_names, naming
 from gptk_plugins.tokenizers.gpt2 import END_OF_TEXT, GPT2
@@ -94,10 +95,6 @@ class _Parameters(Fields):
 
 def _config(path: Path) -> gptk.GPTConfig:
     fields = _Parameters.parse(read_json(path), path)
-    if fields.n_embd % fields.n_head:
-        raise gptk.SourceError(
-            f"{path}: a width of {fields.n_embd} does not make {fields.n_head} heads"
-        )
     with naming(path):
         return gptk.GPTConfig(
             vocab_size=fields.n_vocab,
@@ -106,7 +103,7 @@ def _config(path: Path) -> gptk.GPTConfig:
             n_layers=fields.n_layer,
             n_heads=fields.n_head,
             n_kv_heads=fields.n_head,
-            head_dim=fields.n_embd // fields.n_head,
+            head_dim=head_dim_of(fields.n_embd, fields.n_head),
             mlp_width=4 * fields.n_embd,
         )
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._temperature import TemperatureOption
+from gptk_plugins._temperature import TemperatureOption
 
 
 class Temperature(gptk.LogitsProcessor):

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk_plugins.processors._temperature import TemperatureOption
+from gptk_plugins._temperature import TemperatureOption
 from gptk_plugins.processors.temperature import Temperature
 
 

@@ -198,19 +198,23 @@ class Companions:
         return texts if there else None
 
     def ids(self, role: str, ids: Mapping[str, int]) -> list[int]:
-        """The ids of the tokens named for a role, "bos" or "eos", each once, if in the vocabulary.
+        """The ids of the tokens for a role, "bos" or "eos", each once, if in the vocabulary.
 
-        Those that generation uses come first; a chat model's files can each name another token.
+        Those that generation uses, as transformers' `generate` does; if there are none, the token
+        that is named so for chat templates.
         """
         generation = self._read("generation_config", _Roles)
         config = self._read("config", _Roles) or _Roles()
         named = self.named.get(f"{role}_token")
-        found = _listed(config if generation is None else generation, role)
-        found += [] if named is None else [ids.get(named.content, -1)]
         known = set(ids.values())
-        return [number for number in dict.fromkeys(found) if number in known] or [
-            number for number in _listed(config, role) if number in known
-        ]
+        for found in (
+            _listed(config if generation is None else generation, role),
+            [] if named is None else [ids.get(named.content, -1)],
+            _listed(config, role),
+        ):
+            if there := [number for number in dict.fromkeys(found) if number in known]:
+                return there
+        return []
 
     def chat_template(self) -> str | None:
         """The chat template; of several, the one called "default"."""

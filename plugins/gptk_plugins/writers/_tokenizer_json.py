@@ -99,7 +99,7 @@ def _vocabulary(encoding: Any, all_merged: bool) -> dict[str, int]:
     vocabulary = {_spelled(token): rank for token, rank in encoding._mergeable_ranks.items()}
     # Tokens that only decode. No merge forms them, but `ignore_merges` looks whole pieces up in the
     # vocabulary; so they get a spelling that no piece has and that decodes to their bytes.
-    for number, token in getattr(encoding, "decode_only", {}).items():
+    for number, token in encoding.decode_only.items():
         name = _spelled(token)
         if not all_merged or name in vocabulary:
             name = token.decode("utf-8", errors="replace")
@@ -245,11 +245,11 @@ def _check_template_tokens(tokenizer: gptk.Tokenizer, again: gptk.Tokenizer) -> 
 
 def _parts(tokenizer: gptk.Tokenizer) -> dict[str, object]:
     """The parts that two tokenizers must share to be equal, by name, without the split pattern."""
-    encoding = tokenizer.encoding
+    encoding = gptk.ByteLevelBPE.of(tokenizer.encoding)
     return {
         "tokens": encoding._mergeable_ranks,
         "special tokens": encoding._special_tokens,
-        "decoded tokens": getattr(encoding, "decode_only", {}),
+        "decoded tokens": encoding.decode_only,
         "first token": (tokenizer.bos, tokenizer.add_bos),
         "last tokens": tokenizer.eos,
         "normal form": tokenizer.normalization,

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import click
 
 from gptk import __version__
-from gptk.cli.output import add_output_options, say, shown
+from gptk.cli.output import say, shown
+from gptk.cli.program_options import add_program_options
 from gptk.cli.streams import discard_output, explain, prepare_streams, text_arguments
 from gptk.errors import GptkError, PluginError, UnknownNameError, suggest
 
@@ -59,7 +60,7 @@ class _Commands(click.Group):
                 raise UnknownNameError(f"no command is called {name!r}; {known}")
             command = find("command", name).item
         assert isinstance(command, click.Command)
-        return add_output_options(command)
+        return add_program_options(command)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -82,32 +83,13 @@ class _Commands(click.Group):
         formatter.write_text("Plug-ins may add commands: `gptk plugins` lists them.")
 
 
-def _register_files(ctx: click.Context, _: click.Parameter, files: tuple[str, ...]) -> None:
-    """Register the files of --plugin. As a callback it runs before commands are looked up, which
-    the files may add."""
-    if files and not ctx.resilient_parsing:
-        from gptk.plugins.files import register_file
-
-        for file in files:
-            register_file(file)
-
-
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="gptk %(version)s")
-@click.option("--debug", is_flag=True, help="On an error, show the traceback.")
-@click.option(
-    "--plugin",
-    metavar="FILE.py",
-    multiple=True,
-    expose_value=False,
-    callback=_register_files,
-    help="Take in the plug-in in this file, for this one command. Repeatable.",
-)
-def cli(debug: bool) -> None:
+def cli() -> None:
     """Decoding strategies for GPT models: every sampler with every processor, exactly."""
 
 
-add_output_options(cli)
+add_program_options(cli)
 
 
 def main() -> NoReturn:

@@ -1,16 +1,16 @@
 """How every command reads its command line.
 
-Options of the program itself (`--plugin FILE`, `--debug`) may also follow the command's name. An
-option that takes one value may be given once. Commands that decode also take other programs'
+An option that takes one value may be given once. Commands that decode also take other programs'
 options: `--num-beams 4` is `--sampler beam:4`, `--top-p 0.9` is `--processor top-p:0.9`.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import click
 
+from gptk.cli.program_options import PLUGIN, register_files
 from gptk.errors import OptionError
 
 
@@ -25,6 +25,12 @@ class _Word:
     value: str | None = None
     parameter: click.Option | None = None
     """None for an option that the command does not have."""
+    meaning: Sequence[str] | None = None
+    """For another program's option the words that it stands for; none if an earlier one says it."""
+
+    @property
+    def passed_on(self) -> Sequence[str]:
+        return self.words if self.meaning is None else self.meaning
 
 
 class Command(click.Command):
@@ -32,23 +38,25 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
-            words = [*self._take_program_options(self._words(ctx, args))]
-            args = self._translated(ctx, words)
-            _refuse_repetitions([*self._words(ctx, args)])
+            words = self._translated(ctx, [*self._words(ctx, args)])
+            _refuse_repetitions(words)
+            args = [part for word in words for part in word.passed_on]
         return super().parse_args(ctx, args)
 
-    def _translated(self, ctx: click.Context, words: list[_Word]) -> list[str]:
-        return [word for group in words for word in group.words]
+    def _translated(self, ctx: click.Context, words: list[_Word]) -> list[_Word]:
+        return words
 
-    def _words(self, ctx: click.Context, args: list[str]) -> Iterator[_Word]:
-        """The command line in its parts, each option with its value."""
-        options = {
+    def _options(self, ctx: click.Context) -> dict[str, click.Option]:
+        return {
             name: parameter
             for parameter in self.get_params(ctx)
             if isinstance(parameter, click.Option)
             for name in (*parameter.opts, *parameter.secondary_opts)
         }
-        rest = iter(args)
+
+    def _words(self, ctx: click.Context, args: list[str]) -> Iterator[_Word]:
+        """The command line in its parts, each option with its value."""
+        options, rest = self._options(ctx), iter(args)
         for word in rest:
             if word == "--":
                 yield _Word([word, *rest])
@@ -65,77 +73,95 @@ class Command(click.Command):
 
     def _takes_value(self, name: str, parameter: click.Option | None) -> bool:
         if parameter is None:
-            return name == "--plugin"
+            return False
         is_switch = parameter.is_flag or parameter.count or getattr(parameter, "is_switch", False)
         return not is_switch
-
-    def _take_program_options(self, words: Iterator[_Word]) -> Iterator[_Word]:
-        """Register the files of --plugin, leave --debug out, and yield the other words."""
-        for word in words:
-            if word.name == "--plugin" and word.parameter is None:
-                if not word.value:
-                    raise click.UsageError("--plugin needs a file")
-                from gptk.plugins.files import register_file
-
-                register_file(word.value)
-            elif word.name != "--debug" or word.parameter is not None:
-                yield word
 
 
 class DecodingCommand(Command):
     """A command with --sampler and --processor, which takes other programs' options as well."""
 
+    def _words(self, ctx: click.Context, args: list[str]) -> Iterator[_Word]:
+        """Without --plugin: the files' plug-ins may have the options that follow."""
+        for word in super()._words(ctx, args):
+            if word.parameter is PLUGIN and word.value:
+                register_files([word.value])
+            else:
+                yield word
+
     def _takes_value(self, name: str, parameter: click.Option | None) -> bool:
         if parameter is None and name.startswith("--"):
             from gptk.decoding.other_names import takes_value
 
-            return name == "--plugin" or takes_value(_setting(name))
+            return takes_value(_setting(name))
         return super()._takes_value(name, parameter)
 
-    def _translated(self, ctx: click.Context, words: list[_Word]) -> list[str]:
-        unknown = {word.name: word for word in words if word.name and word.parameter is None}
-        if not any(name.startswith("--") for name in unknown):
-            return super()._translated(ctx, words)
-        from gptk.decoding.other_names import SETTINGS, is_known, option_of, translate
+    def _translated(self, ctx: click.Context, words: list[_Word]) -> list[_Word]:
+        """Put gptk's options where other programs' stand, as the order of processors matters."""
+        if all(word.parameter or not word.name.startswith("--") for word in words):
+            return words
+        from gptk.decoding.other_names import is_known
 
-        own = {name for parameter in self.params for name in parameter.opts}
-        foreign = {
-            name: word
-            for name, word in unknown.items()
-            if is_known(setting := _setting(name))
-            and option_of(SETTINGS.get(setting, "processors")) in own
-        }
-        _refuse_repetitions([word for word in words if word.name in foreign])
-        for name, word in foreign.items():
-            if (word.value is None and self._takes_value(name, None)) or word.value == "":
-                raise click.UsageError(f"{name} needs a value")
-        values = {
-            _setting(name): True if word.value is None else word.value
-            for name, word in foreign.items()
-        }
+        options = self._options(ctx)
+        words = [self._renamed(word, options) for word in words]
+        foreign = [word for word in words if not word.parameter and is_known(_setting(word.name))]
+        if "--processor" not in options or not foreign:
+            return words
+        meanings = self._meanings(foreign)
+        for option, spec in meanings.values():
+            if option == "--sampler":
+                _check_sampler(words, spec)
+        return [
+            replace(word, meaning=meanings.get(word.name, ())) if word in foreign else word
+            for word in words
+        ]
+
+    def _renamed(self, word: _Word, options: Mapping[str, click.Option]) -> _Word:
+        """A setting under another program's name, such as --max-tokens, as gptk's own."""
+        from gptk.decoding.other_names import SETTINGS, option_of
+
+        name = option_of(SETTINGS.get(_setting(word.name), ""))
+        if word.parameter is not None or name not in options:
+            return word
+        meaning = (name, self._value(word))
+        return replace(word, name=name, parameter=options[name], meaning=meaning)
+
+    def _meanings(self, foreign: list[_Word]) -> dict[str, tuple[str, str]]:
+        """The samplers and processors that other programs' options mean, by the first of these."""
+        from gptk.decoding.other_names import translate
+
+        _refuse_repetitions(foreign)
+        values = {_setting(word.name): self._value(word) or True for word in foreign}
         try:
             translation = translate(values, [])
         except OptionError as error:
             raise click.UsageError(_as_options(str(error))) from None
-        kept = [word for word in words if word.name not in foreign]
+        meanings = {name: ("--processor", spec) for name, spec in translation.processors.items()}
         if translation.sampler:
-            self._check_sampler(kept, translation.sampler)
-        return [*translation.as_options(), *super()._translated(ctx, kept)]
+            meanings[translation.sampler_setting] = ("--sampler", translation.sampler)
+        return {_option(name): meaning for name, meaning in meanings.items()}
 
-    def _check_sampler(self, words: list[_Word], sampler: str) -> None:
-        """Raise click.UsageError if a sampler is named as well, unless several are allowed."""
-        for word in words:
-            if word.name == "--sampler" and word.parameter and not word.parameter.multiple:
-                raise click.UsageError(
-                    f"--sampler {word.value} is given, and options that mean --sampler {sampler}; "
-                    "give one of them"
-                )
+    def _value(self, word: _Word) -> str:
+        """The value of a word, empty for a switch. Raises click.UsageError if it lacks one."""
+        if not word.value and (word.value == "" or self._takes_value(word.name, None)):
+            raise click.UsageError(f"{word.name} needs a value")
+        return word.value or ""
+
+
+def _check_sampler(words: Iterable[_Word], sampler: str) -> None:
+    """Raise click.UsageError if a sampler is named as well, unless several are allowed."""
+    for word in words:
+        if word.name == "--sampler" and word.parameter and not word.parameter.multiple:
+            raise click.UsageError(
+                f"--sampler {word.value} is given, and options that mean --sampler {sampler}; "
+                "give one of them"
+            )
 
 
 def _as_options(message: str) -> str:
     """A message about settings in the words of the command line: `--max-new-tokens`."""
     message = message.replace("no setting ", "no option ")
-    return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: f"--{name[0].replace('_', '-')}", message)
+    return re.sub(r"\b[a-z]+(?:_[a-z]+)+\b", lambda name: _option(name[0]), message)
 
 
 def _refuse_repetitions(words: list[_Word]) -> None:
@@ -162,3 +188,7 @@ def _next(words: Iterator[str]) -> Iterator[str]:
 
 def _setting(name: str) -> str:
     return name.removeprefix("--").replace("-", "_")
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from gptk.model.config import GPTConfig
+    from gptk.model.quantization import Quantize
 
 
 @click.command("info", cls=Command)
@@ -52,7 +53,7 @@ def command(model: str | None) -> None:
         words = options.split()
         chosen = dict(zip(words[::2], words[1::2], strict=True))
         dtype = DTYPES[chosen.get("--dtype", "float32")]
-        quantize = chosen.get("--quantize", "auto")
+        quantize: Any = chosen.get("--quantize", "auto")
         sizes = bytes_in_memory(checkpoint.config, bits, quantize, dtype)
         click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
     reason = kernels.why_not()
@@ -78,7 +79,7 @@ def command(model: str | None) -> None:
 
 
 def bytes_in_memory(
-    config: "GPTConfig", bits: "Mapping[str, int]", quantize: str, dtype: "torch.dtype"
+    config: "GPTConfig", bits: "Mapping[str, int]", quantize: "Quantize", dtype: "torch.dtype"
 ) -> "Counter[str]":
     """The bytes of a model's weights by kind after loading, as `gptk.GPT.bytes_by_kind` has them.
 
@@ -88,30 +89,27 @@ def bytes_in_memory(
     import torch
 
     from gptk import kernels
-    from gptk.model.embedding import Embedding
-    from gptk.model.levels import GROUP
     from gptk.model.linear import Linear
-    from gptk.model.quantization import bytes_of, keeps_levels
+    from gptk.model.quantization import bytes_of
     from gptk.system.devices import has_fast_products
     from gptk.weights.empty import empty_gpt
+    from gptk.weights.kinds import embedding_kind, matrix_kind
 
-    model, plain = empty_gpt(config), str(dtype).removeprefix("torch.")
-    keep = quantize == "auto" and keeps_levels(torch.device("cpu"), dtype)
+    model, plain, cpu = empty_gpt(config), str(dtype).removeprefix("torch."), torch.device("cpu")
     packs_plain = dtype == torch.bfloat16 and has_fast_products(dtype) and not kernels.available()
     sizes: Counter[str] = Counter()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind, tied = plain, module is model.head and config.tied_head
-            if name == "weight" and isinstance(module, Linear | Embedding):
+            if name == "weight" and (isinstance(module, Linear) or module is model.embed):
                 stored = bits.get("embed.weight" if tied else f"{path}.weight")
-                if keep and stored and (isinstance(module, Linear) or kernels.available()):
-                    kind = f"int{stored}"
-                elif quantize.startswith("int") and isinstance(module, Linear):
-                    kind = quantize if parameter.shape[1] % GROUP == 0 else plain
-            # A tied head is the embedding itself, unless it has a packed copy for other kernels.
-            if tied and (not packs_plain if kind == plain else keep and kernels.available()):
-                continue
-            sizes[kind] += bytes_of(parameter.shape, kind, by_groups=keep)
+                asked = parameter.shape[1], stored, quantize, cpu, dtype
+                of_embedding = embedding_kind(*asked) or plain
+                kind = of_embedding if module is model.embed else matrix_kind(*asked) or plain
+                # A tied head is the embedding itself, unless it has a packed copy for kernels.
+                if tied and kind == of_embedding and not (kind == plain and packs_plain):
+                    continue
+            sizes[kind] += bytes_of(parameter.shape, kind, by_groups=quantize == "auto")
     return sizes
 
 

@@ -66,40 +66,11 @@ class _Lines(logging.Handler):
         say(record.getMessage())
 
 
-def add_output_options(command: click.Command) -> click.Command:
-    """Give a command, and the commands of a group, --verbose and --quiet; returns it.
+def set_level(given: bool, level: int) -> None:
+    """If an option is given, show what is at least as serious as `level`.
 
-    An option of a plug-in's command that has the same name stays the command's.
+    Raises click.UsageError if another level was set before.
     """
-    taken = {name for parameter in command.params for name in parameter.opts}
-    for option in _options():
-        if not taken & set(option.opts):
-            command.params.append(option)
-    if isinstance(command, click.Group):
-        for subcommand in command.commands.values():
-            add_output_options(subcommand)
-    return command
-
-
-def _options() -> list[click.Option]:
-    common: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True}
-    return [
-        click.Option(
-            ["-v", "--verbose"],
-            callback=lambda ctx, param, given: _set_level(given, logging.INFO),
-            help="Say what is loaded from where, and how long it takes.",
-            **common,
-        ),
-        click.Option(
-            ["--quiet"],
-            callback=lambda ctx, param, given: _set_level(given, logging.ERROR),
-            help="Say nothing but errors on standard error.",
-            **common,
-        ),
-    ]
-
-
-def _set_level(given: bool, level: int) -> None:
     if not given:
         return
     if _log.level not in (logging.WARNING, level):

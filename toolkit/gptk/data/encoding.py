@@ -13,10 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
-import regex  # type: ignore[import-untyped]  # tiktoken's own dependency
 
+from gptk.text.encoding import ByteLevelBPE
 from gptk.text.normalization import normalize
-from gptk.text.patterns import SplitPattern
 from gptk.text.tokenizer import Tokenizer
 
 CHUNK = 1 << 20
@@ -34,7 +33,7 @@ def encode_documents(
     A document is an iterable of pieces of text, cut anywhere; about `chunk` characters for each
     processor are in memory at a time. A document's ids are those of `tokenizer.encode` of its
     pieces joined; documents without text are left out. Encoding runs in threads: tiktoken releases
-    the interpreter's lock.
+    the interpreter's lock. Raises TokenizerError if an unusual split pattern takes too long.
     """
     without_bos = replace(tokenizer, add_bos=False)
 
@@ -64,8 +63,7 @@ class _Cutter:
         # Some take the character before or after them along.
         self._special = [*tokenizer.encoding._special_tokens, *special]
         self._right_context = max([_CONTEXT, *(len(text) + 1 for text in self._special)])
-        pattern = SplitPattern.parse(tokenizer.encoding._pat_str, "tiktoken")
-        self._pattern = regex.compile(pattern.written("regex"))
+        self._ends = ByteLevelBPE.of(tokenizer.encoding).piece_ends
 
     def chunks(self, texts: Iterable[str], size: int) -> Iterator[str]:
         """The texts joined, in chunks of `size` characters or more."""
@@ -109,17 +107,9 @@ class _Cutter:
                 if near.find(token, max(first, 0), last) >= 0:
                     return False
         left, right = self._normalized(left[-_CONTEXT:]), self._normalized(right)
-        both = left + right
-        # Wherever a match begins, it ends at the same character with and without the cut.
-        return all(self._end(both, i) == self._end(left, i) for i in range(len(left))) and all(
-            self._end(both, len(left) + i) == self._end(right, i) + len(left)
-            for i in range(len(right))
-        )
+        # Wherever a piece begins, it ends at the same character with and without the cut.
+        apart = [*self._ends(left), *(end + len(left) for end in self._ends(right))]
+        return self._ends(left + right) == apart
 
     def _normalized(self, text: str) -> str:
         return text if self._form is None else normalize(self._form, text)
-
-    def _end(self, text: str, start: int) -> int:
-        """Where the match at `start` ends; without a match, the character after `start`."""
-        match = self._pattern.match(text, start)
-        return start + 1 if match is None else int(match.end())

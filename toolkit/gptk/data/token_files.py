@@ -34,6 +34,7 @@ from gptk.errors import DataError, OptionError, SourceError
 from gptk.system.caches import cache_folder
 from gptk.system.files import new_file, remove_leftovers, replacing
 from gptk.system.metadata import open_regular, read_text
+from gptk.text.fingerprint import fingerprint as text_fingerprint
 from gptk.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class TokenFile:
     tokenizer: str
     """The name of the tokenizer's encoding."""
     fingerprint: str
-    """A hash of everything that decides how the tokenizer encodes."""
+    """The tokenizer's, see gptk.text.fingerprint."""
     sha256: str
     """Of the file's content."""
 
@@ -94,7 +95,7 @@ def prepare_tokens(
     names = [os.fspath(name) for name in ([sources] if isinstance(sources, str) else sources)]
     found = find_sources(names)
     folder = _default_cache() if cache is None else Path(cache)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = text_fingerprint(tokenizer)
     key = _digest(json.dumps([fingerprint, [source.name for source in found]]))[:16]
     stem = re.sub(r"[^\w.-]+", "-", Path(names[0].removeprefix(BUILTIN)).stem)[:40] or "text"
     base = folder / f"{stem}-{key}"
@@ -108,22 +109,6 @@ def prepare_tokens(
             f"the tokens cannot be kept in {folder}: {error.strerror or error}; "
             "set GPTK_CACHE to another folder"
         ) from None
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of everything that decides how a tokenizer encodes and separates documents."""
-    encoding = tokenizer.encoding
-    parts = [
-        encoding._pat_str,
-        sorted(encoding._special_tokens.items()),
-        sorted((text, sorted(how)) for text, how in (tokenizer.special_options or {}).items()),
-        tokenizer.normalization,
-        tokenizer.bos if tokenizer.add_bos else None,
-        tokenizer.eos[:1],
-        str(_dtype(tokenizer)),
-    ]
-    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    return _digest(json.dumps([parts, ranks]))
 
 
 # --- Files of tokens

@@ -25,7 +25,8 @@ class LiveText:
         """The text without regard to stop strings; None if there are none."""
         self._size = 0
         """Characters of all tokens read, those of a stop string included."""
-        self._shown = ""
+        self._shown = 0
+        """Characters given out."""
         self._read = 0
         """Tokens read."""
         self._open: deque[tuple[Hypothesis, int, str]] = deque()
@@ -50,10 +51,10 @@ class LiveText:
             self._size += len(text)
             piece += shown
         self._read = row.length
-        self._shown += piece
+        self._shown += len(piece)
         while self._open:
             link, start, text = self._open[0]
-            if start >= len(self._shown) or start + len(text) > len(self._shown):
+            if start >= self._shown or start + len(text) > self._shown:
                 break
             self._open.popleft()
             top = link.top and with_texts(link.top, self._tokenizer)
@@ -62,7 +63,7 @@ class LiveText:
 
     def finish(self, result: Generation) -> str:
         """Give the rest of the result. Returns the text that was not given yet."""
-        rest, self._shown = result.text[len(self._shown) :], result.text
+        rest, self._shown = result.text[self._shown :], len(result.text)
         tops: Sequence[TopTokens | None] = result.top_logprobs or [None] * len(result.tokens)
         entries = zip(result.tokens, result.token_logprobs, result.token_texts, tops, strict=True)
         for entry in list(entries)[self._given :]:

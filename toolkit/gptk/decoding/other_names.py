@@ -55,19 +55,14 @@ class Translation:
     settings: dict[str, Any] = field(default_factory=dict)
     sampler: str | None = None
     """A spec string."""
-    processors: list[str] = field(default_factory=list)
-    """Spec strings."""
-
-    def as_options(self) -> list[str]:
-        """As words of a command line: `--n 2 --sampler beam:4`."""
-        words = [(option_of(name), value) for name, value in self.settings.items()]
-        words += [("--sampler", self.sampler)] if self.sampler else []
-        words += [("--processor", processor) for processor in self.processors]
-        return [word for pair in words for word in pair]
+    sampler_setting: str = ""
+    """The first setting that names the sampler."""
+    processors: dict[str, str] = field(default_factory=dict)
+    """Spec strings by the first setting that names each."""
 
     def __str__(self) -> str:
         """As keyword arguments: `n=2, sampler='beam:4'`."""
-        plugins = {"sampler": self.sampler, "processors": self.processors}
+        plugins = {"sampler": self.sampler, "processors": [*self.processors.values()]}
         named = self.settings | {name: value for name, value in plugins.items() if value}
         return ", ".join(f"{name}={value!r}" for name, value in named.items())
 
@@ -78,10 +73,8 @@ def option_of(setting: str) -> str:
 
 
 def is_known(name: str) -> bool:
-    """Whether another program has a setting of this name, or gptk a processor."""
-    if name in SETTINGS or name in ANSWERS:
-        return True
-    return _processor_option(name) is not None or bool(_samplers_with(name))
+    """Whether a setting of another program means a plug-in, or has no counterpart."""
+    return name in ANSWERS or _processor_option(name) is not None or bool(_samplers_with(name))
 
 
 def takes_value(name: str) -> bool:
@@ -92,20 +85,24 @@ def takes_value(name: str) -> bool:
 def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
     """What settings that gptk does not have are in gptk.
 
-    given: values by name, with underscores. known: gptk's own settings, to suggest similar names.
-    Raises OptionError for a setting that no program known here has, or without a counterpart, and
-    for two names of the same.
+    given: values by name, with underscores; a None says nothing. known: gptk's own settings, to
+    suggest similar names. Raises OptionError for a setting that no program known here has, or
+    without a counterpart, and for two names of the same.
     """
     translation = Translation()
     sampler_options: dict[str, Any] = {}
     processors: dict[str, dict[str, Any]] = {}
+    first: dict[str, str] = {}
     for name, value in given.items():
+        if value is None and (name in SETTINGS or is_known(name)):
+            continue  # elsewhere None is a setting's default
         if name in SETTINGS:
             _put(translation.settings, SETTINGS[name], value, name)
         elif name in ANSWERS:
             raise OptionError(f"there is no setting {name}: {ANSWERS[name]}")
         elif (found := _processor_option(name)) is not None:
             processor, option = found
+            first.setdefault(processor, name)
             _put(processors.setdefault(processor, {}), option, value, name)
         elif _samplers_with(name):
             sampler_options[name] = value
@@ -115,10 +112,11 @@ def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
     sampler_options = {n: v for n, v in sampler_options.items() if str(v) not in ("False", "false")}
     if sampler_options:
         translation.sampler = _sampler(sampler_options)
-    translation.processors = [
-        _short_spec(provided("processor")[name].item, options)
+        translation.sampler_setting = next(iter(sampler_options))
+    translation.processors = {
+        first[name]: _short_spec(provided("processor")[name].item, options)
         for name, options in processors.items()
-    ]
+    }
     return translation
 
 

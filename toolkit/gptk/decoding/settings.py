@@ -159,10 +159,10 @@ def _as_list(name: str, value: Any, single: type) -> list[Any]:
 
 def _unknown_settings(unknown: Mapping[str, Any]) -> str:
     known = [name for name in inspect.signature(check_settings).parameters if name != "unknown"]
-    words = str(translate(unknown, known)) or f"leave {' and '.join(unknown)} out"
+    translation = translate(unknown, known)
     names = " and ".join(unknown)
     what = f"are no settings {names}" if len(unknown) > 1 else f"is no setting {names}"
-    return f"there {what}; write {words}"
+    return f"there {what}; {f'write {translation}' if str(translation) else f'leave {names} out'}"
 
 
 def _whole_number(name: str, value: Any, *, least: int, most: int = 2**63 - 1) -> int:

@@ -50,7 +50,7 @@ class Stream:
     result comes last. `tokens()` gives token ids and log-probabilities with the pieces.
 
     In a `with` statement, leaving the block ends it and frees its memory; `.result` is then the
-    best so far. Any thread may read it or `interrupt()` it.
+    best so far, if there is a token. Any thread may read it or `interrupt()` it.
 
     prompts: token ids. tokenizer: without one, texts are empty. ordinals: see Rows. Raises
     PromptError for a prompt that fills the model's window.
@@ -133,6 +133,8 @@ class Stream:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> None:
+        """End the stream. Raises GptkError if a plug-in fails to give the result, but none in place
+        of the block's own error."""
         if self._stepping and ENGINE.is_inside:
             self._interrupted = True
             return
@@ -170,7 +172,9 @@ class Stream:
 
     @property
     def results(self) -> list[Generation]:
-        """The result for each prompt. Raises GptkError before the end."""
+        """The result for each prompt. Raises GptkError before the end, or without any."""
+        if self._results is None and self._ended and self._decoding is None:
+            raise GptkError("the stream was ended before its first token, and has no result")
         if self._results is None:
             raise GptkError("the stream has not ended; read it to its end, or interrupt() it")
         return self._results

@@ -5,6 +5,7 @@ The names here are public, as `gptk.plugins`; the base classes that plug-ins fil
 """
 
 from gptk.errors import shown as shown
+from gptk.errors import suggest as suggest
 from gptk.hooks.base import Plugin as Plugin
 from gptk.options import Options as Options
 from gptk.options import from_json as from_json

@@ -1,7 +1,8 @@
 """Repeating records: the same calls once more, and what differs in their results.
 
 Prompts that were decoded in one call are decoded in one call again, as the last digits of logits
-depend on the batch. Observers are not: they change nothing, and would write to files.
+depend on the batch. Observers are left out: they change nothing, and would write to files. So is
+the time limit, as machines differ: a result that it ended is repeated up to the same length.
 """
 
 import math
@@ -29,6 +30,7 @@ from gptk.records.reading import (
 )
 from gptk.records.writing import environment, files_of, plugins_of
 
+_LEFT_OUT = {"observers", "max_seconds"}
 _UNFINISHED = ("interrupted", "time")
 """Ends that do not come from the settings alone."""
 
@@ -180,7 +182,10 @@ def _repeat_generations(
 ) -> Iterator[Repetition]:
     """used: gets the plug-ins of the call."""
     first = records[0]
-    settings = first.settings.model_dump(exclude={"observers"})
+    settings = first.settings.model_dump(exclude=_LEFT_OUT)
+    results = [result for record in records for result in (record, *record.alternatives)]
+    if cut := [len(r.tokens) for r in results if r.finish_reason in _UNFINISHED]:
+        settings["max_new_tokens"] = max(1, *cut)
     checked = check_settings(**settings)
     used += plugins_of(checked)
     prompts = [_prompt(record, lm) for record in records]

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from gptk.system.caches import cache_folder
 from gptk.system.files import sync
+from gptk.system.notices import tell_once
 
 Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
@@ -120,16 +121,10 @@ def _folders(problems: list[str]) -> Iterator[Path]:
         problems.append("there is no directory for temporary files")
         return
     if (problem := _make_private(folder)) is None:
-        if problems[0] not in _told:
-            _told.add(problems[0])
-            _log.warning("compiled code is kept in %s: %s", folder, problems[0])
+        tell_once(_log, f"compiled code is kept in {folder}: {problems[0]}")
         yield folder.resolve()
     else:
         problems.append(problem)
-
-
-_told: set[str] = set()
-"""Why the cache folder is not used, once it has been said."""
 
 
 @dataclass(frozen=True)

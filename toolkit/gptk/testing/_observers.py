@@ -49,9 +49,11 @@ class DecodingObserverContract(PluginContract):
     def test_one_instance_serves_several_calls(self) -> None:
         """It may listen to several runs, one after the other and at the same time.
 
-        What it remembers of a run belongs into the listener that `start` returns.
+        What it remembers of a run belongs into the listener that `start` returns: after a run the
+        observer's options and attributes are what they were.
         """
         lm, plugin = lm_with_text(), self.plugin()
+        before = _state(plugin)
         want = [self._run(prompts) for prompts in (PROMPTS, MANY)]
         settings: dict[str, Any] = {"observers": [plugin], "seed": 0, "max_new_tokens": 4}
         with warnings.catch_warnings():
@@ -63,6 +65,7 @@ class DecodingObserverContract(PluginContract):
                 for _ in streams[1]:
                     pass
                 check([s.results for s in streams] == want, "two runs in turns give other results")
+        _check_unchanged(plugin, before)
 
     def _run(self, prompts: list[list[int]], **settings: Any) -> list[gptk.Generation]:
         """Decode; a failure of the observer is an error."""
@@ -130,18 +133,24 @@ class TrainingObserverContract(PluginContract):
 
     @promise
     def test_one_instance_serves_several_calls(self) -> None:
-        """It may listen to several runs, one after the other and at the same time."""
+        """It may listen to several runs, one after the other and at the same time.
+
+        What it remembers of a run belongs into the listener that `start` returns.
+        """
+        plugin = self.plugin()
+        before = _state(plugin)
         with tempfile.TemporaryDirectory() as folder:
             runs = [Path(folder) / name for name in ("one", "two")]
             for run in runs:
                 run.mkdir()
             for _ in range(2):
-                listeners = [self.plugin().start(run) for run in runs]
+                listeners = [plugin.start(run) for run in runs]
                 for record in RECORDS:
                     for listener in listeners:
                         listener.record(dict(record))
                 for listener in listeners:
                     listener.close()
+        _check_unchanged(plugin, before)
 
     def _hears(self, listener: gptk.TrainingListener) -> None:
         for record in RECORDS:
@@ -149,3 +158,17 @@ class TrainingObserverContract(PluginContract):
             listener.record(passed)
             check(passed == record, "it changed the record")
         listener.close()
+
+
+def _state(plugin: gptk.plugins.Plugin) -> dict[str, str]:
+    """An observer's options, attributes and its class's variables, in words."""
+    kind = type(plugin)
+    of_class = {name: getattr(kind, name, None) for name in kind.__class_vars__}
+    state = of_class | vars(plugin) | (plugin.__pydantic_private__ or {})
+    return {name: repr(value) for name, value in state.items()}
+
+
+def _check_unchanged(plugin: gptk.plugins.Plugin, before: dict[str, str]) -> None:
+    now = _state(plugin)
+    changed = [name for name in now if now[name] != before.get(name)]
+    check(not changed, f"it keeps what it heard in {', '.join(changed)}, not in its listener")

@@ -6,10 +6,12 @@ is near that length; there it is fast, and other threads run beside it. All othe
 are split by `regex`, in a time that grows with the text's length, and tiktoken merges the pieces.
 """
 
+import contextlib
 import functools
 import itertools
+import time
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import regex  # type: ignore[import-untyped]  # tiktoken's own dependency
@@ -102,13 +104,30 @@ class ByteLevelBPE(tiktoken.Encoding):
     def split(self, text: str) -> list[str]:
         """The pieces of a text that are merged each for itself."""
         visible = _as_tiktoken_sees(text)
-        seconds = _SECONDS + len(text) / _CHARACTERS_A_SECOND
-        try:
+        with self._time_for(text) as seconds:
             if visible is text:
                 pieces: list[str] = self._regex.findall(text, timeout=seconds)
                 return pieces
             found = self._regex.finditer(visible, timeout=seconds)
             return [text[match.start() : match.end()] for match in found]
+
+    def piece_ends(self, text: str) -> list[int]:
+        """For each character, where a piece that begins with it ends; the next character if none
+        can begin there. Raises TokenizerError if the split pattern takes too long."""
+        visible = _as_tiktoken_sees(text)
+        with self._time_for(text) as seconds:
+            deadline = time.monotonic() + seconds
+            matches = (
+                self._regex.match(visible, i, timeout=max(deadline - time.monotonic(), 1e-3))
+                for i in range(len(text))
+            )
+            return [match.end() if match else i + 1 for i, match in enumerate(matches)]
+
+    @contextlib.contextmanager
+    def _time_for(self, text: str) -> Iterator[float]:
+        """Gives the seconds that splitting a text may take, and explains if it takes more."""
+        try:
+            yield _SECONDS + len(text) / _CHARACTERS_A_SECOND
         except (TimeoutError, MemoryError):
             raise TokenizerError(
                 f"the split pattern of the tokenizer {self.name} takes too long on a text of "

@@ -9,23 +9,27 @@ from gptk.text.tokenizer import Tokenizer
 def fingerprint(tokenizer: Tokenizer) -> str:
     """The SHA-256 of what a tokenizer is made of, in hexadecimal digits.
 
-    That is the bytes of each token, the special tokens and how they are found, the pattern that
-    splits texts, the normal form, BOS and the tokens that end a text.
+    That is the bytes and ids of its tokens, those that are only decoded, the special tokens and how
+    they are found, the pattern that splits texts, the normal form, BOS and the tokens that end a
+    text.
     """
-    encoding = tokenizer.encoding
+    from gptk.text.encoding import ByteLevelBPE  # tiktoken is not needed before
+
+    encoding = ByteLevelBPE.of(tokenizer.encoding)
     about = {
-        "pattern": getattr(encoding, "_pat_str", None),
-        "special": getattr(encoding, "_special_tokens", None),
+        "pattern": encoding._pat_str,
+        "special": encoding._special_tokens,
         "special_options": {
             text: sorted(options) for text, options in (tokenizer.special_options or {}).items()
         },
         "normalization": tokenizer.normalization,
         "bos": tokenizer.bos,
         "add_bos": tokenizer.add_bos,
-        "eos": list(tokenizer.eos),
+        "eos": tokenizer.eos,
+        "tokens": len(encoding._mergeable_ranks),
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for token in range(encoding.n_vocab):
-        data = tokenizer.token_bytes(token)
-        digest.update(len(data).to_bytes(4, "little") + data)
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    ranks = sorted((rank, token) for token, rank in encoding._mergeable_ranks.items())
+    for number, token in (*ranks, *sorted(encoding.decode_only.items())):
+        digest.update(number.to_bytes(8, "little") + len(token).to_bytes(8, "little") + token)
     return digest.hexdigest()

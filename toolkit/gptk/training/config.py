@@ -288,7 +288,8 @@ def _parse_changes(changes: Iterable[str]) -> dict[str, Any]:
             raise OptionError(f"cannot read {change!r}; expected key=value, such as lr=3e-4")
         name, value = canonical(key), from_text(text)
         if _is_list(name):
-            values[name] = [*values.get(name, []), *(value if isinstance(value, list) else [value])]
+            items = value if isinstance(value, list) else [] if value is None else [value]
+            values[name] = [*values.get(name, []), *items]
         elif name in values:
             raise OptionError(f"{name} is given twice, as {given[name]} and as {change}")
         else:

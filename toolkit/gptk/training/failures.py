@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gptk.errors import PluginError, TrainingError
+from gptk.errors import OutOfMemory, PluginError, TrainingError
 from gptk.system.memory import is_out_of_memory
 
 
@@ -18,7 +18,7 @@ def explaining_preparation(run: Path | None) -> Iterator[None]:
         yield
     except BrokenPipeError:  # nobody reads the output any more: the program handles that
         raise
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, OutOfMemory) as error:
         if is_out_of_memory(error):
             raise TrainingError(
                 "out of memory for the model; take a smaller one (width, n_layers) or another "

@@ -12,7 +12,7 @@ from typing import Any
 from gptk.errors import OptionError
 
 ALIASES: Mapping[str, tuple[str, ...]] = {
-    "model": ("init_from", "model_name_or_path", "base_model"),
+    "model": ("model_name_or_path", "base_model"),
     "architecture": ("model_type", "arch"),
     "n_layers": ("n_layer", "num_layers", "num_hidden_layers", "depth"),
     "n_heads": ("n_head", "num_heads", "num_attention_heads"),
@@ -81,6 +81,7 @@ _DECAY, _CLIP, _DROPOUT, _SMOOTHING = (
     )
 )
 _BETAS = "write both of AdamW's decay rates, betas=[0.9,0.95]"
+_INIT = "for gpt2 write model=openai-community/gpt2, for resume --resume RUN, for scratch nothing"
 _OUT = "name the run directory with --out, or in Python with run="
 
 ELSEWHERE: Mapping[str, str] = {
@@ -110,6 +111,7 @@ ELSEWHERE: Mapping[str, str] = {
     "vocab_size": "it follows from the tokenizer; set that",
     "out_dir": _OUT,
     "output_dir": _OUT,
+    "init_from": _INIT,
     "resume_from_checkpoint": "go on with --resume RUN, or in Python with gptk.Trainer.resume",
 }
 """What to write for settings that are options of plug-ins, or of the command."""

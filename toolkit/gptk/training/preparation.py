@@ -1,7 +1,6 @@
 """What a run begins with: the model, its tokenizer and the windows, all as the settings say."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +55,10 @@ def prepare_new(config: TrainConfig, run: Path | None) -> Prepared:
 
 
 def prepare_resumed(
-    directory: RunDirectory, changes: Iterable[str], warn: Callable[[str], None] | None
+    directory: RunDirectory, changes: Iterable[str], warn: Callable[[str], None]
 ) -> Prepared:
-    """For `Trainer.resume`. Claims the directory. warn: by default on standard error."""
-    warn = warn or (lambda line: print(f"gptk: {line}", file=sys.stderr))
+    """For `Trainer.resume`. Claims the directory. warn: gets a line for each damaged checkpoint and
+    for changed data."""
     run = directory.path
     path = run / CONFIG
     if not path.is_file():

@@ -19,7 +19,8 @@ from gptk.model.quantization import pack as pack_levels
 from gptk.model.slow_paths import tell_of_slow_inference
 from gptk.system.memory import new_bytes
 from gptk.weights.empty import empty_gpt
-from gptk.weights.failures import explaining_failures
+from gptk.weights.failures import explaining_load_failures
+from gptk.weights.kinds import embedding_kind, matrix_kind
 from gptk.weights.tensors import LazyTensors, Tensors
 
 
@@ -53,7 +54,7 @@ def build_model(
     builder = _Builder(model, state, device, dtype, quantize, huge_pages)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kind = str(dtype).removeprefix("torch.")
-    with explaining_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
+    with explaining_load_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
         builder.fill(pack=pack)
         if pack:
             model.pack()
@@ -119,7 +120,7 @@ class _Builder:
     def _packs_embedding(self, tensor: Tensor | Levels) -> bool:
         """Put the embedding into the model if it stays quantized, and a quantized head that is tied
         to it. Whether the embedding is done."""
-        model, keep = self.model, self.quantize == "auto" and kernels.available()
+        model, keep = self.model, embedding_kind(*self._asked(tensor)) is not None
         if not (model.config.tied_head or keep) or (packed := self._packed(tensor)) is None:
             return False
         if model.config.tied_head:
@@ -130,13 +131,19 @@ class _Builder:
 
     def _packed(self, weight: Tensor | Levels) -> Packed | None:
         """The quantized matrix, or None if it is to be dense."""
-        if self.quantize == "none":
+        if (kind := matrix_kind(*self._asked(weight))) is None:
             return None
-        if self.quantize == "auto":
-            keep = isinstance(weight, Levels) and keeps_levels(self.device, self.dtype)
-            return pack_levels(weight) if isinstance(weight, Levels) and keep else None
+        if isinstance(weight, Levels) and self.quantize == "auto":
+            return pack_levels(weight)
         weight = weight.dense() if isinstance(weight, Levels) else weight
-        return quantized(weight.to(self.device), self.quantize)
+        return quantized(weight.to(self.device), kind)
+
+    def _asked(
+        self, weight: Tensor | Levels
+    ) -> tuple[int, int | None, Quantize, torch.device, torch.dtype]:
+        """What `matrix_kind` asks of a matrix."""
+        bits = weight.bits if isinstance(weight, Levels) else None
+        return weight.shape[1], bits, self.quantize, self.device, self.dtype
 
     def _converted(self, weight: Any) -> Tensor:
         """The tensor in the model's dtype, on its device."""

@@ -8,7 +8,7 @@ from gptk.system.memory import explaining_out_of_memory, is_out_of_memory
 
 
 @contextlib.contextmanager
-def explaining_failures(source: str, size: str = "") -> Iterator[None]:
+def explaining_load_failures(source: str, size: str = "") -> Iterator[None]:
     """Raise OutOfMemory if memory runs out in the block, SourceError if a file cannot be read.
 
     source: the model's, for messages. size: how much memory its weights take, in words.

@@ -1,16 +1,15 @@
 """Finding the loader that reads a source: a name, a file, a directory or a hub id."""
 
-import difflib
 import os
 
-from gptk.errors import SourceError, SpecError, UnknownNameError
+from gptk.errors import SourceError, SpecError, UnknownNameError, suggest
 from gptk.hooks.weights import Checkpoint, WeightLoader
 from gptk.plugins.asking import ask, matching
 from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.system.metadata import open_regular
-from gptk.weights.failures import explaining_failures
+from gptk.weights.failures import explaining_load_failures
 
 
 def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
@@ -22,14 +21,16 @@ def load_checkpoint(source: str, *, stored: bool = False) -> Checkpoint:
     loader = find_loader(source)
     can_load_stored = type(loader).load_stored is not WeightLoader.load_stored
     method = "load_stored" if stored and can_load_stored else "load"
-    with blaming([loader]), explaining_failures(source):
+    with blaming([loader]), explaining_load_failures(source):
         checkpoint: Checkpoint = getattr(loader, method)()
         return expect(loader, method, checkpoint, Checkpoint, "a gptk.Checkpoint")
 
 
 def find_loader(source: str) -> WeightLoader:
     """The loader for a source: the first that `matches`, else one named by a spec string, else, if
-    nothing is at that path, one that `fetches` it."""
+    nothing is at that path, one that `fetches` it.
+
+    Raises SourceError if there is none, and what is wrong with the spec of a known loader."""
     if not provided("loader"):
         raise SourceError("no weight loaders are known; is gptk installed with its plug-ins?")
     exists = _check_readable(source)
@@ -38,7 +39,8 @@ def find_loader(source: str) -> WeightLoader:
     try:
         return create("loader", source, WeightLoader)
     except (SpecError, UnknownNameError):
-        pass
+        if source.partition(":")[0] in provided("loader"):
+            raise
     loader = None if exists else matching("loader", source, WeightLoader, method="fetches")
     if loader is None:
         raise SourceError(_unknown_source(source))
@@ -73,16 +75,13 @@ def default_source() -> str:
 
 
 def _unknown_source(source: str) -> str:
-    loaders = provided("loader")
-    formats = ", ".join(loaders)
+    formats = suggest(source, provided("loader"), what="formats")
     if os.path.exists(source):
         return (
-            f"{source} is not a model that gptk can read; formats: {formats} "
+            f"{source} is not a model that gptk can read; {formats} "
             f"(name one as FORMAT:path={source})"
         )
-    near = difflib.get_close_matches(source, loaders, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}? " if near else ""
     return (
         f"no model at {source!r}: no such file or directory, and not a hub id such as "
-        f"openai-community/gpt2; {hint}formats: {formats}"
+        f"openai-community/gpt2; {formats}"
     )

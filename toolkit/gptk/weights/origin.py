@@ -52,7 +52,10 @@ def _files(path: Path) -> Sequence[Path]:
 
 
 def _is_of_model(file: Path) -> bool:
-    return any(file.name.endswith(suffix) for suffix in _SUFFIXES)
+    """Whether a file's name is that of weights, configuration or tokenizer. A checkpoint of a run
+    also has training.json and training.safetensors, with which training goes on, and hashes."""
+    known = any(file.name.endswith(suffix) for suffix in _SUFFIXES)
+    return known and not file.name.startswith(("training.", "checksums."))
 
 
 def _folders(path: Path, source: str) -> Iterator[Path]:

@@ -76,16 +76,17 @@ def write_model(
         "tokenizer": None,
     }
     if tokenizer is not None:
-        encoding = tokenizer.encoding
+        from gptk.text.encoding import ByteLevelBPE
+
+        encoding = ByteLevelBPE.of(tokenizer.encoding)
         about["tokenizer"] = {
             "name": encoding.name,
             "pattern": encoding._pat_str,
             "special_tokens": encoding._special_tokens,
-            # Tokens that are decoded but never encoded, by id, in base64: see ByteLevelBPE of the
-            # built-in plug-ins.
+            # Tokens that are decoded but never encoded, by id, in base64: see gptk.ByteLevelBPE.
             "decode_only": {
                 number: base64.b64encode(token).decode()
-                for number, token in getattr(encoding, "decode_only", {}).items()
+                for number, token in encoding.decode_only.items()
             },
             **{
                 field.name: getattr(tokenizer, field.name)

@@ -14,8 +14,8 @@ def _refuse_zero(value: object) -> object:
         is_zero = False
     if is_zero:
         raise gptk.OptionError(
-            "temperature 0 is the likeliest token at each step: leave it out, or name the sampler "
-            "greedy"
+            "temperature must be above 0; for the likeliest token at each step (other programs' "
+            "temperature 0) take the sampler greedy"
         )
     return value
 
