@@ -86,18 +86,17 @@ class Engine:
     def passes(self, model: CausalModel, budget: int | None = None) -> Passes:
         """The passes of a model. budget: bytes for keys and values, if this is the first use."""
         with self._lock:
-            passes = self._passes.get(model)
-            if passes is None:
-                passes = self._passes[model] = Passes(model, self, budget)
-            return passes
+            if model not in self._passes:
+                made = Passes(model, self.wait_for, self.has_one_run, budget)
+                self._passes[model] = made
+            return self._passes[model]
 
     @property
     def is_inside(self) -> bool:
         """Whether the caller is within a run."""
         return self._thread is threading.current_thread()
 
-    @property
-    def is_alone(self) -> bool:
+    def has_one_run(self) -> bool:
         """Whether there is but one run."""
         return len(self._active) <= 1 and not self._waiting and self._inbox.empty()
 
@@ -106,18 +105,18 @@ class Engine:
         """How many rows the runs have that are under way."""
         return sum(run.rows for run in self._active)
 
-    def wait_for(self, wanted: Wanted) -> torch.Tensor:
+    def wait_for(self, passes: Passes, wanted: Wanted) -> torch.Tensor:
         """Suspend the run that asks until the engine has what it wants of a model."""
         if not self.is_inside:  # a model that a run has given away
-            return self.call(lambda: self.wait_for(wanted))
+            return self.call(lambda: self.wait_for(passes, wanted))
         run = self._running
         if run is None:
             raise RuntimeError("a model was asked for a pass by the engine itself")
         if run.is_cancelled:
             raise CancelledError
-        if self.is_alone and (answer := wanted.passes.at_once(run, wanted)) is not None:
+        if self.has_one_run() and (answer := passes.at_once(run, wanted)) is not None:
             return answer
-        answered: torch.Tensor = self._hub.switch(wanted)
+        answered: torch.Tensor = self._hub.switch((passes, wanted))
         return answered
 
     def forget_all(self) -> None:
@@ -185,8 +184,7 @@ def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
     """Runs by the model that they want something of."""
     groups: dict[int, tuple[Passes, list[Run[Any]]]] = {}
     for run in runs:
-        assert run.wanted is not None
-        groups.setdefault(id(run.wanted.passes), (run.wanted.passes, []))[1].append(run)
+        groups.setdefault(id(run.of), (run.of, []))[1].append(run)
     return list(groups.values())
 
 

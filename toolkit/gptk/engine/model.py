@@ -52,8 +52,8 @@ class JoinedModel:
         layers: Collection[int] = (),
     ) -> Tensor:
         if isinstance(cache, BlockCache):
-            return self._passes.wait_for(Reading(self._passes, ids, cache, counts, layers))
+            return self._passes.wait_for(Reading(ids, cache, counts, layers))
         return self._model.states(ids, cache, counts, layers)
 
     def logits(self, states: Tensor) -> Tensor:
-        return self._passes.wait_for(LogitsWanted(self._passes, states))
+        return self._passes.wait_for(LogitsWanted(states))

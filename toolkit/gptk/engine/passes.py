@@ -2,8 +2,8 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ from gptk.model.passes import Part, read_parts
 from gptk.model.protocol import Cache, CausalModel, evaluating
 from gptk.system.memory import available_memory
 
-if TYPE_CHECKING:
-    from gptk.engine.engine import Engine
-
-
 Taken = tuple[Run[Any], list[Part], list[PartOfRow]]
 """A run, what of it a pass reads, and of which of its rows."""
 
@@ -31,9 +27,17 @@ class Passes:
     only as long as somebody else does.
     """
 
-    def __init__(self, model: CausalModel, engine: "Engine", budget: int | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        wait_for: "Callable[[Passes, Wanted], Tensor]",
+        has_one_run: Callable[[], bool],
+        budget: int | None = None,
+    ) -> None:
+        """wait_for: suspends a run until it has its answer. has_one_run: whether there is but one
+        run."""
         self._model_of = weakref.ref(model)
-        self._engine = engine
+        self._wait_for, self._has_one_run = wait_for, has_one_run
         self._budget = budget
         self._pool: BlockPool | None = None
         self._caches: weakref.WeakKeyDictionary[BlockCache, int] = weakref.WeakKeyDictionary()
@@ -58,7 +62,7 @@ class Passes:
 
     def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
         """A cache in blocks, or the model's own where this or its compiled step needs it."""
-        compiled = model.step is not None and rows == 1 and self._engine.is_alone
+        compiled = model.step is not None and rows == 1 and self._has_one_run()
         if not isinstance(model, GPT) or compiled:
             return model.new_cache(rows, capacity)
         if self._pool is not None and self._pool.dtype != model.dtype:
@@ -69,7 +73,7 @@ class Passes:
 
     def wait_for(self, wanted: Wanted) -> Tensor:
         """Suspend the run that asks until the engine has what it wants."""
-        return self._engine.wait_for(wanted)
+        return self._wait_for(self, wanted)
 
     def at_once(self, run: Run[Any], wanted: Wanted) -> Tensor | None:
         """The answer to the only run there is; None if its tokens are many, and it has to wait."""

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,15 +11,11 @@ from gptk.kernels import BLOCK
 from gptk.model.blocks import BlockCache
 from gptk.model.passes import Part
 
-if TYPE_CHECKING:
-    from gptk.engine.passes import Passes
-
 
 @dataclass(frozen=True, slots=True)
 class LogitsWanted:
     """Next-token logits of these states, (…, width)."""
 
-    passes: "Passes"
     states: Tensor
 
 
@@ -44,13 +39,12 @@ class Reading:
 
     def __init__(
         self,
-        passes: "Passes",
         ids: Tensor,
         cache: BlockCache,
         counts: list[int] | None,
         layers: Collection[int],
     ) -> None:
-        self.passes, self.cache, self.layers = passes, cache, tuple(layers)
+        self.cache, self.layers = cache, tuple(layers)
         self._before = list(cache.lengths)
         time = ids.shape[1]
         counts = [time] * len(ids) if counts is None else counts

@@ -30,6 +30,8 @@ class Run(Generic[T]):
         self.rows = rows
         self.wanted: Wanted | None = None
         """What it is suspended for."""
+        self.of: Any = None
+        """Whom it wants that of, the passes of a model."""
         self.answer: Any = None
         """What it wanted, or an exception, once it is there."""
         self.number = -1
@@ -91,12 +93,13 @@ class Run(Generic[T]):
                 return False
             self._greenlet = greenlet(self._work)
             self._greenlet.gr_context = self._context
-            self.wanted = self._greenlet.switch()
+            suspended = self._greenlet.switch()
         elif isinstance(answer, BaseException):
-            self.wanted = self._greenlet.throw(answer)
+            suspended = self._greenlet.throw(answer)
         else:
-            self.wanted = self._greenlet.switch(answer)
-        if self.wanted is not None:
+            suspended = self._greenlet.switch(answer)
+        if suspended is not None:
+            self.of, self.wanted = suspended
             return True
         self.end(self._error)
         return False

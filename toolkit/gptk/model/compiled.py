@@ -57,7 +57,7 @@ class _RowStep:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of the model has no step: this one's is of this model
 
-    def fits(self, ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> bool:
+    def fits(self, ids: Tensor, cache: object, layers: Collection[int]) -> bool:
         """Whether a pass is one new token of one row, and returns no states of layers."""
         if ids.shape != (1, 1) or cache is None or not cache.slots_are_positions or layers:
             tell_of_uncompiled_passes(_why_not(ids, cache, layers))
