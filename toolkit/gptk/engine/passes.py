@@ -62,9 +62,12 @@ class Passes:
 
     def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
         """A cache in blocks, or the model's own where this or its compiled step needs it."""
-        compiled = model.step is not None and rows == 1 and self._has_one_run()
-        if not isinstance(model, GPT) or compiled:
+        if not isinstance(model, GPT):
             return model.new_cache(rows, capacity)
+        if model.step is not None and rows == 1 and self._has_one_run():
+            own = model.new_cache(rows, capacity)
+            if model.step.fits(torch.zeros(1, 1, dtype=torch.int64), own, ()):
+                return own
         if self._pool is not None and self._pool.dtype != model.dtype:
             self._pool = None  # the model was converted
         cache = BlockCache(self.pool, rows)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gptk import kernels
 from gptk.errors import DeviceError, IncompatibleError
+from gptk.model.blocks import BlockCache
 from gptk.model.cache import KVCache, Slots
 from gptk.model.captured import (
     Snapshot,
@@ -59,10 +60,15 @@ class _RowStep:
 
     def fits(self, ids: Tensor, cache: object, layers: Collection[int]) -> bool:
         """Whether a pass is one new token of one row, and returns no states of layers."""
-        if ids.shape != (1, 1) or cache is None or not cache.slots_are_positions or layers:
-            tell_of_uncompiled_passes(_why_not(ids, cache, layers))
-            return False
-        return self._is_current(cache) or self._follows()
+        if (
+            isinstance(cache, KVCache)
+            and cache.slots_are_positions
+            and ids.shape == (1, 1)
+            and not layers
+        ):
+            return self._is_current(cache) or self._follows()
+        tell_of_uncompiled_passes(_why_not(ids, cache, layers))
+        return False
 
     def _is_current(self, cache: KVCache) -> bool:
         """Compares all with the first step of a text, and what could crash with each."""
@@ -107,11 +113,11 @@ class CompiledStep(_RowStep):
         return hidden, logits
 
 
-def _why_not(ids: Tensor, cache: KVCache | None, layers: Collection[int]) -> str:
+def _why_not(ids: Tensor, cache: object, layers: Collection[int]) -> str:
     """Why a step for one new token of one row does not fit a pass."""
     if layers:
         return "the strategy reads the states of layers"
-    if len(ids) > 1:
+    if len(ids) > 1 or isinstance(cache, BlockCache):
         return "several rows are decoded together (prompts, results, beams or candidates)"
     if ids.shape[1] > 1:
         return "several tokens are read at once, as those that a draft has guessed"
