@@ -226,7 +226,7 @@ class TestBadInput:
     def test_empty_prompts_file(self, model, tmp_path):
         empty = tmp_path / "empty.txt"
         empty.write_text("\n")
-        line = failing("generate", "--model", model, "--prompts-file", empty, code=2)
+        line = failing("generate", "--model", model, "--prompts-file", empty, code=1)
         assert "has no prompts; write one on each line" in line
 
     def test_missing_prompts_file(self):
@@ -234,8 +234,8 @@ class TestBadInput:
 
     def test_a_prompts_file_that_is_not_text(self, tmp_path):
         (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
-        line = failing("generate", "--prompts-file", tmp_path / "x.bin", code=2)
-        assert "not a UTF-8 text file" in line
+        line = failing("generate", "--prompts-file", tmp_path / "x.bin", code=1)
+        assert "x.bin, line 1: byte 1 is not UTF-8 text" in line
 
     def test_a_device_that_is_not_there(self, model):
         line = failing("generate", "x", "--model", model, "--device", "cuda:99", code=2)

@@ -46,7 +46,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--dtype": ["float32", "bfloat16", "float64"], "--device": ["cpu", "cuda:9", "meta", ""],
         "--tokenizer": ["bytes", "gpt3", "none.json"], "--chat": [], "--system": TEXTS,
         "--no-stream": [], "--trace": ["t.jsonl", "no/t.jsonl", "."], "--model": [str(MODEL)],
-        "--observer": ["trace:path=x", "trace"], "--prompts-file": ["p.txt", "none.txt"],
+        "--observer": ["trace:path=x", "trace"], "--prompts-file": ["p.txt", "none.txt", "p.jsonl"],
+        "--out": ["out.jsonl", "no/out.jsonl", ".", "p.txt", "r.jsonl"],
         "--chat-template": ["c.jinja"], "--sampler": SPECS["sampler"],
         "--processor": SPECS["processor"], "--draft": SPECS["draft"],
     },
@@ -117,6 +118,7 @@ def test_command_lines(attack):
         Path("p.txt").write_text("one two three\nfour\n" * 3)
         Path("c.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
         Path("r.jsonl").write_text(json.dumps(record()))
+        Path("p.jsonl").write_text('{"prompt": "a", "settings": {"n": 2}}\n{"prompt": [1]}\n')
         with contextlib.suppress(SystemExit):  # 130, or 1 of `repeat`
             return cli.main(args, prog_name="gptk", standalone_mode=False)
 
@@ -210,18 +212,16 @@ def test_settings(attack):
 def record() -> Any:
     """The record of a run on the toy model, as `generate --json` writes it."""
     from gptk import load
-    from gptk.records.writing import generation_records
+    from gptk.records.call import Call
+    from gptk.records.prompts_file import GivenPrompt
+    from gptk.records.writing import Recorder
 
     toy()
     lm = load(str(MODEL))
-    with lm.stream("abc", sampler="top-p", n=2, seed=1, max_new_tokens=4, stop="zz",
-                   processors=["min-p:p=0.1"]) as stream:  # fmt: skip
-        for _ in stream:
-            pass
-        made = generation_records(
-            lm, ["abc"], stream.settings, stream.results, tokenizer=None, chat=None
-        )
-    return made[0]
+    call = Call({"sampler": "top-p", "n": 2, "seed": 1, "max_new_tokens": 4, "stop": ["zz"],
+                 "processors": ["min-p:p=0.1"]})  # fmt: skip
+    ((given, result),) = call.results(lm, [GivenPrompt(prompt="abc")], ordered=True)
+    return call.record(Recorder(lm), given, result)
 
 
 @functools.cache
@@ -262,4 +262,65 @@ def test_records(attack):
         ]
 
     record(), comparison()
+    attack(make, run)
+
+
+LINES = [
+    {"prompt": "abc", "id": "a", "settings": {"sampler": "beam:width=2", "n": 2, "stop": ["z"]}},
+    {"prompt": [1, 2, 3], "id": 4, "ordinal": 3, "settings": {"processors": ["min-p:p=0.1"]}},
+    {"messages": [{"role": "user", "content": "x"}], "settings": {"seed": 3, "ignore_eos": True}},
+    {"prompt": "", "settings": {"max_new_tokens": 1, "overflow": "slide", "top_logprobs": 2}},
+]
+
+
+def test_prompts_files(attack):
+    """Lines with mutated objects, of which some may be wrong and the others still go on."""
+
+    def make(rng: random.Random) -> str:
+        lines = [mutated_json(rng, rng.choice(LINES)) for _ in range(rng.choice([1, 2, 3]))]
+        return "\n".join([json.dumps(LINES[0]), *lines])
+
+    def run(text: str) -> object:
+        from gptk.records.call import Call
+        from gptk.records.prompts_file import PromptsFile
+
+        Path("p.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
+        call = Call({"max_new_tokens": 2}, template="{{ messages[0].content }}")
+        with PromptsFile("p.jsonl") as file:
+            ended = list(call.results(toy(), file.prompts(), ordered=True))
+            assert [asked.given.index for asked, _ in ended] == list(range(file.count or 0))
+            return ended
+
+    toy()
+    attack(make, run)
+
+
+FILES = [
+    {"plugin": "processor json-schema", "name": "s.json", "bytes": 3, "sha256": "a" * 64},
+    {"plugin": "drafter model", "name": "m.gguf", "bytes": 5, "sha256": None},
+]
+FILES_ONLY = {"record": "generation", "version": 1, "index": 2, "model": {}, "files": FILES}
+
+
+def test_results_files(attack):
+    """Mutated records in a file that is to be gone on with."""
+
+    def make(rng: random.Random) -> str:
+        whole = record() | {"files": FILES}
+        lines = [json.dumps(whole), mutated_json(rng, whole if rng.random() < 0.5 else FILES_ONLY)]
+        rng.shuffle(lines)
+        return "\n".join(lines) + "\n" * rng.choice([0, 1])
+
+    def run(text: str) -> object:
+        from gptk.records.call import Call
+        from gptk.records.results_file import ResultsFile
+
+        Path("o.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
+        call = Call({"max_new_tokens": 2})
+        with ResultsFile("o.jsonl") as results:
+            results.seed()
+            results.read(8, lambda record: None)
+            return results.read(8, lambda record: call.difference(record, ""))
+
+    record()
     attack(make, run)

@@ -10,9 +10,14 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
-from gptk.cli.generate import read_prompts
 from gptk.cli.output import note
-from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
+from gptk.cli.shared import (
+    model_option,
+    precision_options,
+    progress_bar,
+    read_prompt,
+    tokenizer_option,
+)
 
 if TYPE_CHECKING:
     from gptk.hooks.sampling import LogitsProcessor
@@ -99,7 +104,7 @@ def command(
     """
     if not samplers:
         raise click.UsageError("name one sampler or more to compare, --sampler SPEC each")
-    prompts = read_prompts(prompt, prompts_file)
+    prompts = _read_prompts(prompt, prompts_file)
     warn_of_failures()
     from gptk.errors import SourceError
     from gptk.hooks.sampling import LogitsProcessor
@@ -133,6 +138,21 @@ def command(
     if is_interrupted:
         click.echo(f"interrupted: {len(compared)} of {len(samplers)} samplers compared", err=True)
         sys.exit(130)
+
+
+def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
+    """PROMPT, or the lines of a file. Raises click.UsageError."""
+    if prompts_file is None:
+        return [read_prompt(prompt)]
+    if prompt is not None:
+        raise click.UsageError("give PROMPT or --prompts-file, not both")
+    try:
+        prompts = [line.rstrip("\n") for line in prompts_file if line.strip()]
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{prompts_file.name} is not a UTF-8 text file") from None
+    if not prompts:
+        raise click.UsageError(f"{prompts_file.name} has no prompts; write one on each line")
+    return prompts
 
 
 def _compare(

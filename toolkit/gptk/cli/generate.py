@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -12,18 +13,24 @@ import click
 from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note, quiet
-from gptk.cli.shared import model_option, precision_options, tokenizer_option
+from gptk.cli.shared import (
+    model_option,
+    precision_options,
+    print_result,
+    read_prompt,
+    tokenizer_option,
+)
 from gptk.cli.streams import is_text
 from gptk.errors import DecodingError, OptionError, OutOfMemory
 from gptk.spec import unescape
 
 if TYPE_CHECKING:
-    from gptk.decoding.prompts import Prompt
     from gptk.decoding.stream import Stream
     from gptk.hooks.observing import DecodingObserver
     from gptk.hooks.results import Generation
     from gptk.language_model import LanguageModel
     from gptk.model.quantization import Quantize
+    from gptk.records.call import Call
 
 
 @click.command("generate", cls=DecodingCommand)
@@ -87,8 +94,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prompts-file",
-    type=click.File("r", encoding="utf-8-sig"),
-    help="A prompt a line, decoded as one batch.",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Many prompts: a text on each line, or JSON lines with a prompt or messages, and "
+    "settings.",
+)
+@click.option(
+    "--out",
+    metavar="RESULTS.jsonl",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --prompts-file: write a record of each prompt as soon as it is done. The same "
+    "command goes on where an earlier one stopped.",
 )
 @click.option(
     "--chat", is_flag=True, help="PROMPT is a message: the model's chat template makes the prompt."
@@ -116,7 +132,8 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     default=0,
     metavar="K",
-    help="With --json: the K likeliest tokens of each step, before and after the processors.",
+    help="With --json or --out: the K likeliest tokens of each step, before and after the "
+    "processors.",
 )
 @click.option(
     "--json",
@@ -133,7 +150,8 @@ def command(
     dtype: str,
     quantize: "Quantize",
     compiled: bool,
-    prompts_file: IO[str] | None,
+    prompts_file: str | None,
+    out: Path | None,
     chat: bool,
     system: str | None,
     chat_template: IO[str] | None,
@@ -147,51 +165,109 @@ def command(
     """Continue PROMPT.
 
     Without PROMPT it is read from standard input if that is piped, one trailing newline taken
-    off; else generation starts from the model's BOS or end-of-text token.
+    off; else generation starts from the model's BOS or end-of-text token. With --prompts-file the
+    prompts of a file are continued, each as if it were alone.
 
     The text goes to standard output; a closing line with tokens, tokens/s and the finish reason
     goes to standard error.
     """
-    if settings["top_logprobs"] and not as_json:
-        raise click.UsageError("--top-logprobs works with --json")
-    prompts = read_prompts(prompt, prompts_file)
-    _check_chat(prompts, chat=chat, system=system, has_template=chat_template is not None)
+    has_top = bool(settings["top_logprobs"])
+    _check_options(prompt, prompts_file, as_json=as_json, out=out, trace=trace, has_top=has_top)
+    text = None if prompts_file is not None else read_prompt(prompt)
+    _check_chat(text, chat=chat, system=system, has_template=chat_template is not None)
     used = {"processor": settings["processors"], "drafter": settings["draft"]}
     used |= {"decoding-observer": observers or trace, "tokenizer": tokenizer}
     warn_of_failures(["sampler", "loader", *(kind for kind, value in used.items() if value)])
-    from gptk.decoding.settings import check_settings
-    from gptk.language_model import load
+    from gptk.records.call import Call
 
     settings["stop"] = [unescape(text) for text in stop]
     settings["observers"] = [*observers, *([] if trace is None else [_trace_observer(trace)])]
-    check_settings(**settings)  # mistakes are told before the model is loaded
-    template = _read_template(chat_template)
+    # Mistakes are told before the model is loaded.
+    call = Call(settings, chat=chat, system=system, template=_read_template(chat_template))
+    how = {"device": device, "dtype": dtype, "quantize": quantize, "tokenizer": tokenizer}
+    load = partial(_load, model, compiled=compiled, **how)
+    about: dict[str, Any] = {"tokenizer": tokenizer, "seed_given": settings["seed"] is not None}
+    if text is None:
+        assert prompts_file is not None
+        from gptk.cli.many import generate_many
 
-    lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
+        generate_many(prompts_file, out, call, load, as_json=as_json, **about)
+    else:
+        _generate(text, call, load(), as_json=as_json, at_the_end=as_json or no_stream, **about)
+
+
+def _load(model: str | None, *, compiled: bool, **how: Any) -> "LanguageModel":
+    from gptk.language_model import load
+
+    lm = load(model, **how)
     if compiled:
         _compile(lm)
-    inputs: Sequence[Prompt] = prompts
-    if chat:
-        from gptk.text.chat import conversation, encode_chat
-
-        inputs = [encode_chat(lm.tokenizer, conversation(p, system), template) for p in prompts]
-    record = None
-    if as_json:
-        made_by = {"system": system, "template": template} if chat else None
-        record = partial(_records, lm, prompts, tokenizer=tokenizer, chat=made_by)
-    steps, seed_given = settings["max_new_tokens"], settings["seed"] is not None
-    at_the_end = as_json or no_stream
-    with lm.stream_batch(inputs, **settings) as stream:
-        _print_stream(stream, prompts, steps, record, at_the_end=at_the_end, seed_given=seed_given)
+    return lm
 
 
-def _check_chat(
-    prompts: Sequence[str], *, chat: bool, system: str | None, has_template: bool
+def _generate(
+    text: str,
+    call: "Call",
+    lm: "LanguageModel",
+    *,
+    as_json: bool,
+    at_the_end: bool,
+    tokenizer: str | None,
+    seed_given: bool,
 ) -> None:
-    """Raise click.UsageError for options of a chat that do not go together."""
+    """Continue a single prompt. tokenizer: the spec of the one that was given."""
+    from gptk.records.prompts_file import GivenPrompt
+    from gptk.records.writing import Recorder
+
+    request = call.request(GivenPrompt(prompt=text), lm)
+
+    def record(result: "Generation") -> dict[str, Any]:
+        recorder = Recorder(lm, tokenizer=tokenizer, template=call.template)
+        return call.record(recorder, request.id, result)
+
+    with lm.stream(request.prompt, **call.settings()) as stream:
+        _print_stream(
+            stream,
+            repr(text),
+            call.checked.max_new_tokens,
+            record if as_json else None,
+            at_the_end=at_the_end,
+            seed_given=seed_given,
+        )
+
+
+def _check_options(
+    prompt: str | None,
+    prompts_file: str | None,
+    *,
+    as_json: bool,
+    out: Path | None,
+    trace: str | None,
+    has_top: bool,
+) -> None:
+    """Raise click.UsageError for options that do not go together."""
+    if has_top and not (as_json or out):
+        raise click.UsageError("--top-logprobs works with --json or --out")
+    if prompts_file is None and out is not None:
+        raise click.UsageError("--out works with --prompts-file")
+    if prompts_file is None:
+        return
+    if prompt is not None:
+        raise click.UsageError("give PROMPT or --prompts-file, not both")
+    if out is not None and as_json:
+        raise click.UsageError("--out writes records already; leave --json out")
+    if trace is not None:
+        raise click.UsageError("--trace writes the steps of a single PROMPT")
+
+
+def _check_chat(text: str | None, *, chat: bool, system: str | None, has_template: bool) -> None:
+    """Raise click.UsageError for options of a chat that do not go together.
+
+    text: PROMPT; None with a file of prompts.
+    """
     if not chat and (system is not None or has_template):
         raise click.UsageError("--system and --chat-template work with --chat")
-    if chat and not all(prompts):
+    if chat and text == "":
         raise click.UsageError("--chat needs a message")
     if system is not None and not is_text(system):
         raise click.UsageError("--system is not UTF-8 text")
@@ -199,17 +275,17 @@ def _check_chat(
 
 def _print_stream(
     stream: "Stream",
-    prompts: Sequence[str],
+    title: str | None,
     steps: int,
-    record: "Callable[[Stream], list[dict[str, Any]]] | None",
+    record: "Callable[[Generation], dict[str, Any]] | None",
     *,
     at_the_end: bool,
     seed_given: bool,
 ) -> None:
     """Run a stream to its end and print the results, even if Ctrl-C or an error ends it.
 
-    steps: the most there can be. record: makes the records to print instead of the texts.
-    Exits with 130 after Ctrl-C. Raises the error that ended it.
+    title: names several results. steps: the most there can be. record: makes the record to print
+    instead of the texts. Exits with 130 after Ctrl-C. Raises the error that ended it.
     """
     print_pieces = stream.live and not at_the_end
     start = time.perf_counter()
@@ -231,28 +307,12 @@ def _print_stream(
     if print_pieces:
         click.echo()
     elif record is not None:
-        for line in record(stream):
-            click.echo(json.dumps(line))
+        click.echo(json.dumps(record(stream.result)))
     else:
-        _print_results(prompts, stream.results)
+        print_result(title if stream.result.alternatives else None, stream.result)
     _print_closing_line(stream, seconds, seed_given=seed_given)
     if ended_by is not None:
         _end(ended_by)
-
-
-def _records(
-    lm: "LanguageModel",
-    prompts: Sequence[str],
-    stream: "Stream",
-    *,
-    tokenizer: str | None,
-    chat: dict[str, str | None] | None,
-) -> list[dict[str, Any]]:
-    from gptk.records.writing import generation_records
-
-    return generation_records(
-        lm, prompts, stream.settings, stream.results, tokenizer=tokenizer, chat=chat
-    )
 
 
 def _end(error: KeyboardInterrupt | DecodingError | OutOfMemory) -> NoReturn:
@@ -293,29 +353,6 @@ def _compile(lm: "LanguageModel") -> None:
         note(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
-    """PROMPT, the lines of a file, or standard input. Raises click.UsageError."""
-    if prompts_file is not None:
-        if prompt is not None:
-            raise click.UsageError("give PROMPT or --prompts-file, not both")
-        try:
-            prompts = [line.rstrip("\n") for line in prompts_file if line.strip()]
-        except UnicodeDecodeError:
-            raise click.UsageError(f"{prompts_file.name} is not a UTF-8 text file") from None
-        if not prompts:
-            raise click.UsageError(f"{prompts_file.name} has no prompts; write one on each line")
-        return prompts
-    if prompt is None:
-        piped = sys.stdin is not None and not sys.stdin.isatty()
-        try:
-            prompt = sys.stdin.read().removesuffix("\n") if piped else ""
-        except UnicodeDecodeError:
-            raise click.UsageError("standard input is not UTF-8 text") from None
-    if not is_text(prompt):
-        raise click.UsageError("PROMPT is not UTF-8 text")
-    return [prompt]
-
-
 def _read_template(file: IO[str] | None) -> str | None:
     """A chat template, checked. Raises click.UsageError or PromptError."""
     if file is None:
@@ -343,17 +380,8 @@ def _with_progress(stream: "Stream", steps: int) -> Any:
     yield from track(stream, "Searching", total=steps, console=Console(stderr=True), transient=True)
 
 
-def _print_results(prompts: Sequence[str], results: "Sequence[Generation]") -> None:
-    is_only_text = len(prompts) == 1 and not results[0].alternatives
-    for prompt, result in zip(prompts, results, strict=True):
-        for number, generation in enumerate((result, *result.alternatives), start=1):
-            if not is_only_text:
-                click.echo(f"--- {prompt!r} [{number}] score {generation.score:.4f}")
-            click.echo(generation.text)
-
-
 def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -> None:
-    generations = [g for best in stream.results for g in (best, *best.alternatives)]
+    generations = [stream.result, *stream.result.alternatives]
     tokens = sum(len(g.tokens) for g in generations)
     reasons = ", ".join(sorted({g.finish_reason for g in generations}))
     line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"

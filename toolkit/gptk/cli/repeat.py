@@ -28,13 +28,13 @@ def command(file: Path, model: str | None, tokenizer: str | None, device: str | 
     from gptk.records.repeating import Models, repeat
 
     records = read_records(file)
-    told: list[str] = []
+    told: set[str] = set()
     equal = total = 0
     for differences, repetitions in repeat(records, Models(model, tokenizer, device)):
-        if differences != told:
-            for line in differences:
+        for line in differences:
+            if line not in told:
                 click.echo(f"environment: {line}")
-            told = differences
+                told.add(line)
         for repetition in repetitions:
             total += 1
             equal += repetition.difference is None

@@ -1,13 +1,17 @@
-"""Options and a progress bar that several commands share."""
+"""Options, arguments and output that several commands share."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from gptk.cli.output import quiet
+from gptk.cli.streams import is_text
+
+if TYPE_CHECKING:
+    from gptk.hooks.results import Generation
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -62,3 +66,34 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 1:05, 2:00:07."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def print_result(title: str | None, result: "Generation") -> None:
+    """Print the texts of a prompt's results, each after a line with the title and its score.
+
+    title: the prompt, for example; None prints a single text alone.
+    """
+    for number, generation in enumerate((result, *result.alternatives), start=1):
+        if title is not None:
+            click.echo(f"--- {title} [{number}] score {generation.score:.4f}")
+        click.echo(generation.text)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """PROMPT, or standard input if that is piped. Raises click.UsageError."""
+    if prompt is None:
+        piped = sys.stdin is not None and not sys.stdin.isatty()
+        try:
+            prompt = sys.stdin.read().removesuffix("\n") if piped else ""
+        except UnicodeDecodeError:
+            raise click.UsageError("standard input is not UTF-8 text") from None
+    if not is_text(prompt):
+        raise click.UsageError("PROMPT is not UTF-8 text")
+    return prompt

@@ -15,6 +15,7 @@ import click
 from gptk.cli import warn_of_failures
 from gptk.cli.command import Command
 from gptk.cli.output import note, quiet
+from gptk.cli.shared import duration
 from gptk.hooks.training import TrainingListener
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ class _Progress(TrainingListener):
         left = (self.total_steps - record["step"]) * tokens_per_step / max(speed, 1e-9)
         text = (
             f"step {record['step']:,}/{self.total_steps:,}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  {speed:,.0f} tokens/s  {_duration(left)} left"
+            f"lr {record['lr']:.2e}  {speed:,.0f} tokens/s  {duration(left)} left"
         )
         now = time.monotonic()
         if self._live:
@@ -301,9 +302,3 @@ class _Progress(TrainingListener):
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
             self._shown = 0
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

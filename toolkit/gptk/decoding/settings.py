@@ -60,6 +60,10 @@ class CheckedSettings:
     observers: tuple[DecodingObserver, ...]
     top_logprobs: int
 
+    def plugins(self) -> dict[str, Any]:
+        """The plug-ins on which results depend, as arguments of `check_settings`."""
+        return {"sampler": self.sampler, "processors": self.processors, "draft": self.drafter}
+
     @property
     def groups(self) -> int:
         """Groups of competing rows for each prompt; 1 where rows do not compete."""

@@ -1,5 +1,7 @@
 """Reading records: a file of them, with every field checked."""
 
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,7 +10,7 @@ from pydantic import Field
 
 from gptk.errors import DataError
 from gptk.records.writing import VERSION
-from gptk.system.metadata import Fields, parse_json, read_text
+from gptk.system.metadata import Fields, open_regular, parse_json, read_json
 
 _MAX_BYTES = 1 << 26
 _Count = Annotated[int, Field(ge=0)]
@@ -29,22 +31,6 @@ class Load(Part):
     dtype: str
     quantize: str | None
     compile: bool
-
-
-class Chat(Part):
-    """What made a prompt of a message."""
-
-    system: str | None
-    template: str | None
-
-
-class Batch(Part):
-    """The place of a prompt in its call."""
-
-    index: _Count
-    size: _Count
-    equal_before: _Count
-    """How many equal prompts came before it."""
 
 
 class Result(Fields):
@@ -116,13 +102,29 @@ class Record(Fields):
 
 
 class GenerationRecord(Record, Result):
-    """A line of `gptk generate --json`."""
+    """A result, as `gptk generate --json` and `--out` write it."""
 
     record: Literal["generation"]
-    prompt: str
-    chat: Chat | None
-    batch: Batch
+    index: _Count
+    prompt: str | list[int] | None
+    messages: list[dict[str, Any]] | None
+    template: str | None
     settings: Settings
+
+
+class Failure(Fields):
+    """Why decoding failed."""
+
+    kind: str
+    message: str
+
+
+class ErrorRecord(Record):
+    """What is there of a prompt whose decoding failed."""
+
+    record: Literal["generation"]
+    index: _Count
+    error: Failure
 
 
 class ComparisonRecord(Record):
@@ -134,27 +136,55 @@ class ComparisonRecord(Record):
     samplers: list[Compared]
 
 
-def read_records(path: Path) -> list[GenerationRecord | ComparisonRecord]:
-    """The records in a file: an object on each line, or a single one. Raises DataError."""
-    text = read_text(path, DataError, max_bytes=_MAX_BYTES)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
+AnyRecord = GenerationRecord | ErrorRecord | ComparisonRecord
+
+
+def read_records(path: Path) -> Iterator[AnyRecord]:
+    """The records in a file, one after another: an object on each line, or a single one.
+
+    Raises DataError.
+    """
+    number, has_records = 0, False
+    with open_regular(path, DataError) as file:
+        for number, line in enumerate(_lines(file, path), 1):
+            if not line.strip():
+                continue
+            if not has_records and line.strip() == b"{":  # one object that somebody has laid out
+                yield _record(read_json(path, DataError, max_bytes=_MAX_BYTES), str(path))
+                return
+            has_records = True
+            yield read_record(line, f"{path}, line {number}")
+    if not has_records:
         raise DataError(f"{path} has no record")
-    if lines[0][1].strip() == "{":  # one object that somebody has laid out
-        return [_record(parse_json(text, str(path), DataError), str(path))]
-    records = []
-    for number, line in lines:
-        where = f"{path}, line {number}"
-        records.append(_record(parse_json(line, where, DataError), where))
-    return records
 
 
-def _record(raw: dict[str, Any], where: str) -> GenerationRecord | ComparisonRecord:
+def _lines(file: BufferedReader, path: Path) -> Iterator[bytes]:
+    try:
+        while line := file.readline(_MAX_BYTES + 1):
+            if len(line) > _MAX_BYTES:
+                raise DataError(f"a line of {path} has more than {_MAX_BYTES:,} bytes")
+            yield line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_record(line: bytes, where: str) -> AnyRecord:
+    """The record on a line. where: the file and the line, for messages. Raises DataError."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 at byte {error.start:,}") from None
+    return _record(parse_json(text, where, DataError), where)
+
+
+def _record(raw: dict[str, Any], where: str) -> AnyRecord:
     kind = raw.get("record")
     if kind not in ("generation", "comparison"):
-        raise DataError(f"{where} is no record of gptk generate --json or gptk compare --json")
+        raise DataError(f"{where} is no record of gptk generate or gptk compare")
     if raw.get("version") != VERSION:
         raise DataError(f"{where} has another version than {VERSION}, the one that gptk reads")
-    if kind == "generation":
-        return GenerationRecord.parse(raw, where, DataError)
-    return ComparisonRecord.parse(raw, where, DataError)
+    if kind == "comparison":
+        return ComparisonRecord.parse(raw, where, DataError)
+    if raw.get("error") is not None:
+        return ErrorRecord.parse(raw, where, DataError)
+    return GenerationRecord.parse(raw, where, DataError)

@@ -1,34 +1,36 @@
-"""Repeating records: the same calls once more, and what differs in their results.
+"""Repeating records: the same results once more, and what differs in them.
 
-Prompts that were decoded in one call are decoded in one call again, as the last digits of logits
-depend on the batch. Observers are left out: they change nothing, and would write to files. So is
-the time limit, as machines differ: a result that it ended is repeated up to the same length.
+Observers are left out: they change nothing, and would write to files. So is the time limit, as
+machines differ: a result that it ended is repeated up to the same length.
 """
 
+import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gptk.decoding.prompts import Prompt
+from gptk.decoding.requests import Request
 from gptk.decoding.settings import check_settings
-from gptk.decoding.stream import Stream
-from gptk.errors import DecodingError
+from gptk.errors import DecodingError, GptkError
 from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor
 from gptk.language_model import LanguageModel, load
 from gptk.measure.comparison import check_samplers, compare_one_by_one
 from gptk.plugins.creating import create
+from gptk.records.plugin_files import file_differences, files_of, loader_of, plugins_of
 from gptk.records.reading import (
+    AnyRecord,
     ComparisonRecord,
     GenerationRecord,
     Load,
-    PluginFile,
     Record,
     Result,
 )
-from gptk.records.writing import environment, files_of, plugins_of
+from gptk.records.writing import environment as present_environment
 
 _LEFT_OUT = {"observers", "max_seconds"}
 _UNFINISHED = ("interrupted", "time")
@@ -47,6 +49,10 @@ class Repetition:
     """The tokens that were compared."""
     largest: float
     """The largest difference between log-probabilities of tokens that are equal."""
+
+
+Repeated = tuple[list[str], list[Repetition]]
+"""A line for each thing that is not what it was, and the results of a record."""
 
 
 @dataclass
@@ -77,87 +83,63 @@ class Models:
         return loaded[1]
 
 
-def repeat(
-    records: Sequence[GenerationRecord | ComparisonRecord], models: Models
-) -> Iterator[tuple[list[str], list[Repetition]]]:
-    """For each call what differs in its environment, and its results once more.
+def repeat(records: Iterable[AnyRecord], models: Models) -> Iterator[Repeated]:
+    """For each record but those of errors its results once more, and before them a line for each
+    thing that differs from its environment, its model and the files of its plug-ins.
 
-    Raises what `gptk.load` and `LanguageModel.generate_batch` raise.
+    Raises what `gptk.load` and `LanguageModel.generate` raise.
     """
-    for call in calls(records):
-        lm = models.get(call[0].load)
-        used: list[Plugin] = []
-        if isinstance(call[0], ComparisonRecord):
-            repetitions = list(_repeat_comparison(call[0], lm, used))
+    by_environment = itertools.groupby(records, lambda r: (r.load, r.model, r.environment))
+    for (how, model, environment), same in by_environment:
+        lm = models.get(how)
+        lines = differences(environment, model, lm)
+        for changed, repetitions in _repeat_all(same, lm):
+            yield [*lines, *changed], repetitions
+
+
+def _repeat_all(records: Iterable[AnyRecord], lm: LanguageModel) -> Iterator[Repeated]:
+    for is_generation, same in itertools.groupby(records, _is_generation):
+        if is_generation:
+            yield from _repeat_generations(same, lm)
         else:
-            repetitions = list(_repeat_generations(call, lm, used))
-        differences = environment_differences(call[0], lm)
-        differences += file_differences(call[0].files, files_of(lm, used))
-        yield differences, repetitions
+            for record in same:
+                if isinstance(record, ComparisonRecord):
+                    yield _repeat_comparison(record, lm)
 
 
-def calls(records: Sequence[Any]) -> list[list[Any]]:
-    """Records grouped by the call that made them: consecutive ones of consecutive prompts."""
-    grouped: list[list[Any]] = []
-    for record in records:
-        last = grouped[-1][-1] if grouped else None
-        if (
-            isinstance(record, GenerationRecord)
-            and isinstance(last, GenerationRecord)
-            and record.batch.index == last.batch.index + 1
-            and record.batch.size == last.batch.size
-            and (record.settings, record.load, record.chat) == (last.settings, last.load, last.chat)
-        ):
-            grouped[-1].append(record)
-        else:
-            grouped.append([record])
-    return grouped
+def _is_generation(record: AnyRecord) -> bool:
+    return isinstance(record, GenerationRecord)
 
 
-def environment_differences(record: Record, lm: LanguageModel) -> list[str]:
-    """A line for each thing that differs: versions, the model's files, dtype, device, …"""
-    model = lm.to_dict()
-    was, now = _flat("", record.environment), _flat("", environment())
-    was |= _flat("model.", record.model)
-    now |= _flat("model.", model)
-    ignored = ("model.source", "model.path", "model.files")
+def differences(environment: dict[str, Any], model: dict[str, Any], lm: LanguageModel) -> list[str]:
+    """A line for each thing that differs from a record's environment and model: versions, the
+    model's files, dtype, device, …"""
+    was, now = _flat("", environment), _flat("", present_environment())
     lines = [
         f"{name}: {now.get(name)}, was {was.get(name)}"
         for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name) and not name.startswith(ignored)
+        if was.get(name) != now.get(name)
     ]
-    hashes = _hashes(record.model.get("files")), _hashes(model["files"])
+    return lines + model_differences(model, lm.to_dict())
+
+
+def model_differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each thing that differs between two models, as `LanguageModel.to_dict` says what
+    they are; the places of their files are not compared."""
+    before, after = _flat("model.", was), _flat("model.", now)
+    ignored = ("model.source", "model.path", "model.files")
+    lines = [
+        f"{name}: {after.get(name)}, was {before.get(name)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(ignored)
+    ]
+    hashes = _hashes(was.get("files")), _hashes(now["files"])
     if sorted(hashes[0].values()) != sorted(hashes[1].values()):
         for name in sorted(hashes[0].keys() | hashes[1].keys()):
             then, found = hashes[0].get(name, "none"), hashes[1].get(name, "none")
             if then != found:
                 lines.append(f"{name}: SHA-256 {found:.16}, was {then:.16}")
     return lines
-
-
-def file_differences(
-    recorded: Sequence[PluginFile], found: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """A line for each file of a plug-in that is not what it was. found: see `files_of`."""
-    was = _numbered((file.plugin, file.name, file.sha256) for file in recorded)
-    now = _numbered((file["plugin"], file["name"], file["sha256"]) for file in found)
-    return [
-        f"{key[1]} of {key[0]}: SHA-256 {now.get(key) or 'none':.16}, "
-        f"was {was.get(key) or 'none':.16}"
-        for key in {**was, **now}
-        if was.get(key) != now.get(key)
-    ]
-
-
-def _numbered(
-    files: Iterable[tuple[str, str, str | None]],
-) -> dict[tuple[str, str, int], str | None]:
-    """The hash of each file by its plug-in, its name, and a number for those alike in both."""
-    numbered: dict[tuple[str, str, int], str | None] = {}
-    for plugin, name, sha256 in files:
-        number = sum(key[:2] == (plugin, name) for key in numbered)
-        numbered[plugin, name, number] = sha256
-    return numbered
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> dict[str, str]:
@@ -177,62 +159,81 @@ def _hashes(files: Any) -> dict[str, str]:
     return {str(f.get("name")): str(f.get("sha256")) for f in listed if isinstance(f, dict)}
 
 
-def _repeat_generations(
-    records: Sequence[GenerationRecord], lm: LanguageModel, used: list[Plugin]
-) -> Iterator[Repetition]:
-    """used: gets the plug-ins of the call."""
-    first = records[0]
-    settings = first.settings.model_dump(exclude=_LEFT_OUT)
-    results = [result for record in records for result in (record, *record.alternatives)]
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the model once more."""
+
+    record: GenerationRecord
+    plugins: Sequence[Plugin]
+
+
+def _repeat_generations(records: Iterable[Any], lm: LanguageModel) -> Iterator[Repeated]:
+    requests = (_request(record, lm) for record in records)
+    for response in lm.generate_many(requests, ordered=True):
+        asked: _Asked = response.request.id
+        record, result = asked.record, response.generation
+        if response.error is not None:
+            result = _unfinished(response.request, lm, response.error)
+        assert result is not None
+        was, now = [record, *record.alternatives], [result, *result.alternatives]
+        compared = list(_compare_all(f"prompt {record.index + 1}", was, now))
+        yield _changed(record, asked.plugins, lm), compared
+
+
+def _request(record: GenerationRecord, lm: LanguageModel) -> Request:
+    prompt: Prompt = "" if record.prompt is None else record.prompt
+    if record.messages is not None:
+        from gptk.text.chat import encode_chat
+
+        prompt = encode_chat(lm.tokenizer, record.messages, record.template)
+    settings = record.settings.model_dump(exclude=_LEFT_OUT)
+    results = [record, *record.alternatives]
     if cut := [len(r.tokens) for r in results if r.finish_reason in _UNFINISHED]:
         settings["max_new_tokens"] = max(1, *cut)
-    checked = check_settings(**settings)
-    used += plugins_of(checked)
-    prompts = [_prompt(record, lm) for record in records]
-    stream = Stream(
-        lm.model,
-        lm.tokenizer if checked.stop or lm.has_tokenizer else None,
-        [lm.encode(prompt) for prompt in prompts],
-        checked,
-        ordinals=[record.batch.equal_before for record in records],
-    )
-    try:
-        for _ in stream:
-            pass
-    except DecodingError:  # such as a dead end, whose results so far were recorded
-        stream.interrupt()
-    for record, result in zip(records, stream.results, strict=True):
-        name = f"prompt {record.batch.index + 1}"
-        now = [result, *result.alternatives]
-        yield from _compare_all(name, [record, *record.alternatives], now)
+    asked = _Asked(record, ())
+    with contextlib.suppress(GptkError):  # which is raised when it is this record's turn
+        checked = check_settings(**settings)
+        settings |= checked.plugins()  # so that they are not made once more
+        asked = _Asked(record, plugins_of(checked))
+    return Request(prompt, settings=settings, id=asked, ordinal=record.settings.ordinal)
 
 
-def _prompt(record: GenerationRecord, lm: LanguageModel) -> Prompt:
-    if record.chat is None:
-        return record.prompt
-    from gptk.text.chat import conversation, encode_chat
-
-    messages = conversation(record.prompt, record.chat.system)
-    return encode_chat(lm.tokenizer, messages, record.chat.template)
+def _changed(record: Record, plugins: Sequence[Plugin], lm: LanguageModel) -> list[str]:
+    was = [file.model_dump() for file in record.files]
+    return file_differences(was, files_of([*plugins, *loader_of(lm)]))
 
 
-def _repeat_comparison(
-    record: ComparisonRecord, lm: LanguageModel, used: list[Plugin]
-) -> Iterator[Repetition]:
-    """used: gets the plug-ins of the call."""
+def _unfinished(request: Request, lm: LanguageModel, error: Exception) -> Generation:
+    """The results of a request up to its error, such as a dead end, which were recorded.
+
+    Raises the error if there are none.
+    """
+    if not isinstance(error, DecodingError):
+        raise error
+    with lm.stream(request.prompt, **request.settings) as stream:
+        try:
+            for _ in stream:
+                pass
+        except DecodingError:
+            stream.interrupt()
+    return stream.result
+
+
+def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
     specs, settings = [compared.spec for compared in record.samplers], record.settings
+    plugins: list[Plugin] = []
+    repetitions: list[Repetition] = []
     processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
-    used += processors
-    if not specs:  # it was interrupted before the first sampler had ended
-        return
-    check_samplers(specs, settings.n)
-    options = settings.model_dump(exclude={"processors"})
-    again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
-    for compared, comparison in zip(record.samplers, again, strict=True):
-        used += [comparison.plugin] if comparison.plugin is not None else []
-        groups = zip(compared.generations, comparison.generations, strict=False)
-        for number, (was, now) in enumerate(groups, 1):
-            yield from _compare_all(f"{compared.sampler}, prompt {number}", was, now)
+    if specs:  # else it was interrupted before the first sampler had ended
+        check_samplers(specs, settings.n)
+        options = settings.model_dump(exclude={"processors"})
+        again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
+        for compared, comparison in zip(record.samplers, again, strict=True):
+            plugins += [comparison.plugin] if comparison.plugin is not None else []
+            groups = zip(compared.generations, comparison.generations, strict=False)
+            for number, (was, now) in enumerate(groups, 1):
+                repetitions += _compare_all(f"{compared.sampler}, prompt {number}", was, now)
+    return _changed(record, [*plugins, *processors], lm), repetitions
 
 
 def _compare_all(

@@ -1,61 +1,87 @@
 """The records that `gptk generate --json` and `gptk compare --json` write; see docs/records.md."""
 
+import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from gptk import __version__, kernels
 from gptk.decoding.settings import CheckedSettings
+from gptk.errors import GptkError
 from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
 from gptk.language_model import LanguageModel
 from gptk.measure.comparison import Comparison
-from gptk.plugins.blame import blaming, expect
-from gptk.plugins.files import source_file
 from gptk.plugins.registry import provided
-from gptk.session.rows import equal_before
+from gptk.records.plugin_files import files_of, loader_of, plugins_of, with_made
+from gptk.records.prompts_file import GivenPrompt
 from gptk.spec import format_spec
-from gptk.system.read_files import ReadFile
-from gptk.weights.loading import find_loader
+from gptk.text.chat import Message
 
 VERSION = 1
 """The version of the records' form."""
 
 
-def generation_records(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    settings: CheckedSettings,
-    results: Sequence[Generation],
-    *,
-    tokenizer: str | None,
-    chat: dict[str, str | None] | None,
-) -> list[dict[str, Any]]:
-    """A record for each prompt of a call: its result, and all that repeats it.
+class Recorder:
+    """Makes records of the results of a model: of each its result, and all that repeats it.
 
-    prompts: as they were given. tokenizer: the spec of one that was given. chat: the system message
-    and the template that were given, if the prompts are messages.
+    tokenizer: the spec of the one that was given instead of the model's. template: the chat
+    template that was given. prompts_file: name and SHA-256 of the file that has the prompts.
     """
-    about = {
-        "settings": settings_as_dict(settings),
-        **_about(lm, tokenizer, plugins_of(settings), settings.observers),
-    }
-    ordinals = equal_before([result.prompt_tokens for result in results])
-    return [
-        {
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        tokenizer: str | None = None,
+        template: str | None = None,
+        prompts_file: Mapping[str, str] | None = None,
+    ) -> None:
+        self._template, self._prompts_file = template, prompts_file
+        self._about = _about(lm, tokenizer)
+        self._loader = loader_of(lm)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the model is, as records have it."""
+        model: dict[str, Any] = self._about["model"]
+        return model
+
+    def record(
+        self,
+        given: GivenPrompt,
+        messages: Sequence[Message] | None,
+        settings: CheckedSettings | None,
+        result: Generation | GptkError,
+    ) -> dict[str, Any]:
+        """The record of a prompt. messages: the conversation that the prompt was made of.
+
+        settings: None if those of the prompt are wrong, which is then its error. Raises PluginError
+        or InternalError if a plug-in does not say which files it has read.
+        """
+        error = result if isinstance(result, GptkError) else None
+        plugins = [*([] if settings is None else plugins_of(settings)), *self._loader]
+        observers = () if settings is None else settings.observers
+        return {
             "record": "generation",
             "version": VERSION,
-            "prompt": prompt,
-            "chat": chat,
-            "batch": {"index": index, "size": len(results), "equal_before": ordinals[index]},
-            **result.to_dict(),
-            **about,
+            "index": given.index,
+            "id": given.id,
+            "prompt": given.prompt,
+            "messages": messages,
+            "template": None if messages is None else self._template,
+            "error": error and {"kind": type(error).__name__, "message": str(error)},
+            **({} if isinstance(result, GptkError) else result.to_dict()),
+            "prompts_file": self._prompts_file,
+            "own_settings": given.settings,
+            "settings": settings and settings_as_dict(settings),
+            **self._about,
+            "plugins": _plugins([*plugins, *observers]),
+            "files": [] if error else files_of(plugins),
         }
-        for index, (prompt, result) in enumerate(zip(prompts, results, strict=True))
-    ]
 
 
 def comparison_record(
@@ -70,7 +96,9 @@ def comparison_record(
     tokenizer: str | None,
 ) -> dict[str, Any]:
     """The record of a comparison."""
+    about = _about(lm, tokenizer)
     samplers = [comparison.plugin for comparison in compared if comparison.plugin is not None]
+    plugins = [*samplers, *processors, *loader_of(lm)]
     return {
         "record": "comparison",
         "version": VERSION,
@@ -85,7 +113,9 @@ def comparison_record(
             {**comparison.to_dict(), "spec": full_spec(sampler)}
             for comparison, sampler in zip(compared, samplers, strict=True)
         ],
-        **_about(lm, tokenizer, [*samplers, *processors]),
+        **about,
+        "plugins": _plugins(plugins),
+        "files": files_of(plugins),
     }
 
 
@@ -102,7 +132,7 @@ def settings_as_dict(settings: CheckedSettings) -> dict[str, Any]:
         "stop": list(settings.stop),
         "draft": None if drafter is None else full_spec(drafter),
         "overflow": settings.overflow,
-        "max_seconds": settings.max_seconds,
+        "max_seconds": None if settings.max_seconds == math.inf else settings.max_seconds,
         "ignore_eos": settings.ignore_eos,
         "use_cache": settings.use_cache,
         "top_logprobs": settings.top_logprobs,
@@ -129,38 +159,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def plugins_of(settings: CheckedSettings) -> list[Plugin]:
-    """The plug-ins of a call on which its results depend."""
-    used: list[Plugin] = [settings.sampler, *settings.processors, *settings.sampler.processors()]
-    return [*used, *([] if settings.drafter is None else [settings.drafter])]
-
-
-def files_of(lm: LanguageModel, used: Sequence[Plugin]) -> list[dict[str, Any]]:
-    """The files that plug-ins have read, and those that they are written in, each with its
-    SHA-256: `plugin` (kind and name), `name`, `bytes`, `sha256`.
-
-    used: the plug-ins of a call, after it; the model's loader is added. Raises PluginError.
-    """
-    files = []
-    for plugin in _all_plugins(lm, used):
-        wanted = "a list of gptk.plugins.ReadFile"
-        with blaming([plugin]):
-            read = list(expect(plugin, "files_read", plugin.files_read(), list | tuple, wanted))
-        for file in read:
-            expect(plugin, "files_read", file, ReadFile, wanted)
-        if (source := source_file(type(plugin))) is not None:
-            read.append(source)
-        files += [{"plugin": plugin.title(), **file.to_dict()} for file in dict.fromkeys(read)]
-    return files
-
-
-def _about(
-    lm: LanguageModel,
-    tokenizer: str | None,
-    used: Sequence[Plugin],
-    observers: Sequence[Plugin] = (),
-) -> dict[str, Any]:
-    """The model, how to load it, the environment, and the plug-ins' distributions and files."""
+def _about(lm: LanguageModel, tokenizer: str | None) -> dict[str, Any]:
+    """The model, how to load it, and the environment."""
     model = lm.to_dict()
     source = model["source"]
     if source is not None and os.path.exists(source):
@@ -173,26 +173,12 @@ def _about(
         "quantize": model["quantize"],
         "compile": model["compiled"],
     }
-    return {
-        "load": load,
-        "model": model,
-        "environment": environment(),
-        "plugins": dict(map(_distribution, _all_plugins(lm, [*used, *observers]))),
-        "files": files_of(lm, used),
-    }
+    return {"load": load, "model": model, "environment": environment()}
 
 
-def _all_plugins(lm: LanguageModel, used: Sequence[Plugin]) -> list[Plugin]:
-    """The plug-ins of a call, those that they have made, and the model's loader."""
-    source = lm.source
-    return list(_with_made([*used, find_loader(source)] if source is not None else used))
-
-
-def _with_made(plugins: Iterable[Plugin]) -> Iterator[Plugin]:
-    """Plug-ins, and those that they have made, such as the sampler that another wraps."""
-    for plugin in plugins:
-        yield plugin
-        yield from _with_made(made for made in vars(plugin).values() if isinstance(made, Plugin))
+def _plugins(used: Iterable[Plugin]) -> dict[str, str]:
+    """The distributions of plug-ins, by kind and name."""
+    return dict(map(_distribution, with_made(used)))
 
 
 def _distribution(plugin: Plugin) -> tuple[str, str]:

@@ -138,14 +138,15 @@ _UNFINISHED = ".new"
 
 
 def lock(path: Path) -> IO[bytes] | None:
-    """Lock a file against other processes and other threads, until the returned file is closed.
+    """Lock a file against other processes and other threads, until the returned file is closed,
+    which is open for reading and appending.
 
     Returns None if it is locked already. The system releases the lock when the process ends,
     however it ends. Raises OSError if the file cannot be opened or locked.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
-    file = path.open("ab")
+    file = path.open("a+b")
     try:
         _lock_open_file(file)
     except (BlockingIOError, PermissionError):

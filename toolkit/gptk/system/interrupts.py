@@ -12,11 +12,15 @@ from typing import Any
 class Interrupts:
     """Inside `with`, Ctrl-C and SIGTERM set `asked`; a second one raises KeyboardInterrupt.
 
-    Outside the main thread, which alone receives signals, it does nothing.
+    at_once: the first one raises it, too. Where an exception cannot be raised, as in a destructor,
+    Python prints and forgets it: look at `asked` as well. Outside the main thread, which alone
+    receives signals, it does nothing.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.number: int | None = None
+        """The first signal that came."""
+        self._at_once = at_once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -29,10 +33,16 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.number is not None
+
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+        raises = self._at_once or self.asked
+        self.number = self.number or number
+        if raises:
             raise KeyboardInterrupt
-        self.asked = True
 
 
 @contextlib.contextmanager

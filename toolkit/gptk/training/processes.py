@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gptk.errors import DeviceError
+from gptk.errors import DeviceError, shown
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,24 @@ class Processes:
     """Its number on this machine, which is also its GPU's."""
 
     @classmethod
+    def started(cls) -> "Processes":
+        """This process by the numbers that torchrun gave it, if torchrun started it; not connected
+        to the others. Raises DeviceError."""
+        if not _by_torchrun():
+            return cls()
+        numbers = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        if not all(map(str.isdecimal, numbers)) or int(numbers[0]) >= int(numbers[1]):
+            raise DeviceError(
+                f"the variables RANK={shown(numbers[0])}, WORLD_SIZE={shown(numbers[1])} and "
+                f"LOCAL_RANK={shown(numbers[2])} are not those that torchrun sets; unset them"
+            )
+        return cls(*map(int, numbers))
+
+    @classmethod
     def join(cls, device: str) -> "Processes":
         """Connect to the other processes if torchrun started this one. Raises DeviceError."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        this = cls(*(int(os.environ.get(name, 0)) for name in names))
-        if not dist.is_initialized():
+        this = cls.started()
+        if _by_torchrun() and not dist.is_initialized():
             on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
             if on_gpu:
                 if this.local_rank >= torch.cuda.device_count():
@@ -113,6 +124,11 @@ class Processes:
         from torch.nn.parallel import DistributedDataParallel
 
         return DistributedDataParallel(module)
+
+
+def _by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:
