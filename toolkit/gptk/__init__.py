@@ -35,6 +35,7 @@ _HOMES = {
     "compare": "measure.comparison",
     "Comparison": "measure.comparison",
     "compile_step": "model.compiled",
+    "ContinuationScore": "model.continuations",
     "DataError": "errors",
     "DecodeSession": "session.session",
     "Decoding": "decoding.run",
@@ -180,6 +181,7 @@ if TYPE_CHECKING:
     from gptk.model.cache import KVCache as KVCache
     from gptk.model.compiled import compile_step as compile_step
     from gptk.model.config import GPTConfig as GPTConfig
+    from gptk.model.continuations import ContinuationScore as ContinuationScore
     from gptk.model.gpt import GPT as GPT
     from gptk.model.levels import Levels as Levels
     from gptk.model.protocol import CausalModel as CausalModel
