@@ -30,6 +30,8 @@ _HOMES = {
     "build_model": "weights.building",
     "ByteLevelBPE": "text.encoding",
     "CausalModel": "model.protocol",
+    "check_settings": "decoding.settings",
+    "CheckedSettings": "decoding.settings",
     "Checkpoint": "hooks.weights",
     "Choice": "hooks.choice",
     "compare": "measure.comparison",
@@ -130,6 +132,8 @@ if TYPE_CHECKING:
     from gptk.decoding.requests import Request as Request
     from gptk.decoding.requests import Response as Response
     from gptk.decoding.run import Decoding as Decoding
+    from gptk.decoding.settings import CheckedSettings as CheckedSettings
+    from gptk.decoding.settings import check_settings as check_settings
     from gptk.decoding.speculation import Acceptance as Acceptance
     from gptk.decoding.stream import Stream as Stream
     from gptk.decoding.stream import StreamedToken as StreamedToken
