@@ -80,6 +80,7 @@ _HOMES = {
     "RandomStream": "session.random",
     "RankedToken": "hooks.results",
     "Regularizer": "hooks.training",
+    "render_chat": "text.chat",
     "Request": "decoding.requests",
     "Response": "decoding.requests",
     "Rows": "session.rows",
@@ -106,6 +107,8 @@ _HOMES = {
     "TrainingError": "errors",
     "TrainingListener": "hooks.training",
     "TrainingObserver": "hooks.training",
+    "translate_settings": "decoding.other_names",
+    "Translation": "decoding.other_names",
     "UnknownNameError": "errors",
     "WeightLoader": "hooks.weights",
     "WeightWriter": "hooks.weights",
@@ -129,6 +132,8 @@ if TYPE_CHECKING:
     from gptk.data.token_files import prepare_tokens as prepare_tokens
     from gptk.data.windows import Windows as Windows
     from gptk.decoding.limits import StopCondition as StopCondition
+    from gptk.decoding.other_names import Translation as Translation
+    from gptk.decoding.other_names import translate_settings as translate_settings
     from gptk.decoding.requests import Request as Request
     from gptk.decoding.requests import Response as Response
     from gptk.decoding.run import Decoding as Decoding
@@ -199,6 +204,7 @@ if TYPE_CHECKING:
     from gptk.session.rows import Rows as Rows
     from gptk.session.session import DecodeSession as DecodeSession
     from gptk.system.memory import keep_freed_memory as keep_freed_memory
+    from gptk.text.chat import render_chat as render_chat
     from gptk.text.encoding import ByteLevelBPE as ByteLevelBPE
     from gptk.text.patterns import SPLIT_PATTERNS as SPLIT_PATTERNS
     from gptk.text.patterns import SplitPattern as SplitPattern
