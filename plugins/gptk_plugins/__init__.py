@@ -88,6 +88,6 @@ def gptk_training_observers() -> list[type[gptk.TrainingObserver]]:
 
 @gptk.hookimpl
 def gptk_commands() -> list[click.Command]:
-    from gptk_plugins.commands import detect_watermark
+    from gptk_plugins.commands import detect_watermark, lm_eval
 
-    return [detect_watermark.command]
+    return [detect_watermark.command, lm_eval.command]

@@ -8,7 +8,7 @@ import torch
 
 import gptk
 from gptk.cli import COMMANDS
-from gptk.decoding.other_names import translate
+from gptk.decoding.other_names import translate_settings
 from gptk.testing import tiny_lm
 from program import gptk as run_gptk
 
@@ -56,7 +56,7 @@ def record(model, *words):
     ids=str,
 )
 def test_settings_of_other_programs_are_samplers_and_processors(given, sampler, processors):
-    translation = translate(given, [])
+    translation = translate_settings(given, [])
     assert (translation.sampler, [*translation.processors.values()]) == (sampler, processors)
     for spec in processors:
         gptk.plugins.create("processor", spec, gptk.LogitsProcessor)

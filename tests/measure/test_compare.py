@@ -8,20 +8,18 @@ import types
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 import gptk
-from gptk.measure.comparison import Comparison, compare, continuation_logprobs
+from gptk.measure.comparison import Comparison, compare
 from gptk.measure.measures import bleu, distinct, mean, self_bleu, seq_rep
 from gptk.measure.plane import plot_comparison
-from gptk.testing import tiny_gpt, tiny_lm
+from gptk.testing import tiny_lm
 from pictures import SIGNATURES, svg_texts
 from program import failing
 from program import gptk as run_gptk
-from toys import CONFIGS
 
 text = st.lists(st.integers(0, 4), max_size=12)
 groups = st.lists(text, max_size=5)
@@ -113,22 +111,6 @@ def test_self_bleu_is_the_mean_of_nltks_bleus(texts):
         for number, hypothesis in enumerate(texts)
     ]
     assert self_bleu(texts) == pytest.approx(sum(one_by_one) / len(texts), abs=1e-12)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_teacher_forced_logprobs_equal_those_of_each_text_alone(config, monkeypatch):
-    """In batches of texts of different lengths, one of them empty."""
-    monkeypatch.setattr("gptk.measure.comparison._BATCH", 20)
-    lm = gptk.LanguageModel(tiny_gpt(CONFIGS[config]))
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for prompt, new in [(3, 5), (1, 1), (7, 0), (2, 9), (1, 8), (20, 12), (4, 4)]:
-        tokens = torch.randint(0, 256, (prompt + new,), generator=generator).tolist()
-        pairs.append((tokens[:prompt], tokens[prompt:]))
-    for (prompt, new), logprobs in zip(pairs, continuation_logprobs(lm.model, pairs), strict=True):
-        alone = lm.score([*prompt, *new]).token_logprobs if new else []
-        expected = alone[len(prompt) - 1 :]
-        assert logprobs == pytest.approx(expected, abs=1e-5)
 
 
 # --- The comparison ---------------------------------------------------------------------------

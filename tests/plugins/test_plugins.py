@@ -859,7 +859,7 @@ def test_built_ins_import_only_what_is_public():
         for node in ast.walk(ast.parse(file.read_text())):
             match node:
                 case ast.ImportFrom(module=str(module)):
-                    public = ("gptk.plugins", "gptk.vocabulary")
+                    public = ("gptk.adapters", "gptk.plugins", "gptk.vocabulary")
                     is_public = module.split(".")[0] != "gptk" or module in public
                     assert is_public, f"{file.name} imports from {module}"
                 case ast.Import(names=names):

@@ -1,5 +1,6 @@
 """Every example in the README and the docs runs."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,13 +14,21 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LONG = {"chapter.md", "training.md"}
 """Pages whose examples train models."""
+EXTRAS = {"gptk.adapters.ray": "ray", "gptk lm-eval": "lm_eval"}
+"""What examples use -> the package, which `make test-slow` installs."""
+
+
+def marks(page, code):
+    extras = [package for use, package in EXTRAS.items() if use in code]
+    for package in extras:
+        if importlib.util.find_spec(package) is None:
+            yield pytest.mark.skip(reason=f"{package} is not installed")
+    if extras or page.name in LONG:
+        yield pytest.mark.slow
+
+
 EXAMPLES = [
-    pytest.param(
-        language,
-        code,
-        id=f"{page.name}-{number}",
-        marks=[pytest.mark.slow] if page.name in LONG else [],
-    )
+    pytest.param(language, code, id=f"{page.name}-{number}", marks=[*marks(page, code)])
     for page in PAGES
     for number, (language, code) in enumerate(FENCE.findall(page.read_text()), start=1)
 ]

@@ -30,11 +30,14 @@ _HOMES = {
     "build_model": "weights.building",
     "ByteLevelBPE": "text.encoding",
     "CausalModel": "model.protocol",
+    "check_settings": "decoding.settings",
+    "CheckedSettings": "decoding.settings",
     "Checkpoint": "hooks.weights",
     "Choice": "hooks.choice",
     "compare": "measure.comparison",
     "Comparison": "measure.comparison",
     "compile_step": "model.compiled",
+    "ContinuationScore": "model.continuations",
     "DataError": "errors",
     "DecodeSession": "session.session",
     "Decoding": "decoding.run",
@@ -77,6 +80,7 @@ _HOMES = {
     "RandomStream": "session.random",
     "RankedToken": "hooks.results",
     "Regularizer": "hooks.training",
+    "render_chat": "text.chat",
     "Request": "decoding.requests",
     "Response": "decoding.requests",
     "Rows": "session.rows",
@@ -103,6 +107,8 @@ _HOMES = {
     "TrainingError": "errors",
     "TrainingListener": "hooks.training",
     "TrainingObserver": "hooks.training",
+    "translate_settings": "decoding.other_names",
+    "Translation": "decoding.other_names",
     "UnknownNameError": "errors",
     "WeightLoader": "hooks.weights",
     "WeightWriter": "hooks.weights",
@@ -126,9 +132,13 @@ if TYPE_CHECKING:
     from gptk.data.token_files import prepare_tokens as prepare_tokens
     from gptk.data.windows import Windows as Windows
     from gptk.decoding.limits import StopCondition as StopCondition
+    from gptk.decoding.other_names import Translation as Translation
+    from gptk.decoding.other_names import translate_settings as translate_settings
     from gptk.decoding.requests import Request as Request
     from gptk.decoding.requests import Response as Response
     from gptk.decoding.run import Decoding as Decoding
+    from gptk.decoding.settings import CheckedSettings as CheckedSettings
+    from gptk.decoding.settings import check_settings as check_settings
     from gptk.decoding.speculation import Acceptance as Acceptance
     from gptk.decoding.stream import Stream as Stream
     from gptk.decoding.stream import StreamedToken as StreamedToken
@@ -180,6 +190,7 @@ if TYPE_CHECKING:
     from gptk.model.cache import KVCache as KVCache
     from gptk.model.compiled import compile_step as compile_step
     from gptk.model.config import GPTConfig as GPTConfig
+    from gptk.model.continuations import ContinuationScore as ContinuationScore
     from gptk.model.gpt import GPT as GPT
     from gptk.model.levels import Levels as Levels
     from gptk.model.protocol import CausalModel as CausalModel
@@ -193,6 +204,7 @@ if TYPE_CHECKING:
     from gptk.session.rows import Rows as Rows
     from gptk.session.session import DecodeSession as DecodeSession
     from gptk.system.memory import keep_freed_memory as keep_freed_memory
+    from gptk.text.chat import render_chat as render_chat
     from gptk.text.encoding import ByteLevelBPE as ByteLevelBPE
     from gptk.text.patterns import SPLIT_PATTERNS as SPLIT_PATTERNS
     from gptk.text.patterns import SplitPattern as SplitPattern

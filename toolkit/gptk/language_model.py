@@ -23,6 +23,7 @@ from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.hooks.weights import Checkpoint
 from gptk.model import scoring
 from gptk.model.compiled import compile_step
+from gptk.model.continuations import ContinuationScore, score_continuations
 from gptk.model.gpt import GPT
 from gptk.model.protocol import CausalModel
 from gptk.model.quantization import Quantize, check_quantize
@@ -327,6 +328,34 @@ class LanguageModel:
         if len(ids) > window:
             raise PromptError(f"the text has {len(ids)} tokens, the model's window {window}")
         return scoring.score(self.model, ids)
+
+    def score_continuations(
+        self, pairs: Iterable[tuple[Prompt, Prompt]]
+    ) -> Iterator[ContinuationScore]:
+        """The log-probabilities of continuations: each pair is a context and its continuation.
+
+        Pairs of similar lengths are read together, and a context with several continuations is read
+        once. Scores come in the order of the pairs, which are read some 65,000 tokens ahead. A text
+        as a continuation gets no BOS; an empty text as a context is the model's start token.
+
+        Raises PromptError, when it comes to it, for a pair that is longer than the window, to which
+        the last token does not count, and what `encode` raises.
+        """
+        return score_continuations(self.model, map(self._encode_pair, pairs))
+
+    def _encode_pair(self, pair: tuple[Prompt, Prompt]) -> tuple[list[int], list[int]]:
+        context, continuation = self.encode(pair[0]), pair[1]
+        if isinstance(continuation, str):
+            continuation = self.tokenizer.encode_without_bos(continuation)
+        new = read_ids(continuation) if len(continuation) else []
+        check_vocabulary(new, self.model.config)
+        length, window = len(context) + len(new) - 1, self.model.config.context_length
+        if length > window:
+            raise PromptError(
+                f"a context of {len(context)} tokens and a continuation of {len(new)} do not fit "
+                f"into the model's window of {window}"
+            )
+        return context, new
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, checked; an empty text becomes the start token.

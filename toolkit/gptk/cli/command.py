@@ -128,12 +128,12 @@ class DecodingCommand(Command):
 
     def _meanings(self, foreign: list[_Word]) -> dict[str, tuple[str, str]]:
         """The samplers and processors that other programs' options mean, by the first of these."""
-        from gptk.decoding.other_names import translate
+        from gptk.decoding.other_names import translate_settings
 
         _refuse_repetitions(foreign)
         values = {_setting(word.name): self._value(word) or True for word in foreign}
         try:
-            translation = translate(values, [])
+            translation = translate_settings(values, [])
         except OptionError as error:
             raise click.UsageError(_as_options(str(error))) from None
         meanings = {name: ("--processor", spec) for name, spec in translation.processors.items()}

@@ -3,7 +3,7 @@
 transformers, vLLM, llama.cpp and OpenAI's API have flat lists of settings. Some of these are
 settings of gptk under another name; others are options of a sampler or of a logits processor, which
 say themselves how other programs call them (`Plugin.other_names`). The program does what
-`translate` returns, and Python answers with it.
+`translate_settings` returns, and Python answers with it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -50,9 +50,10 @@ ANSWERS = {
 
 @dataclass
 class Translation:
-    """Settings in gptk's words."""
+    """Settings in gptk's words, see `translate_settings`."""
 
     settings: dict[str, Any] = field(default_factory=dict)
+    """Those that are no plug-ins, such as max_new_tokens."""
     sampler: str | None = None
     """A spec string."""
     sampler_setting: str = ""
@@ -82,8 +83,8 @@ def takes_value(name: str) -> bool:
     return all(sampler.other_names[name] for sampler in _samplers_with(name))
 
 
-def translate(given: Mapping[str, Any], known: Iterable[str]) -> Translation:
-    """What settings that gptk does not have are in gptk.
+def translate_settings(given: Mapping[str, Any], known: Iterable[str] = ()) -> Translation:
+    """What settings of other programs are in gptk: of transformers, vLLM, llama.cpp, OpenAI's API.
 
     given: values by name, with underscores; a None says nothing. known: gptk's own settings, to
     suggest similar names. Raises OptionError for a setting that no program known here has, or

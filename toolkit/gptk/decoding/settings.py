@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from gptk.decoding.checks import check_draft, check_groups, check_rows
 from gptk.decoding.drafters import make_drafter
 from gptk.decoding.limits import StopCondition
-from gptk.decoding.other_names import translate
+from gptk.decoding.other_names import translate_settings
 from gptk.errors import OptionError, shown
 from gptk.hooks.base import Plugin
 from gptk.hooks.drafting import Drafter
@@ -163,7 +163,7 @@ def _as_list(name: str, value: Any, single: type) -> list[Any]:
 
 def _unknown_settings(unknown: Mapping[str, Any]) -> str:
     known = [name for name in inspect.signature(check_settings).parameters if name != "unknown"]
-    translation = translate(unknown, known)
+    translation = translate_settings(unknown, known)
     names = " and ".join(unknown)
     what = f"are no settings {names}" if len(unknown) > 1 else f"is no setting {names}"
     return f"there {what}; {f'write {translation}' if str(translation) else f'leave {names} out'}"

@@ -20,13 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gptk.errors import OptionError
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.measure.measures import distinct, mean, self_bleu, seq_rep
-from gptk.model.scoring import final_states, token_logprobs
+from gptk.model.continuations import score_continuations
 from gptk.plugins.creating import create
 
 if TYPE_CHECKING:
@@ -218,7 +216,7 @@ def _measured(
 ) -> Comparison:
     flat = [result for group in groups for result in group]
     tokens = [[result.tokens for result in group] for group in groups]
-    logprobs = continuation_logprobs(model, [(r.prompt_tokens, r.tokens) for r in flat])
+    scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for r in flat])
     total = sum(len(result.tokens) for result in flat)
     return Comparison(
         sampler=label,
@@ -227,7 +225,7 @@ def _measured(
         generations=[
             [dataclasses.replace(result, alternatives=[]) for result in group] for group in groups
         ],
-        mean_logprob=mean(logprob for result in logprobs for logprob in result),
+        mean_logprob=mean(logprob for score in scores for logprob in score.token_logprobs),
         distinct_1=mean(distinct(group, 1) for group in tokens),
         distinct_2=mean(distinct(group, 2) for group in tokens),
         seq_rep_4=mean(seq_rep(result.tokens, 4) for result in flat),
@@ -236,38 +234,3 @@ def _measured(
         tokens_per_second=total / seconds if seconds else 0.0,
         plugin=sampler,
     )
-
-
-@torch.inference_mode()
-def continuation_logprobs(
-    model: "CausalModel", pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[list[float]]:
-    """For each (prompt, continuation) the model's log-probability of each continuation token.
-
-    Teacher-forced, in one pass over both, which must fit into the model's window together.
-    """
-    logprobs: list[list[float]] = [[] for _ in pairs]
-    # Texts of similar lengths share a batch, so that there is little padding, on the right,
-    # where causal attention does not see it.
-    order = sorted(
-        (number for number, (_, new) in enumerate(pairs) if new),
-        key=lambda number: sum(map(len, pairs[number])),
-    )
-    while order:
-        longest = sum(map(len, pairs[order[-1]]))
-        size = max(1, _BATCH // longest)
-        batch, order = order[-size:], order[:-size]
-        inputs = torch.zeros(len(batch), longest - 1, dtype=torch.int64)
-        for row, number in enumerate(batch):
-            prompt, new = pairs[number]
-            inputs[row, : len(prompt) + len(new) - 1] = torch.tensor([*prompt, *new][:-1])
-        hidden = final_states(model, inputs.to(model.device))  # (rows, longest - 1, width)
-        for row, number in enumerate(batch):
-            prompt, new = pairs[number]
-            states = hidden[row, len(prompt) - 1 : len(prompt) - 1 + len(new)]
-            targets = torch.tensor(list(new), device=model.device)
-            logprobs[number] = token_logprobs(model, states, targets).tolist()
-    return logprobs
-
-
-_BATCH = 4096  # tokens

@@ -60,13 +60,13 @@ def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tenso
     In chunks, so that the logits of a whole text are never in memory at once.
     """
     parts = []
-    for start in range(0, len(states), _CHUNK):
+    for start in range(0, len(states), CHUNK):
         with evaluating(model):
-            logits = model.logits(states[start : start + _CHUNK])
-        chunk = targets[start : start + _CHUNK]
+            logits = model.logits(states[start : start + CHUNK])
+        chunk = targets[start : start + CHUNK]
         parts.append(-F.cross_entropy(logits, chunk, reduction="none"))
     return torch.cat(parts)
 
 
-_CHUNK = 256
+CHUNK = 256
 """Positions whose logits are computed at a time: 50 MB with GPT-2's vocabulary."""
