@@ -1,6 +1,8 @@
 """The engine: each run as alone, whatever runs beside it and whatever is taken from it."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 
@@ -228,6 +230,19 @@ def test_asyncio():
             assert isinstance(result, asyncio.CancelledError)
     assert "".join(text) == LM.generate("ab", max_new_tokens=4, seed=1).text
     assert ENGINE.passes(LM.model).pool.used == 0
+
+
+@pytest.mark.parametrize("last", ["next(responses)", "list(responses)"])
+def test_a_program_may_end_at_any_time(last):
+    """Python ends badly with a thread that is within PyTorch."""
+    program = f"""
+from gptk.testing import tiny_lm
+lm = tiny_lm()
+responses = lm.generate_many([[number] for number in range(200)], max_new_tokens=60)
+{last}
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_gradients_and_threads_of_the_caller_are_left_as_they_were():

@@ -15,6 +15,7 @@ these run out, the newest runs lose theirs, and read their texts again when ther
 Everything here happens in one thread, the engine's. Any thread may start runs and wait for them.
 """
 
+import atexit
 import logging
 import os
 import queue
@@ -52,6 +53,7 @@ class Engine:
         self._passes: weakref.WeakKeyDictionary[Any, Passes] = weakref.WeakKeyDictionary()
         """For each model."""
         self._lock = threading.Lock()
+        self._stopping = False
 
     def submit(
         self,
@@ -69,6 +71,7 @@ class Engine:
         """Start runs together: they begin before the next pass, as far as there is room."""
         with self._lock:
             if self._thread is None:
+                self._stopping = False
                 self._thread = threading.Thread(target=self._work, name="gptk engine", daemon=True)
                 self._thread.start()
         self._inbox.put(runs)
@@ -119,6 +122,16 @@ class Engine:
         answered: torch.Tensor = self._hub.switch((passes, wanted))
         return answered
 
+    def stop(self) -> None:
+        """Cancel all runs and end the thread, as at the end of the process: a thread that is within
+        PyTorch when Python ends takes the process down."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping = True
+            self._inbox.put([])
+            thread.join(_PATIENCE)
+
     def forget_all(self) -> None:
         """In a process that was forked: there is no thread, and nothing under way."""
         self.__init__()  # type: ignore[misc]
@@ -127,7 +140,7 @@ class Engine:
         """What the engine's thread does."""
         self._hub = getcurrent()
         with torch.inference_mode():
-            while True:
+            while not self._stopping:
                 self._waiting.extend(self._inbox.get())
                 try:
                     self._serve()
@@ -143,6 +156,9 @@ class Engine:
         while self._waiting or self._active:
             while not self._inbox.empty():
                 self._waiting.extend(self._inbox.get())
+            if self._stopping:
+                for run in [*self._active, *self._waiting]:
+                    run.cancel()
             self._admit()
             self._go_on()
             self._read()
@@ -192,8 +208,12 @@ MOST_ROWS = 64
 """Rows that are decoded at the same time, but that one run may have more. More rows in a pass of a
 CPU would make it longer and not faster."""
 
+_PATIENCE = 10.0
+"""Seconds to wait for the thread: a pass may be under way."""
+
 ENGINE = Engine()
 """The engine of this process."""
 
+atexit.register(ENGINE.stop)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=ENGINE.forget_all)
