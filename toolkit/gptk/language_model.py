@@ -1,17 +1,15 @@
 """The public face: load a model, then generate, stream, chat and score."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from gptk import kernels
 from gptk.decoding.awaiting import awaited, pieces
 from gptk.decoding.limits import StopCondition
 from gptk.decoding.many import Job, respond
-from gptk.decoding.prompts import Prompt, check_vocabulary, encode_text, read_ids
+from gptk.decoding.prompts import Prompt, check_pair, check_vocabulary, encode_text, read_ids
 from gptk.decoding.requests import Request, Response
 from gptk.decoding.settings import CheckedSettings, check_settings
 from gptk.decoding.stream import Stream
@@ -20,11 +18,9 @@ from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.results import Generation, shortened
 from gptk.hooks.sampling import LogitsProcessor, Sampler
-from gptk.hooks.weights import Checkpoint
 from gptk.model import scoring
 from gptk.model.compiled import compile_step
 from gptk.model.continuations import ContinuationScore, score_continuations
-from gptk.model.gpt import GPT
 from gptk.model.protocol import CausalModel
 from gptk.model.quantization import Quantize, check_quantize
 from gptk.model.scoring import Score
@@ -34,7 +30,7 @@ from gptk.system.devices import resolve_device, resolve_dtype
 from gptk.system.read_files import ReadFile
 from gptk.text.fingerprint import fingerprint
 from gptk.text.tokenizer import Tokenizer
-from gptk.weights.building import build_model
+from gptk.weights.building import build_model, log_loading
 from gptk.weights.loading import default_source, load_checkpoint
 from gptk.weights.origin import Origin
 from gptk.weights.saving import save_checkpoint
@@ -42,8 +38,6 @@ from gptk.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from gptk.text.chat import Message
-
-_log = logging.getLogger(__name__)
 
 
 class Settings(TypedDict, total=False):
@@ -123,21 +117,8 @@ def load(
         tokenizer = checkpoint.tokenizer()
 
     model = build_model(checkpoint, target_device, target_dtype, quantize=quantize, pack=True)
-    _log_loading(checkpoint, model, time.perf_counter() - start)
+    log_loading(checkpoint, model, time.perf_counter() - start)
     return LanguageModel(compile_step(model) if compile else model, tokenizer, origin)
-
-
-def _log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
-    """What was loaded from where, as information."""
-    if not _log.isEnabledFor(logging.INFO):
-        return
-    sizes = model.bytes_by_kind().items()
-    weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
-    notes = "".join(f", {key} {value}" for key, value in (checkpoint.notes or {}).items())
-    by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
-    _log.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
-    dtype = str(model.dtype).removeprefix("torch.")
-    _log.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
 
 
 class LanguageModel:
@@ -344,18 +325,10 @@ class LanguageModel:
         return score_continuations(self.model, map(self._encode_pair, pairs))
 
     def _encode_pair(self, pair: tuple[Prompt, Prompt]) -> tuple[list[int], list[int]]:
-        context, continuation = self.encode(pair[0]), pair[1]
-        if isinstance(continuation, str):
-            continuation = self.tokenizer.encode_without_bos(continuation)
-        new = read_ids(continuation) if len(continuation) else []
-        check_vocabulary(new, self.model.config)
-        length, window = len(context) + len(new) - 1, self.model.config.context_length
-        if length > window:
-            raise PromptError(
-                f"a context of {len(context)} tokens and a continuation of {len(new)} do not fit "
-                f"into the model's window of {window}"
-            )
-        return context, new
+        context, new = pair
+        if isinstance(new, str):
+            new = self.tokenizer.encode_without_bos(new)
+        return check_pair(self.encode(context), new, self.model.config)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, checked; an empty text becomes the start token.

@@ -55,6 +55,23 @@ def check_vocabulary(ids: Sequence[int], config: ModelConfig) -> None:
             )
 
 
+def check_pair(
+    context: list[int], continuation: Sequence[int], config: ModelConfig
+) -> tuple[list[int], list[int]]:
+    """A context and its continuation, which may be empty, as lists of ints.
+
+    Raises PromptError if the model cannot read them together; the last token is only predicted.
+    """
+    new = read_ids(continuation) if len(continuation) else []
+    check_vocabulary(new, config)
+    if len(context) + len(new) - 1 > config.context_length:
+        raise PromptError(
+            f"a context of {len(context)} tokens and a continuation of {len(new)} do not fit "
+            f"into the model's window of {config.context_length}"
+        )
+    return context, new
+
+
 def check_lengths(
     prompts: Sequence[Sequence[int]], config: ModelConfig, overflow: Overflow
 ) -> None:

@@ -1,5 +1,6 @@
 """Building a GPT from a checkpoint, one tensor after the other, so that it takes little memory."""
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from gptk.weights.empty import empty_gpt
 from gptk.weights.failures import explaining_load_failures
 from gptk.weights.kinds import embedding_kind, matrix_kind
 from gptk.weights.tensors import LazyTensors, Tensors
+
+_log = logging.getLogger(__name__)
 
 
 def build_model(
@@ -154,3 +157,16 @@ class _Builder:
         weight = weight.dense(dtype) if isinstance(weight, Levels) else weight
         converted: Tensor = weight.to(self.device, dtype)
         return converted
+
+
+def log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
+    """What was loaded from where, as information."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    sizes = model.bytes_by_kind().items()
+    weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
+    notes = "".join(f", {key} {value}" for key, value in (checkpoint.notes or {}).items())
+    by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
+    _log.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
+    dtype = str(model.dtype).removeprefix("torch.")
+    _log.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
