@@ -80,12 +80,13 @@ def made(body):
 
 
 def sampler(returns):
-    return {"sampler": made(f"{SAMPLER}    def step(self, logits, rows):\n        {returns}\n")}
+    text = f"{SAMPLER}    random = True\n    def step(self, logits, rows):\n        {returns}\n"
+    return {"sampler": made(text)}
 
 
 def processor(returns):
     text = f"{PROCESSOR}    def __call__(self, logits, rows):\n        {returns}\n"
-    return {"processors": [made(text)]}
+    return {"processors": [made(text)], "sampler": "multinomial"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def processor(returns):
         (sampler("logits.argmax(-1)"), "sampler mine returned None; it must return a gptk.Choice"),
         (sampler("return logits.numpy()"), "sampler mine returned array("),
         (sampler("return gptk.Choice"), "sampler mine returned <class "),
-        (sampler("raise SystemExit"), "failed in Mine.step, line 7 of a_module: SystemExit"),
+        (sampler("raise SystemExit"), "failed in Mine.step, line 8 of a_module: SystemExit"),
         (processor("logits * 2"), "processor mine returned None; it must return logits of shape"),
         (processor("return logits.numpy()"), "processor mine returned array("),
         (processor("return logits.tolist()"), "processor mine returned [["),
@@ -131,7 +132,7 @@ def processor(returns):
 )  # fmt: skip
 def test_what_a_method_returns_is_told(settings, message):
     with pytest.raises(gptk.GptkError) as caught:
-        LM.generate_batch(["a", "bc"], **settings, max_new_tokens=3)
+        LM.generate("a", n=2, **settings, max_new_tokens=3)
     assert message in line_of(caught.value)
 
 

@@ -315,7 +315,7 @@ def _each_row(parts: Sequence[list[Any]], logits: Tensor, rows: gptk.Rows) -> Te
         ids = tokens[row : row + 1, : rows.lengths[row]]
         for part in parts[row]:
             if isinstance(part, logits_process.PrefixConstrainedLogitsProcessor):
-                allowed = partial(_allowed, part._prefix_allowed_tokens_fn, rows.prompts[row])
+                allowed = partial(_allowed, part._prefix_allowed_tokens_fn, rows.ordinals[row])
                 part = logits_process.PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
             scores = _scored(part, ids, scores)
         processed.append(scores)

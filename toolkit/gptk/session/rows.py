@@ -88,6 +88,11 @@ class Rows:
         return len(self.lengths)
 
     @property
+    def ordinals(self) -> tuple[int, ...]:
+        """For each row the number of its prompt's request, which its random stream depends on."""
+        return tuple(self._origins[prompt][2] for prompt in self.prompts)
+
+    @property
     def tokens(self) -> Tensor:
         """(rows, longest) int64: all tokens of each row, prompt first; zeros pad the right.
 
