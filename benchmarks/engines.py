@@ -207,6 +207,18 @@ class CTranslate2:
         assert len(tokens) == new
         return tokens
 
+    def generate_all(self, prompts: Sequence[Sequence[int]], new: int) -> None:
+        """All prompts, in batches as CTranslate2 makes them."""
+        results = self._generator.generate_batch(
+            [[f"t{token}" for token in prompt] for prompt in prompts],
+            max_batch_size=16,
+            beam_size=1,
+            max_length=new,
+            min_length=new,
+            include_prompt_in_result=False,
+        )
+        assert all(len(result.sequences_ids[0]) == new for result in results)
+
 
 def ctranslate2_types() -> list[str]:
     """The compute types that CTranslate2 supports on this machine."""

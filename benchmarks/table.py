@@ -68,6 +68,18 @@ ROWS = {
     "batch": Comparison(
         "a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5
     ),
+    "many-vllm": Comparison(
+        "64 prompts of 5 to 200 words, 32 new tokens each, bfloat16", "vLLM for CPUs", 1.1
+    ),
+    "many-transformers": Comparison(
+        "64 prompts of 5 to 200 words, bfloat16", "transformers, sorted batches of 16", 2.5
+    ),
+    "many-beams": Comparison(
+        "16 prompts of 5 to 200 words, 4 beams each, bfloat16", "transformers, one batch", 2.0
+    ),
+    "many-ctranslate2": Comparison(
+        "GPT-2 124M, 64 prompts of 5 to 250 tokens, float32", "CTranslate2, its batches", 1.2
+    ),
     "training": Comparison("training step, 124M, 2 by 256", "the book's code, float32", 3.5),
     "start": Comparison(
         "process start to first token, expanded to float32", "transformers, GGUF", 8

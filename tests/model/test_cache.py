@@ -8,6 +8,8 @@ import torch
 
 import gptk
 from gptk import DecodeSession
+from gptk.engine import passes
+from gptk.engine.engine import ENGINE
 from gptk.model import cache
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
@@ -137,15 +139,15 @@ def test_many_rows_take_no_memory_by_their_square(sampler):
     def taken(n):
         counted = []
 
-        def follow(self, *args, **kwargs):
-            slots = plan(self, *args, **kwargs)
-            mask = 0 if slots.mask is None else slots.mask.nbytes
-            counted.append(self.kv.nbytes + mask + slots.rows_per_tree * slots.trees * slots.end)
-            return slots
+        def follow(model, parts, *args, **kwargs):
+            states = read_parts(model, parts, *args, **kwargs)
+            counted.append(pool.used)
+            return states
 
+        pool = ENGINE.passes(lm.model).pool
         with pytest.MonkeyPatch.context() as patch:
-            plan = cache.KVCache.plan
-            patch.setattr(cache.KVCache, "plan", follow)
+            read_parts = passes.read_parts
+            patch.setattr(passes, "read_parts", follow)
             settings = {"sampler": sampler.format(n=n), "n": n, "max_new_tokens": 8}
             lm.generate([1, 2], seed=0, ignore_eos=True, **settings)
         return max(counted)
@@ -165,7 +167,8 @@ def test_memory_for_many_new_tokens_is_taken_as_they_come():
     lm = gptk.LanguageModel(tiny_gpt(dataclasses.replace(LONG, context_length=10**9)))
     with lm.stream([1, 2], max_new_tokens=10**9) as stream:
         next(stream)
-        assert stream._decoding.session._cache.capacity < 2000
+        assert ENGINE.passes(lm.model).pool.used == 1
     with lm.stream([1, 2], max_new_tokens=10**9, n=100, sampler="multinomial") as stream:
         next(stream)
-        assert stream._decoding.session._cache.capacity < 200
+        assert ENGINE.passes(lm.model).pool.used <= 101
+    assert ENGINE.passes(lm.model).pool.used == 0
