@@ -597,7 +597,7 @@ API = {
     "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
         ModelConfig compile_step Levels""",
-    "Decoding": """Run Decoding Choice DecodeSession Rows Follower RandomStream KVCache
+    "Decoding": """Run Decoding Limits Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins distribution PluginWarning Sampler LogitsProcessor
         Drafter Draft Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer

@@ -811,7 +811,7 @@ def test_every_sampler_gives_valid_text_the_same_alone_and_in_a_batch(sampler, n
     processor = constraint(name, **PROCESSORS[name])
     asked = {"sampler": sampler, "processors": [processor], "max_new_tokens": 60, "seed": 5}
     for prompt, out in zip(PROMPTS, LM.generate_batch(PROMPTS, **asked), strict=True):
-        alone = LM.generate(prompt, **asked)
+        alone = LM.generate(prompt, ordinal=out.ordinal, **asked)
         assert (out.tokens, out.finish_reason) == (alone.tokens, alone.finish_reason)
         assert out.score == pytest.approx(alone.score, abs=1e-3)
         assert out.finish_reason in ("eos", "length")

@@ -226,7 +226,7 @@ def test_each_row_of_a_batch_has_its_own_estimate(version, batch, seed):
         "n": 2,
     }
     for prompt, batched in zip(unique, LM.generate_batch(unique, **asked), strict=True):
-        alone = LM.generate(prompt, **asked)
+        alone = LM.generate(prompt, ordinal=batched.ordinal, **asked)
         assert batched.tokens == alone.tokens
         assert batched.alternatives[0].tokens == alone.alternatives[0].tokens
 

@@ -12,6 +12,7 @@ from gptk import Choice, DecodingError, GptkError, LogitsProcessor, OptionError,
 from gptk.plugins.creating import create
 from gptk.plugins.registry import provided
 from gptk.testing import batches, logits, prompts, tiny_lm
+from gptk.testing._decoding import Together
 from toys import LLAMA_LIKE
 
 LM = tiny_lm()
@@ -185,14 +186,14 @@ class Only(LogitsProcessor):
 
     name = "only"
     plan: tuple[tuple[int, ...], ...]
-    prompt: int | None = None
+    ordinal: int | None = None
 
     def __call__(self, logits, rows):
         out = torch.full_like(logits, -torch.inf)
         for row, length in enumerate(rows.lengths):
             step = length - rows.prompt_lengths[row]
             ids = list(self.plan[step]) if step < len(self.plan) else []
-            if self.prompt is not None and rows.prompts[row] != self.prompt:
+            if self.ordinal is not None and rows.ordinals[row] != self.ordinal:
                 ids = list(range(logits.shape[1]))
             out[row, ids] = logits[row, ids]
         return out
@@ -210,15 +211,27 @@ def test_where_no_token_is_left_the_processor_responsible_is_named(spec):
 @pytest.mark.parametrize("spec", SPECS.values())
 def test_a_dead_end_loses_nothing(spec):
     settings = {"sampler": spec, "seed": 0, "max_new_tokens": 5}
-    stream = LM.stream_batch(
-        [[3, 4], [1, 2]], processors=[Only(plan=((5,),), prompt=1)], **settings
-    )
-    with pytest.raises(DecodingError, match="after 1 new tokens of prompt 2"):
+    only = Only(plan=((5,),), ordinal=1)
+    stream = LM.stream([1, 2], ordinal=1, processors=[only], **settings)
+    with pytest.raises(DecodingError, match="after 1 new tokens"):
         list(stream)
     stream.interrupt()
-    first, second = stream.results
-    assert (second.tokens, second.finish_reason) == ([5], "interrupted")
-    assert first.tokens == LM.generate([3, 4], **settings).tokens[:1] or "beam" in spec
+    assert (stream.result.tokens, stream.result.finish_reason) == ([5], "interrupted")
+
+    responses = LM.generate_many([[3, 4], [1, 2]], ordered=True, processors=[only], **settings)
+    first, second = responses
+    assert first.generation.tokens == LM.generate([3, 4], **settings).tokens
+    with pytest.raises(DecodingError, match="after 1 new tokens"):
+        raise second.error
+
+
+@pytest.mark.parametrize("spec", SPECS.values())
+def test_a_dead_end_among_the_rows_of_a_session_names_its_prompt(spec):
+    call = Together(LM, [[3, 4], [1, 2]], sampler=spec, processors=[Only(plan=((5,),), ordinal=1)])
+    assert call.step()
+    with pytest.raises(DecodingError, match="after 1 new tokens of prompt 2"):
+        call.step()
+    assert [result.tokens for result in call.results()[1]] == [[5]]
 
 
 def test_a_beam_that_is_stuck_leaves_finished_results():

@@ -125,7 +125,7 @@ def remembering(model):
 def test_a_prompt_gives_the_same_tokens_alone_and_in_a_batch(lm, sampler):
     prompts = [PROMPTS[0], PROMPTS[5], PROMPTS[3], PROMPTS[1]]
     together = lm.generate_batch(prompts, sampler=sampler, seed=0, max_new_tokens=16)
-    for prompt, out in zip(prompts, together, strict=True):
-        alone = lm.generate(prompt, sampler=sampler, seed=0, max_new_tokens=16)
+    for ordinal, (prompt, out) in enumerate(zip(prompts, together, strict=True)):
+        alone = lm.generate(prompt, sampler=sampler, seed=0, ordinal=ordinal, max_new_tokens=16)
         assert out.tokens == alone.tokens
         assert out.text == alone.text

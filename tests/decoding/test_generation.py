@@ -186,7 +186,9 @@ def test_one_prompt_is_not_a_batch(lm):
 def test_equal_prompts_in_a_call_draw_different_texts(lm):
     one, two = lm.generate_batch(["x", "x"], sampler="multinomial", seed=0)
     assert one.tokens != two.tokens
+    assert (one.ordinal, two.ordinal) == (0, 1)
     assert one.tokens == lm.generate("x", sampler="multinomial", seed=0).tokens
+    assert two.tokens == lm.generate("x", sampler="multinomial", seed=0, ordinal=1).tokens
 
 
 def test_without_a_seed_the_result_reports_the_one_it_used(lm):

@@ -241,7 +241,7 @@ def test_tokens_that_a_plugin_keeps_stay_those_of_their_step():
             return logits
 
     LM.generate_batch(PROMPTS, sampler="multinomial", n=2, processors=[Keeps()], max_new_tokens=8)
-    assert len(kept) == 8
+    assert len(kept) == 8 * len(PROMPTS)
     for tokens, then, logits, logits_then in kept:
         assert tokens.tolist() == then
         assert torch.equal(logits, logits_then)

@@ -145,7 +145,8 @@ def test_combination(model, name, processor, draft):
         assert reason in COMBINATIONS.read_text("utf-8")
         return
     batch = run(PROMPTS)
-    assert results(batch) == results([run([prompt])[0] for prompt in PROMPTS])
+    alone = [run([prompt], ordinal=ordinal)[0] for ordinal, prompt in enumerate(PROMPTS)]
+    assert results(batch) == results(alone)
     assert results(batch) == results(run(PROMPTS, use_cache=False))
     if draft != "none":
         assert results(batch) == results(lm.generate_batch(PROMPTS, **chosen))

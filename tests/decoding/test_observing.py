@@ -22,9 +22,10 @@ def traced(path, prompts=PROMPTS, **settings):
 
 
 def read(path):
-    """The first line and the steps."""
-    head, *steps = path.read_text(encoding="utf-8").splitlines()
-    return json.loads(head), [json.loads(line, parse_constant=pytest.fail) for line in steps]
+    """The first line of the first run, and the steps of all."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    read = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return read[0], [line for line in read if "step" in line]
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "top-p:p=0.8"])
@@ -33,8 +34,9 @@ def test_a_trace_has_the_tokens_that_were_chosen(sampler, tmp_path):
     outs, head, steps = traced(tmp_path / "t.jsonl", **settings)
     assert head["sampler"] == gptk.plugins.create("sampler", sampler, gptk.Sampler).spec
     assert outs == LM.generate_batch(PROMPTS, **settings)
-    for prompt, out in enumerate(outs):
-        lines = [line for line in steps if line["prompt"] == prompt]
+    assert [out.ordinal for out in outs] == [0, 1, 2]
+    for out in outs:
+        lines = [line for line in steps if line["ordinal"] == out.ordinal]
         assert [line["length"] for line in lines] == list(range(len(lines)))
         chosen = [candidate for line in lines for candidate in line["candidates"]]
         tokens = [candidate["token"] for candidate in chosen]
@@ -45,6 +47,28 @@ def test_a_trace_has_the_tokens_that_were_chosen(sampler, tmp_path):
         ends = [candidate.get("ends") for candidate in chosen]
         assert ends == [None] * (len(lines) - 1) + [out.finish_reason]
         assert all(candidate["taken"] for candidate in chosen)
+
+
+def test_runs_of_one_observer_share_a_file_that_another_overwrites(tmp_path):
+    path = tmp_path / "t.jsonl"
+    for _ in range(2):
+        observer = gptk.plugins.create("decoding-observer", f"trace:{path}", gptk.DecodingObserver)
+        for ordinal in range(3):
+            LM.generate("abc", ordinal=ordinal, max_new_tokens=2, observers=[observer])
+        heads = [line for line in map(json.loads, path.open()) if "step" not in line]
+        assert [head["ordinal"] for head in heads] == [0, 1, 2]
+        assert [line["ordinal"] for line in read(path)[1]] == [0, 0, 1, 1, 2, 2]
+
+
+def test_requests_with_settings_of_their_own_share_the_observers_of_the_call(tmp_path):
+    requests = [gptk.Request("a", settings={"max_new_tokens": 1}), gptk.Request("b"), "c"]
+    spec = f"trace:path={tmp_path / 't.jsonl'}"
+    processors = (spec for spec in ["top-k:k=7", "min-p:p=0.1"])  # can be read once only
+    settings = {"max_new_tokens": 2, "observers": [spec], "processors": processors}
+    list(LM.generate_many(requests, seed=0, **settings))
+    lines = list(map(json.loads, (tmp_path / "t.jsonl").open()))
+    assert sorted(line["ordinal"] for line in lines if "step" in line) == [0, 1, 1, 2, 2]
+    assert all(len(line["processors"]) == 2 for line in lines if "step" not in line)
 
 
 def test_entropies_and_what_each_processor_took_out(tmp_path):
@@ -99,7 +123,7 @@ def test_a_trace_of_beams_leads_to_the_results(tmp_path):
 def test_a_draft_leaves_the_same_trace(tmp_path):
     def decided(path, **more):
         _, _, steps = traced(path, sampler="multinomial", seed=3, max_new_tokens=15, **more)
-        keep = ("prompt", "length", "removed")
+        keep = ("ordinal", "length", "removed")
         return sorted(
             (
                 [line[key] for key in keep], round(line["entropy"], 3),
@@ -166,8 +190,9 @@ def test_a_sampler_that_never_asks_for_processed_logits(tmp_path):
 
 def test_the_sums_of_a_traces_log_probabilities_are_the_scores(tmp_path):
     outs, _, steps = traced(tmp_path / "t.jsonl", sampler="greedy", max_new_tokens=10)
-    for prompt, out in enumerate(outs):
-        chosen = [line["candidates"][0] for line in steps if line["prompt"] == prompt]
+    for out in outs:
+        of_prompt = [line for line in steps if line["ordinal"] == out.ordinal]
+        chosen = [line["candidates"][0] for line in of_prompt]
         assert chosen[-1]["score"] == pytest.approx(
             math.fsum(candidate["logprob"] for candidate in chosen)
         )
@@ -256,7 +281,7 @@ class TestWhoFailed:
         def fails(*_, **__):
             raise RuntimeError("of the model")
 
-        monkeypatch.setattr(type(LM.model), "states", fails)
+        monkeypatch.setattr(type(LM.model), "logits", fails)
         with pytest.raises(RuntimeError, match="of the model"):
             LM.generate("x", sampler="top-p")
 

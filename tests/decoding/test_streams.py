@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_generation import Dictate
 
 import gptk
+from gptk.model.blocks import BlockCache
 from gptk.model.compiled import RecordedStep
 from gptk.testing import tiny_gpt, tiny_lm
 
@@ -231,20 +232,20 @@ def test_a_lack_of_memory_is_one_line(monkeypatch):
     asked = (
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
     )
-    plan = gptk.KVCache.plan
+    prepare = BlockCache.prepare
 
-    def scarce(self, time, group=1):
+    def scarce(self, row, count, **how):
         if max(self.lengths) > 6:
             raise RuntimeError(asked)
-        return plan(self, time, group)
+        return prepare(self, row, count, **how)
 
-    monkeypatch.setattr(gptk.KVCache, "plan", scarce)
+    monkeypatch.setattr(BlockCache, "prepare", scarce)
     stream = LM.stream("abc", sampler="multinomial", n=3, ignore_eos=True)
     with pytest.raises(gptk.OutOfMemory) as caught:
         list(stream)
     assert str(caught.value) == (
-        "decoding a prompt with 3 rows each needs more memory than there is: the last piece takes "
-        "99 bytes; ask for fewer prompts, results or beams at a time, or for fewer new tokens"
+        "decoding a prompt with 3 rows needs more memory than there is: the last piece takes "
+        "99 bytes; ask for fewer results or beams, or for fewer new tokens"
     )
     stream.interrupt()
     assert len(stream.result.tokens) > 2
@@ -313,11 +314,12 @@ def test_threads_that_share_a_model_in_training_mode_use_no_dropout():
 
 
 def test_scores_and_evaluations_of_a_model_in_training_mode_use_no_dropout():
-    from gptk.measure.comparison import continuation_logprobs
+    from gptk.model.continuations import score_continuations
 
     assert LM_TRAINING.score("some text") == LM.score("some text")
     pairs = [([1, 2], [3, 4, 5])]
-    assert continuation_logprobs(LM_TRAINING.model, pairs) == continuation_logprobs(LM.model, pairs)
+    scores = [list(score_continuations(lm.model, pairs)) for lm in (LM_TRAINING, LM)]
+    assert scores[0] == scores[1]
     assert gptk.evaluate(LM_TRAINING, list(b"some text")) == gptk.evaluate(LM, list(b"some text"))
     assert LM_TRAINING.model.training
     assert torch.is_grad_enabled()

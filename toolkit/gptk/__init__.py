@@ -62,6 +62,7 @@ _HOMES = {
     "KVCache": "model.cache",
     "LanguageModel": "language_model",
     "Levels": "model.levels",
+    "Limits": "decoding.limits",
     "InternalError": "errors",
     "keep_freed_memory": "system.memory",
     "load": "language_model",
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
     from gptk.data.token_files import TokenFile as TokenFile
     from gptk.data.token_files import prepare_tokens as prepare_tokens
     from gptk.data.windows import Windows as Windows
+    from gptk.decoding.limits import Limits as Limits
     from gptk.decoding.limits import StopCondition as StopCondition
     from gptk.decoding.other_names import Translation as Translation
     from gptk.decoding.other_names import translate_settings as translate_settings

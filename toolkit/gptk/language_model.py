@@ -170,8 +170,8 @@ class LanguageModel:
     def generate_batch(
         self, prompts: Sequence[Prompt], **settings: Unpack[Settings]
     ) -> list[Generation]:
-        """Continue several prompts at once, see `generate_many`. Raises the error of the first that
-        fails."""
+        """Continue several prompts at once, see `generate_many`; two equal calls give the same to
+        the last digit. Raises the error of the first that fails."""
         results = []
         for response in self._responses(prompts, settings, ordered=True, together=True):
             if response.error is not None:
@@ -189,9 +189,9 @@ class LanguageModel:
     ) -> Iterator[Response]:
         """Continue any number of prompts, which are read as there is room for them.
 
-        Each gets what it would get alone with its `ordinal`. Responses come as they end, or with
-        `ordered` in the order of the prompts. A prompt that fails has its error in its response,
-        and the others go on. Closing the iterator ends those under way.
+        Each gets the tokens that it would get alone with its `ordinal`. Responses come as they end,
+        or with `ordered` in the order of the prompts. A prompt that fails has its error in its
+        response, and the others go on. Closing the iterator ends those under way.
 
         Settings of the call are checked before this returns; it raises what `generate` raises.
         """
@@ -208,7 +208,13 @@ class LanguageModel:
         if isinstance(prompts, str):
             raise PromptError("prompts must be a list; for one prompt there is generate()")
         checked = check_settings(**settings)
-        settings["seed"] = checked.seed
+        settings |= {  # of a request with others, which are checked once more
+            "seed": checked.seed,
+            "processors": checked.processors,
+            "draft": checked.drafter,
+            "observers": checked.observers,
+            "stop": (*checked.stop, *checked.stop_conditions),
+        }
         jobs = self._jobs(prompts, settings, checked)
         return respond(jobs, ordered=ordered, together=together)
 
@@ -240,23 +246,15 @@ class LanguageModel:
             from gptk.text.chat import encode_chat  # jinja2 is not needed before
 
             prompt = encode_chat(self.tokenizer, messages, None)
-        return Stream(self.model, tokenizer, [self.encode(prompt)], settings)
+        return Stream(self.model, tokenizer, self.encode(prompt), settings)
 
     def stream(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Stream:
-        """Continue one prompt and give the text as it comes, see Stream."""
-        return self.stream_batch([prompt], **settings)
+        """Continue one prompt and give the text as it comes, see Stream.
 
-    def stream_batch(self, prompts: Sequence[Prompt], **settings: Unpack[Settings]) -> Stream:
-        """As generate_batch, but each piece read from the Stream takes one step of decoding.
-
-        Settings and prompts are checked before this returns.
+        Each piece read from the Stream takes one step of decoding. Settings and the prompt are
+        checked before this returns; it raises what `generate` raises.
         """
-        checked = check_settings(**settings)
-        tokenizer = self.tokenizer if checked.stop else self._tokenizer
-        if isinstance(prompts, str):
-            raise PromptError("prompts must be a list; for one prompt there is generate()")
-        ids = [self.encode(prompt) for prompt in prompts]
-        return Stream(self.model, tokenizer, ids, checked)
+        return self._stream(prompt, check_settings(**settings))
 
     async def agenerate(self, prompt: Prompt = "", **settings: Unpack[Settings]) -> Generation:
         """As generate, for asyncio: other tasks go on meanwhile. Cancelling the task ends it."""

@@ -1,13 +1,17 @@
 """What happened at each step of decoding, as JSON lines: `gptk generate --trace FILE.jsonl`.
 
-The first line has the version of gptk, the sampler and its processors. Then each row and step has a
-line, with the entropy of the distribution (in nats, after the processors), how many tokens each
-processor removed, and the candidates that extend the row: the token, its text, its log-probability,
-the score of the row with it, whether it was taken (candidates of competing rows may not be), and
-the reason if the row ends with it.
+The first line of a run has the version of gptk, the sampler and its processors. Then each row and
+step has a line, with the entropy of the distribution (in nats, after the processors), how many
+tokens each processor removed, and the candidates that extend the row: the token, its text, its
+log-probability, the score of the row with it, whether it was taken (candidates of competing rows
+may not be), and the reason if the row ends with it.
+
+All runs that one observer listens to, such as those of a batch of prompts, write to the same file.
+Each line has the ordinal of its prompt.
 """
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +36,32 @@ class Trace(gptk.DecodingObserver):
     def start(self, run: gptk.Run) -> "Writer":
         """Raises OptionError if the file cannot be written."""
         try:
-            return Writer(self.path, run)
+            writer = Writer(self.path, run, append=_begun.get(id(self)) is self)
         except OSError as error:
             raise gptk.OptionError(
                 f"trace: {self.path} cannot be written: {error.strerror or error}"
             ) from None
+        _begun[id(self)] = self
+        return writer
+
+
+_begun: "weakref.WeakValueDictionary[int, Trace]" = weakref.WeakValueDictionary()
+"""Observers that have begun their file, by their ids."""
 
 
 class Writer(gptk.DecodingListener):
-    """Writes the file of a run."""
+    """Writes the lines of a run."""
 
-    def __init__(self, path: Path, run: gptk.Run) -> None:
+    def __init__(self, path: Path, run: gptk.Run, *, append: bool) -> None:
         self._tokenizer = run.tokenizer
-        self._file = path.open("w", encoding="utf-8")
+        rows = run.session.rows
+        self._ordinals = dict(zip(rows.prompts, rows.ordinals, strict=True))
+        self._file = path.open("a", encoding="utf-8")  # so that no run overwrites another's lines
+        if not append and path.is_file():
+            self._file.truncate(0)
         self._write(
             gptk=gptk.__version__,
+            ordinal=rows.ordinals[0],
             sampler=_spec(run.sampler),
             processors=[_spec(processor) for processor in run.processors],
         )
@@ -75,7 +90,7 @@ class Writer(gptk.DecodingListener):
             if not step.waiting[index]:
                 self._write(
                     step=step.number,
-                    prompt=row.prompt,
+                    ordinal=self._ordinals[row.prompt],
                     sample=row.sample,
                     group=row.group,
                     length=row.length,

@@ -72,13 +72,11 @@ def check_pair(
     return context, new
 
 
-def check_lengths(
-    prompts: Sequence[Sequence[int]], config: ModelConfig, overflow: Overflow
-) -> None:
+def check_length(prompt: Sequence[int], config: ModelConfig, overflow: Overflow) -> None:
     """Raises PromptError if a prompt fills the model's window and may not overflow it."""
-    window, longest = config.context_length, max(map(len, prompts), default=0)
-    if longest >= window and overflow == "stop":
+    window = config.context_length
+    if len(prompt) >= window and overflow == "stop":
         raise PromptError(
-            f"the prompt has {longest} tokens and the model's window is {window}, prompt and "
+            f"the prompt has {len(prompt)} tokens and the model's window is {window}, prompt and "
             "new tokens together; shorten it, or use overflow slide to keep its end"
         )

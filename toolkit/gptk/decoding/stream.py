@@ -1,4 +1,4 @@
-"""A generation while it is decoded: pieces of text, tokens, and in the end the results."""
+"""A generation while it is decoded: pieces of text, tokens, and in the end the result."""
 
 import dataclasses
 import threading
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gptk.decoding.checks import check_layers
 from gptk.decoding.limits import Limits
 from gptk.decoding.live_text import LiveText
-from gptk.decoding.prompts import check_lengths
+from gptk.decoding.prompts import check_length
 from gptk.decoding.run import Decoding
 from gptk.decoding.settings import CheckedSettings
 from gptk.decoding.speculation import Acceptance
@@ -22,7 +22,7 @@ from gptk.hooks.sampling import Sampler
 from gptk.model.protocol import CausalModel
 from gptk.plugins.blame import blaming
 from gptk.plugins.registry import PluginWarning
-from gptk.session.rows import Rows, equal_before
+from gptk.session.rows import Rows
 from gptk.session.session import DecodeSession
 from gptk.system.memory import explaining_out_of_memory
 from gptk.text.tokenizer import Tokenizer
@@ -46,43 +46,38 @@ class Stream:
 
     Pieces are whole characters and never show part of a stop string; joined they are
     `result.text`. Where text cannot be shown while it is decoded (`live` is False: rows compete, or
-    there are several results) each step's piece is empty, and the text of the first prompt's best
-    result comes last. `tokens()` gives token ids and log-probabilities with the pieces.
+    there are several results) each step's piece is empty, and the text of the best result comes
+    last. `tokens()` gives token ids and log-probabilities with the pieces.
 
     In a `with` statement, leaving the block ends it and frees its memory; `.result` is then the
     best so far, if there is a token. Any thread may read it or `interrupt()` it.
 
-    prompts: token ids. tokenizer: without one, texts are empty. ordinals: see Rows. Raises
-    PromptError for a prompt that fills the model's window.
+    prompt: token ids. tokenizer: without one, texts are empty. Raises PromptError for a prompt that
+    fills the model's window.
     """
 
     def __init__(
         self,
         model: CausalModel,
         tokenizer: Tokenizer | None,
-        prompts: Sequence[Sequence[int]],
+        prompt: Sequence[int],
         settings: CheckedSettings,
-        *,
-        ordinals: Sequence[int] | None = None,
     ) -> None:
-        check_lengths(prompts, model.config, settings.overflow)
+        check_length(prompt, model.config, settings.overflow)
         self._model, self._tokenizer = model, tokenizer
         self.settings = settings
         """The settings in effect, with the seed that was chosen."""
-        self._prompts = prompts
-        if ordinals is None:
-            ordinals = [settings.ordinal + before for before in equal_before(prompts)]
-        self._ordinals = ordinals
+        self._prompt = prompt
         self._decoding: Decoding | None = None
-        """None before the first step, and once there are results."""
+        """None before the first step, and once there is a result."""
         self._acceptance: Acceptance | None = None
-        self._results: list[Generation] | None = None if prompts else []
+        self._result: Generation | None = None
         self._text = LiveText(tokenizer, settings.stop)
-        self._ended = not prompts
+        self._ended = False
         self._stepping = False
         self._interrupted = False
         self._lock = threading.RLock()
-        """Held during a step, and while results are made."""
+        """Held during a step, and while the result is made."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -104,7 +99,7 @@ class Stream:
                 self._stepping = False
 
     def run(self) -> Generation:
-        """Decode to the end. Returns the result for the first prompt."""
+        """Decode to the end."""
         try:
             for _ in self:
                 pass
@@ -119,7 +114,7 @@ class Stream:
             self._decoding = None
 
     def tokens(self) -> Iterator[StreamedToken]:
-        """The tokens of the first result, each with its log-probability and what it adds to the
+        """The tokens of the result, each with its log-probability and what it adds to the
         text, as soon as they are certain; in the end they are `result.tokens`.
 
         A token is held back while its text may be the beginning of a stop string, and all are where
@@ -152,7 +147,7 @@ class Stream:
     @property
     def live(self) -> bool:
         """Whether pieces of text come during decoding, and not all at the end."""
-        return len(self._prompts) == self.settings.rows == 1 and not self._sampler.competing
+        return self.settings.rows == 1 and not self._sampler.competing
 
     @property
     def rows(self) -> int:
@@ -171,23 +166,17 @@ class Stream:
         return self._sampler.random
 
     @property
-    def results(self) -> list[Generation]:
-        """The result for each prompt. Raises GptkError before the end, or without any."""
-        if self._results is None and self._ended and self._decoding is None:
-            raise GptkError("the stream was ended before its first token, and has no result")
-        if self._results is None:
-            raise GptkError("the stream has not ended; read it to its end, or interrupt() it")
-        return self._results
-
-    @property
     def result(self) -> Generation:
-        """The result for the first prompt. Raises GptkError before the end."""
-        if not self.results:
-            raise GptkError("there was no prompt, and so there is no result")
-        return self.results[0]
+        """The best result, with its alternatives. Raises GptkError before the end, or if it was
+        ended before its first token."""
+        if self._result is None and self._ended and self._decoding is None:
+            raise GptkError("the stream was ended before its first token, and has no result")
+        if self._result is None:
+            raise GptkError("the stream has not ended; read it to its end, or interrupt() it")
+        return self._result
 
     def interrupt(self) -> str:
-        """End now. Returns the text not shown yet; `.results` are the best so far.
+        """End now. Returns the text not shown yet; `.result` is the best so far.
 
         From another thread it waits for the step under way. Called by what a step calls, such as an
         observer, it returns an empty text, and the stream ends after that step.
@@ -219,9 +208,8 @@ class Stream:
 
     def _what(self) -> str:
         """What is decoded, for messages."""
-        prompts, rows = len(self._prompts), self.settings.rows
-        many = f"{prompts:,} prompts" if prompts > 1 else "a prompt"
-        return f"decoding {many} with {rows:,} rows each" if rows > 1 else f"decoding {many}"
+        rows = self.settings.rows
+        return f"decoding a prompt with {rows:,} rows" if rows > 1 else "decoding a prompt"
 
     def _new_tokens(self) -> Iterator[StreamedToken]:
         for token, logprob, text, top in self._text.take():
@@ -234,7 +222,7 @@ class Stream:
             self._decoding.close()
 
     def _start(self) -> Decoding:
-        """Read the prompts into a new session, and start a run over its rows."""
+        """Read the prompt into a new session, and start a run over its rows."""
         settings, sampler, model = self.settings, self._sampler, self._model
         seconds = settings.max_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -244,7 +232,7 @@ class Stream:
             layers = check_layers(asked, sampler, model.config.n_layers)
         session = DecodeSession(
             model,
-            self._prompts,
+            [self._prompt],
             samples=1 if sampler.competing else settings.rows,
             groups=groups,
             layers=layers,
@@ -252,7 +240,7 @@ class Stream:
             capacity=self._capacity(),
             overflow=settings.overflow,
             use_cache=settings.use_cache,
-            ordinals=self._ordinals,
+            ordinals=[settings.ordinal],
         )
         eos = () if self._tokenizer is None or settings.ignore_eos else self._tokenizer.eos
         limits = Limits(
@@ -276,31 +264,27 @@ class Stream:
 
     def _capacity(self) -> int:
         """The tokens of a row for which memory is reserved at the start; for more it grows."""
-        rows = len(self._prompts) * self.settings.rows
-        new = min(self.settings.max_new_tokens, max(_RESERVED // rows, _RESERVED_FOR_MANY))
-        return max(map(len, self._prompts)) + new
+        reserved = max(_RESERVED // self.settings.rows, _RESERVED_FOR_MANY)
+        return len(self._prompt) + min(self.settings.max_new_tokens, reserved)
 
     def _finish(self) -> str:
-        """Make the results and free the session. Returns the text of the first result that was
-        not shown yet."""
-        if self._results is None:
+        """Make the result and free the session. Returns its text that was not shown yet."""
+        if self._result is None:
             if self._decoding is None:
                 raise DecodingError("interrupted before the first token")
             with blaming([self._sampler, *self.settings.processors]):
-                self._results = [
-                    self._generation(self._decoding, index) for index in range(len(self._prompts))
-                ]
+                self._result = self._generation(self._decoding)
             self._acceptance = self._decoding.acceptance
             self._forget()
-        return self._text.finish(self._results[0]) if self._results else ""
+        return self._text.finish(self._result)
 
-    def _generation(self, decoding: Decoding, index: int) -> Generation:
-        """The result of a prompt, with its alternatives."""
+    def _generation(self, decoding: Decoding) -> Generation:
+        """The best result, with its alternatives."""
         results = [
             make_generation(
                 row,
                 score=decoding.rank(row),
-                prompt=self._prompts[index],
+                prompt=self._prompt,
                 seed=self.settings.seed,
                 ordinal=self.settings.ordinal,
                 tokenizer=self._tokenizer,
@@ -309,7 +293,7 @@ class Stream:
                 is_complete=lambda tokens: self._is_complete(tokens, decoding.session.rows),
                 parse=self._parse,
             )
-            for row in decoding.results(index)
+            for row in decoding.results(0)
         ]
         picked = self._sampler.pick(results, self.settings.n)
         if not picked:
@@ -340,7 +324,7 @@ class Stream:
         return None
 
 
-_LESS = "ask for fewer prompts, results or beams at a time, or for fewer new tokens"
+_LESS = "ask for fewer results or beams, or for fewer new tokens"
 
 _RESERVED, _RESERVED_FOR_MANY = 1024, 64
 """New tokens for which memory is reserved at the start: of a single row, of each of many rows."""

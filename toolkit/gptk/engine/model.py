@@ -25,6 +25,11 @@ class JoinedModel:
         return getattr(self._model, name)
 
     @property
+    def module(self) -> CausalModel:
+        """The model itself."""
+        return self._model
+
+    @property
     def config(self) -> ModelConfig:
         return self._model.config
 

@@ -133,8 +133,11 @@ class CausalModel(Protocol):
 def evaluating(model: object) -> Iterator[None]:
     """Evaluation mode (no dropout) within the block; afterwards the mode from before.
 
-    Where several threads are in such blocks, the mode is restored when the last one leaves.
+    Where several threads are in such blocks, the mode is restored when the last one leaves. The
+    mode of a wrapper, such as `gptk.engine.model.JoinedModel`, is that of its `module`.
     """
+    if not isinstance(model, nn.Module):
+        model = getattr(model, "module", None)
     if not isinstance(model, nn.Module):
         yield
         return

@@ -1,8 +1,10 @@
-"""Private random streams: the same prompt draws the same numbers wherever it stands in a batch.
+"""Private random streams: a prompt draws the same numbers whatever is decoded beside it.
 
-A stream is keyed by (seed, the prompt's tokens, how many equal prompts came before it in the
-call, sample index), and its t-th number is a keyed hash of t. Streams therefore need no state:
-a row that is copied, moved or rewound goes on with the numbers it would have had.
+A stream is keyed by (seed, the prompt's tokens, the prompt's ordinal, sample index), and its t-th
+number is a keyed hash of t. The ordinal is the number of the prompt in its call: equal prompts draw
+other numbers, and a prompt that is decoded alone with its ordinal draws those that it drew there.
+Streams need no state: a row that is copied, moved or rewound goes on with the numbers it would
+have had.
 
 Where each token of the vocabulary needs a number, hashing one by one would take longer than the
 model: there the keyed hash gives a key of 64 bits, and `exponential` mixes token ids with it.
@@ -28,10 +30,10 @@ class RandomStream:
 
     @classmethod
     def of(
-        cls, seed: int, prompt: Sequence[int], *, repeat: int = 0, sample: int = 0
+        cls, seed: int, prompt: Sequence[int], *, ordinal: int = 0, sample: int = 0
     ) -> "RandomStream":
-        """The stream of one row. repeat: equal prompts before this one; sample: index among n."""
-        digest = hashlib.blake2b(f"{seed}/{repeat}/{sample}/".encode(), digest_size=32)
+        """The stream of one row. ordinal: the prompt's number; sample: the row's index among n."""
+        digest = hashlib.blake2b(f"{seed}/{ordinal}/{sample}/".encode(), digest_size=32)
         digest.update(array("q", prompt).tobytes())
         return cls(digest.digest())
 

@@ -1,6 +1,5 @@
 """The rows of a session, which are the partial sequences being decoded, and their followers."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -62,8 +61,7 @@ class Rows:
         model: CausalModel | None = None,
         ordinals: Sequence[int] | None = None,
     ) -> None:
-        """ordinals: for each prompt how many equal prompts came before it, which its random stream
-        depends on; by default as they are counted in `prompts`."""
+        """ordinals: for each prompt its number, which its random stream depends on [0, 1, …]."""
         self.lengths = tuple(len(prompt) for prompt in prompts)
         self.prompt_lengths = self.lengths
         self.prompts = tuple(range(len(prompts)))
@@ -77,12 +75,12 @@ class Rows:
         self._copy: Tensor | None = None
         """The copy that `tokens` gives until the rows move, or the next plug-in asks."""
         self._origins: list[tuple[int, tuple[int, ...], int]] = []
-        ordinals = equal_before(prompts) if ordinals is None else ordinals
+        ordinals = range(len(prompts)) if ordinals is None else ordinals
         for i, prompt in enumerate(prompts):
             self._tokens[i, : len(prompt)] = torch.tensor(prompt)
             self._origins.append((seed, tuple(prompt), ordinals[i]))
         self._tokens = self._tokens.to(device)
-        self.streams = tuple(RandomStream.of(s, p, repeat=r) for s, p, r in self._origins)
+        self.streams = tuple(RandomStream.of(s, p, ordinal=o) for s, p, o in self._origins)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -212,21 +210,7 @@ class Rows:
             self.groups = tuple(range(copies)) * (len(self) // copies)
             return
         self.streams = tuple(
-            RandomStream.of(seed, prompt, repeat=repeat, sample=sample)
-            for seed, prompt, repeat in self._origins
+            RandomStream.of(seed, prompt, ordinal=ordinal, sample=sample)
+            for seed, prompt, ordinal in self._origins
             for sample in range(copies)
         )
-
-
-def equal_before(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt how many equal prompts come before it.
-
-    >>> equal_before([[1], [2], [1], [1]])
-    [0, 0, 1, 2]
-    """
-    seen: Counter[tuple[int, ...]] = Counter()
-    counts = []
-    for prompt in map(tuple, prompts):
-        counts.append(seen[prompt])
-        seen[prompt] += 1
-    return counts

@@ -30,7 +30,7 @@ class DecodeSession:
     instead, how many rows that share the prompt's random stream, see Sampler.groups. capacity: how
     many tokens a row is expected to reach, so that memory is reserved once; rows may grow beyond.
     layers: those whose states `layer_hidden` returns; 0 are the embeddings, i is block i. ordinals:
-    for each prompt how many equal prompts came before it, see Rows.
+    for each prompt its number, which its random stream depends on [0, 1, …].
 
     overflow says what happens when a row outgrows the window: "stop", extending it is an error;
     "slide", the model sees its last `context_length` tokens at positions 0, 1, …, as the book's

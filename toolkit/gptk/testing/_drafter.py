@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gptk
-from gptk.testing._decoding import MANY, PROMPTS, SEEDS, decode, lm_with_text
+from gptk.testing._decoding import (
+    MANY,
+    PROMPTS,
+    SEEDS,
+    Together,
+    decode,
+    decode_in_turns,
+    decode_together,
+    lm_with_text,
+)
 from gptk.testing._plugin import PluginContract
 from gptk.testing._promises import check, examples, instance, promise, undisturbed
 from gptk.testing.models import batches
@@ -34,7 +43,7 @@ class DrafterContract(PluginContract):
             problems: list[str] = []
             draft = _Checked(drafter=self.plugin(), problems=problems)
             settings: dict[str, Any] = {"max_new_tokens": 12, "seed": seed, "draft": draft}
-            lm_with_text().generate_batch(batch, sampler=sampler, **settings)
+            decode_together(lm_with_text(), batch, sampler=sampler, **settings)
             check(not problems, problems[0] if problems else "")
 
     @promise
@@ -55,16 +64,17 @@ class DrafterContract(PluginContract):
             again = self._guessed(self.plugin(), MANY[:5], seed)
             check(again == other, "used for other prompts it guesses others")
         plugin, guesses = self.plugin(), ([], [])  # type: ignore[var-annotated]
-        streams = [
-            lm_with_text().stream_batch(
-                prompts, seed=seed, max_new_tokens=8, draft=_Recorded(drafter=plugin, guesses=list_)
+        calls = [
+            Together(
+                lm_with_text(),
+                prompts,
+                seed=seed,
+                max_new_tokens=8,
+                draft=_Recorded(drafter=plugin, guesses=list_),
             )
             for prompts, list_ in zip((batch, MANY[:5]), guesses, strict=True)
         ]
-        for _ in streams[0]:
-            next(streams[1], None)
-        for _ in streams[1]:
-            pass
+        decode_in_turns(calls)
         check(
             list(guesses) == [want, other],
             "in two calls that take turns it guesses others than in one after the other",
@@ -82,12 +92,16 @@ class DrafterContract(PluginContract):
         plain = decode(lm_with_text(), batch, **settings)
         drafted = decode(lm_with_text(), batch, **settings, draft=self.plugin())
         check(plain == drafted, f"{batch} give other tokens with the draft")
+        rows = decode_together(lm_with_text(), batch, **settings)
+        drafted_rows = decode_together(lm_with_text(), batch, **settings, draft=self.plugin())
+        same = [r[0].tokens for r in rows] == [r[0].tokens for r in drafted_rows]
+        check(same, f"{batch}, rows of one session, give other tokens with the draft")
 
     def _guessed(self, drafter: Any, batch: list[list[int]], seed: int) -> list[Any]:
         """All that it guesses in a run."""
         guesses: list[Any] = []
         draft = _Recorded(drafter=drafter, guesses=guesses)
-        lm_with_text().generate_batch(batch, seed=seed, max_new_tokens=8, draft=draft)
+        decode_together(lm_with_text(), batch, seed=seed, max_new_tokens=8, draft=draft)
         return guesses
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gptk
-from gptk.testing._decoding import SEEDS, decode
+from gptk.testing._decoding import SEEDS, decode, decode_together, without_numbers
 from gptk.testing._passes import (
     TrackedCache,
     all_layers,
@@ -305,8 +305,10 @@ class ModelContract:
             data, _SAMPLERS, st.sampled_from(_SAMPLERS).map(lambda s: [s]), "sampler"
         ):
             run = functools.partial(decode, lm, sampler=sampler, seed=seed)
-            alone = [run([prompt])[0] for prompt in prompts]
+            alone = [run([prompt], ordinal=i)[0] for i, prompt in enumerate(prompts)]
             check(run(prompts) == alone, f"{prompts} give other tokens in a batch than alone")
+            rows = without_numbers(decode_together(lm, prompts, sampler=sampler, seed=seed))
+            check(rows == alone, f"{prompts} give other tokens as rows of a session than alone")
             uncached = run(prompts, use_cache=False)
             check(uncached == alone, f"{prompts} give other tokens without the cache")
             if "beam" not in sampler:

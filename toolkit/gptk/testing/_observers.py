@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 import torch
 
 import gptk
-from gptk.testing._decoding import MANY, PROMPTS, lm_with_text
+from gptk.testing._decoding import (
+    MANY,
+    PROMPTS,
+    Result,
+    Together,
+    decode_in_turns,
+    decode_together,
+    lm_with_text,
+)
 from gptk.testing._plugin import PluginContract
 from gptk.testing._promises import check, promise, undisturbed
 
@@ -55,25 +63,22 @@ class DecodingObserverContract(PluginContract):
         lm, plugin = lm_with_text(), self.plugin()
         before = _state(plugin)
         want = [self._run(prompts) for prompts in (PROMPTS, MANY)]
-        settings: dict[str, Any] = {"observers": [plugin], "seed": 0, "max_new_tokens": 4}
+        settings: dict[str, Any] = {"observers": [plugin], "max_new_tokens": 4}
+        batch = lm.generate_batch(PROMPTS, seed=0, max_new_tokens=4)
         with warnings.catch_warnings():
             warnings.simplefilter("error", gptk.PluginWarning)
             for _ in range(2):
-                streams = [lm.stream_batch(prompts, **settings) for prompts in (PROMPTS, MANY)]
-                for _ in streams[0]:
-                    next(streams[1], None)
-                for _ in streams[1]:
-                    pass
-                check([s.results for s in streams] == want, "two runs in turns give other results")
+                calls = [Together(lm, prompts, **settings) for prompts in (PROMPTS, MANY)]
+                check(decode_in_turns(calls) == want, "two runs in turns give other results")
+                again = lm.generate_batch(PROMPTS, seed=0, **settings)
+                check(again == batch, "the runs of a batch give other results")
         _check_unchanged(plugin, before)
 
-    def _run(self, prompts: list[list[int]], **settings: Any) -> list[gptk.Generation]:
-        """Decode; a failure of the observer is an error."""
+    def _run(self, prompts: list[list[int]], **settings: Any) -> list[list[Result]]:
+        """Decode the prompts in one run; a failure of the observer is an error."""
         with warnings.catch_warnings():
             warnings.simplefilter("error", gptk.PluginWarning)
-            return lm_with_text().generate_batch(
-                prompts, **{"seed": 0, "max_new_tokens": 4, **settings}
-            )
+            return decode_together(lm_with_text(), prompts, max_new_tokens=4, **settings)
 
 
 class _Guarded(gptk.DecodingObserver):

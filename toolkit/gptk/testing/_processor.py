@@ -190,17 +190,17 @@ class ProcessorContract(PluginContract):
                 self.lm, batch, sampler=sampler, processors=[self.plugin()], seed=seed, **more
             )
 
-        alone = [run([prompt])[0] for prompt in prompts]
+        alone = [run([prompt], ordinal=i)[0] for i, prompt in enumerate(prompts)]
         if not any(isinstance(result, str) for result in alone):  # an error ends the whole batch
             check(run(prompts) == alone, f"{prompts} give other tokens in a batch than alone")
-        for prompt, want in zip(prompts, alone, strict=True):
+        for i, (prompt, want) in enumerate(zip(prompts, alone, strict=True)):
             check(
-                run([prompt], use_cache=False) == [want],
+                run([prompt], ordinal=i, use_cache=False) == [want],
                 f"{prompt} gives other tokens without the cache",
             )
             if "beam" not in sampler:
                 check(
-                    run([prompt], draft="lookup:ngram=1,tokens=3") == [want],
+                    run([prompt], ordinal=i, draft="lookup:ngram=1,tokens=3") == [want],
                     f"{prompt} gives other tokens with a draft",
                 )
 
@@ -298,7 +298,13 @@ class ProcessorContract(PluginContract):
     def _rows(self, prompts: list[list[int]]) -> gptk.Rows:
         tokenizer = tokenizer_of(self.lm)
         eos = () if tokenizer is None else tokenizer.eos
-        return gptk.Rows(prompts, seed=0, eos=eos, tokenizer=tokenizer, model=self.lm.model)
+        return gptk.Rows(
+            prompts,
+            eos=eos,
+            tokenizer=tokenizer,
+            model=self.lm.model,
+            ordinals=[0] * len(prompts),  # so that a row draws beside others what it draws alone
+        )
 
     def _prompts(self, *, unique: bool = False) -> st.SearchStrategy[list[list[int]]]:
         return batches(min(self.lm.model.config.vocab_size, 256), 3, unique=unique)

@@ -107,7 +107,7 @@ class _Notes:
     def __call__(self, logits: Tensor, rows: gptk.Rows) -> Tensor:
         tokens = _tokens_of(rows)
         if self._tokens != tokens:
-            self._lost.append(f"by its moves a follower has {self._tokens}, the rows {tokens}")
+            self._lost.append(_first_difference(self._tokens, tokens))
         return logits
 
     def extend(self, tokens: Tensor) -> None:
@@ -124,3 +124,11 @@ class _Notes:
 
 def _tokens_of(rows: gptk.Rows) -> list[list[int]]:
     return [rows.tokens[row, :length].tolist() for row, length in enumerate(rows.lengths)]
+
+
+def _first_difference(known: list[list[int]], tokens: list[list[int]]) -> str:
+    """The first row of which a follower has other tokens, in words."""
+    if len(known) != len(tokens):
+        return f"by its moves a follower has {len(known)} rows, and there are {len(tokens)}"
+    row = next(i for i, (a, b) in enumerate(zip(known, tokens, strict=True)) if a != b)
+    return f"by its moves a follower has {known[row]} for row {row}, which is {tokens[row]}"

@@ -14,9 +14,15 @@ from gptk.testing._decoding import (
     MANY,
     PROMPTS,
     SEEDS,
+    Result,
+    Together,
+    decode,
+    decode_in_turns,
+    decode_together,
     lm_with_text,
     lm_without_text,
     tokenizer_of,
+    without_numbers,
 )
 from gptk.testing._plugin import PluginContract
 from gptk.testing._processors import Flat, Guard, Next, Only, Repeats, Witness
@@ -41,26 +47,26 @@ class SamplerContract(PluginContract):
         return lm_with_text()
 
     def run(self, prompts: list[list[int]], **settings: Any) -> list[list[tuple[Any, ...]]]:
-        """For each prompt its results, as (tokens, finish reason)."""
-        settings = {"sampler": self.plugin(), "max_new_tokens": 5, **settings}
-        return [_results(out) for out in self.lm.generate_batch(prompts, **settings)]
+        """For each prompt, a row of one session, its results as (tokens, finish reason)."""
+        return without_numbers(self._together(prompts, **settings))
+
+    def _together(self, prompts: list[list[int]], **settings: Any) -> list[list[Result]]:
+        return decode_together(self.lm, prompts, **{"sampler": self.plugin(), **settings})
 
     @promise
     def test_it_chooses_a_token_for_each_row(self) -> None:
         """It decodes a single prompt and several, and tokens and scores are numbers."""
         size = self.lm.model.config.vocab_size
         for batch in (PROMPTS[:1], PROMPTS):
-            for out in self.lm.generate_batch(
-                batch, sampler=self.plugin(), max_new_tokens=5, seed=0
-            ):
-                for result in (out, *out.alternatives):
+            for prompt, results in zip(batch, self._together(batch), strict=True):
+                for result in results:
                     known = all(0 <= token < size for token in result.tokens)
-                    check(known, f"{out.prompt_tokens} give the tokens {result.tokens}")
+                    check(known, f"{prompt} give the tokens {result.tokens}")
                     numbers = [result.score, *result.token_logprobs]
                     check(
                         all(map(math.isfinite, numbers))
                         and max(result.token_logprobs, default=0) <= 1e-5,
-                        f"{out.prompt_tokens} give the score {result.score} and the "
+                        f"{prompt} give the score {result.score} and the "
                         f"log-probabilities {result.token_logprobs}",
                     )
 
@@ -100,16 +106,20 @@ class SamplerContract(PluginContract):
             self.run(PROMPTS[:1], seed=2, max_new_tokens=24)
             check(self.run(PROMPTS, seed=0) == want, "called again it gives other tokens")
             check(self.run(MANY, seed=1) == other, "after other prompts it gives other tokens")
-        settings: dict[str, Any] = {"sampler": self.plugin(), "max_new_tokens": 5}
-        first = self.lm.stream_batch(PROMPTS, seed=0, **settings)
-        second = self.lm.stream_batch(MANY, seed=1, **settings)
-        for _ in first:
-            next(second, None)
-        for _ in second:
-            pass
+        plugin = self.plugin()
+        first = Together(self.lm, PROMPTS, seed=0, sampler=plugin)
+        second = Together(self.lm, MANY, seed=1, sampler=plugin)
         check(
-            [_results(out) for out in (*first.results, *second.results)] == [*want, *other],
+            list(map(without_numbers, decode_in_turns([first, second]))) == [want, other],
             "two calls that take turns give other tokens than one after the other",
+        )
+        alone = [
+            decode(self.lm, [prompt], seed=0, ordinal=number, sampler=instance(self))[0]
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        check(
+            decode(self.lm, PROMPTS, seed=0, sampler=plugin) == alone,
+            "the prompts of a batch get other tokens than each from an instance of its own",
         )
 
     @promise
@@ -119,15 +129,18 @@ class SamplerContract(PluginContract):
     def test_a_prompt_gets_the_same_alone_and_in_a_batch(
         self, batch: list[list[int]], seed: int
     ) -> None:
-        """The tokens of a prompt depend neither on the other prompts nor on their order."""
-        together = self.run(batch, seed=seed)
+        """The tokens of a prompt depend neither on the other prompts nor on their order.
+
+        What they depend on is the prompt, the seed, and the prompt's ordinal.
+        """
+        together, ordinals = self.run(batch, seed=seed), range(len(batch))
         check(
-            self.run(batch[::-1], seed=seed)[::-1] == together,
+            self.run(batch[::-1], seed=seed, ordinals=ordinals[::-1])[::-1] == together,
             f"{batch} in another order give other tokens",
         )
-        for prompt, results in zip(batch, together, strict=True):
+        for number, (prompt, results) in enumerate(zip(batch, together, strict=True)):
             check(
-                self.run([prompt], seed=seed)[0] == results,
+                self.run([prompt], seed=seed, ordinals=[number])[0] == results,
                 f"{prompt} gives other tokens alone than in {batch}",
             )
 
@@ -144,10 +157,11 @@ class SamplerContract(PluginContract):
         def stop(tokens: list[int]) -> bool:
             return tokens[-1] % every == 0
 
-        together = self.run(batch, seed=seed, stop=stop, max_new_tokens=8)
-        for prompt, results in zip(batch, together, strict=True):
+        settings: dict[str, Any] = {"seed": seed, "stop": stop, "max_new_tokens": 8}
+        together = self.run(batch, **settings)
+        for number, (prompt, results) in enumerate(zip(batch, together, strict=True)):
             check(
-                self.run([prompt], seed=seed, stop=stop, max_new_tokens=8)[0] == results,
+                self.run([prompt], ordinals=[number], **settings)[0] == results,
                 f"{prompt} gives other tokens alone than in {batch}, whose rows end at different "
                 "steps",
             )
@@ -248,12 +262,10 @@ class SamplerContract(PluginContract):
         """
         if not self.logprobs_are_the_models:
             pytest.skip("logprobs_are_the_models is False")
-        outs = self.lm.generate_batch(
-            batch, sampler=self.plugin(), processors=[Repeats()], max_new_tokens=5, seed=seed
-        )
-        for out in outs:
-            for result in (out, *out.alternatives):
-                self._check_scores(result)
+        together = self._together(batch, processors=[Repeats()], seed=seed)
+        for prompt, results in zip(batch, together, strict=True):
+            for result in results:
+                self._check_scores(prompt, result)
 
     @promise
     @examples(3)
@@ -312,14 +324,14 @@ class SamplerContract(PluginContract):
         except gptk.DecodingError as error:
             raise AssertionError(f"{left}: {error}") from None
 
-    def _check_scores(self, result: gptk.Generation) -> None:
+    def _check_scores(self, prompt: list[int], result: Result) -> None:
         """Compare a result's log-probabilities and score with a teacher-forced run."""
         sampler, tokens = self.plugin(), result.tokens
-        want = _teacher_forced(self.lm, sampler, [Repeats()], result.prompt_tokens, tokens)
+        want = _teacher_forced(self.lm, sampler, [Repeats()], prompt, tokens)
         for index, (got, right) in enumerate(zip(result.token_logprobs, want, strict=True)):
             check(
                 abs(got - right) < 1e-3,
-                f"token {index} of {tokens} after {result.prompt_tokens} has log-probability "
+                f"token {index} of {tokens} after {prompt} has log-probability "
                 f"{right:.4f}, and token_logprobs says {got:.4f}",
             )
         if self.scores_are_sums and result.finish_reason == "length":
@@ -329,10 +341,6 @@ class SamplerContract(PluginContract):
                 f"{tokens} has the score {result.score:.4f}; by its token_logprobs it is "
                 f"{rank:.4f}",
             )
-
-
-def _results(out: gptk.Generation) -> list[tuple[Any, ...]]:
-    return [(result.tokens, result.finish_reason) for result in (out, *out.alternatives)]
 
 
 def _short(tokens: set[int]) -> str:
