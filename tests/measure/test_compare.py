@@ -162,6 +162,28 @@ def test_a_sampler_gives_as_many_results_as_it_can(lm):
     assert [len(c.texts[0]) for c in compared] == [1, 2, 4, 4]
 
 
+def test_samplers_have_processors_of_their_own_after_those_of_all(lm):
+    from gptk_plugins.processors import Temperature
+
+    samplers = [
+        "top-k:5 + temperature:0.7 + repetition-penalty:1.5",
+        ("top-k:5", Temperature(temperature=0.7)),
+        "top-k:5",
+    ]
+    settings = {"n": 2, "max_new_tokens": 8, "seed": 3}
+    compared = compare(lm, PROMPTS, samplers, processors=["min-p:0.01"], **settings)
+    names = [samplers[0], "top-k:5 + temperature:temperature=0.7", "top-k:5"]
+    assert [c.sampler for c in compared] == names
+    for c, own in zip(
+        compared, [["temperature:0.7", "repetition-penalty:1.5"], ["temperature:0.7"], []],
+        strict=True,
+    ):  # fmt: skip
+        processors = ["min-p:0.01", *own]
+        best = lm.generate_batch(PROMPTS, sampler="top-k:5", processors=processors, **settings)
+        assert c.texts == [[r.text, *(a.text for a in r.alternatives)] for r in best]
+    assert len({str(c.texts) for c in compared}) == 3
+
+
 def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
     from gptk_plugins.samplers.top_k import TopKSampler
 
@@ -187,10 +209,18 @@ def test_results_without_a_token_have_no_measures(lm):
         ([], "no sampler to compare was given"),
         (["greedy", "greedy"], "two samplers to compare are equal: greedy and greedy"),
         (["top-k", "top-k:k=50"], "two samplers to compare are equal: top-k and top-k:k=50"),
+        (
+            ["top-k + min-p", ("top-k:50", "min-p")],
+            r"two samplers to compare are equal: top-k \+ min-p and top-k:50 \+ min-p",
+        ),
+        (["top-k + greedy"], "no processor is called 'greedy'"),
+        (["top-k +"], "cannot read 'top-k \\+' from ' \\+' on"),
+        ([""], "not a spec: ''"),
+        ([()], "not a spec: ''"),
     ],
 )
 def test_samplers_that_cannot_be_compared(lm, samplers, words):
-    with pytest.raises(gptk.OptionError, match=words):
+    with pytest.raises(gptk.GptkError, match=words):
         compare(lm, ["x"], samplers)
 
 
@@ -374,7 +404,7 @@ def test_many_results_are_found_and_measured_in_time_that_grows_with_them(lm):
     """Not with their square: that of 3,000 texts takes minutes; nor one by one, down from 10^9."""
     from gptk.measure.comparison import check_samplers
 
-    assert [n for _, n in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
+    assert [s.results for s in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
     choose = random.Random(0)
     texts = [[choose.randrange(50) for _ in range(20)] for _ in range(3000)]
     start = time.monotonic()

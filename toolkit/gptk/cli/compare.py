@@ -40,15 +40,16 @@ _SAMPLE = 160  # characters
     "samplers",
     metavar="SPEC",
     multiple=True,
-    help="For example top-p:p=0.9. Repeat for each sampler to compare.",
+    help='For example top-p:0.9, or with processors of its own "top-p:0.9 + '
+    'repetition-penalty:1.1". Repeat for each sampler to compare.',
 )
 @click.option(
     "--processor",
     "processors",
     metavar="SPEC",
     multiple=True,
-    help="A logits processor that all samplers get. Repeat for several; they work in the order "
-    "given.",
+    help="A logits processor that all samplers get, before their own. Repeat for several; they "
+    "work in the order given.",
 )
 @click.option(
     "--prompts-file",

@@ -18,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gptk.errors import OptionError
 from gptk.hooks.results import Generation
@@ -26,6 +26,7 @@ from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.measure.measures import distinct, mean, self_bleu, seq_rep
 from gptk.model.continuations import score_continuations
 from gptk.plugins.creating import create
+from gptk.spec import split_specs
 
 if TYPE_CHECKING:
     from gptk.decoding.prompts import Prompt
@@ -33,12 +34,29 @@ if TYPE_CHECKING:
     from gptk.model.protocol import CausalModel
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A sampler with processors of its own."""
+
+    name: str
+    """As the caller wrote it."""
+    sampler: Sampler
+    processors: tuple[LogitsProcessor, ...]
+    results: int
+    """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
+
+
+Compared = str | Sampler | Sequence[str | Sampler | LogitsProcessor]
+"""What may be compared: `"top-p:0.9"`, `"top-p:0.9 + repetition-penalty:1.1"`, a sampler, or a
+sequence of a sampler and processors, as specs or instances."""
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """The results of one sampler, measured."""
 
     sampler: str
-    """The sampler's spec string as the caller wrote it."""
+    """The sampler, and processors of its own, as the caller wrote them."""
     random: bool
     """Whether the sampler draws random numbers."""
     results: int
@@ -58,8 +76,8 @@ class Comparison:
     tokens: int
     """New tokens in all results."""
     tokens_per_second: float
-    plugin: Sampler | None = field(default=None, compare=False)
-    """The sampler itself."""
+    strategy: "Strategy | None" = field(default=None, compare=False)
+    """The sampler itself, and its processors."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -101,7 +119,7 @@ _METRICS = (
 def compare(
     lm: "LanguageModel",
     prompts: "Sequence[Prompt]",
-    samplers: Sequence[str | Sampler],
+    samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
     n: int = 4,
@@ -111,6 +129,9 @@ def compare(
 ) -> list[Comparison]:
     """Run each sampler on the same prompts with the same seed, and measure the results.
 
+    samplers: each as a spec or an instance. With processors of its own it is a text,
+    `"top-p:0.9 + repetition-penalty:1.1"`, or a sequence of the sampler and its processors.
+    processors: those of all samplers; they come before a sampler's own.
     n: results for each prompt; a sampler that cannot give as many gives the most that it can.
     progress: called after each sampler with the number of samplers done, and of all.
     Raises what `check_samplers` and `LanguageModel.generate_batch` raise.
@@ -129,7 +150,7 @@ def compare(
 def compare_one_by_one(
     lm: "LanguageModel",
     prompts: "Sequence[Prompt]",
-    samplers: Sequence[str | Sampler],
+    samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
     n: int = 4,
@@ -137,26 +158,26 @@ def compare_one_by_one(
     seed: int = 0,
 ) -> Iterator[Comparison]:
     """As `compare`, each comparison as soon as it is made."""
-    checked = check_samplers(samplers, n)
+    strategies = check_samplers(samplers, n)
     if prompts:  # warm up, so that the first sampler is not measured as slower
         lm.generate_batch(prompts[:1], max_new_tokens=1)
-    for spec, (sampler, results) in zip(samplers, checked, strict=True):
+    for strategy in strategies:
         start = time.perf_counter()
         best = lm.generate_batch(
             prompts,
-            sampler=sampler,
-            processors=processors,
-            n=results,
+            sampler=strategy.sampler,
+            processors=[*processors, *strategy.processors],
+            n=strategy.results,
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
         seconds = time.perf_counter() - start
         groups = [[result, *result.alternatives] for result in best]
-        yield _measured(_label(spec), sampler, results, groups, lm.model, seconds)
+        yield _measured(strategy, groups, lm.model, seconds)
 
 
-def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Sampler, int]]:
-    """Each sampler, and how many results it can give for a prompt, at most n.
+def check_samplers(samplers: Sequence[Compared], n: int) -> list[Strategy]:
+    """Each sampler with its processors, and how many results it can give for a prompt, at most n.
 
     Raises OptionError if there are no samplers or two equal ones, and what a wrong spec raises.
     """
@@ -164,23 +185,34 @@ def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Samp
         raise OptionError("no sampler to compare was given; name one or more")
     if n < 1:
         raise OptionError(f"n is {n}; it must be 1 or more")
-    labels: dict[str, str] = {}
-    checked = []
-    for spec in samplers:
-        sampler = create("sampler", spec, Sampler)
-        label = _label(spec)
-        if sampler.spec in labels:
+    names: dict[str, str] = {}
+    strategies = []
+    for compared in samplers:
+        strategy = _strategy(compared, n)
+        spec = " + ".join(plugin.spec for plugin in (strategy.sampler, *strategy.processors))
+        if spec in names:
             raise OptionError(
-                f"two samplers to compare are equal: {labels[sampler.spec]} and {label}; "
+                f"two samplers to compare are equal: {names[spec]} and {strategy.name}; "
                 "give each once"
             )
-        labels[sampler.spec] = label
-        checked.append((sampler, most_results(sampler, n)))
-    return checked
+        names[spec] = strategy.name
+        strategies.append(strategy)
+    return strategies
 
 
-def _label(sampler: str | Sampler) -> str:
-    return sampler if isinstance(sampler, str) else sampler.spec
+def _strategy(compared: Compared, n: int) -> Strategy:
+    parts: Sequence[str | Sampler | LogitsProcessor]
+    if isinstance(compared, str):
+        parts = split_specs(compared)
+    else:
+        parts = [compared] if isinstance(compared, Sampler) else compared
+    first, *rest = parts or [""]
+    sampler = create("sampler", cast("str | Sampler", first), Sampler)
+    processors = tuple(
+        create("processor", cast("str | LogitsProcessor", part), LogitsProcessor) for part in rest
+    )
+    name = " + ".join(part if isinstance(part, str) else part.spec for part in parts)
+    return Strategy(name, sampler, processors, most_results(sampler, n))
 
 
 def most_results(sampler: Sampler, n: int) -> int:
@@ -207,9 +239,7 @@ def most_results(sampler: Sampler, n: int) -> int:
 
 
 def _measured(
-    label: str,
-    sampler: Sampler,
-    results: int,
+    strategy: Strategy,
     groups: list[list[Generation]],
     model: "CausalModel",
     seconds: float,
@@ -219,9 +249,9 @@ def _measured(
     scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for r in flat])
     total = sum(len(result.tokens) for result in flat)
     return Comparison(
-        sampler=label,
-        random=sampler.random,
-        results=results,
+        sampler=strategy.name,
+        random=strategy.sampler.random,
+        results=strategy.results,
         generations=[
             [dataclasses.replace(result, alternatives=[]) for result in group] for group in groups
         ],
@@ -232,5 +262,5 @@ def _measured(
         self_bleu=mean(self_bleu(group) for group in tokens),
         tokens=total,
         tokens_per_second=total / seconds if seconds else 0.0,
-        plugin=sampler,
+        strategy=strategy,
     )

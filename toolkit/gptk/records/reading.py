@@ -78,6 +78,7 @@ class Compared(Fields):
 
     sampler: str
     spec: str
+    processors: list[str]
     generations: list[list[Result]]
 
 
