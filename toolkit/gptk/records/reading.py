@@ -71,6 +71,15 @@ class ComparisonSettings(Part):
     n: int
     max_new_tokens: int
     seed: int
+    seeds: int
+
+
+class Measured(Fields):
+    """The results of a sampler for a prompt with a seed."""
+
+    prompt: _Count
+    seed: int
+    generations: list[Result]
 
 
 class Compared(Fields):
@@ -79,7 +88,7 @@ class Compared(Fields):
     sampler: str
     spec: str
     processors: list[str]
-    generations: list[list[Result]]
+    measured: list[Measured]
 
 
 class PluginFile(Part):

@@ -232,9 +232,10 @@ def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
         for compared, comparison in zip(record.samplers, again, strict=True):
             assert comparison.strategy is not None
             plugins += [comparison.strategy.sampler, *comparison.strategy.processors]
-            groups = zip(compared.generations, comparison.generations, strict=False)
-            for number, (was, now) in enumerate(groups, 1):
-                repetitions += _compare_all(f"{compared.sampler}, prompt {number}", was, now)
+            several = ", seed {}" if settings.seeds > 1 else ""
+            for was, now in zip(compared.measured, comparison.measured, strict=False):
+                name = f"{compared.sampler}, prompt {was.prompt + 1}" + several.format(was.seed)
+                repetitions += _compare_all(name, was.generations, now.generations)
     return _changed(record, [*plugins, *processors], lm), repetitions
 
 

@@ -93,6 +93,7 @@ def comparison_record(
     n: int,
     max_new_tokens: int,
     seed: int,
+    seeds: int,
     tokenizer: str | None,
 ) -> dict[str, Any]:
     """The record of a comparison."""
@@ -109,6 +110,7 @@ def comparison_record(
             "n": n,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
+            "seeds": seeds,
         },
         "samplers": [
             {
