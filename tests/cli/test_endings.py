@@ -225,17 +225,52 @@ def test_ctrl_c_at_any_time_exits_with_130_and_without_a_traceback(tenths):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_during_imports_exits_with_130():
-    code = (
-        "import os, signal, sys; sys.argv = ['gptk', 'info']\n"
-        "import gptk.cli, gptk.plugins.registry\n"
-        "gptk.plugins.registry.failures = lambda kinds: os.kill(os.getpid(), signal.SIGINT)\n"
-        "gptk.cli.main()\n"
-    )
+def program(code):
+    """Run Python code: (exit code, standard error)."""
     out = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", "import os, signal, sys, time\n" + code],
         capture_output=True,
         check=False,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert (out.returncode, out.stderr) == (130, b"")
+    return out.returncode, out.stderr
+
+
+def test_ctrl_c_during_imports_exits_with_130():
+    code = (
+        "sys.argv = ['gptk', 'info']\n"
+        "import gptk.cli, gptk.plugins.registry\n"
+        "gptk.plugins.registry.failures = lambda kinds: os.kill(os.getpid(), signal.SIGINT)\n"
+        "gptk.cli.main()\n"
+    )
+    assert program(code) == (130, b"")
+
+
+INTERRUPTED = """
+import gptk_command, gptk.cli
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+"""
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost():
+    code = (
+        "def work():\n"
+        "    Interrupted()\n"
+        "    time.sleep(60)\n"
+        "gptk.cli.main = work\n"
+        "gptk_command.main()\n"
+    )
+    assert program(INTERRUPTED + code) == (130, b"")
+
+
+def test_ctrl_c_while_python_ends_says_nothing():
+    code = (
+        "import atexit\n"
+        "atexit.register(Interrupted)\n"
+        "gptk.cli.main = lambda: sys.exit(0)\n"
+        "gptk_command.main()\n"
+    )
+    assert program(INTERRUPTED + code) == (-signal.SIGINT, b"")

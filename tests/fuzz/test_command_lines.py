@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--sampler": SPECS["sampler"], "--processor": SPECS["processor"], "--n": ["1", "3"],
         "--max-new-tokens": ["1", "5"], "--seed": ["0", "3"], "--json": [],
         "--plot": ["p.png", "p.svg", "p.txt", "no/p.png"], "--prompts-file": ["p.txt"],
+        "--seeds": ["1", "2"], "--csv": ["t.csv", ".", "no/t.csv"],
         "--model": [str(MODEL)], "--dtype": ["float32", "bfloat16"],
     },
     "eval": {
@@ -232,8 +233,8 @@ def comparison() -> Any:
     from gptk.records.writing import comparison_record
 
     toy()
-    lm, settings = load(str(MODEL)), {"n": 2, "max_new_tokens": 3, "seed": 0}
-    compared = compare(lm, ["ab", "c"], ["greedy", "top-k:k=4"], **settings)
+    lm, settings = load(str(MODEL)), {"n": 2, "max_new_tokens": 3, "seed": 0, "seeds": 2}
+    compared = compare(lm, ["ab", "c"], ["greedy", "top-k:k=4 + min-p"], **settings)
     return comparison_record(lm, ["ab", "c"], compared, [], tokenizer=None, **settings)
 
 

@@ -1,5 +1,6 @@
 """Comparing samplers: the measures against their definitions, and the command."""
 
+import csv
 import json
 import math
 import random
@@ -7,6 +8,7 @@ import time
 import types
 from dataclasses import replace
 
+import numpy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -135,10 +137,11 @@ def test_a_comparison_measures_what_generate_makes(lm):
     tokens = [[result.tokens for result in group] for group in groups]
     flat = [result for group in groups for result in group]
     assert top_k.tokens == sum(len(result.tokens) for result in flat)
-    assert top_k.distinct_1 == pytest.approx(mean(distinct(group, 1) for group in tokens))
-    assert top_k.distinct_2 == pytest.approx(mean(distinct(group, 2) for group in tokens))
-    assert top_k.self_bleu == pytest.approx(mean(self_bleu(group) for group in tokens))
-    assert top_k.seq_rep_4 == pytest.approx(mean(seq_rep(result.tokens, 4) for result in flat))
+    metrics = top_k.metrics
+    assert metrics["distinct_1"] == pytest.approx(mean(distinct(group, 1) for group in tokens))
+    assert metrics["distinct_2"] == pytest.approx(mean(distinct(group, 2) for group in tokens))
+    assert metrics["self_bleu"] == pytest.approx(mean(self_bleu(group) for group in tokens))
+    assert metrics["seq_rep_4"] == pytest.approx(mean(seq_rep(result.tokens, 4) for result in flat))
     assert top_k.tokens_per_second > 0
     # The model's probabilities, not those from which the sampler chose.
     logprobs = [
@@ -148,10 +151,10 @@ def test_a_comparison_measures_what_generate_makes(lm):
             len(result.prompt_tokens) - 1 :
         ]
     ]
-    assert top_k.mean_logprob == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-5)
+    assert metrics["mean_logprob"] == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-5)
     chosen = [value for result in flat for value in result.token_logprobs]
-    assert abs(top_k.mean_logprob - math.fsum(chosen) / len(chosen)) > 0.1
-    assert (greedy.random, greedy.results, greedy.self_bleu) == (False, 1, None)
+    assert abs(metrics["mean_logprob"] - math.fsum(chosen) / len(chosen)) > 0.1
+    assert (greedy.random, greedy.results, greedy.metrics["self_bleu"]) == (False, 1, None)
     assert [len(texts) for texts in greedy.texts] == [1, 1, 1]
 
 
@@ -160,6 +163,53 @@ def test_a_sampler_gives_as_many_results_as_it_can(lm):
     compared = compare(lm, ["x"], samplers, n=4, max_new_tokens=3)
     assert [c.results for c in compared] == [1, 2, 4, 4]
     assert [len(c.texts[0]) for c in compared] == [1, 2, 4, 4]
+
+
+def test_samplers_have_processors_of_their_own_after_those_of_all(lm):
+    from gptk_plugins.processors import Temperature
+
+    samplers = [
+        "top-k:5 + temperature:0.7 + repetition-penalty:1.5",
+        ("top-k:5", Temperature(temperature=0.7)),
+        "top-k:5",
+    ]
+    settings = {"n": 2, "max_new_tokens": 8, "seed": 3}
+    compared = compare(lm, PROMPTS, samplers, processors=["min-p:0.01"], **settings)
+    names = [samplers[0], "top-k:5 + temperature:temperature=0.7", "top-k:5"]
+    assert [c.sampler for c in compared] == names
+    for c, own in zip(
+        compared, [["temperature:0.7", "repetition-penalty:1.5"], ["temperature:0.7"], []],
+        strict=True,
+    ):  # fmt: skip
+        processors = ["min-p:0.01", *own]
+        best = lm.generate_batch(PROMPTS, sampler="top-k:5", processors=processors, **settings)
+        assert c.texts == [[r.text, *(a.text for a in r.alternatives)] for r in best]
+    assert len({str(c.texts) for c in compared}) == 3
+
+
+def test_measures_are_means_over_seeds_with_standard_errors(lm):
+    settings = {"n": 2, "max_new_tokens": 8}
+    samplers = ["top-k:5", "greedy", "greedy + repetition-penalty:1.2"]
+    together = compare(lm, PROMPTS, samplers, seed=5, seeds=3, **settings)
+    top_k, greedy, penalty = together
+    alone = [compare(lm, PROMPTS, ["top-k:5"], seed=5 + i, **settings)[0] for i in range(3)]
+    assert [(m.seed, m.prompt) for m in top_k.measured] == [
+        (seed, prompt) for seed in (5, 6, 7) for prompt in range(3)
+    ]
+    assert [[r.text for r in m.generations] for m in top_k.measured] == [
+        texts for each in alone for texts in each.texts
+    ]
+    for name, value in top_k.metrics.items():
+        values = [each.metrics[name] for each in alone]
+        assert value == pytest.approx(numpy.mean(values), abs=1e-5)
+        expected = numpy.std(values, ddof=1) / 3**0.5
+        assert top_k.standard_errors[name] == pytest.approx(expected, abs=1e-5)
+        assert [each.standard_errors[name] for each in alone] == [None] * 3
+    assert top_k.standard_errors["mean_logprob"] > 0.01
+    assert [m.seed for m in greedy.measured] == [5] * 3  # others would give the same
+    assert len(penalty.measured) == 9  # a processor may draw
+    with pytest.raises(gptk.OptionError, match="seeds is 0; it must be 1 to 10,000"):
+        compare(lm, PROMPTS, ["greedy"], seeds=0)
 
 
 def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
@@ -177,7 +227,7 @@ def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
 def test_results_without_a_token_have_no_measures(lm):
     always_ends = replace(lm.tokenizer, eos=tuple(range(257)))
     [c] = compare(gptk.LanguageModel(lm.model, always_ends), ["x"], ["greedy"])
-    assert (c.mean_logprob, c.distinct_1, c.distinct_2, c.seq_rep_4, c.self_bleu) == (None,) * 5
+    assert [*c.metrics.values()] == [None] * 5
     assert (c.tokens, c.texts) == (0, [[""]])
 
 
@@ -187,21 +237,31 @@ def test_results_without_a_token_have_no_measures(lm):
         ([], "no sampler to compare was given"),
         (["greedy", "greedy"], "two samplers to compare are equal: greedy and greedy"),
         (["top-k", "top-k:k=50"], "two samplers to compare are equal: top-k and top-k:k=50"),
+        (
+            ["top-k + min-p", ("top-k:50", "min-p")],
+            r"two samplers to compare are equal: top-k \+ min-p and top-k:50 \+ min-p",
+        ),
+        (["top-k + greedy"], "no processor is called 'greedy'"),
+        (["top-k +"], "cannot read 'top-k \\+' from ' \\+' on"),
+        ([""], "not a spec: ''"),
+        ([()], "not a spec: ''"),
     ],
 )
 def test_samplers_that_cannot_be_compared(lm, samplers, words):
-    with pytest.raises(gptk.OptionError, match=words):
+    with pytest.raises(gptk.GptkError, match=words):
         compare(lm, ["x"], samplers)
 
 
 # --- The plot ---------------------------------------------------------------------------------
 
 
-def measured(sampler, **known):
-    about = {"random": True, "results": 4, "generations": [], "tokens": 8}
-    about |= {"tokens_per_second": 1.0}
-    numbers = dict.fromkeys(("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"))
-    return Comparison(sampler=sampler, **{**about, **numbers, **known})
+def measured(sampler, *, random=True, results=4, **known):
+    names = ("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu")
+    return Comparison(
+        sampler=sampler, random=random, results=results, measured=[], tokens=8,
+        metrics=dict.fromkeys(names) | known, standard_errors=dict.fromkeys(names),
+        tokens_per_second=1.0,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -307,25 +367,24 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
         "n": 2,
         "max_new_tokens": 5,
         "seed": 7,
+        "seeds": 1,
     }
     assert (top_p["sampler"], top_p["random"], top_p["results"]) == ("top-p:p=0.9", True, 2)
-    assert [len(results) for results in top_p["generations"]] == [2, 2]
-    assert [len(results) for results in greedy["generations"]] == [1, 1]
-    measures = {
-        "mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu", "tokens",
-        "tokens_per_second",
-    }  # fmt: skip
+    assert [len(each["generations"]) for each in top_p["measured"]] == [2, 2]
+    assert [len(each["generations"]) for each in greedy["measured"]] == [1, 1]
+    measures = {"mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"}
     assert top_p["metrics"].keys() == greedy["metrics"].keys() == measures
     assert greedy["metrics"]["self_bleu"] is None
     again = json.loads(run_gptk(*args).stdout)["samplers"][0]
-    assert again["generations"] == top_p["generations"]
+    assert again["measured"] == top_p["measured"]
 
 
 def test_the_texts_are_those_of_generate(model):
     args = ("abc", "--model", model, "--sampler", "top-k:k=9", "--n", 2, "--seed", 3, "--json")
     compared = json.loads(run_gptk("compare", *args).stdout)["samplers"][0]
     generated = json.loads(run_gptk("generate", *args).stdout)
-    assert [[result["text"] for result in group] for group in compared["generations"]] == [
+    groups = [each["generations"] for each in compared["measured"]]
+    assert [[result["text"] for result in group] for group in groups] == [
         [generated["text"], generated["alternatives"][0]["text"]]
     ]
 
@@ -333,6 +392,29 @@ def test_the_texts_are_those_of_generate(model):
 def test_the_prompt_can_come_from_standard_input(model):
     args = ("compare", "--model", model, "--sampler", "greedy", "--max-new-tokens", 3, "--json")
     assert json.loads(run_gptk(*args, stdin="abc\n").stdout)["prompts"] == ["abc"]
+
+
+def test_the_table_in_a_file_has_a_row_for_each_sampler_prompt_and_seed(model, tmp_path):
+    (tmp_path / "prompts.txt").write_text('one\n"two", words\n')
+    out = run_gptk(
+        "compare", "--model", model, "--prompts-file", tmp_path / "prompts.txt", "--seeds", 2,
+        "--sampler", "top-p + min-p:0.1", "--sampler", "greedy", "--n", 2, "--max-new-tokens", 5,
+        "--csv", tmp_path / "t.csv",
+    )  # fmt: skip
+    assert (out.returncode, out.stderr) == (0, f"table: {tmp_path / 't.csv'}\n")
+    assert "±" in out.stdout
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    keys = [(row["sampler"], row["index"], row["prompt"], row["seed"]) for row in rows]
+    texts = ["one", '"two", words']
+    top_p = [("top-p + min-p:0.1", str(i), texts[i], seed) for seed in "01" for i in range(2)]
+    assert keys == [*top_p, *[("greedy", str(i), texts[i], "0") for i in range(2)]]
+    names = ["mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"]
+    assert [*rows[0]] == ["sampler", "index", "prompt", "seed", "results", "tokens", *names]
+    compared = compare(gptk.load(model), texts, ["greedy"], n=2, max_new_tokens=5)[0].measured
+    for row, each in zip(rows[4:], compared, strict=True):
+        assert (row["results"], row["self_bleu"]) == ("1", "")
+        assert float(row["mean_logprob"]) == pytest.approx(each.metrics["mean_logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -357,6 +439,8 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
         (("--sampler", "top-p:p=2"), "p=2 is not allowed", 2),
         ((*greedy, *greedy), "are equal: greedy and greedy", 2),
         ((*greedy, "--processor", "top-n"), "no processor is called 'top-n'", 2),
+        ((*greedy, "--csv", tmp_path / "no" / "x.csv"), "there is no directory", 1),
+        ((*greedy, "--seeds", 0), "0 is not in the range 1<=x<=10000", 2),
         ((*greedy, "--n", 0), "0 is not in the range 1<=x<=100000", 2),
         ((*greedy, "--plot", tmp_path / "x.txt"), "allowed: .png, .svg", 2),
         ((*greedy, "--plot", tmp_path / "no" / "x.png"), "there is no directory", 1),
@@ -374,7 +458,7 @@ def test_many_results_are_found_and_measured_in_time_that_grows_with_them(lm):
     """Not with their square: that of 3,000 texts takes minutes; nor one by one, down from 10^9."""
     from gptk.measure.comparison import check_samplers
 
-    assert [n for _, n in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
+    assert [s.results for s in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
     choose = random.Random(0)
     texts = [[choose.randrange(50) for _ in range(20)] for _ in range(3000)]
     start = time.monotonic()

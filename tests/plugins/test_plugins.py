@@ -22,7 +22,7 @@ from gptk import plugins
 from gptk.cli.plugins import command as plugins_command
 from gptk.decoding.settings import check_settings
 from gptk.errors import shown
-from gptk.spec import format_spec, parse_spec, unescape
+from gptk.spec import format_spec, parse_spec, split_specs, unescape
 from gptk.training.config import read_config
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9.-]*", fullmatch=True)
@@ -40,6 +40,14 @@ TEXTS = st.text(st.characters(), max_size=10) | st.text("ab\\\"'nt0,:=[]{} \n\t\
 @example("x", {"a": '{"b": "\n\\\\"}'})
 def test_a_spec_string_is_read_back(name, options):
     assert parse_spec(format_spec(name, options)) == (name, options)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(NAMES, st.dictionaries(KEYS, TEXTS, max_size=2)), min_size=1))
+@example([("x", {"a": '["b + c"]'}), ("y", {"a": "b+c"}), ("z", {"a": "b + c"})])
+def test_joined_specs_are_split_between_them_alone(specs):
+    each = [format_spec(name, options) for name, options in specs]
+    assert split_specs(" + ".join(each)) == each
 
 
 @given(TEXTS)

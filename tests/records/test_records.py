@@ -314,6 +314,22 @@ def test_a_comparison_repeated_is_equal(recorded):
     assert run_gptk("repeat", path).stdout == out.stdout
 
 
+def test_a_comparison_by_several_seeds_is_repeated_and_says_which_differs(recorded):
+    sampler = "top-k:k=5 + min-p:0.1"
+    path = recorded("compare", "abc", "--sampler", sampler, "--seeds", 2, "--n", 1, *FEW)
+    out = run_gptk("repeat", path)
+    assert (out.returncode, len(out.stdout.splitlines())) == (0, 3), out.stdout
+
+    def change(record):
+        record["samplers"][0]["measured"][1]["generations"][0]["tokens"][0] ^= 1
+
+    (line,) = [
+        line for line in run_gptk("repeat", edited(path, change)).stdout.splitlines()
+        if "token 1 is" in line
+    ]  # fmt: skip
+    assert line.startswith(f"{sampler}, prompt 1, seed 1: ")
+
+
 def test_other_tokens_are_told_with_both_log_probabilities(recorded):
     path = recorded("generate", "abc", *FEW)
     record = json.loads(path.read_text())

@@ -168,7 +168,7 @@ class LanguageModel:
         return self._stream(prompt, check_settings(**settings)).run()
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], **settings: Unpack[Settings]
+        self, prompts: "Sequence[Prompt | Request]", **settings: Unpack[Settings]
     ) -> list[Generation]:
         """Continue several prompts at once, see `generate_many`; two equal calls give the same to
         the last digit. Raises the error of the first that fails."""

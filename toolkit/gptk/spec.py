@@ -33,6 +33,7 @@ UNNAMED = ""
 
 _KEY = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_-]*)=")
 _SPACE = re.compile(r"\s*")
+_PLUS = re.compile(r"\s+\+\s+")
 _QUOTED = re.compile(r""""((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'""", re.DOTALL)
 _PLAIN = re.compile(r"""(?!["'])[^,\s]+""")
 _JSON = json.JSONDecoder(strict=False)  # strict=False: strings may hold raw line breaks
@@ -49,17 +50,45 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     A value without a key has the key "". Raises SpecError, which quotes the part that cannot be
     read.
     """
-    name = NAME.match(spec)
+    name, options, end = _read(spec, 0)
+    if end < len(spec):
+        raise _unreadable(spec, end)
+    return name, options
+
+
+def split_specs(specs: str) -> list[str]:
+    """The spec strings in a text that are joined by ` + `, a plus sign between spaces.
+
+    >>> split_specs('top-p:0.9 + repetition-penalty:1.1 + stop:text="a + b"')
+    ['top-p:0.9', 'repetition-penalty:1.1', 'stop:text="a + b"']
+
+    Raises SpecError.
+    """
+    found, start = [], 0
+    while True:
+        end = _read(specs, start)[2]
+        found.append(specs[start:end])
+        if end == len(specs):
+            return found
+        plus = _PLUS.match(specs, end)
+        if plus is None:
+            raise _unreadable(specs, end)
+        start = plus.end()
+
+
+def _read(spec: str, start: int) -> tuple[str, dict[str, str], int]:
+    """The name and the options of the spec that begins at `start`, and where it ends.
+
+    That is before the first character that cannot belong to it.
+    """
+    name = NAME.match(spec, start)
     if not name:
-        raise SpecError(f"not a spec: {shown(spec, 200)}; {_FORM}")
+        raise SpecError(f"not a spec: {shown(spec[start:], 200)}; {_FORM}")
     position = name.end()
     options: dict[str, str] = {}
-    while position < len(spec):
-        if spec[position] != (":" if not options else ","):
-            rest = shown(spec[position:])
-            raise SpecError(f"cannot read {shown(spec, 200)} from {rest} on; {_FORM}")
-        key, start = _key(spec, position + 1)
-        value = _value(spec, start)
+    while spec[position : position + 1] == (":" if not options else ","):
+        key, value_start = _key(spec, position + 1)
+        value = _value(spec, value_start)
         if key == UNNAMED and value and options:
             raise SpecError(
                 f"{shown(spec, 200)} has {shown(value[0])} without the name of its option; only "
@@ -72,7 +101,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         if option in options:
             raise SpecError(f"{shown(spec, 200)} gives {key} twice")
         options[option], position = value
-    return name[0], options
+    return name[0], options, position
+
+
+def _unreadable(spec: str, position: int) -> SpecError:
+    rest = shown(spec[position:])
+    return SpecError(f"cannot read {shown(spec, 200)} from {rest} on; {_FORM}")
 
 
 def _key(spec: str, start: int) -> tuple[str, int]:
@@ -89,7 +123,7 @@ def _value(spec: str, start: int) -> tuple[str, int] | None:
     if quoted := _QUOTED.match(spec, start):
         return unescape(quoted[0][1:-1]), quoted.end()
     end = _json_end(spec, start)
-    if end is not None and spec[end : end + 1] in ("", ","):
+    if end is not None and spec[end : end + 1].strip() in ("", ","):
         return spec[start:end], end
     if plain := _PLAIN.match(spec, start):
         return plain[0], plain.end()

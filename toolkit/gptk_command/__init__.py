@@ -18,15 +18,38 @@ def main() -> "NoReturn":
 
     All imports are in functions, so that Ctrl-C during them ends the program without a traceback.
     """
+    import signal
+
+    sys.unraisablehook = _unraisable
     try:
         problem = find_problem()
         if problem is not None:
             print(f"gptk: {problem}", file=sys.stderr)
             sys.exit(1)
         from gptk.cli import main
+
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-    main()
+    finally:
+        # While Python ends, Ctrl-C would print the traceback of whatever it is doing.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send Ctrl-C again that came in a destructor, where Python would print and forget it."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    import os
+    import signal
+    import threading
+
+    threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+_SOON = 0.02
+"""Seconds in which a destructor has ended."""
 
 
 def find_problem() -> str | None:

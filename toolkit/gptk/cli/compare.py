@@ -30,6 +30,14 @@ _NOTE = (
     "distinct-n: distinct n-grams / all n-grams of a prompt's results. seq-rep-4: share of "
     "repeated 4-grams in a text. self-BLEU: how alike the results of a prompt are."
 )
+_NOTE_ON_SEEDS = " ±: the standard error over the seeds."
+_COLUMNS = {
+    "mean_logprob": "log p",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "seq_rep_4": "seq-rep-4",
+    "self_bleu": "self-BLEU",
+}
 _SAMPLE = 160  # characters
 
 
@@ -40,15 +48,16 @@ _SAMPLE = 160  # characters
     "samplers",
     metavar="SPEC",
     multiple=True,
-    help="For example top-p:p=0.9. Repeat for each sampler to compare.",
+    help='For example top-p:0.9, or with processors of its own "top-p:0.9 + '
+    'repetition-penalty:1.1". Repeat for each sampler to compare.',
 )
 @click.option(
     "--processor",
     "processors",
     metavar="SPEC",
     multiple=True,
-    help="A logits processor that all samplers get. Repeat for several; they work in the order "
-    "given.",
+    help="A logits processor that all samplers get, before their own. Repeat for several; they "
+    "work in the order given.",
 )
 @click.option(
     "--prompts-file",
@@ -64,6 +73,14 @@ _SAMPLE = 160  # characters
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same for all samplers.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    help="How many seeds, --seed and those that follow it: figures are then means over the seeds, "
+    "with their standard errors.",
+)
 @model_option
 @tokenizer_option
 @precision_options
@@ -79,6 +96,13 @@ _SAMPLE = 160  # characters
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw quality by diversity into a .png, .svg or .pdf file.",
 )
+@click.option(
+    "--csv",
+    "table",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the figures of each sampler, prompt and seed into a file, a row for each.",
+)
 def command(
     prompt: str | None,
     samplers: Sequence[str],
@@ -87,6 +111,7 @@ def command(
     n: int,
     max_new_tokens: int,
     seed: int,
+    seeds: int,
     model: str | None,
     tokenizer: str | None,
     device: str,
@@ -94,6 +119,7 @@ def command(
     quantize: "Quantize",
     as_json: bool,
     plot: Path | None,
+    table: Path | None,
 ) -> None:
     """Run several samplers on PROMPT and measure what they write.
 
@@ -117,12 +143,14 @@ def command(
     with_processors = [create("processor", spec, LogitsProcessor) for spec in processors]
     if plot is not None:
         check_format(plot)
-        if not plot.parent.is_dir():
-            raise SourceError(f"{plot} cannot be written: there is no directory {plot.parent}")
+    for file in (plot, table):
+        if file is not None and not file.parent.is_dir():
+            raise SourceError(f"{file} cannot be written: there is no directory {file.parent}")
     from gptk.language_model import load
 
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
-    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed}
+    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens}
+    settings |= {"seed": seed, "seeds": seeds}
     compared, is_interrupted = _compare(lm, prompts, samplers, with_processors, settings)
     if as_json:
         from gptk.records.writing import comparison_record
@@ -132,9 +160,11 @@ def command(
         )
         click.echo(json.dumps(record))
     elif compared:
-        _print(compared, n)
+        _print(compared, n, seeds)
     if plot is not None and compared:
         _plot(compared, plot)
+    if table is not None and compared:
+        _write_csv(compared, prompts, table)
     if is_interrupted:
         click.echo(f"interrupted: {len(compared)} of {len(samplers)} samplers compared", err=True)
         sys.exit(130)
@@ -190,26 +220,43 @@ def _plot(compared: "Sequence[Comparison]", plot: Path) -> None:
     note(f"plot: {plot}")
 
 
-def _print(compared: "Sequence[Comparison]", n: int) -> None:
+def _write_csv(compared: "Sequence[Comparison]", prompts: Sequence[str], table: Path) -> None:
+    import csv
+
+    from gptk.errors import SourceError
+
+    about = ("sampler", "index", "prompt", "seed", "results", "tokens")
+    try:
+        with table.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*about, *compared[0].metrics])
+            for comparison in compared:
+                for each in comparison.measured:
+                    prompt, results = prompts[each.prompt], len(each.generations)
+                    row = (comparison.sampler, each.prompt, prompt, each.seed, results, each.tokens)
+                    writer.writerow([*row, *each.metrics.values()])
+    except OSError as error:
+        raise SourceError(f"{table} cannot be written: {error.strerror or error}") from None
+    note(f"table: {table}")
+
+
+def _print(compared: "Sequence[Comparison]", n: int, seeds: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     table.add_column("Sampler", overflow="fold")
-    for column in (
-        "Results", "log p", "distinct-1", "distinct-2", "seq-rep-4", "self-BLEU", "tokens/s",
-    ):  # fmt: skip
+    for column in ("Results", *_COLUMNS.values(), "tokens/s"):
         table.add_column(column, justify="right")
     table.add_column("Text", overflow="fold", min_width=20)
     for c in compared:
-        results = max(map(len, c.texts), default=0)
-        sample = " ".join(c.texts[0][0].split())
+        results = max((len(each.generations) for each in c.measured), default=0)
+        sample = " ".join(c.measured[0].generations[0].text.split())
         table.add_row(
             Text(c.sampler),
             str(results) if results == n else f"{results} of {n}",
-            *map(_number, (c.mean_logprob, c.distinct_1, c.distinct_2)),
-            *map(_number, (c.seq_rep_4, c.self_bleu)),
+            *(_number(c.metrics[name], c.standard_errors[name]) for name in _COLUMNS),
             f"{c.tokens_per_second:.1f}",
             Text(sample if len(sample) <= _SAMPLE else sample[: _SAMPLE - 1] + "…"),
         )
@@ -220,8 +267,10 @@ def _print(compared: "Sequence[Comparison]", n: int) -> None:
         if c.results < n:
             many = "one result" if c.results == 1 else f"at most {c.results} results"
             console.print(Text(f"{c.sampler} has {many} for a prompt."))
-    console.print(Text(_NOTE, style="dim"))
+    console.print(Text(_NOTE + (_NOTE_ON_SEEDS if seeds > 1 else ""), style="dim"))
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -15,17 +15,21 @@ is None.
 """
 
 import dataclasses
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from gptk.decoding.requests import Request
 from gptk.errors import OptionError
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor, Sampler
-from gptk.measure.measures import distinct, mean, self_bleu, seq_rep
+from gptk.measure.measures import distinct, mean, self_bleu, seq_rep, standard_error
 from gptk.model.continuations import score_continuations
 from gptk.plugins.creating import create
+from gptk.spec import split_specs
 
 if TYPE_CHECKING:
     from gptk.decoding.prompts import Prompt
@@ -33,91 +37,130 @@ if TYPE_CHECKING:
     from gptk.model.protocol import CausalModel
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A sampler with processors of its own."""
+
+    name: str
+    """As the caller wrote it."""
+    sampler: Sampler
+    processors: tuple[LogitsProcessor, ...]
+    results: int
+    """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
+
+
+Compared = str | Sampler | Sequence[str | Sampler | LogitsProcessor]
+"""What may be compared: `"top-p:0.9"`, `"top-p:0.9 + repetition-penalty:1.1"`, a sampler, or a
+sequence of a sampler and processors, as specs or instances."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of a sampler for a prompt with a seed, measured."""
+
+    prompt: int
+    """The prompt's place among the prompts, from 0."""
+    seed: int
+    generations: list[Generation]
+    metrics: dict[str, float | None]
+    """By name, as in `Comparison.metrics`. None where the results are too short or too few."""
+
+    @property
+    def tokens(self) -> int:
+        """New tokens in all results."""
+        return sum(len(result.tokens) for result in self.generations)
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """The results of one sampler, measured."""
 
     sampler: str
-    """The sampler's spec string as the caller wrote it."""
+    """The sampler, and processors of its own, as the caller wrote them."""
     random: bool
     """Whether the sampler draws random numbers."""
     results: int
-    """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
-    generations: list[list[Generation]]
-    """The results of each prompt."""
-    mean_logprob: float | None
-    """Nats a token, under the model itself. None if no result has a token."""
-    distinct_1: float | None
-    distinct_2: float | None
-    """distinct-n of all results of a prompt together, the mean over prompts. It falls with the
-    length and number of texts: compare it at equal numbers of results."""
-    seq_rep_4: float | None
-    """The mean over all results."""
-    self_bleu: float | None
-    """The mean over prompts with two results or more."""
+    """Results for each prompt and seed: as many as were asked for, or the most that the sampler can
+    give."""
+    measured: list[Measured]
+    """For each seed each prompt. A sampler that draws nothing and has no processors has one seed:
+    with others its results would be the same."""
+    metrics: dict[str, float | None]
+    """Each measure by its name: of all prompts together, and the mean over the seeds.
+    `mean_logprob`: nats a token, over all new tokens; `distinct_1`, `distinct_2`, `self_bleu`: the
+    mean over prompts; `seq_rep_4`: the mean over results. distinct-n falls with the length and the
+    number of texts: compare it at equal numbers of results."""
+    standard_errors: dict[str, float | None]
+    """Of the means over the seeds; None for fewer than two seeds."""
     tokens: int
     """New tokens in all results."""
     tokens_per_second: float
-    plugin: Sampler | None = field(default=None, compare=False)
-    """The sampler itself."""
+    strategy: "Strategy | None" = field(default=None, compare=False)
+    """The sampler itself, and its processors."""
 
     @property
     def texts(self) -> list[list[str]]:
-        """The texts of the results of each prompt."""
-        return [[result.text for result in group] for group in self.generations]
-
-    @property
-    def metrics(self) -> dict[str, float | None]:
-        """The measures by their names, from `mean_logprob` to `tokens_per_second`."""
-        return {name: getattr(self, name) for name in _METRICS}
+        """The texts of the results of each prompt, with all seeds."""
+        texts: dict[int, list[str]] = {}
+        for each in self.measured:
+            texts.setdefault(each.prompt, []).extend(result.text for result in each.generations)
+        return [texts[prompt] for prompt in sorted(texts)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it, with the measures in `metrics`."""
+        """All of it as JSON has it."""
         return {
             "sampler": self.sampler,
             "random": self.random,
             "results": self.results,
             "metrics": self.metrics,
-            "generations": [[result.to_dict() for result in group] for group in self.generations],
+            "standard_errors": self.standard_errors,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "measured": [
+                {
+                    "prompt": each.prompt,
+                    "seed": each.seed,
+                    "metrics": each.metrics,
+                    "generations": [result.to_dict() for result in each.generations],
+                }
+                for each in self.measured
+            ],
         }
 
     def __repr__(self) -> str:
-        prompts = "1 prompt" if len(self.generations) == 1 else f"{len(self.generations)} prompts"
+        count = len({each.prompt for each in self.measured})
+        prompts = "1 prompt" if count == 1 else f"{count} prompts"
         results = "1 result" if self.results == 1 else f"{self.results} results"
-        known = [
-            f"{name} {value:.3f}"
-            for name, value in self.metrics.items()
-            if value is not None and name != "tokens"
-        ]
-        return f"Comparison({self.sampler!r}, {prompts}, {results} each, {', '.join(known)})"
-
-
-_METRICS = (
-    *("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"),
-    *("tokens", "tokens_per_second"),
-)
+        known = {**self.metrics, "tokens_per_second": self.tokens_per_second}
+        told = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
+        return f"Comparison({self.sampler!r}, {prompts}, {results} each, {', '.join(told)})"
 
 
 def compare(
     lm: "LanguageModel",
     prompts: "Sequence[Prompt]",
-    samplers: Sequence[str | Sampler],
+    samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
     n: int = 4,
     max_new_tokens: int = 64,
     seed: int = 0,
+    seeds: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Comparison]:
-    """Run each sampler on the same prompts with the same seed, and measure the results.
+    """Run each sampler on the same prompts with the same seeds, and measure the results.
 
+    samplers: each as a spec or an instance. With processors of its own it is a text,
+    `"top-p:0.9 + repetition-penalty:1.1"`, or a sequence of the sampler and its processors.
+    processors: those of all samplers; they come before a sampler's own.
     n: results for each prompt; a sampler that cannot give as many gives the most that it can.
+    seeds: how many seeds, `seed` and those that follow it; measures are means over them.
     progress: called after each sampler with the number of samplers done, and of all.
     Raises what `check_samplers` and `LanguageModel.generate_batch` raise.
     """
-    comparisons = compare_one_by_one(
-        lm, prompts, samplers, processors=processors, n=n, max_new_tokens=max_new_tokens, seed=seed
-    )
+    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens}
+    settings |= {"seed": seed, "seeds": seeds, "processors": processors}
+    comparisons = compare_one_by_one(lm, prompts, samplers, **settings)
     compared = []
     for comparison in comparisons:
         compared.append(comparison)
@@ -129,34 +172,51 @@ def compare(
 def compare_one_by_one(
     lm: "LanguageModel",
     prompts: "Sequence[Prompt]",
-    samplers: Sequence[str | Sampler],
+    samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
     n: int = 4,
     max_new_tokens: int = 64,
     seed: int = 0,
+    seeds: int = 1,
 ) -> Iterator[Comparison]:
     """As `compare`, each comparison as soon as it is made."""
-    checked = check_samplers(samplers, n)
+    strategies = check_samplers(samplers, n)
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise OptionError(f"seeds is {seeds}; it must be 1 to {MOST_SEEDS:,}")
     if prompts:  # warm up, so that the first sampler is not measured as slower
         lm.generate_batch(prompts[:1], max_new_tokens=1)
-    for spec, (sampler, results) in zip(samplers, checked, strict=True):
+    for strategy in strategies:
+        common: list[str | LogitsProcessor] = [*processors]
+        draws = strategy.sampler.random or bool(common or strategy.processors)
+        keys = [
+            (number, seed + ordinal)
+            for ordinal in range(seeds if draws else 1)
+            for number in range(len(prompts))
+        ]
+        requests = [
+            Request(prompts[number], settings={"seed": its_seed}, ordinal=number)
+            for number, its_seed in keys
+        ]
         start = time.perf_counter()
         best = lm.generate_batch(
-            prompts,
-            sampler=sampler,
-            processors=processors,
-            n=results,
+            requests,
+            sampler=strategy.sampler,
+            processors=[*common, *strategy.processors],
+            n=strategy.results,
             max_new_tokens=max_new_tokens,
-            seed=seed,
         )
         seconds = time.perf_counter() - start
         groups = [[result, *result.alternatives] for result in best]
-        yield _measured(_label(spec), sampler, results, groups, lm.model, seconds)
+        yield _comparison(strategy, keys, groups, lm.model, seconds)
 
 
-def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Sampler, int]]:
-    """Each sampler, and how many results it can give for a prompt, at most n.
+MOST_SEEDS = 10_000
+"""All results of a sampler are kept in memory."""
+
+
+def check_samplers(samplers: Sequence[Compared], n: int) -> list[Strategy]:
+    """Each sampler with its processors, and how many results it can give for a prompt, at most n.
 
     Raises OptionError if there are no samplers or two equal ones, and what a wrong spec raises.
     """
@@ -164,23 +224,34 @@ def check_samplers(samplers: Sequence[str | Sampler], n: int) -> list[tuple[Samp
         raise OptionError("no sampler to compare was given; name one or more")
     if n < 1:
         raise OptionError(f"n is {n}; it must be 1 or more")
-    labels: dict[str, str] = {}
-    checked = []
-    for spec in samplers:
-        sampler = create("sampler", spec, Sampler)
-        label = _label(spec)
-        if sampler.spec in labels:
+    names: dict[str, str] = {}
+    strategies = []
+    for compared in samplers:
+        strategy = _strategy(compared, n)
+        spec = " + ".join(plugin.spec for plugin in (strategy.sampler, *strategy.processors))
+        if spec in names:
             raise OptionError(
-                f"two samplers to compare are equal: {labels[sampler.spec]} and {label}; "
+                f"two samplers to compare are equal: {names[spec]} and {strategy.name}; "
                 "give each once"
             )
-        labels[sampler.spec] = label
-        checked.append((sampler, most_results(sampler, n)))
-    return checked
+        names[spec] = strategy.name
+        strategies.append(strategy)
+    return strategies
 
 
-def _label(sampler: str | Sampler) -> str:
-    return sampler if isinstance(sampler, str) else sampler.spec
+def _strategy(compared: Compared, n: int) -> Strategy:
+    parts: Sequence[str | Sampler | LogitsProcessor]
+    if isinstance(compared, str):
+        parts = split_specs(compared)
+    else:
+        parts = [compared] if isinstance(compared, Sampler) else compared
+    first, *rest = parts or [""]
+    sampler = create("sampler", cast("str | Sampler", first), Sampler)
+    processors = tuple(
+        create("processor", cast("str | LogitsProcessor", part), LogitsProcessor) for part in rest
+    )
+    name = " + ".join(part if isinstance(part, str) else part.spec for part in parts)
+    return Strategy(name, sampler, processors, most_results(sampler, n))
 
 
 def most_results(sampler: Sampler, n: int) -> int:
@@ -206,31 +277,69 @@ def most_results(sampler: Sampler, n: int) -> int:
     return fewest
 
 
-def _measured(
-    label: str,
-    sampler: Sampler,
-    results: int,
-    groups: list[list[Generation]],
+def _comparison(
+    strategy: Strategy,
+    keys: Sequence[tuple[int, int]],
+    groups: Sequence[list[Generation]],
     model: "CausalModel",
     seconds: float,
 ) -> Comparison:
-    flat = [result for group in groups for result in group]
-    tokens = [[result.tokens for result in group] for group in groups]
-    scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for r in flat])
-    total = sum(len(result.tokens) for result in flat)
+    """keys: of each group of results the prompt and the seed."""
+    scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for g in groups for r in g])
+    by_seed: dict[int, list[_Shares]] = {}
+    measured = []
+    for (prompt, seed), group in zip(keys, groups, strict=True):
+        logprobs = [next(scores).token_logprobs for _ in group]
+        shares = _shares([result.tokens for result in group], logprobs)
+        by_seed.setdefault(seed, []).append(shares)
+        results = [dataclasses.replace(result, alternatives=[]) for result in group]
+        values = {name: share.value for name, share in shares.items()}
+        measured.append(Measured(prompt, seed, results, values))
+    means = {
+        name: [_together(shares[name] for shares in of_seed) for of_seed in by_seed.values()]
+        for name in _MEASURES
+    }
+    tokens = sum(each.tokens for each in measured)
     return Comparison(
-        sampler=label,
-        random=sampler.random,
-        results=results,
-        generations=[
-            [dataclasses.replace(result, alternatives=[]) for result in group] for group in groups
-        ],
-        mean_logprob=mean(logprob for score in scores for logprob in score.token_logprobs),
-        distinct_1=mean(distinct(group, 1) for group in tokens),
-        distinct_2=mean(distinct(group, 2) for group in tokens),
-        seq_rep_4=mean(seq_rep(result.tokens, 4) for result in flat),
-        self_bleu=mean(self_bleu(group) for group in tokens),
-        tokens=total,
-        tokens_per_second=total / seconds if seconds else 0.0,
-        plugin=sampler,
+        sampler=strategy.name,
+        random=strategy.sampler.random,
+        results=strategy.results,
+        measured=measured,
+        metrics={name: mean(values) for name, values in means.items()},
+        standard_errors={name: standard_error(values) for name, values in means.items()},
+        tokens=tokens,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+        strategy=strategy,
     )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a measure is for the results of a prompt, and what that weighs among all prompts."""
+
+    value: float | None
+    weight: float = 1.0
+
+
+_Shares = dict[str, _Share]
+_MEASURES = ("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu")
+
+
+def _shares(tokens: Sequence[list[int]], logprobs: Sequence[list[float]]) -> _Shares:
+    """The measures of the results of a prompt."""
+    repetition = [value for each in tokens if (value := seq_rep(each, 4)) is not None]
+    shares = (
+        _Share(mean(itertools.chain(*logprobs)), sum(map(len, logprobs))),
+        _Share(distinct(tokens, 1)),
+        _Share(distinct(tokens, 2)),
+        _Share(mean(repetition), len(repetition)),
+        _Share(self_bleu(tokens)),
+    )
+    return dict(zip(_MEASURES, shares, strict=True))
+
+
+def _together(shares: Iterable[_Share]) -> float | None:
+    """The weighted mean of the values that are not None."""
+    known = [(share.value, share.weight) for share in shares if share.value is not None]
+    total = math.fsum(weight for _, weight in known)
+    return math.fsum(value * weight for value, weight in known) / total if total else None

@@ -71,6 +71,15 @@ class ComparisonSettings(Part):
     n: int
     max_new_tokens: int
     seed: int
+    seeds: int
+
+
+class Measured(Fields):
+    """The results of a sampler for a prompt with a seed."""
+
+    prompt: _Count
+    seed: int
+    generations: list[Result]
 
 
 class Compared(Fields):
@@ -78,7 +87,8 @@ class Compared(Fields):
 
     sampler: str
     spec: str
-    generations: list[list[Result]]
+    processors: list[str]
+    measured: list[Measured]
 
 
 class PluginFile(Part):

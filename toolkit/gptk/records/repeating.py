@@ -220,7 +220,8 @@ def _unfinished(request: Request, lm: LanguageModel, error: Exception) -> Genera
 
 
 def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
-    specs, settings = [compared.spec for compared in record.samplers], record.settings
+    specs = [[compared.spec, *compared.processors] for compared in record.samplers]
+    settings = record.settings
     plugins: list[Plugin] = []
     repetitions: list[Repetition] = []
     processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
@@ -229,10 +230,12 @@ def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
         options = settings.model_dump(exclude={"processors"})
         again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
         for compared, comparison in zip(record.samplers, again, strict=True):
-            plugins += [comparison.plugin] if comparison.plugin is not None else []
-            groups = zip(compared.generations, comparison.generations, strict=False)
-            for number, (was, now) in enumerate(groups, 1):
-                repetitions += _compare_all(f"{compared.sampler}, prompt {number}", was, now)
+            assert comparison.strategy is not None
+            plugins += [comparison.strategy.sampler, *comparison.strategy.processors]
+            several = ", seed {}" if settings.seeds > 1 else ""
+            for was, now in zip(compared.measured, comparison.measured, strict=False):
+                name = f"{compared.sampler}, prompt {was.prompt + 1}" + several.format(was.seed)
+                repetitions += _compare_all(name, was.generations, now.generations)
     return _changed(record, [*plugins, *processors], lm), repetitions
 
 

@@ -93,12 +93,14 @@ def comparison_record(
     n: int,
     max_new_tokens: int,
     seed: int,
+    seeds: int,
     tokenizer: str | None,
 ) -> dict[str, Any]:
     """The record of a comparison."""
     about = _about(lm, tokenizer)
-    samplers = [comparison.plugin for comparison in compared if comparison.plugin is not None]
-    plugins = [*samplers, *processors, *loader_of(lm)]
+    strategies = [each.strategy for each in compared if each.strategy is not None]
+    own = [plugin for each in strategies for plugin in (each.sampler, *each.processors)]
+    plugins = [*own, *processors, *loader_of(lm)]
     return {
         "record": "comparison",
         "version": VERSION,
@@ -108,10 +110,15 @@ def comparison_record(
             "n": n,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
+            "seeds": seeds,
         },
         "samplers": [
-            {**comparison.to_dict(), "spec": full_spec(sampler)}
-            for comparison, sampler in zip(compared, samplers, strict=True)
+            {
+                **comparison.to_dict(),
+                "spec": full_spec(strategy.sampler),
+                "processors": [full_spec(processor) for processor in strategy.processors],
+            }
+            for comparison, strategy in zip(compared, strategies, strict=True)
         ],
         **about,
         "plugins": _plugins(plugins),
