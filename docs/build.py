@@ -223,7 +223,7 @@ the sampler's own included, and equal those of a teacher-forced pass over the te
 | constraints | Every text is a prefix of a valid text, and every text that ends by EOS is valid; \
 `complete` says whether a text is valid itself. |
 | a draft | Exactly the tokens that come without a draft, in sampling with the same seed, too. |
-| a batch | A prompt gives the same text alone and anywhere in a batch, for float32. |
+| a batch | A prompt gives the same text alone, with its `ordinal`, and in any batch, for float32. |
 | no KV cache | The same text, slowly. |
 | `--overflow slide` | The model sees the last window of tokens, at positions from zero, with \
 any sampler; once the window is full a draft guesses no more. |

@@ -702,11 +702,8 @@ def test_observers_that_began_are_closed_where_a_later_one_cannot(tmp_path):
 
 
 def test_a_batch_of_no_prompts():
-    stream = LM.stream_batch([])
-    assert list(stream) == []
-    assert stream.results == []
-    with pytest.raises(gptk.GptkError, match="there was no prompt"):
-        _ = stream.result
+    assert LM.generate_batch([]) == []
+    assert list(LM.generate_many([])) == []
 
 
 OPTIONS = [

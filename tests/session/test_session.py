@@ -174,13 +174,16 @@ def test_parents_that_are_not_rows_are_refused(parents):
         session.select(parents)
 
 
-def test_random_streams_are_keyed_by_prompt_repeat_and_sample():
+def test_random_streams_are_keyed_by_prompt_ordinal_and_sample():
     model = MODELS["gpt2-like"]
-    alone = DecodeSession(model, [[1, 2]], seed=5).rows.uniform()
-    batch = DecodeSession(model, [[9], [1, 2], [1, 2]], seed=5).rows.uniform()
+    alone = DecodeSession(model, [[1, 2]], seed=5, ordinals=[1]).rows.uniform()
+    session = DecodeSession(model, [[9], [1, 2], [1, 2]], seed=5)
+    batch = session.rows.uniform()
+    assert session.rows.ordinals == (0, 1, 2)
     assert batch[1] == alone[0]
     assert len(set(batch.tolist())) == 3
     samples = DecodeSession(model, [[9], [1, 2]], samples=2, seed=5).rows.uniform()
     assert samples[2] == alone[0]
     assert len(set(samples.tolist())) == 4
-    assert DecodeSession(model, [[1, 2]], seed=6).rows.uniform() != alone
+    assert DecodeSession(model, [[1, 2]], seed=6, ordinals=[1]).rows.uniform() != alone
+    assert DecodeSession(model, [[1, 2]], seed=5).rows.uniform() != alone
