@@ -35,6 +35,7 @@ KINDS = {
     "processor": "Logits processors",
     "drafter": "Drafters",
     "scorer": "Scorers",
+    "metric": "Metrics",
 }
 FOLDERS = {kind: f"{kind}s" for kind in KINDS}
 STORY = "Once upon a time there was a"
@@ -133,6 +134,8 @@ def page(kind, plugin, lm, again):
     lines += ["", *ways_to_name(item)]
     if kind == "scorer":
         return "\n".join([*lines, "", f"Used by best-of-n: `best-of-n:scorer={plugin.name}`.", ""])
+    if kind == "metric":
+        return "\n".join([*lines, "", f"Used by `gptk compare --metric {plugin.name}`.", ""])
     settings = arguments(kind, plugin.name, spec)
     prompt = PROMPTS.get((kind, plugin.name), STORY)
     command = " ".join(
@@ -390,6 +393,7 @@ FROM_PYTHON = {
     "processor": 'lm.generate(prompt, processors=["NAME"])',
     "drafter": 'lm.generate(prompt, draft="NAME")',
     "scorer": 'lm.generate(prompt, sampler="best-of-n:scorer=NAME")',
+    "metric": 'gptk.compare(lm, prompts, samplers, metrics=["NAME"])',
     "decoding-observer": 'lm.generate(prompt, observers=["NAME"])',
     "scheduler": 'gptk.TrainConfig(scheduler="NAME")',
     "regularizer": 'gptk.TrainConfig(regularizers=["NAME"])',
@@ -600,13 +604,13 @@ API = {
     "Decoding": """Run Decoding Limits Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins distribution PluginWarning Sampler LogitsProcessor
-        Drafter Draft Scorer DecodingObserver DecodingListener DecodingStep LRScheduler Regularizer
-        gradient_norm TrainingObserver TrainingListener WeightLoader Checkpoint Tensors
+        Drafter Draft Scorer Metric DecodingObserver DecodingListener DecodingStep LRScheduler
+        Regularizer gradient_norm TrainingObserver TrainingListener WeightLoader Checkpoint Tensors
         WeightWriter TokenizerLoader""",
     "Testing plug-ins": """testing.PluginContract testing.ProcessorContract
         testing.TruncationContract testing.SamplerContract testing.DrafterContract
-        testing.ScorerContract testing.DecodingObserverContract testing.SchedulerContract
-        testing.RegularizerContract testing.TrainingObserverContract
+        testing.ScorerContract testing.MetricContract testing.DecodingObserverContract
+        testing.SchedulerContract testing.RegularizerContract testing.TrainingObserverContract
         testing.LoaderContract testing.WriterContract testing.TokenizerContract
         testing.ModelContract testing.BrokenPromise testing.tiny_lm testing.tiny_gpt
         testing.markov_lm testing.prompts testing.batches testing.logits""",

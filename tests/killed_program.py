@@ -59,8 +59,10 @@ def _serve() -> None:
     from gptk.plugins.registry import failures
 
     assert not list(failures(KINDS))  # finds and imports the plug-ins
+    caught = {signal.SIGINT, signal.SIGTERM}
     for line in iter(sys.stdin.readline, ""):
         args, stderr, signals = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, caught)  # until main() has begun
         child = os.fork()
         if child == 0:
             _run(args, stderr)
@@ -83,14 +85,20 @@ def _serve() -> None:
 
 def _run(args: Sequence[str], stderr: str) -> NoReturn:
     """The program, in this process, which ends as any that Python has started."""
-    from gptk_command import main
+    import gptk_command
 
     nothing, said = os.open(os.devnull, os.O_RDWR), os.open(stderr, os.O_WRONLY | os.O_CREAT)
     for descriptor, replaced in ((nothing, 0), (nothing, 1), (said, 2)):
         os.dup2(descriptor, replaced)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - as new, nothing read of it
     sys.argv = ["gptk", *args]
-    main()
+    gptk_command.find_problem = _unblock
+    gptk_command.main()
+
+
+def _unblock() -> None:
+    """What main() calls first."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _wait(child: int, end: float) -> int | None:

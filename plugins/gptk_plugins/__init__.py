@@ -38,6 +38,13 @@ def gptk_scorers() -> list[type[gptk.Scorer]]:
 
 
 @gptk.hookimpl
+def gptk_metrics() -> list[type[gptk.Metric]]:
+    from gptk_plugins import metrics
+
+    return classes(metrics)
+
+
+@gptk.hookimpl
 def gptk_weight_loaders() -> list[type[gptk.WeightLoader]]:
     from gptk_plugins import loaders
 

@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--max-new-tokens": ["1", "5"], "--seed": ["0", "3"], "--json": [],
         "--plot": ["p.png", "p.svg", "p.txt", "no/p.png"], "--prompts-file": ["p.txt"],
         "--seeds": ["1", "2"], "--csv": ["t.csv", ".", "no/t.csv"],
+        "--metric": ["distinct:3", "mean-logprob", "distinct:0", "no"],
         "--model": [str(MODEL)], "--dtype": ["float32", "bfloat16"],
     },
     "eval": {
@@ -233,9 +234,12 @@ def comparison() -> Any:
     from gptk.records.writing import comparison_record
 
     toy()
-    lm, settings = load(str(MODEL)), {"n": 2, "max_new_tokens": 3, "seed": 0, "seeds": 2}
+    lm, settings = (
+        load(str(MODEL)),
+        {"n": 2, "max_new_tokens": 3, "seed": 0, "seeds": 2, "metrics": ()},
+    )
     compared = compare(lm, ["ab", "c"], ["greedy", "top-k:k=4 + min-p"], **settings)
-    return comparison_record(lm, ["ab", "c"], compared, [], tokenizer=None, **settings)
+    return comparison_record(lm, ["ab", "c"], compared, processors=[], tokenizer=None, **settings)
 
 
 def test_records(attack):

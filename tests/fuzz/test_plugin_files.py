@@ -138,6 +138,8 @@ def run(plugin: tuple[str, str]) -> None:
             plugins.register_file(file)
             if kind in settings:
                 lm.generate_batch(["abab", "c"], max_new_tokens=4, seed=0, **settings[kind])
+            elif kind == "metric":
+                gptk.compare(lm, ["abab", "c"], ["greedy"], max_new_tokens=4, metrics=["mine"])
             elif kind == "tokenizer":
                 gptk.load_tokenizer("mine").encode("größer")
             elif kind in ("loader", "writer"):

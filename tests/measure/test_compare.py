@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 import gptk
-from gptk.measure.comparison import Comparison, compare
-from gptk.measure.measures import bleu, distinct, mean, self_bleu, seq_rep
+from gptk.measure.comparison import METRICS, Comparison, compare
+from gptk.measure.means import mean
 from gptk.measure.plane import plot_comparison
 from gptk.testing import tiny_lm
+from gptk_plugins.metrics.distinct import distinct
+from gptk_plugins.metrics.self_bleu import bleu, self_bleu
+from gptk_plugins.metrics.seq_rep import seq_rep
 from pictures import SIGNATURES, svg_texts
 from program import failing
 from program import gptk as run_gptk
@@ -138,10 +141,10 @@ def test_a_comparison_measures_what_generate_makes(lm):
     flat = [result for group in groups for result in group]
     assert top_k.tokens == sum(len(result.tokens) for result in flat)
     metrics = top_k.metrics
-    assert metrics["distinct_1"] == pytest.approx(mean(distinct(group, 1) for group in tokens))
-    assert metrics["distinct_2"] == pytest.approx(mean(distinct(group, 2) for group in tokens))
-    assert metrics["self_bleu"] == pytest.approx(mean(self_bleu(group) for group in tokens))
-    assert metrics["seq_rep_4"] == pytest.approx(mean(seq_rep(result.tokens, 4) for result in flat))
+    assert metrics["distinct:1"] == pytest.approx(mean(distinct(group, 1) for group in tokens))
+    assert metrics["distinct:2"] == pytest.approx(mean(distinct(group, 2) for group in tokens))
+    assert metrics["self-bleu"] == pytest.approx(mean(self_bleu(group) for group in tokens))
+    assert metrics["seq-rep:4"] == pytest.approx(mean(seq_rep(result.tokens, 4) for result in flat))
     assert top_k.tokens_per_second > 0
     # The model's probabilities, not those from which the sampler chose.
     logprobs = [
@@ -151,10 +154,10 @@ def test_a_comparison_measures_what_generate_makes(lm):
             len(result.prompt_tokens) - 1 :
         ]
     ]
-    assert metrics["mean_logprob"] == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-5)
+    assert metrics["mean-logprob"] == pytest.approx(math.fsum(logprobs) / len(logprobs), abs=1e-5)
     chosen = [value for result in flat for value in result.token_logprobs]
-    assert abs(metrics["mean_logprob"] - math.fsum(chosen) / len(chosen)) > 0.1
-    assert (greedy.random, greedy.results, greedy.metrics["self_bleu"]) == (False, 1, None)
+    assert abs(metrics["mean-logprob"] - math.fsum(chosen) / len(chosen)) > 0.1
+    assert (greedy.random, greedy.results, greedy.metrics["self-bleu"]) == (False, 1, None)
     assert [len(texts) for texts in greedy.texts] == [1, 1, 1]
 
 
@@ -205,11 +208,69 @@ def test_measures_are_means_over_seeds_with_standard_errors(lm):
         expected = numpy.std(values, ddof=1) / 3**0.5
         assert top_k.standard_errors[name] == pytest.approx(expected, abs=1e-5)
         assert [each.standard_errors[name] for each in alone] == [None] * 3
-    assert top_k.standard_errors["mean_logprob"] > 0.01
+    assert top_k.standard_errors["mean-logprob"] > 0.01
     assert [m.seed for m in greedy.measured] == [5] * 3  # others would give the same
     assert len(penalty.measured) == 9  # a processor may draw
     with pytest.raises(gptk.OptionError, match="seeds is 0; it must be 1 to 10,000"):
         compare(lm, PROMPTS, ["greedy"], seeds=0)
+
+
+class Lengths(gptk.Metric):
+    """The number of tokens up to a most, weighted by the number of the prompt's tokens."""
+
+    name = "lengths"
+    most: int = 100
+
+    def measure(self, results, logprobs):
+        if self.most == 99:
+            raise ZeroDivisionError
+        assert [len(each) for each in logprobs] == [len(result.tokens) for result in results]
+        return {98: math.nan, 97: "x"}.get(self.most, min(self.most, len(results[0].tokens)))
+
+    def weight(self, results):
+        return len(results[0].prompt_tokens)
+
+
+@pytest.fixture
+def lengths():
+    plugin = types.ModuleType("lengths")
+    plugin.gptk_metrics = gptk.hookimpl(lambda: [Lengths], specname="gptk_metrics")
+    gptk.plugins.register(plugin, origin="their-lengths 1.0")
+    yield
+    gptk.plugins.unregister(plugin)
+
+
+def test_a_metric_of_a_plugin_is_measured_besides_the_others(lm, model, lengths, tmp_path):
+    metrics = ["lengths:most=3", Lengths(), "distinct:n=1"]
+    always_ends = replace(lm.tokenizer, eos=(ord("x"), 256))
+    (c,) = compare(
+        gptk.LanguageModel(lm.model, always_ends), ["a", "abc"], ["multinomial"], n=1,
+        max_new_tokens=5, metrics=metrics,
+    )  # fmt: skip
+    assert [*c.metrics] == [*METRICS, "lengths:most=3", "lengths"]
+    one, two = (len(each.generations[0].tokens) for each in c.measured)
+    assert c.metrics["lengths"] == pytest.approx((one * 1 + two * 3) / 4)
+    assert [each.metrics["lengths:most=3"] for each in c.measured] == [min(3, one), min(3, two)]
+    out = run_gptk(
+        "compare", "abc", "--model", model, "--sampler", "greedy", "--max-new-tokens", 3, "--json",
+        "--metric", "lengths:most=2",
+    )  # fmt: skip
+    record = json.loads(out.stdout)
+    assert record["samplers"][0]["metrics"]["lengths:most=2"] == 2
+    assert record["settings"]["metrics"][-1] == "lengths:most=2"
+    assert record["plugins"]["metric lengths"] == "their-lengths 1.0"
+    (tmp_path / "record.json").write_text(out.stdout)
+    assert run_gptk("repeat", tmp_path / "record.json").returncode == 0
+
+
+@pytest.mark.parametrize(("most", "words"), [
+    (99, r"^metric lengths of their-lengths 1.0 .* failed in Lengths.measure.*ZeroDivisionError"),
+    (98, r"^metric lengths of .*measure\(\) returned nan; it must return a finite number or None"),
+    (97, r"^metric lengths of .*measure\(\) returned 'x'; it must return a finite number or None"),
+])  # fmt: skip
+def test_a_metric_that_fails_is_named(lm, lengths, most, words):
+    with pytest.raises(gptk.PluginError, match=words):
+        compare(lm, ["x"], ["greedy"], n=1, max_new_tokens=2, metrics=[f"lengths:most={most}"])
 
 
 def test_instances_are_called_by_their_spec_and_progress_is_told(lm):
@@ -255,11 +316,14 @@ def test_samplers_that_cannot_be_compared(lm, samplers, words):
 # --- The plot ---------------------------------------------------------------------------------
 
 
+_NAMES = {"mean_logprob": "mean-logprob", "distinct_2": "distinct:2", "self_bleu": "self-bleu"}
+
+
 def measured(sampler, *, random=True, results=4, **known):
-    names = ("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu")
+    known = {_NAMES[name]: value for name, value in known.items()}
     return Comparison(
         sampler=sampler, random=random, results=results, measured=[], tokens=8,
-        metrics=dict.fromkeys(names) | known, standard_errors=dict.fromkeys(names),
+        metrics=dict.fromkeys(METRICS) | known, standard_errors=dict.fromkeys(METRICS),
         tokens_per_second=1.0,
     )  # fmt: skip
 
@@ -337,18 +401,18 @@ def test_the_table_has_a_line_for_each_sampler(model):
     out = run_gptk(
         "compare", "abc", "--model", model, "--sampler", "top-p:p=0.9", "--sampler", "greedy",
         "--sampler", "beam:width=2", "--n", 3, "--max-new-tokens", 6,
-        "--processor", "repetition-penalty:penalty=1.3",
+        "--processor", "repetition-penalty:penalty=1.3", "--metric", "distinct:3",
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
-    head = "Sampler Results log p distinct-1 distinct-2 seq-rep-4 self-BLEU tokens/s Text"
-    assert lines[0].split() == head.split()
+    head = ["Sampler", "Results", *METRICS, "distinct:3", "tokens/s", "Text"]
+    assert lines[0].split() == head
     for name in ("top-p:p=0.9    3", "greedy    1 of 3", "beam:width=2    2 of 3"):
         words = name.split()
         assert any(line.split()[: len(words)] == words for line in lines)
     assert "greedy has one result for a prompt." in lines
     assert "beam:width=2 has at most 2 results for a prompt." in lines
-    assert "log p: mean log-probability" in out.stdout
+    assert "mean-logprob: The mean log-probability of the new tokens" in out.stdout
 
 
 def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
@@ -368,13 +432,16 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
         "max_new_tokens": 5,
         "seed": 7,
         "seeds": 1,
-    }
+        "metrics": [
+            "mean-logprob", "distinct:n=1", "distinct:n=2", "seq-rep:n=4", "self-bleu:n=4",
+        ],
+    }  # fmt: skip
     assert (top_p["sampler"], top_p["random"], top_p["results"]) == ("top-p:p=0.9", True, 2)
     assert [len(each["generations"]) for each in top_p["measured"]] == [2, 2]
     assert [len(each["generations"]) for each in greedy["measured"]] == [1, 1]
-    measures = {"mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"}
+    measures = {"mean-logprob", "distinct:1", "distinct:2", "seq-rep:4", "self-bleu"}
     assert top_p["metrics"].keys() == greedy["metrics"].keys() == measures
-    assert greedy["metrics"]["self_bleu"] is None
+    assert greedy["metrics"]["self-bleu"] is None
     again = json.loads(run_gptk(*args).stdout)["samplers"][0]
     assert again["measured"] == top_p["measured"]
 
@@ -409,12 +476,12 @@ def test_the_table_in_a_file_has_a_row_for_each_sampler_prompt_and_seed(model, t
     texts = ["one", '"two", words']
     top_p = [("top-p + min-p:0.1", str(i), texts[i], seed) for seed in "01" for i in range(2)]
     assert keys == [*top_p, *[("greedy", str(i), texts[i], "0") for i in range(2)]]
-    names = ["mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu"]
+    names = ["mean-logprob", "distinct:1", "distinct:2", "seq-rep:4", "self-bleu"]
     assert [*rows[0]] == ["sampler", "index", "prompt", "seed", "results", "tokens", *names]
     compared = compare(gptk.load(model), texts, ["greedy"], n=2, max_new_tokens=5)[0].measured
     for row, each in zip(rows[4:], compared, strict=True):
-        assert (row["results"], row["self_bleu"]) == ("1", "")
-        assert float(row["mean_logprob"]) == pytest.approx(each.metrics["mean_logprob"], abs=1e-4)
+        assert (row["results"], row["self-bleu"]) == ("1", "")
+        assert float(row["mean-logprob"]) == pytest.approx(each.metrics["mean-logprob"], abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
@@ -441,6 +508,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
         ((*greedy, "--processor", "top-n"), "no processor is called 'top-n'", 2),
         ((*greedy, "--csv", tmp_path / "no" / "x.csv"), "there is no directory", 1),
         ((*greedy, "--seeds", 0), "0 is not in the range 1<=x<=10000", 2),
+        ((*greedy, "--metric", "self-blue"), "no metric is called 'self-blue'", 2),
         ((*greedy, "--n", 0), "0 is not in the range 1<=x<=100000", 2),
         ((*greedy, "--plot", tmp_path / "x.txt"), "allowed: .png, .svg", 2),
         ((*greedy, "--plot", tmp_path / "no" / "x.png"), "there is no directory", 1),

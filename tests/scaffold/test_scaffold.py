@@ -521,6 +521,12 @@ def use(kind, environment, folder, data):
         out = environment.run("gptk", "runner-up", "abc", "--model", model, "--top", 3)
         assert len(out.stdout.splitlines()) == 3
         return environment.run("gptk", "runner-up", "--help").stdout
+    if kind == "metric":
+        out = environment.run(
+            "gptk", "compare", "abc", *how, "--metric", "runner-up", "--max-new-tokens", 3, "--json"
+        )
+        assert 0 <= json.loads(out.stdout)["samplers"][0]["metrics"]["runner-up"] <= 3
+        return out.stdout
     if kind == "writer":
         gptk.LanguageModel(tiny_gpt(GPT2_LIKE)).save(folder / "bare")
         environment.run("gptk", "convert", folder / "bare", folder / "out", "--to", "runner-up")

@@ -78,6 +78,7 @@ cover(
 )
 cover("scheduler", testing.SchedulerContract, SCHEDULERS)
 cover("scorer", testing.ScorerContract, {})
+cover("metric", testing.MetricContract, {})
 cover(
     "regularizer",
     testing.RegularizerContract,

@@ -70,6 +70,7 @@ _HOMES = {
     "load_tokenizer": "weights.tokenizers",
     "LogitsProcessor": "hooks.sampling",
     "LRScheduler": "hooks.training",
+    "Metric": "hooks.measuring",
     "ModelConfig": "model.protocol",
     "OptionError": "errors",
     "OutOfMemory": "errors",
@@ -163,6 +164,7 @@ if TYPE_CHECKING:
     from gptk.hooks.choice import Choice as Choice
     from gptk.hooks.drafting import Draft as Draft
     from gptk.hooks.drafting import Drafter as Drafter
+    from gptk.hooks.measuring import Metric as Metric
     from gptk.hooks.observing import DecodingListener as DecodingListener
     from gptk.hooks.observing import DecodingObserver as DecodingObserver
     from gptk.hooks.observing import DecodingStep as DecodingStep

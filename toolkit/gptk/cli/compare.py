@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,24 +20,12 @@ from gptk.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from gptk.hooks.sampling import LogitsProcessor
+    from gptk.hooks.measuring import Metric
     from gptk.language_model import LanguageModel
     from gptk.measure.comparison import Comparison
     from gptk.model.quantization import Quantize
 
-_NOTE = (
-    "log p: mean log-probability of the new tokens under the model itself, nats a token. "
-    "distinct-n: distinct n-grams / all n-grams of a prompt's results. seq-rep-4: share of "
-    "repeated 4-grams in a text. self-BLEU: how alike the results of a prompt are."
-)
-_NOTE_ON_SEEDS = " ±: the standard error over the seeds."
-_COLUMNS = {
-    "mean_logprob": "log p",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "seq_rep_4": "seq-rep-4",
-    "self_bleu": "self-BLEU",
-}
+_NOTE_ON_SEEDS = "±: the standard error over the seeds."
 _SAMPLE = 160  # characters
 
 
@@ -58,6 +46,13 @@ _SAMPLE = 160  # characters
     multiple=True,
     help="A logits processor that all samplers get, before their own. Repeat for several; they "
     "work in the order given.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    metavar="SPEC",
+    multiple=True,
+    help="What to measure besides the metrics that are always measured. Repeat for several.",
 )
 @click.option(
     "--prompts-file",
@@ -107,11 +102,8 @@ def command(
     prompt: str | None,
     samplers: Sequence[str],
     processors: Sequence[str],
+    metrics: Sequence[str],
     prompts_file: IO[str] | None,
-    n: int,
-    max_new_tokens: int,
-    seed: int,
-    seeds: int,
     model: str | None,
     tokenizer: str | None,
     device: str,
@@ -120,47 +112,41 @@ def command(
     as_json: bool,
     plot: Path | None,
     table: Path | None,
+    **settings: Any,
 ) -> None:
     """Run several samplers on PROMPT and measure what they write.
 
     Quality is the mean log-probability of the new tokens under the model itself, without
-    processors, so that it compares between samplers; diversity is told by distinct-1, distinct-2
-    and self-BLEU, repetition by seq-rep-4. All are of the model's tokens. Prompts may come from a
+    processors, so that it compares between samplers; diversity is told by distinct:1, distinct:2
+    and self-bleu, repetition by seq-rep:4. All are of the model's tokens. Prompts may come from a
     file or standard input, too.
     """
     if not samplers:
         raise click.UsageError("name one sampler or more to compare, --sampler SPEC each")
     prompts = _read_prompts(prompt, prompts_file)
     warn_of_failures()
-    from gptk.errors import SourceError
     from gptk.hooks.sampling import LogitsProcessor
-    from gptk.measure.comparison import check_samplers
-    from gptk.plots.style import check_format
+    from gptk.measure.comparison import check_metrics, check_samplers
     from gptk.plugins.creating import create
 
     # Report mistakes before the model is loaded.
-    check_samplers(samplers, n)
+    check_samplers(samplers, settings["n"])
+    measures = check_metrics(metrics)
     with_processors = [create("processor", spec, LogitsProcessor) for spec in processors]
-    if plot is not None:
-        check_format(plot)
-    for file in (plot, table):
-        if file is not None and not file.parent.is_dir():
-            raise SourceError(f"{file} cannot be written: there is no directory {file.parent}")
+    _check_files(plot, table)
     from gptk.language_model import load
 
     lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
-    settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens}
-    settings |= {"seed": seed, "seeds": seeds}
-    compared, is_interrupted = _compare(lm, prompts, samplers, with_processors, settings)
+    asked: dict[str, Any] = {"processors": with_processors, "metrics": metrics, **settings}
+    compared, is_interrupted = _compare(lm, prompts, samplers, asked)
     if as_json:
         from gptk.records.writing import comparison_record
 
-        record = comparison_record(
-            lm, prompts, compared, with_processors, tokenizer=tokenizer, **settings
-        )
+        asked["metrics"] = [*measures.values()]
+        record = comparison_record(lm, prompts, compared, tokenizer=tokenizer, **asked)
         click.echo(json.dumps(record))
     elif compared:
-        _print(compared, n, seeds)
+        _print(compared, measures, settings["n"])
     if plot is not None and compared:
         _plot(compared, plot)
     if table is not None and compared:
@@ -185,12 +171,23 @@ def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]
     return prompts
 
 
+def _check_files(plot: Path | None, table: Path | None) -> None:
+    """Raise SourceError or OptionError for files that cannot be written."""
+    from gptk.errors import SourceError
+    from gptk.plots.style import check_format
+
+    if plot is not None:
+        check_format(plot)
+    for file in (plot, table):
+        if file is not None and not file.parent.is_dir():
+            raise SourceError(f"{file} cannot be written: there is no directory {file.parent}")
+
+
 def _compare(
     lm: "LanguageModel",
     prompts: Sequence[str],
     samplers: Sequence[str],
-    processors: "Sequence[LogitsProcessor]",
-    settings: dict[str, Any],
+    asked: Mapping[str, Any],
 ) -> "tuple[list[Comparison], bool]":
     """The comparisons, and whether Ctrl-C has ended them before the last sampler."""
     from gptk.measure.comparison import compare_one_by_one
@@ -198,9 +195,7 @@ def _compare(
     compared: list[Comparison] = []
     with progress_bar("Comparing") as progress:
         try:
-            for comparison in compare_one_by_one(
-                lm, prompts, samplers, processors=processors, **settings
-            ):
+            for comparison in compare_one_by_one(lm, prompts, samplers, **asked):
                 compared.append(comparison)
                 if progress is not None:
                     progress(len(compared), len(samplers))
@@ -240,14 +235,16 @@ def _write_csv(compared: "Sequence[Comparison]", prompts: Sequence[str], table: 
     note(f"table: {table}")
 
 
-def _print(compared: "Sequence[Comparison]", n: int, seeds: int) -> None:
+def _print(compared: "Sequence[Comparison]", measures: "Mapping[str, Metric]", n: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from gptk.plugins.registry import summary
+
     table = Table(box=None, pad_edge=False)
     table.add_column("Sampler", overflow="fold")
-    for column in ("Results", *_COLUMNS.values(), "tokens/s"):
+    for column in ("Results", *measures, "tokens/s"):
         table.add_column(column, justify="right")
     table.add_column("Text", overflow="fold", min_width=20)
     for c in compared:
@@ -256,7 +253,7 @@ def _print(compared: "Sequence[Comparison]", n: int, seeds: int) -> None:
         table.add_row(
             Text(c.sampler),
             str(results) if results == n else f"{results} of {n}",
-            *(_number(c.metrics[name], c.standard_errors[name]) for name in _COLUMNS),
+            *(_number(c.metrics[name], c.standard_errors[name]) for name in measures),
             f"{c.tokens_per_second:.1f}",
             Text(sample if len(sample) <= _SAMPLE else sample[: _SAMPLE - 1] + "…"),
         )
@@ -267,7 +264,10 @@ def _print(compared: "Sequence[Comparison]", n: int, seeds: int) -> None:
         if c.results < n:
             many = "one result" if c.results == 1 else f"at most {c.results} results"
             console.print(Text(f"{c.sampler} has {many} for a prompt."))
-    console.print(Text(_NOTE + (_NOTE_ON_SEEDS if seeds > 1 else ""), style="dim"))
+    notes = [f"{kind.name}: {summary(kind)}" for kind in dict.fromkeys(map(type, measures.values()))]
+    if any(error is not None for c in compared for error in c.standard_errors.values()):
+        notes.append(_NOTE_ON_SEEDS)
+    console.print(Text("\n".join(notes), style="dim"))
 
 
 def _number(value: float | None, error: float | None) -> str:

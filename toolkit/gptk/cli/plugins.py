@@ -26,6 +26,7 @@ USES = {
     "processor": 'gptk generate "Once upon a time" --sampler multinomial --processor {}',
     "drafter": 'gptk generate "one two three one two" --draft {}',
     "scorer": 'gptk generate "Once upon a time" --sampler best-of-n:scorer={}',
+    "metric": 'gptk compare "Once upon a time" --sampler multinomial --metric {}',
     "scheduler": "gptk train --set scheduler={}",
     "regularizer": "gptk train --set regularizers={}",
     "training-observer": "gptk train --set observers={}",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import click
 
     from gptk.hooks.drafting import Drafter
+    from gptk.hooks.measuring import Metric
     from gptk.hooks.observing import DecodingObserver
     from gptk.hooks.sampling import LogitsProcessor, Sampler, Scorer
     from gptk.hooks.tokenizers import TokenizerLoader
@@ -63,6 +64,11 @@ def gptk_drafters() -> "list[type[Drafter]]":  # type: ignore[empty-body]
 @hookspec
 def gptk_scorers() -> "list[type[Scorer]]":  # type: ignore[empty-body]
     """Judges of whole results, for the sampler best-of-n."""
+
+
+@hookspec
+def gptk_metrics() -> "list[type[Metric]]":  # type: ignore[empty-body]
+    """Measures of the results of a prompt, for `gptk compare --metric`."""
 
 
 @hookspec

@@ -2,32 +2,26 @@
 
 No strategy is best in every respect: strategies that choose likely tokens repeat themselves, and
 strategies that sample from the whole distribution become incoherent (Holtzman et al. 2020). So each
-is a point in a plane of quality by diversity (Caccia et al. 2020, Zhang et al. 2021). Quality is
-measured alike for all strategies:
-
-    mean log-probability = 1/N Σ log p(token | all tokens before it),  p of the model itself
-
-over all N new tokens of all results, without EOS, processors and temperature. The log-probabilities
-that samplers themselves report are of a different distribution for each sampler.
-
-The other measures compare sequences of the model's tokens. A measure for which a text is too short
-is None.
+is a point in a plane of quality by diversity (Caccia et al. 2020, Zhang et al. 2021). What is
+measured are plug-ins, see `gptk.Metric`.
 """
 
 import dataclasses
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 from gptk.decoding.requests import Request
 from gptk.errors import OptionError
+from gptk.hooks.measuring import Metric
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor, Sampler
-from gptk.measure.measures import distinct, mean, self_bleu, seq_rep, standard_error
+from gptk.measure.means import mean, standard_error
 from gptk.model.continuations import score_continuations
+from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 from gptk.spec import split_specs
 
@@ -35,6 +29,10 @@ if TYPE_CHECKING:
     from gptk.decoding.prompts import Prompt
     from gptk.language_model import LanguageModel
     from gptk.model.protocol import CausalModel
+
+
+METRICS = ("mean-logprob", "distinct:1", "distinct:2", "seq-rep:4", "self-bleu")
+"""What is always measured."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,8 @@ class Comparison:
     """For each seed each prompt. A sampler that draws nothing and has no processors has one seed:
     with others its results would be the same."""
     metrics: dict[str, float | None]
-    """Each measure by its name: of all prompts together, and the mean over the seeds.
-    `mean_logprob`: nats a token, over all new tokens; `distinct_1`, `distinct_2`, `self_bleu`: the
-    mean over prompts; `seq_rep_4`: the mean over results. distinct-n falls with the length and the
-    number of texts: compare it at equal numbers of results."""
+    """Each metric by its spec, such as `distinct:1`: the mean over the prompts, weighted as the
+    metric says, and of that the mean over the seeds."""
     standard_errors: dict[str, float | None]
     """Of the means over the seeds; None for fewer than two seeds."""
     tokens: int
@@ -146,6 +142,7 @@ def compare(
     max_new_tokens: int = 64,
     seed: int = 0,
     seeds: int = 1,
+    metrics: Sequence[str | Metric] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Comparison]:
     """Run each sampler on the same prompts with the same seeds, and measure the results.
@@ -155,11 +152,12 @@ def compare(
     processors: those of all samplers; they come before a sampler's own.
     n: results for each prompt; a sampler that cannot give as many gives the most that it can.
     seeds: how many seeds, `seed` and those that follow it; measures are means over them.
+    metrics: what is measured besides `METRICS`, as specs or instances.
     progress: called after each sampler with the number of samplers done, and of all.
     Raises what `check_samplers` and `LanguageModel.generate_batch` raise.
     """
     settings: dict[str, Any] = {"n": n, "max_new_tokens": max_new_tokens}
-    settings |= {"seed": seed, "seeds": seeds, "processors": processors}
+    settings |= {"seed": seed, "seeds": seeds, "processors": processors, "metrics": metrics}
     comparisons = compare_one_by_one(lm, prompts, samplers, **settings)
     compared = []
     for comparison in comparisons:
@@ -179,11 +177,13 @@ def compare_one_by_one(
     max_new_tokens: int = 64,
     seed: int = 0,
     seeds: int = 1,
+    metrics: Sequence[str | Metric] = (),
 ) -> Iterator[Comparison]:
     """As `compare`, each comparison as soon as it is made."""
     strategies = check_samplers(samplers, n)
     if not 1 <= seeds <= MOST_SEEDS:
         raise OptionError(f"seeds is {seeds}; it must be 1 to {MOST_SEEDS:,}")
+    measures = check_metrics(metrics)
     if prompts:  # warm up, so that the first sampler is not measured as slower
         lm.generate_batch(prompts[:1], max_new_tokens=1)
     for strategy in strategies:
@@ -208,7 +208,7 @@ def compare_one_by_one(
         )
         seconds = time.perf_counter() - start
         groups = [[result, *result.alternatives] for result in best]
-        yield _comparison(strategy, keys, groups, lm.model, seconds)
+        yield _comparison(strategy, keys, groups, lm.model, measures, seconds)
 
 
 MOST_SEEDS = 10_000
@@ -237,6 +237,19 @@ def check_samplers(samplers: Sequence[Compared], n: int) -> list[Strategy]:
         names[spec] = strategy.name
         strategies.append(strategy)
     return strategies
+
+
+def check_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
+    """The metrics of a comparison by their names, which are their specs as they were written.
+
+    metrics: those besides `METRICS`. Raises what a wrong spec raises.
+    """
+    named: dict[str, Metric] = {}
+    for each in (*METRICS, *metrics):
+        metric = create("metric", each, Metric)
+        if metric.spec not in {known.spec for known in named.values()}:
+            named[each if isinstance(each, str) else each.spec] = metric
+    return named
 
 
 def _strategy(compared: Compared, n: int) -> Strategy:
@@ -282,22 +295,23 @@ def _comparison(
     keys: Sequence[tuple[int, int]],
     groups: Sequence[list[Generation]],
     model: "CausalModel",
+    metrics: Mapping[str, Metric],
     seconds: float,
 ) -> Comparison:
     """keys: of each group of results the prompt and the seed."""
     scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for g in groups for r in g])
-    by_seed: dict[int, list[_Shares]] = {}
+    by_seed: dict[int, list[dict[str, _Share]]] = {}
     measured = []
     for (prompt, seed), group in zip(keys, groups, strict=True):
-        logprobs = [next(scores).token_logprobs for _ in group]
-        shares = _shares([result.tokens for result in group], logprobs)
-        by_seed.setdefault(seed, []).append(shares)
         results = [dataclasses.replace(result, alternatives=[]) for result in group]
+        logprobs = [next(scores).token_logprobs for _ in group]
+        shares = {name: _share(metric, results, logprobs) for name, metric in metrics.items()}
+        by_seed.setdefault(seed, []).append(shares)
         values = {name: share.value for name, share in shares.items()}
         measured.append(Measured(prompt, seed, results, values))
     means = {
         name: [_together(shares[name] for shares in of_seed) for of_seed in by_seed.values()]
-        for name in _MEASURES
+        for name in metrics
     }
     tokens = sum(each.tokens for each in measured)
     return Comparison(
@@ -315,27 +329,25 @@ def _comparison(
 
 @dataclass(frozen=True)
 class _Share:
-    """What a measure is for the results of a prompt, and what that weighs among all prompts."""
+    """What a metric is for the results of a prompt, and what that weighs among all prompts."""
 
     value: float | None
-    weight: float = 1.0
+    weight: float
 
 
-_Shares = dict[str, _Share]
-_MEASURES = ("mean_logprob", "distinct_1", "distinct_2", "seq_rep_4", "self_bleu")
+def _share(
+    metric: Metric, results: list[Generation], logprobs: Sequence[Sequence[float]]
+) -> _Share:
+    with blaming([metric]):
+        value, weight = metric.measure(results, logprobs), metric.weight(results)
+    return _Share(_number(metric, "measure", value), _number(metric, "weight", weight) or 0.0)
 
 
-def _shares(tokens: Sequence[list[int]], logprobs: Sequence[list[float]]) -> _Shares:
-    """The measures of the results of a prompt."""
-    repetition = [value for each in tokens if (value := seq_rep(each, 4)) is not None]
-    shares = (
-        _Share(mean(itertools.chain(*logprobs)), sum(map(len, logprobs))),
-        _Share(distinct(tokens, 1)),
-        _Share(distinct(tokens, 2)),
-        _Share(mean(repetition), len(repetition)),
-        _Share(self_bleu(tokens)),
-    )
-    return dict(zip(_MEASURES, shares, strict=True))
+def _number(metric: Metric, method: str, value: float | None) -> float | None:
+    """What a metric returned. Raises PluginError if it is neither a finite number nor None."""
+    is_right = isinstance(value, float | int) and math.isfinite(value)
+    expect(metric, method, value, float | int if is_right else NoneType, "a finite number or None")
+    return value
 
 
 def _together(shares: Iterable[_Share]) -> float | None:

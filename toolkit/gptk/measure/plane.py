@@ -37,13 +37,13 @@ def plot_comparison(compared: Sequence[Comparison], target: Path) -> None:
         axes = figure.subplots()
         labels = []
         for number, (comparison, diversity) in enumerate(zip(compared, diversities, strict=True)):
-            if diversity is None or comparison.metrics["mean_logprob"] is None:
+            if diversity is None or comparison.metrics["mean-logprob"] is None:
                 continue
             colour = COLOURS[number % len(COLOURS)]
-            hollow = by_self_bleu and comparison.metrics["self_bleu"] is None
+            hollow = by_self_bleu and comparison.metrics["self-bleu"] is None
             axes.plot(
                 [diversity],
-                [comparison.metrics["mean_logprob"]],
+                [comparison.metrics["mean-logprob"]],
                 linestyle="None",
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=7,
@@ -83,13 +83,13 @@ def _hollow_key() -> "Line2D":
 
 def _diversity(compared: Sequence[Comparison]) -> tuple[bool, list[float | None]]:
     """Whether diversity is by self-BLEU (else by distinct-2), and that of each sampler."""
-    if any(comparison.metrics["self_bleu"] is not None for comparison in compared):
+    if any(comparison.metrics["self-bleu"] is not None for comparison in compared):
         diversities = []
         for comparison in compared:
-            self_bleu = comparison.metrics["self_bleu"]
+            self_bleu = comparison.metrics["self-bleu"]
             if self_bleu is None and comparison.results == 1 and not comparison.random:
                 self_bleu = 1.0
             diversities.append(None if self_bleu is None else 1 - self_bleu)
         if None not in diversities:
             return True, diversities
-    return False, [comparison.metrics["distinct_2"] for comparison in compared]
+    return False, [comparison.metrics["distinct:2"] for comparison in compared]

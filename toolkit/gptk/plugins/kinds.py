@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import click
 
 from gptk.hooks.drafting import Drafter
+from gptk.hooks.measuring import Metric
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.sampling import LogitsProcessor, Sampler, Scorer
 from gptk.hooks.tokenizers import TokenizerLoader
@@ -28,6 +29,7 @@ KINDS = {
     "processor": Kind("gptk_logits_processors", "logits processors", LogitsProcessor),
     "drafter": Kind("gptk_drafters", "drafters", Drafter),
     "scorer": Kind("gptk_scorers", "scorers", Scorer),
+    "metric": Kind("gptk_metrics", "metrics", Metric),
     "decoding-observer": Kind("gptk_decoding_observers", "decoding observers", DecodingObserver),
     "scheduler": Kind("gptk_lr_schedulers", "LR schedulers", LRScheduler),
     "regularizer": Kind("gptk_regularizers", "regularizers", Regularizer),

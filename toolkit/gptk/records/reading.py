@@ -72,6 +72,7 @@ class ComparisonSettings(Part):
     max_new_tokens: int
     seed: int
     seeds: int
+    metrics: list[str]
 
 
 class Measured(Fields):

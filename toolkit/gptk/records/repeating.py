@@ -227,7 +227,7 @@ def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
     processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
     if specs:  # else it was interrupted before the first sampler had ended
         check_samplers(specs, settings.n)
-        options = settings.model_dump(exclude={"processors"})
+        options = settings.model_dump(exclude={"processors", "metrics"})
         again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
         for compared, comparison in zip(record.samplers, again, strict=True):
             assert comparison.strategy is not None

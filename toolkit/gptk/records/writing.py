@@ -88,12 +88,13 @@ def comparison_record(
     lm: LanguageModel,
     prompts: Sequence[str],
     compared: Sequence[Comparison],
-    processors: Sequence[Plugin],
     *,
+    processors: Sequence[Plugin],
     n: int,
     max_new_tokens: int,
     seed: int,
     seeds: int,
+    metrics: Sequence[Plugin],
     tokenizer: str | None,
 ) -> dict[str, Any]:
     """The record of a comparison."""
@@ -111,6 +112,7 @@ def comparison_record(
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             "seeds": seeds,
+            "metrics": [full_spec(metric) for metric in metrics],
         },
         "samplers": [
             {
@@ -121,7 +123,7 @@ def comparison_record(
             for comparison, strategy in zip(compared, strategies, strict=True)
         ],
         **about,
-        "plugins": _plugins(plugins),
+        "plugins": _plugins([*plugins, *metrics]),
         "files": files_of(plugins),
     }
 

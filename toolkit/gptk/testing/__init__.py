@@ -15,6 +15,7 @@ docs/contracts.md has all promises with their reasons.
 
 from gptk.testing._drafter import DrafterContract
 from gptk.testing._loader import LoaderContract
+from gptk.testing._metric import MetricContract
 from gptk.testing._model import ModelContract
 from gptk.testing._observers import DecodingObserverContract, TrainingObserverContract
 from gptk.testing._plugin import PluginContract
@@ -34,6 +35,7 @@ __all__ = [
     "DecodingObserverContract",
     "DrafterContract",
     "LoaderContract",
+    "MetricContract",
     "ModelContract",
     "PluginContract",
     "ProcessorContract",

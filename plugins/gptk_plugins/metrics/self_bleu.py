@@ -1,72 +1,38 @@
-"""Measures of texts as sequences of tokens: diversity, repetition, similarity.
+r"""Self-BLEU: the mean BLEU-n of each result of a prompt with the others as references.
 
-A measure for which a text is too short is None.
+0 to 1; 1 is all alike. It rises with the number of results, since each is compared with more
+others. Zhu et al. 2018, "Texygen: A Benchmarking Platform for Text Generation Models". BLEU is
+smoothed: an n-gram order without a match counts as 0.1 matches (Chen and Cherry 2014, method 1, as
+in Texygen).
 """
 
 import math
-import statistics
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
+from typing import ClassVar
 
-Text = Sequence[Hashable]
-"""A text as its tokens, or words."""
+from pydantic import Field
 
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are not None; None if all are.
-
-    >>> mean([1.0, None, 2.0])
-    1.5
-    """
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+import gptk
+from gptk_plugins.metrics._ngrams import Text, ngrams
 
 
-def standard_error(values: Iterable[float | None]) -> float | None:
-    """The standard error of the mean of the values that are not None: s / √k, with s² = Σ (x - x̄)²
-    / (k - 1) for k values. None for fewer than two.
+class SelfBLEU(gptk.Metric):
+    """How alike the results of a prompt are: mean BLEU-n of each with the others as references."""
 
-    >>> standard_error([1.0, 2.0, 3.0])
-    0.5773502691896258
-    """
-    known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return None
-    return statistics.stdev(known) / math.sqrt(len(known))
+    name = "self-bleu"
+    positional: ClassVar[str] = "n"
 
+    n: int = Field(4, ge=1, description="the tokens of the longest n-grams")
 
-def distinct(texts: Sequence[Text], n: int) -> float | None:
-    """distinct-n: |different n-grams| / |n-grams|, of all texts together; 0 to 1, 1 most diverse.
-
-    Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models". They
-    divide by the number of words; this divides by the number of n-grams, like most later work, so
-    that texts without repetition have 1. None if there are no n-grams.
-
-    >>> distinct(["abab", "b"], 1)
-    0.4
-    """
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def seq_rep(text: Text, n: int) -> float | None:
-    """seq-rep-n: 1 - |different n-grams| / |n-grams| of a text; 0 to 1, 1 most repetitive.
-
-    Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training". None if there are no
-    n-grams.
-
-    >>> seq_rep("abcabcabc", 3)
-    0.5714285714285714
-    """
-    share = distinct([text], n)
-    return None if share is None else 1 - share
+    def measure(
+        self, results: Sequence[gptk.Generation], logprobs: Sequence[Sequence[float]]
+    ) -> float | None:
+        return self_bleu([result.tokens for result in results], self.n)
 
 
 def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
-    """Self-BLEU: the mean BLEU-n of each text with the other texts as references; 0 to 1, 1 equal.
-
-    Zhu et al. 2018, "Texygen: A Benchmarking Platform for Text Generation Models".
-    None for fewer than two texts.
+    """The mean BLEU-n of each text with the other texts as references; None for fewer than two.
 
     >>> self_bleu(["abcde", "abcde"])
     1.0
@@ -74,7 +40,8 @@ def self_bleu(texts: Sequence[Text], n: int = 4) -> float | None:
     if len(texts) < 2:
         return None
     references = _References(texts, n)
-    return mean(_bleu(text, references, n, is_one_of_them=True) for text in texts)
+    each = [_bleu(text, references, n, is_one_of_them=True) for text in texts]
+    return math.fsum(each) / len(each)
 
 
 def bleu(text: Text, references: Sequence[Text], n: int = 4) -> float:
@@ -108,7 +75,7 @@ class _References:
         """For each n-gram the two largest numbers of times that a text has it."""
         for text in texts:
             for size in range(1, n + 1):
-                for gram, count in Counter(_ngrams(text, size)).items():
+                for gram, count in Counter(ngrams(text, size)).items():
                     most, second = self._counts.get(gram, (0, 0))
                     most, second, _ = sorted((most, second, count), reverse=True)
                     self._counts[gram] = (most, second)
@@ -134,7 +101,7 @@ def _bleu(text: Text, references: _References, n: int, *, is_one_of_them: bool) 
     order = min(n, len(text))
     logs = []
     for size in range(1, order + 1):
-        grams = Counter(_ngrams(text, size))
+        grams = Counter(ngrams(text, size))
         matches = sum(
             min(count, references.most(gram, count if is_one_of_them else 0))
             for gram, count in grams.items()
@@ -144,7 +111,3 @@ def _bleu(text: Text, references: _References, n: int, *, is_one_of_them: bool) 
         logs.append(math.log((matches or 0.1) / grams.total()))
     nearest = min(lengths, key=lambda length: (abs(length - len(text)), length))
     return math.exp(min(0.0, 1 - nearest / len(text)) + math.fsum(logs) / order)
-
-
-def _ngrams(text: Text, n: int) -> list[tuple[Hashable, ...]]:
-    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
