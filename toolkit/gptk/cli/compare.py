@@ -264,7 +264,8 @@ def _print(compared: "Sequence[Comparison]", measures: "Mapping[str, Metric]", n
         if c.results < n:
             many = "one result" if c.results == 1 else f"at most {c.results} results"
             console.print(Text(f"{c.sampler} has {many} for a prompt."))
-    notes = [f"{kind.name}: {summary(kind)}" for kind in dict.fromkeys(map(type, measures.values()))]
+    metrics = {metric.name: type(metric) for metric in measures.values()}
+    notes = [f"{name}: {summary(kind)}" for name, kind in metrics.items()]
     if any(error is not None for c in compared for error in c.standard_errors.values()):
         notes.append(_NOTE_ON_SEEDS)
     console.print(Text("\n".join(notes), style="dim"))
