@@ -118,6 +118,20 @@ def test_old_checkpoints_had_the_other_gelu(tmp_path):
     assert furthest(tmp_path / "ckpt.pt", model) > 1e-5
 
 
+def test_tensors_may_have_any_strides(tmp_path):
+    """As torch.save keeps them, such as those of one row, repeated."""
+    model = oracle()
+    found = nanogpt(model)
+    for name in [name for name in found["model"] if name.endswith(("c_fc.weight", "wte.weight"))]:
+        row = torch.randn(found["model"][name].shape[1])
+        found["model"][name] = row.expand_as(found["model"][name])
+    torch.save(found, tmp_path / "ckpt.pt")
+    built = gptk.build_model(load_checkpoint(str(tmp_path / "ckpt.pt")), "cpu", torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    assert built.logits(built(ids)).isfinite().all()
+    assert all(parameter.is_contiguous() for parameter in built.parameters())
+
+
 def test_stored_masks_are_dropped_and_a_head_of_its_own_counts(tmp_path):
     model = oracle()
     found = nanogpt(model)

@@ -156,7 +156,7 @@ class _Builder:
             return weight.dense(out=out) if isinstance(weight, Levels) else out.copy_(weight)
         weight = weight.dense(dtype) if isinstance(weight, Levels) else weight
         converted: Tensor = weight.to(self.device, dtype)
-        return converted
+        return converted.contiguous()  # a file may have a tensor with any strides
 
 
 def log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
