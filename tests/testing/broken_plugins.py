@@ -1385,6 +1385,56 @@ class TestPrefersTheFirst(testing.ScorerContract):
     breaks = "one instance serves several calls"
 
 
+# Metrics.
+
+
+class LongestOfNone(gptk.Metric):
+    """The mean length, infinite where there are no results."""
+
+    name = "longest-of-none"
+
+    def measure(self, results, logprobs):
+        return float(max((len(result.tokens) for result in results), default=float("inf")))
+
+
+class TestLongestOfNone(testing.MetricContract):
+    make = LongestOfNone
+    breaks = "a measure is a number or none"
+
+
+class SortsThem(gptk.Metric):
+    """The median log-probability, of lists that it sorts in place."""
+
+    name = "sorts-them"
+
+    def measure(self, results, logprobs):
+        for one in logprobs:
+            one.sort()
+        middles = [one[len(one) // 2] for one in logprobs if one]
+        return middles[0] if middles else None
+
+
+class TestSortsThem(testing.MetricContract):
+    make = SortsThem
+    breaks = "results are left as they were"
+
+
+class NewWords(gptk.Metric):
+    """How many tokens were in no prompt measured before."""
+
+    name = "new-words"
+    _seen: dict[int, int] = {}  # noqa: RUF012
+
+    def measure(self, results, logprobs):
+        tokens = [token for result in results for token in result.tokens]
+        return float(sum(self._seen.setdefault(t, len(self._seen)) for t in sorted(tokens)))
+
+
+class TestNewWords(testing.MetricContract):
+    make = NewWords
+    breaks = "one instance serves several calls"
+
+
 # Schedulers.
 
 

@@ -54,6 +54,7 @@ class Engine:
         """For each model."""
         self._lock = threading.Lock()
         self._stopping = False
+        self._inherited: dict[str, Any] = {}
 
     def submit(
         self,
@@ -133,8 +134,13 @@ class Engine:
             thread.join(_PATIENCE)
 
     def forget_all(self) -> None:
-        """In a process that was forked: there is no thread, and nothing under way."""
+        """In a process that was forked: there is no thread, and nothing under way.
+
+        What the parent had is kept: it takes no memory as long as nobody writes into it.
+        """
+        inherited = dict(self.__dict__)
         self.__init__()  # type: ignore[misc]
+        self._inherited = inherited
 
     def _work(self) -> None:
         """What the engine's thread does."""

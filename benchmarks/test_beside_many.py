@@ -112,7 +112,7 @@ def test_beside_static_batches(table):
 
 
 @pytest.mark.peers("many-beams")
-def test_four_beams(table):
+def test_four_beams_beside_a_batch(table):
     lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
     ids = sorted((lm.encode(text) for text in texts(16)), key=len)
     longest = max(map(len, ids))
