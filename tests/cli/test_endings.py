@@ -221,7 +221,7 @@ def interrupted_after(seconds, *args):
 @pytest.mark.parametrize("tenths", range(5, 30, 2))
 def test_ctrl_c_at_any_time_exits_with_130_and_without_a_traceback(tenths):
     code, err = interrupted_after(tenths / 10, "generate", "x", "--max-new-tokens", "2000")
-    assert code == 130
+    assert code in (130, -signal.SIGINT)  # the latter while Python ends: shells say 130, too
     assert "Traceback" not in err
 
 
