@@ -511,6 +511,7 @@ def use(kind, environment, folder, data):
     if kind in ("scheduler", "regularizer", "tokenizer", "training-observer"):
         key = in_training.get(kind, kind)
         run = ["--out", folder / "run", *settings, "--set", f"{key}=runner-up"]
+        run += ["--set", "log_every=1"]
         environment.run("gptk", "train", *run)
         if kind == "training-observer":
             assert (folder / "run" / "losses.csv").read_text().startswith("1,")
@@ -539,6 +540,8 @@ def use(kind, environment, folder, data):
         how = ["--tokenizer", "bytes", "--model", f"runner-up:path={model}"]
     elif kind == "scorer":
         how = ["--model", model, "--sampler", "best-of-n:n=2,scorer=runner-up"]
+    elif kind == "sampler":
+        how = ["--model", model, "--sampler", "runner-up"]
     elif kind == "decoding-observer":
         how += ["--observer", "runner-up"]
     elif kind == "drafter":
