@@ -35,7 +35,7 @@ test: setup
 test-slow: $(ADAPTERS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 CXX=/nonexistent .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
-		$(addprefix tests/,model session decoding weights measure builtins training adapters cli)
+		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)
 
 # Ray and lm-evaluation-harness: 170 MB to fetch, 700 MB installed, so that `make setup` leaves
 # them out.

@@ -313,10 +313,12 @@ class SamplerContract(PluginContract):
         if reason is not None:
             check(isinstance(reason, str) and reason.strip(), "refuses_draft gives no reason")
             pytest.skip(f"it takes no draft: {reason}")
-        check(
-            self.run(batch, seed=seed) == self.run(batch, seed=seed, draft="lookup:ngram=1"),
-            f"{batch} give other tokens with a draft",
+        # Of two tokens each many guesses are right, so that rows run ahead of each other.
+        settings = {"seed": seed, "max_new_tokens": 12, "processors": ["top-k:k=2"]}
+        plain, drafted = (
+            self.run(batch, **settings, draft=draft) for draft in (None, "lookup:ngram=1")
         )
+        check(plain == drafted, f"{batch} give other tokens with a draft")
 
     def _run_masked(self, batch: list[list[int]], left: str, **settings: Any) -> Any:
         try:
