@@ -158,8 +158,10 @@ def _problems(guesses: object, rows: int, count: int) -> list[str]:
         return [f"guesses are {tuple(guesses.shape)} {guesses.dtype} for {rows} rows"]
     if guesses.shape[1] > count:
         return [f"there are {guesses.shape[1]} guesses where {count} were asked for"]
-    if bool(((guesses < -1) | (guesses >= vocabulary)).any()):
-        return [f"guesses {guesses.tolist()} are not all token ids"]
-    if bool(((guesses[:, :-1] < 0) & (guesses[:, 1:] >= 0)).any()):
-        return [f"guesses {guesses.tolist()} go on after a -1"]
+    unknown = ((guesses < -1) | (guesses >= vocabulary)).any(dim=1)
+    if unknown.any():
+        return [f"a row's guesses {guesses[unknown][0].tolist()} are not all token ids"]
+    go_on = ((guesses[:, :-1] < 0) & (guesses[:, 1:] >= 0)).any(dim=1)
+    if go_on.any():
+        return [f"a row's guesses {guesses[go_on][0].tolist()} go on after a -1"]
     return []
