@@ -13,6 +13,7 @@ import torch
 
 import gptk
 from engines import CTranslate2, gpt2_folder, smollm2_file, transformers_smollm2
+from gptk.engine.engine import ENGINE
 from models import precision, temporary_folder
 from turns import in_turns
 
@@ -37,6 +38,8 @@ def texts(count: int) -> list[str]:
 
 
 def decode_all(lm: gptk.LanguageModel, ids: list[list[int]], **settings: object) -> None:
+    """Decode all prompts, of which nothing is known from the round before."""
+    ENGINE.call(lambda: ENGINE.passes(lm.model).pool.forget_unused())
     settings = {"max_new_tokens": NEW, "ignore_eos": True, **settings}
     for response in lm.generate_many(ids, **settings):
         assert response.generation is not None
