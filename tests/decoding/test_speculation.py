@@ -142,7 +142,7 @@ def test_rows_of_a_batch_run_ahead_of_each_other():
     passes.clear()
     lm.generate_batch(prompts, **chosen)
     hook.remove()
-    assert len(passes) <= 0.6 * sum(alone)  # more than max(alone), as runs draft at other times
+    assert len(passes) <= max(alone) + 2
 
 
 @given(batch=batches(max_prompts=3), data=st.data())

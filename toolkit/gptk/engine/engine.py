@@ -126,12 +126,12 @@ class Engine:
     def stop(self) -> None:
         """Cancel all runs and end the thread, as at the end of the process: a thread that is within
         PyTorch when Python ends takes the process down."""
-        with self._lock:
-            thread, self._thread = self._thread, None
+        thread = self._thread
         if thread is not None:
             self._stopping = True
             self._inbox.put([])
             thread.join(_PATIENCE)
+            self._thread = None  # not before: its runs are inside until they have ended
 
     def forget_all(self) -> None:
         """In a process that was forked: there is no thread, and nothing under way.
@@ -196,10 +196,20 @@ class Engine:
                 passes.give_logits(runs)
 
     def _read(self) -> None:
-        """One pass of each model over what runs want read."""
+        """One pass of each model over what runs want read.
+
+        Where runs use several models, such as a draft's, the one that is read most often goes
+        first, until its runs want the others again: so these read for all runs at a time.
+        """
         wanting = [run for run in self._active if isinstance(run.wanted, Reading)]
-        for passes, runs in _by_model(wanting):
-            passes.read(runs)
+        groups = sorted(_by_model(wanting), key=lambda group: -group[0].count)
+        for passes, runs in groups:
+            first = groups[0][1]
+            comes_back = runs is not first and any(passes in run.used for run in first)
+            if comes_back and passes.waited < _MOST_WAITING:
+                passes.waited += 1
+            else:
+                passes.read(runs)
 
 
 def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
@@ -213,6 +223,9 @@ def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
 MOST_ROWS = 64
 """Rows that are decoded at the same time, but that one run may have more. More rows in a pass of a
 CPU would make it longer and not faster."""
+
+_MOST_WAITING = 32
+"""Passes of another model that runs wait for at most, so that a model comes up for them, too."""
 
 _PATIENCE = 10.0
 """Seconds to wait for the thread: a pass may be under way."""

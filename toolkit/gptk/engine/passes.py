@@ -43,6 +43,10 @@ class Passes:
         self._caches: weakref.WeakKeyDictionary[BlockCache, int] = weakref.WeakKeyDictionary()
         """All caches in blocks, numbered in the order in which they were made."""
         self._numbers = itertools.count()
+        self.count = 0
+        """Passes so far."""
+        self.waited = 0
+        """How often the engine has read another model since the last of them."""
 
     @property
     def pool(self) -> BlockPool:
@@ -112,6 +116,7 @@ class Passes:
 
         First those with few tokens, so that long prompts do not hold them up.
         """
+        self.count, self.waited = self.count + 1, 0
         order = sorted(runs, key=lambda run: (_few(run), run.number))
         taken = self._take(order)
         if not taken:

@@ -32,6 +32,8 @@ class Run(Generic[T]):
         """What it is suspended for."""
         self.of: Any = None
         """Whom it wants that of, the passes of a model."""
+        self.used: set[Any] = set()
+        """The passes of all models that it has wanted something of."""
         self.answer: Any = None
         """What it wanted, or an exception, once it is there."""
         self.number = -1
@@ -100,6 +102,7 @@ class Run(Generic[T]):
             suspended = self._greenlet.switch(answer)
         if suspended is not None:
             self.of, self.wanted = suspended
+            self.used.add(self.of)
             return True
         self.end(self._error)
         return False
