@@ -231,9 +231,10 @@ class LanguageModel:
                     given = {**settings, "ordinal": ordinal, **request.settings}
                     own = check_settings(**given)
                 stream = self._stream(request.prompt, own, request.messages)
-                yield Job(index, request, rows=own.rows, run=stream.run)
+                job = Job(index, request, rows=own.rows, run=stream.run)
             except GptkError as error:
-                yield Job(index, request, error=error)
+                job = Job(index, request, error=error)
+            yield job
 
     def _stream(
         self,
