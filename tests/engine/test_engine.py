@@ -256,3 +256,30 @@ def test_gradients_and_threads_of_the_caller_are_left_as_they_were():
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_only_the_engine_keeps_threads_that_compute():
+    """Teams of several threads that are more than the processors make each other slow."""
+    program = """
+import os, time, torch
+from gptk.testing import tiny_lm
+def threads():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+lm = tiny_lm()
+before = threads()
+torch.randn(300, 300) @ torch.randn(300, 300)
+with_team = threads()
+assert with_team == before + 1, (before, with_team)
+seen = []
+lm.generate([1], max_new_tokens=3, stop=lambda text: bool(seen.append(threads())))
+assert max(seen) <= with_team + 1, (before, with_team, seen)  # the engine, and a thread for it
+for _ in range(100):
+    time.sleep(0.05)
+    if threads() == before + 1:
+        break
+assert threads() == before + 1, (before, threads())  # the engine, which has nothing to do
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -33,6 +33,7 @@ from gptk.engine.passes import Passes
 from gptk.engine.reading import LogitsWanted, Reading
 from gptk.engine.run import CancelledError, Run, Wanted
 from gptk.model.protocol import CausalModel
+from gptk.system.threads import release_threads
 
 T = TypeVar("T")
 
@@ -75,6 +76,8 @@ class Engine:
                 self._stopping = False
                 self._thread = threading.Thread(target=self._work, name="gptk engine", daemon=True)
                 self._thread.start()
+        if not self.is_inside:
+            release_threads()
         self._inbox.put(runs)
 
     def call(self, function: Callable[[], T], *, rows: int = 1) -> T:
@@ -147,7 +150,12 @@ class Engine:
         self._hub = getcurrent()
         with torch.inference_mode():
             while not self._stopping:
-                self._waiting.extend(self._inbox.get())
+                try:
+                    runs = self._inbox.get(timeout=_IDLE)
+                except queue.Empty:
+                    release_threads()
+                    runs = self._inbox.get()
+                self._waiting.extend(runs)
                 try:
                     self._serve()
                 except BaseException as error:
@@ -226,6 +234,9 @@ CPU would make it longer and not faster."""
 
 _MOST_WAITING = 32
 """Passes of another model that runs wait for at most, so that a model comes up for them, too."""
+
+_IDLE = 0.1
+"""Seconds after which an engine with nothing to do leaves the computing to others."""
 
 _PATIENCE = 10.0
 """Seconds to wait for the thread: a pass may be under way."""
