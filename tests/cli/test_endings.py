@@ -14,9 +14,8 @@ import pytest
 import gptk
 from gptk.cli import cli
 from gptk.testing import tiny_lm
-from program import GPTK
+from program import GPTK, without_notice
 from program import gptk as run_gptk
-from program import without_notice
 
 PROGRAM = shlex.join(GPTK)
 
