@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gptk
+from gptk.engine import passes
 from gptk.engine.engine import ENGINE
 from gptk.testing import tiny_gpt, tiny_lm
 
@@ -283,3 +284,12 @@ assert threads() == before + 1, (before, threads())  # the engine, which has not
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_long_prompts_are_read_in_several_passes(monkeypatch):
+    """Passes that read only the middle of a prompt give no states."""
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [3], [2] * 9]
+    want = [LM.generate(prompt, max_new_tokens=4).tokens for prompt in prompts]
+    monkeypatch.setattr(passes, "TOKENS", 4)
+    ENGINE.call(ENGINE.passes(LM.model).pool.forget_unused)
+    assert [result.tokens for result in LM.generate_batch(prompts, max_new_tokens=4)] == want

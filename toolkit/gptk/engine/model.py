@@ -60,5 +60,9 @@ class JoinedModel:
             return self._passes.wait_for(Reading(ids, cache, counts, layers))
         return self._model.states(ids, cache, counts, layers)
 
+    def last_state(self, ids: Tensor, cache: BlockCache, layers: Collection[int] = ()) -> Tensor:
+        """`states` of each row's last token alone: (rows, 1, 1 + layers, width)."""
+        return self._passes.wait_for(Reading(ids, cache, None, layers, wanted=1))
+
     def logits(self, states: Tensor) -> Tensor:
         return self._passes.wait_for(LogitsWanted(states))

@@ -138,9 +138,10 @@ class Passes:
             reading = _reading(run)
             columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
             for part, row in zip(of_run, rows, strict=True):
-                piece = states[first : first + len(part.tokens)]
-                first += len(part.tokens)
-                reading.took(row, piece if len(columns) == states.shape[1] else piece[:, columns])
+                piece = states[first : first + part.wanted]
+                first += part.wanted
+                piece = piece if len(columns) == states.shape[1] else piece[:, columns]
+                reading.took(row, len(part.tokens), piece)
             run.answer = reading.result()
 
     def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
@@ -208,6 +209,6 @@ def _few(run: Run[Any]) -> bool:
     return _reading(run).size > 16
 
 
-TOKENS = 128
+TOKENS = 512
 """The most tokens of a pass."""
 _SHARE = 0.25

@@ -33,7 +33,8 @@ class PartOfRow:
 class Reading:
     """Tokens that a run wants read after what a cache holds of its rows.
 
-    ids, counts, layers: as in `CausalModel.states`. Where blocks were taken from the cache, the
+    ids, counts, layers: as in `CausalModel.states`. wanted: how many of each row's tokens, the last
+    ones, the states are asked of [all]. Where blocks were taken from the cache, the
     tokens that they held are read again first.
     """
 
@@ -43,7 +44,9 @@ class Reading:
         cache: BlockCache,
         counts: list[int] | None,
         layers: Collection[int],
+        wanted: int | None = None,
     ) -> None:
+        self._wanted = wanted
         self.cache, self.layers = cache, tuple(layers)
         self._before = list(cache.lengths)
         time = ids.shape[1]
@@ -76,16 +79,18 @@ class Reading:
             if room > 0 and row.unread:
                 tokens = row.unread[:room]
                 room -= len(tokens)
-                parts.append(Part(self.cache, row.row, tokens))
+                left = len(row.unread) - len(tokens)
+                wanted = min(max(row.wanted - left, 0), len(tokens))
+                parts.append(Part(self.cache, row.row, tokens, wanted))
                 rows.append(row)
         return parts, rows
 
-    def took(self, row: PartOfRow, states: Tensor) -> None:
-        """A pass has read the next tokens of a row. states: (tokens, 1 + layers, width)."""
-        row.unread = row.unread[len(states) :]
-        first = len(states) + len(row.unread) - row.wanted  # the first of them that is wanted
-        if first < len(states):
-            row.states.append(states[max(first, 0) :])
+    def took(self, row: PartOfRow, tokens: int, states: Tensor) -> None:
+        """A pass has read the next tokens of a row. states: of those that are wanted, (…, 1 +
+        layers, width)."""
+        row.unread = row.unread[tokens:]
+        if len(states):
+            row.states.append(states)
 
     def start_again(self) -> None:
         """The cache has lost its blocks: read all."""
@@ -114,5 +119,6 @@ class Reading:
                 self.cache.shorten(number, self._before[number])
                 self.cache.recover(number)
                 unread = self.cache.unread(number) + tokens
-                self._rows.append(PartOfRow(number, unread, len(tokens)))
+                wanted = len(tokens) if self._wanted is None else self._wanted
+                self._rows.append(PartOfRow(number, unread, wanted))
         return self._rows

@@ -30,6 +30,7 @@ from gptk.kernels.products import dequantize_packed as dequantize_packed
 from gptk.kernels.products import dequantize_row as dequantize_row
 from gptk.kernels.products import dequantize_rows as dequantize_rows
 from gptk.kernels.products import linear as linear
+from gptk.kernels.products import linear_of_many_rows as linear_of_many_rows
 from gptk.kernels.products import pack as pack
 from gptk.kernels.products import product as product
 from gptk.kernels.products import quantized_linear as quantized_linear

@@ -53,6 +53,9 @@ class Joined(Protocol):
     """Where the tokens of several rows go and what they see, see gptk.model.passes."""
 
     positions: Tensor
+    wanted: Tensor | None
+    """Which of the tokens the states are asked of; None: of all. The last block then leaves out
+    what only concerns the others."""
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Attention of all tokens. qkv: (1, tokens, heads, d). Returns (tokens, heads · d)."""
@@ -80,8 +83,16 @@ class Attention(HooklessModule):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: AnySlots) -> Tensor:
-        """x: (rows · time, width). slots: of the KV cache, if there is one. Returns x's shape."""
+    def forward(
+        self,
+        x: Tensor,
+        rows: int,
+        rope: Rope | None,
+        slots: AnySlots,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """x: (rows · time, width). slots: of the KV cache, if there is one. Returns x's shape, or
+        the results of the tokens that are wanted, (tokens, width)."""
         qkv = self.qkv(x)
         qkv = qkv.view(rows, -1, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
@@ -102,7 +113,7 @@ class Attention(HooklessModule):
             slots.write(self.layer, kv)
             q = qkv.narrow(2, 0, self.n_heads)
             y = attend_causally(q, *kv.unbind(2)) if slots.causal else attend(q, self.layer, slots)
-        return self.out(y)  # type: ignore[no-any-return]
+        return self.out(y if wanted is None else y[wanted])  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -201,9 +212,17 @@ class Block(HooklessModule):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rows: int, rope: Rope | None, slots: AnySlots) -> Tensor:
-        """x: (rows · time, width). Returns the same shape."""
-        y = self.attn(self.attn_norm(x), rows, rope, slots)
+    def forward(
+        self,
+        x: Tensor,
+        rows: int,
+        rope: Rope | None,
+        slots: AnySlots,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """x: (rows · time, width). Returns the same shape, or the tokens that are wanted."""
+        y = self.attn(self.attn_norm(x), rows, rope, slots, wanted)
+        x = x if wanted is None else x[wanted]
         x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
         y = self.mlp(self.mlp_norm(x))
         return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
@@ -267,7 +286,8 @@ class GPT(PackableModel):
     ) -> Tensor:
         """`states` of tokens that go to these slots of a cache; without slots, from position 0.
 
-        table: see `position_table`.
+        table: see `position_table`. Returns the states of all tokens, or of those that the slots
+        say are wanted.
         """
         rows, time = ids.shape
         positions = slots.positions if slots else torch.arange(time, device=ids.device)[None]
@@ -281,11 +301,14 @@ class GPT(PackableModel):
             x = F.dropout(x, self.dropout)
         x = x.flatten(0, 1)
         kept = [x] if 0 in layers else []
+        wanted = None if slots is None or isinstance(slots, Slots) else slots.wanted
         for layer, block in enumerate(self.blocks, start=1):
-            x = block(x, rows, rope, slots)
+            x = block(x, rows, rope, slots, wanted if layer == len(self.blocks) else None)
             if layer in layers:
                 kept.append(x)
-        return torch.stack((self.norm(x), *kept), dim=1).view(rows, time, 1 + len(kept), -1)
+        if wanted is not None:
+            kept = [states if len(states) == len(x) else states[wanted] for states in kept]
+        return torch.stack((self.norm(x), *kept), dim=1).view(rows, -1, 1 + len(kept), x.shape[-1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""

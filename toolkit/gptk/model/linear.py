@@ -59,6 +59,10 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
             and kernels.can_run(x, self.weight)
         ):
             return kernels.linear(x, self.weight, self.bias)
+        if x.dtype == self.weight.dtype == torch.bfloat16 and kernels.should_run_product(
+            x, self.weight
+        ):
+            return kernels.linear_of_many_rows(x, self.weight, self.bias)
         if _onednn_takes(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
         if x.is_cpu and not has_fast_products(x.dtype) and x.numel() >= inputs * _MANY_ROWS:

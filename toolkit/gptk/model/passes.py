@@ -21,6 +21,8 @@ class Part:
     cache: BlockCache
     row: int
     tokens: "array[int]"
+    wanted: int
+    """How many of these tokens, the last ones, the states are asked of."""
 
 
 class JoinedSlots:
@@ -33,15 +35,23 @@ class JoinedSlots:
         self.longest = 0
         """The most tokens of a row after the pass."""
         positions: list[int] = []
+        wanted: list[int] = []
         for part in parts:
             count, past = len(part.tokens), part.cache.held[part.row]
             sequences.extend((first, count, past, len(tables)))
             tables += part.cache.table(part.row)
             positions += range(past, past + count)
             first += count
+            wanted += range(first - part.wanted, first)
             self.longest = max(self.longest, past + count)
         self.positions = torch.tensor([positions], device=pool.device)
         """(1, tokens): the position of each token in its row."""
+        self.wanted = (
+            None
+            if len(wanted) == first
+            else torch.tensor(wanted, dtype=torch.int64, device=pool.device)
+        )
+        """Which tokens the states are asked of; None: of all."""
         self._sequences = torch.frombuffer(sequences, dtype=torch.int64).view(-1, 4)
         self._tables = torch.frombuffer(tables, dtype=torch.int32)
 
@@ -105,8 +115,8 @@ def read_parts(
 ) -> Tensor:
     """Read the tokens of all parts in one pass; their caches hold them afterwards.
 
-    beyond: take blocks beyond the pool's budget. Returns (tokens, 1 + layers, width), see
-    `GPT.states`. Raises OutOfBlocks, with nothing read.
+    beyond: take blocks beyond the pool's budget. Returns (wanted tokens of all parts, 1 + layers,
+    width), see `GPT.states`. Raises OutOfBlocks, with nothing read.
     """
     pool = parts[0].cache.pool
     for part in parts:

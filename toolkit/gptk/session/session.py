@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptk.engine.engine import ENGINE
+from gptk.engine.model import JoinedModel
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model.blocks import BlockCache
 from gptk.model.protocol import Cache, CausalModel, evaluating
@@ -354,9 +355,9 @@ class DecodeSession:
         if isinstance(self._cache, BlockCache) and len(self.rows) == 1 and length <= self._window:
             self._cache.recall(self.rows.session_tokens.tolist())
             self._cached = True
-            return self._states(self._last_tokens(length - self._cache.lengths[0]), self._cache)[
-                :, -1:
-            ]
+            assert isinstance(self.model, JoinedModel)  # whose caches are in blocks
+            unread = self._last_tokens(length - self._cache.lengths[0])
+            return self.model.last_state(unread, self._cache, self._layers)
         return self._recompute(1)
 
     def _recompute(self, n: int) -> Tensor:
