@@ -393,12 +393,16 @@ void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums,
       float highest[CHUNK], weight[CHUNK] = {};
       std::fill(highest, highest + CHUNK, -INFINITY);
       const int64_t start = block * CHUNK, count = shape.count(block);
-      const T* from = q + row * shape.q_row + start * shape.q_time + head * size;
+      // Copied, because the queries of a head are far apart: so they are fetched at the same time.
+      alignas(64) T from[CHUNK][size];
+      const T* first = q + row * shape.q_row + start * shape.q_time + head * size;
+      for (int64_t i = 0; i < count; i++)
+        std::memcpy(from[i], first + i * shape.q_time, size * sizeof(T));
       for (int64_t chunk = 0; chunk <= block; chunk++)
         for (int64_t i = 0; i < count; i += ROWS_AT_ONCE)
-          attend_chunk_causally<T, vectors>(
-              from + i * shape.q_time, shape.q_time, std::min(ROWS_AT_ONCE, count - i), shape.scale,
-              chunk < block ? CHUNK : i + 1, kv[chunk], sum + i, highest + i, weight + i);
+          attend_chunk_causally<T, vectors>(from[i], size, std::min(ROWS_AT_ONCE, count - i),
+                                            shape.scale, chunk < block ? CHUNK : i + 1, kv[chunk],
+                                            sum + i, highest + i, weight + i);
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j += 16)
           store(y + ((row * shape.time + start + i) * shape.heads + head) * size + j,

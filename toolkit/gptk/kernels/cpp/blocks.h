@@ -77,9 +77,14 @@ void attend_blocks(const T* qkv, T* y, const std::vector<Sequence>& sequences,
       tasks += kv_heads * chunks;
     }
   }
-  const Memory<Partial> partial(partials);
-  // Keys with tokens in lanes, values with their numbers in lanes.
-  const Memory<Chunk<T, vectors>> packed(packed_chunks);
+  // Kept for the next call. Of packed: keys with tokens in lanes, values with their numbers in
+  // lanes.
+  thread_local Memory<Partial> partial_memory;
+  thread_local Memory<Chunk<T, vectors>> packed_memory;
+  partial_memory.reserve(partials);
+  packed_memory.reserve(packed_chunks);
+  Partial* const partial = partial_memory.get();
+  Chunk<T, vectors>* const packed = packed_memory.get();
 #pragma omp parallel
   {
     // New keys and values go into the blocks.
@@ -141,16 +146,21 @@ void attend_blocks(const T* qkv, T* y, const std::vector<Sequence>& sequences,
         alignas(64) float sum[CHUNK][size] = {};
         float highest[CHUNK], weight[CHUNK] = {};
         std::fill(highest, highest + CHUNK, -INFINITY);
-        const T* from = qkv + (sequence.first + tile.start) * stride + head * size;
+        // Copied, because the queries of a head are far apart: so they are fetched at the same
+        // time.
+        alignas(64) T from[CHUNK][size];
+        for (int64_t i = 0; i < tile.rows; i++)
+          std::memcpy(from[i], qkv + (sequence.first + tile.start + i) * stride + head * size,
+                      size * sizeof(T));
         const int64_t chunks = (sees + tile.rows - 1 + CHUNK - 1) / CHUNK;
         for (int64_t chunk = 0; chunk < chunks; chunk++)
           for (int64_t i = 0; i < tile.rows; i += ROWS_AT_ONCE) {
             const int64_t visible = sees + i - chunk * CHUNK,
                           rows = std::min(ROWS_AT_ONCE, tile.rows - i);
             if (visible + rows - 1 <= 0) continue;
-            attend_chunk_causally<T, vectors>(from + i * stride, stride, rows, scale,
-                                              std::min(visible, CHUNK), packed[first + chunk],
-                                              sum + i, highest + i, weight + i);
+            attend_chunk_causally<T, vectors>(from[i], size, rows, scale, std::min(visible, CHUNK),
+                                              packed[first + chunk], sum + i, highest + i,
+                                              weight + i);
           }
         for (int64_t i = 0; i < tile.rows; i++)
           for (int64_t j = 0; j < size; j += 16)

@@ -17,6 +17,9 @@ constexpr int64_t MAX_PART_DEPTH = 1536;
 // How many numbers of one operand are packed at a time, to stay in the cache while the other
 // operand passes by.
 constexpr int64_t BLOCK_NUMBERS = 512 * MAX_PART_DEPTH;
+// Up to so many threads pack the block each for itself. What another core has packed would come
+// from its cache, which takes longer than packing.
+constexpr int64_t MAX_THREADS_ALONE = 4;
 
 // A matrix as an operand: `count` rows of A (count, depth), or columns of B (depth, count).
 template <typename T>
@@ -196,7 +199,8 @@ void sum_of_nothing(int64_t rows, int64_t columns, Y* y, int64_t stride, const f
 // y (rows of A, columns of B) = A B, plus the bias (columns) unless it is null, plus y itself if
 // `add`, for which y must be float32. y is row-major, a row every `stride` numbers.
 //
-// All threads together pack a block of one operand, as much as stays in the cache. Of the other
+// All threads together, or each for itself, pack a block of one operand, as much as stays in the
+// cache. Of the other
 // operand each thread packs a chunk of 48 rows or columns at a time, multiplies it by the whole
 // block, and meanwhile prefetches its next chunk. The operand with fewer rows or columns is the one
 // in blocks; but if A is column-major, as for a gradient of weights, it is always B, so that whole
@@ -217,9 +221,11 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
   thread_local Memory<uint16_t> block_memory, chunk_memory;
   thread_local Memory<float> sums_memory;
   const int64_t chunk_numbers = TILE_COLUMNS * part_depth;
-  block_memory.reserve(block_size * part_depth);
-  chunk_memory.reserve(omp_get_max_threads() * chunk_numbers);
-  uint16_t *const block_panels = block_memory.get(), *const chunks = chunk_memory.get();
+  const int64_t most_threads = omp_get_max_threads(), block_numbers = block_size * part_depth;
+  const bool alone = most_threads <= MAX_THREADS_ALONE;
+  block_memory.reserve((alone ? most_threads : 1) * block_numbers);
+  chunk_memory.reserve(most_threads * chunk_numbers);
+  uint16_t *const blocks = block_memory.get(), *const chunks = chunk_memory.get();
   // Sums of parts of the depth are kept in y if that is float32, else in memory for one block.
   constexpr bool y_is_float32 = std::is_same<Y, float>::value;
   const int64_t sums_stride = y_is_float32  ? stride
@@ -232,13 +238,16 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
   }
 #pragma omp parallel
   {
-    uint16_t* const chunk_panels = chunks + omp_get_thread_num() * chunk_numbers;
+    const int64_t thread = omp_get_thread_num();
+    uint16_t* const block_panels = blocks + (alone ? thread * block_numbers : 0);
+    uint16_t* const chunk_panels = chunks + thread * chunk_numbers;
+    const int64_t first_packed = alone ? 0 : thread * TILE_COLUMNS;
+    const int64_t pack_step = (alone ? 1 : omp_get_num_threads()) * TILE_COLUMNS;
     for (int64_t first = 0; first < block_total; first += block_size)
       for (int64_t from = 0; from < depth; from += part_depth) {
         const int64_t count = std::min(block_size, block_total - first);
         const int64_t depth_here = std::min(part_depth, depth - from), pairs = (depth_here + 1) / 2;
-#pragma omp for schedule(static)
-        for (int64_t start = 0; start < count; start += TILE_COLUMNS) {
+        for (int64_t start = first_packed; start < count; start += pack_step) {
           const int64_t width = std::min(TILE_COLUMNS, count - start);
           uint16_t* panels = block_panels + start * pairs * 2;
           if (a_in_blocks)
@@ -246,7 +255,11 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
           else
             pack_panels<TILE_COLUMNS>(b, first + start, width, from, depth_here, panels);
         }
-#pragma omp for schedule(static)
+        if (!alone) {
+#pragma omp barrier
+        }
+      // Statically, so that a thread has the same chunks for all parts of the depth.
+#pragma omp for schedule(static) nowait
         for (int64_t start = 0; start < chunk_total; start += TILE_COLUMNS) {
           const int64_t width = std::min(TILE_COLUMNS, chunk_total - start);
           const int64_t next = start + TILE_COLUMNS;
@@ -283,6 +296,9 @@ void product(const Operand<uint16_t>& a, const Operand<B>& b, int64_t depth, Y* 
                             a_in_blocks ? chunk_panel : block_panel, pairs, to, a.count - row,
                             b.count - column);
             }
+        }
+        if (!alone) {
+#pragma omp barrier
         }
       }
   }
