@@ -284,3 +284,27 @@ def test_parts_of_larger_tensors_are_read_right():
     kernels.product(a, weight.T, y, bias)
     want = a.double() @ weight.T.to(BFLOAT16).double() + bias.double()
     torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-3)
+
+
+def test_a_product_is_the_same_with_any_number_of_threads():
+    """Few threads pack the operands each for itself, many together."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = (
+        torch.randn(shape, generator=generator).to(BFLOAT16) for shape in ((70, 3100), (3100, 130))
+    )
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 4, 6):
+            torch.set_num_threads(threads)
+            for left, right in ((a, b), (b.t(), a.t())):
+                y = torch.empty(len(left), right.shape[1])
+                kernels.product(left, right, y)
+                results.append(y)
+    finally:
+        torch.set_num_threads(before)
+    for rows, columns in zip(results[2::2], results[3::2], strict=True):
+        assert torch.equal(rows, results[0])
+        assert torch.equal(columns, results[1])
+    bound = 2e-6 * (a.double().abs() @ b.double().abs())
+    assert ((results[0].double() - a.double() @ b.double()).abs() <= bound).all()
