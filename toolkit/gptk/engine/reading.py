@@ -59,8 +59,11 @@ class Reading:
 
     @property
     def size(self) -> int:
-        """How many tokens are still to be read."""
-        return sum(len(row.unread) for row in self._open())
+        """How many tokens are still to be read: at most, as long as none of them is."""
+        if self._rows is None:  # to open it may take blocks
+            held = map(min, self.cache.held, self._before)
+            return sum(self._before) - sum(held) + sum(map(len, self._tokens))
+        return sum(len(row.unread) for row in self._rows)
 
     @property
     def is_lost(self) -> bool:

@@ -37,7 +37,8 @@ class Run(Generic[T]):
         self.answer: Any = None
         """What it wanted, or an exception, once it is there."""
         self.number = -1
-        """Counts the engine's runs in the order in which they began."""
+        """Counts the engine's runs in the order in which they began; where memory is short, those
+        with higher numbers wait for those with lower ones."""
         self.threads = torch.get_num_threads()
         self._function: Callable[[], T] | None = function
         self._context = contextvars.copy_context()
@@ -56,6 +57,11 @@ class Run(Generic[T]):
     def is_ready(self) -> bool:
         """Whether it can go on: it has what it wanted, or has to end."""
         return self.wanted is None or self.answer is not None or self._cancelled
+
+    @property
+    def is_set_back(self) -> bool:
+        """Whether it waits for memory to read again what was taken from it."""
+        return isinstance(self.wanted, Reading) and self.wanted.is_lost
 
     @property
     def has_ended(self) -> bool:

@@ -10,90 +10,113 @@ vLLM, Kwon et al. 2023.)
     row 1    block 4, block 7, block 2
 
 Full blocks stay after their rows have ended, until memory is needed: a text that begins alike takes
-them as they are. The one not used for the longest time is given up first.
+them as they are. The one not used for the longest time is given up first. The models of a process
+share a budget of memory, see gptk.model.budget.
 """
 
+import heapq
+import itertools
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gptk.errors import OutOfMemory
 from gptk.kernels import BLOCK
+from gptk.model.budget import Budget
 from gptk.model.config import GPTConfig
+from gptk.system.memory import is_out_of_memory, new_zeros
 
 Beginning = tuple[int, tuple[int, ...]]
-"""What a full block is found by: the block before it (-1: none), and its tokens."""
+"""What a full block is found by: the number of the text before it (-1: none), and its tokens."""
 
 
 class OutOfBlocks(OutOfMemory):
-    """All blocks of the budget are in use."""
+    """All memory of the budget is in use."""
 
 
 class BlockPool:
     """The blocks of a model.
 
-    budget: bytes that blocks may take, of which at least `least` blocks are had in any case.
-    Memory is taken in slabs of some blocks, when they are needed. All methods are for one thread,
-    but `release_later`.
+    Memory is taken from the budget in slabs of some blocks, when they are needed. A slab of which
+    no row has a block may be given back for another model. All methods are for one thread, but
+    `release_later`.
     """
 
     def __init__(
-        self, config: GPTConfig, device: torch.device, dtype: torch.dtype, budget: int
+        self, config: GPTConfig, device: torch.device, dtype: torch.dtype, budget: Budget
     ) -> None:
         self._shape = (config.n_layers, 2, config.n_kv_heads, BLOCK, config.head_dim)
         size = torch.Size(self._shape).numel() * dtype.itemsize
         self.block_bytes = size
         """Bytes of a block."""
-        self.per_slab = 1 << max(0, (_SLAB_BYTES // size).bit_length() - 1)
+        self.per_slab = 1
         """Blocks of a slab, a power of two."""
         self.device, self.dtype = device, dtype
-        self.slabs: list[Tensor] = []
-        """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim)."""
+        self._slabs: list[Tensor | None] = []
+        """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim); None: given back."""
         self.addresses = torch.empty(0, dtype=torch.int64)
         """(slabs,): where they are."""
+        self.taken = 0
+        """Bytes of all slabs."""
         self.budget = budget
+        self._in_use: list[int] = []
+        """For each slab how many of its blocks rows have."""
         self._free: list[int] = []
+        """A heap: blocks with low numbers are taken first, so that the last slabs empty."""
         self._users: list[int] = []
         """For each block how many rows have it."""
         self._found_by: list[Beginning | None] = []
         """For each block what it is found by, if it is full and known."""
+        self._texts: list[int] = []
+        """For each known block the number of the text that it ends; no two texts share one."""
         self._known: dict[Beginning, int] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()
-        """Known blocks that no row has, that used longest ago first."""
+        self._unused: OrderedDict[int, int] = OrderedDict()
+        """Known blocks that no row has, each with the moment since when, in this order."""
         self._released: deque[Sequence[int]] = deque()
+        self._choose_slabs()
+        budget.add(self)
 
     @property
     def used(self) -> int:
         """Blocks that rows have."""
         self._settle()
-        return len(self._users) - len(self._free) - len(self._unused)
+        return sum(self._in_use)
 
     @property
     def available(self) -> int:
         """Blocks that can be taken within the budget."""
         self._settle()
-        more = max(0, self.budget // self.block_bytes - len(self._users))
+        if not self._slabs:
+            self._choose_slabs()
+        more = self.budget.within_reach(self) // self.slab_bytes * self.per_slab
         return len(self._free) + len(self._unused) + more
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slab."""
+        return self.block_bytes * self.per_slab
+
+    @property
+    def idle(self) -> int:
+        """Bytes of the slabs of which no row has a block."""
+        self._settle()
+        return self.taken - self.slab_bytes * sum(map(bool, self._in_use))
+
+    @property
+    def sample(self) -> Tensor:
+        """Any slab, for its shape and dtype."""
+        return next(slab for slab in self._slabs if slab is not None)
 
     def take(self, *, beyond: bool = False) -> int:
         """A block for one row. beyond: also beyond the budget. Raises OutOfBlocks."""
         self._settle()
-        can_grow = (len(self._users) + self.per_slab) * self.block_bytes <= self.budget
-        if not self._free and can_grow and len(self._unused) * self.block_bytes < _KEPT_BYTES:
-            self._grow()
-        if not self._free and self._unused:
-            block, _ = self._unused.popitem(last=False)
-            self._forget(block)
-            self._free.append(block)
         if not self._free:
-            if not beyond and self._users:
-                raise OutOfBlocks("all blocks of the cache are in use")
-            self._grow()
-        block = self._free.pop()
-        self._users[block] = 1
+            self._free_a_block(beyond=beyond)
+        block = heapq.heappop(self._free)
+        self._add_user(block)
         return block
 
     def share(self, blocks: Sequence[int]) -> None:
@@ -101,17 +124,18 @@ class BlockPool:
         for block in blocks:
             if not self._users[block]:
                 del self._unused[block]
-            self._users[block] += 1
+            self._add_user(block)
 
     def release(self, blocks: Sequence[int]) -> None:
         """A row does not have these blocks any more."""
         for block in reversed(blocks):  # the last are given up before those they follow
             self._users[block] -= 1
             if not self._users[block]:
+                self._in_use[block // self.per_slab] -= 1
                 if self._found_by[block] is None:
-                    self._free.append(block)
+                    heapq.heappush(self._free, block)
                 else:
-                    self._unused[block] = None
+                    self._unused[block] = next(_MOMENTS)
 
     def release_later(self, blocks: Sequence[int]) -> None:
         """As `release`, in any thread: it happens when a block is needed."""
@@ -126,18 +150,19 @@ class BlockPool:
         old = self._slab_of(source)[:, :, source % self.per_slab, :, :slots]
         self._slab_of(target)[:, :, target % self.per_slab, :, :slots] = old
 
-    def know(self, block: int, before: int, tokens: tuple[int, ...]) -> int:
-        """Remember a full block by what it holds. Returns the block that is known by it: another
-        one, if the same text was read elsewhere at the same time."""
-        beginning = (before, tokens)
+    def know(self, block: int, before: int | None, tokens: tuple[int, ...]) -> int:
+        """Remember a full block by what it holds, after the known block `before`. Returns the block
+        that is known by it: another one, if the same text was read elsewhere at the same time."""
+        beginning = self._beginning(before, tokens)
         known = self._known.setdefault(beginning, block)
-        if known == block:
+        if known == block and self._found_by[block] is None:
             self._found_by[block] = beginning
+            self._texts[block] = next(_MOMENTS)
         return known
 
-    def find(self, before: int, tokens: tuple[int, ...]) -> int | None:
-        """The block that holds these tokens after the block `before`."""
-        return self._known.get((before, tokens))
+    def find(self, before: int | None, tokens: tuple[int, ...]) -> int | None:
+        """The block that holds these tokens after the known block `before`."""
+        return self._known.get(self._beginning(before, tokens))
 
     def view(self, layer: int, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, a copy: (kv_heads, blocks · BLOCK, head_dim) each."""
@@ -151,44 +176,117 @@ class BlockPool:
         target[:, :, slot : slot + kv.shape[2]] = kv
 
     def forget_unused(self) -> None:
-        """Give up all blocks that no row has, and the memory if no row has any."""
+        """Give up all blocks that no row has, and the memory of slabs without others."""
         self._settle()
         while self._unused:
-            block, _ = self._unused.popitem()
-            self._forget(block)
-            self._free.append(block)
-        if len(self._free) == len(self._users):
-            self.slabs, self._free, self._users, self._found_by = [], [], [], []
-            self.addresses = self.addresses[:0]
+            self._give_up(next(iter(self._unused)))
+        for _, slab in list(self.idle_slabs()):
+            self.give_back(slab)
+
+    def idle_slabs(self) -> Iterator[tuple[int, int]]:
+        """Slabs of which no row has a block: the moment when a row had one last, its number."""
+        self._settle()
+        for slab, in_use in enumerate(self._in_use):
+            if not in_use and self._slabs[slab] is not None:
+                yield max(self._unused.get(block, 0) for block in self._blocks_of(slab)), slab
+
+    def give_back(self, slab: int) -> None:
+        """Forget the blocks of an idle slab, and give its memory back."""
+        for block in self._blocks_of(slab):
+            if block in self._unused:
+                self._give_up(block)
+        self._free = [block for block in self._free if block // self.per_slab != slab]
+        heapq.heapify(self._free)
+        self._set_slab(slab, None)
+        if not self.taken:
+            self._slabs, self._in_use, self._free = [], [], []
+            self._users, self._texts, self._found_by = [], [], []
+
+    def _free_a_block(self, *, beyond: bool) -> None:
+        """Have a free block: in a new slab, or that which no row has had for the longest time, of
+        this model or of another."""
+        if not self._slabs:
+            self._choose_slabs()
+        unused = next(iter(self._unused.items()), None)
+        if unused is None:
+            may_grow = self.budget.make_room(self) or beyond
+        else:
+            is_kept = len(self._unused) * self.block_bytes < _KEPT_BYTES
+            may_grow = is_kept and self.budget.make_room(self, unused[1])
+        if may_grow:
+            try:
+                self._grow()
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or (beyond and unused is None):
+                    raise
+        if unused is None:
+            raise OutOfBlocks("all memory for keys and values is in use")
+        self._give_up(unused[0])
+
+    def _give_up(self, block: int) -> None:
+        """Forget an unused block, which is free then."""
+        beginning = self._found_by[block]
+        assert beginning is not None
+        del self._unused[block], self._known[beginning]
+        self._found_by[block] = None
+        heapq.heappush(self._free, block)
+
+    def _beginning(self, before: int | None, tokens: tuple[int, ...]) -> Beginning:
+        return (-1 if before is None else self._texts[before], tokens)
+
+    def _add_user(self, block: int) -> None:
+        if not self._users[block]:
+            self._in_use[block // self.per_slab] += 1
+        self._users[block] += 1
 
     def _slab_of(self, block: int) -> Tensor:
-        return self.slabs[block // self.per_slab]
+        slab = self._slabs[block // self.per_slab]
+        assert slab is not None
+        return slab
 
-    def _forget(self, block: int) -> None:
-        beginning = self._found_by[block]
-        if beginning is not None:
-            del self._known[beginning]
-            self._found_by[block] = None
+    def _blocks_of(self, slab: int) -> range:
+        return range(slab * self.per_slab, (slab + 1) * self.per_slab)
 
     def _settle(self) -> None:
         while self._released:
             self.release(self._released.popleft())
 
     def _grow(self) -> None:
+        """Take the memory of another slab."""
         layers, two, kv_heads, slots, size = self._shape
         shape = (layers, two, self.per_slab, kv_heads, slots, size)
-        self.slabs.append(torch.zeros(shape, device=self.device, dtype=self.dtype))
-        addresses = [slab.data_ptr() for slab in self.slabs]
+        memory = new_zeros(shape, self.dtype, self.device)
+        slab = next((i for i, old in enumerate(self._slabs) if old is None), len(self._slabs))
+        if slab == len(self._slabs):
+            self._slabs.append(None)
+            self._in_use.append(0)
+            self._users += [0] * self.per_slab
+            self._texts += [0] * self.per_slab
+            self._found_by += [None] * self.per_slab
+        self._set_slab(slab, memory)
+        for block in self._blocks_of(slab):
+            heapq.heappush(self._free, block)
+
+    def _choose_slabs(self) -> None:
+        """Choose how large slabs are, by the budget. There are none."""
+        blocks = min(_SLAB_BYTES, self.budget.limit // _LEAST_SLABS) // self.block_bytes
+        self.per_slab = 1 << max(0, blocks.bit_length() - 1)
+
+    def _set_slab(self, slab: int, memory: Tensor | None) -> None:
+        self._slabs[slab] = memory
+        addresses = [0 if slab is None else slab.data_ptr() for slab in self._slabs]
         self.addresses = torch.tensor(addresses, dtype=torch.int64)
-        first = len(self._users)
-        self._free += range(first + self.per_slab - 1, first - 1, -1)
-        self._users += [0] * self.per_slab
-        self._found_by += [None] * self.per_slab
+        self.taken = self.slab_bytes * sum(slab is not None for slab in self._slabs)
 
 
 _SLAB_BYTES = 32 << 20
+_LEAST_SLABS = 16
+"""How many slabs of a model a small budget has room for, so that models can share it."""
 _KEPT_BYTES = 256 << 20
 """For blocks that no row has: with more of them no further memory is taken."""
+_MOMENTS = itertools.count(1)
+"""They order events of all pools."""
 
 
 class BlockCache:
@@ -292,6 +390,12 @@ class BlockCache:
             self._tables[row] = array("i")
             self.held[row] = 0
 
+    def move(self, pool: BlockPool) -> None:
+        """Use this pool from now on, as after the model was converted."""
+        if pool is not self.pool:
+            self.drop()
+            self.pool = pool
+
     def recover(self, row: int) -> None:
         """After `drop`: take what is still known of the row's text."""
         if not self.held[row]:
@@ -313,7 +417,7 @@ class BlockCache:
         """Let others find a full block; take the one that is known, if it is another."""
         table, pool = self._tables[row], self.pool
         tokens = tuple(self._texts[row][number * BLOCK : (number + 1) * BLOCK])
-        before, block = table[number - 1] if number else -1, table[number]
+        before, block = table[number - 1] if number else None, table[number]
         known = pool.know(block, before, tokens)
         if known != block:
             pool.share([known])
@@ -324,7 +428,7 @@ class BlockCache:
         """The known blocks that a text begins with."""
         blocks: list[int] = []
         for start in range(0, len(text) - BLOCK + 1, BLOCK):
-            before = blocks[-1] if blocks else -1
+            before = blocks[-1] if blocks else None
             block = self.pool.find(before, tuple(text[start : start + BLOCK]))
             if block is None:
                 break
