@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 import gptk
 from gptk.kernels import BLOCK
 from gptk.testing import tiny_lm
+from gptk.testing.models import TINY
 
-LM = tiny_lm()
+LM = tiny_lm(dataclasses.replace(TINY, context_length=152))
 OTHER = tiny_lm(dataclasses.replace(LM.model.config, n_layers=3, n_kv_heads=4), seed=1)
 """A model of the same vocabulary whose blocks have three times the size."""
 
@@ -89,9 +90,17 @@ MORE_STRATEGIES = [
 ]
 
 prompts = st.lists(st.integers(0, 255), min_size=1, max_size=90)
+BEGINNINGS = [bytes((3 + number) * i % 256 for i in range(140)) for number in range(3)]
+alike = st.builds(
+    lambda beginning, length, rest: [*beginning[:length], *rest],
+    st.sampled_from(BEGINNINGS),
+    st.integers(0, 140),
+    st.lists(st.integers(0, 255), min_size=1, max_size=8),
+)
+"""Prompts of up to 148 tokens, many of which begin alike."""
 
 
-def requests_of(strategies):
+def requests_of(strategies, prompts=prompts):
     return st.builds(
         lambda prompt, chosen, new: gptk.Request(
             prompt, settings={**chosen, "max_new_tokens": new}

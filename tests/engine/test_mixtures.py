@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mixtures import LM, MORE_STRATEGIES, OTHER, Raises, check_equal, memory_for, requests_of
+from mixtures import LM, MORE_STRATEGIES, OTHER, Raises, alike, check_equal, memory_for, requests_of
 
 import gptk
 from gptk.engine.engine import ENGINE
@@ -43,13 +43,13 @@ class Planned:
 
 planned = st.builds(
     Planned,
-    requests_of([*MORE_STRATEGIES, FAILING]),
+    requests_of([*MORE_STRATEGIES, FAILING], alike),
     st.booleans(),
-    st.integers(0, 12),
+    st.integers(0, 6),
     st.one_of(st.none(), st.none(), st.integers(0, 20)),
 )
-mixtures = st.lists(planned, min_size=2, max_size=10)
-budgets = st.one_of(st.none(), st.integers(1, 40))
+mixtures = st.lists(planned, min_size=3, max_size=10)
+budgets = st.one_of(st.none(), st.integers(1, 12), st.integers(8, 24), st.integers(1, 40))
 seeds = st.integers(0, 2**16)
 
 
@@ -95,9 +95,9 @@ class Mixture:
         self._ended.put(run)
 
 
-def watch(patch, mixture):
-    """Tell a mixture of each pass, and fail where memory grows beyond the limit for more than
-    one run. Returns the list of such failures."""
+def watch(patch, mixture, *, eager):
+    """Tell a mixture of each pass, and note where memory grows beyond the limit for more than
+    one run. eager: let runs begin without room for them, so that more of them are set back."""
     failures = []
     read, grow = Passes.read, BlockPool._grow
 
@@ -115,14 +115,16 @@ def watch(patch, mixture):
 
     patch.setattr(Passes, "read", reading)
     patch.setattr(BlockPool, "_grow", growing)
+    if eager:
+        patch.setattr(Passes, "has_room", lambda self, rows: True)
     return failures
 
 
-def check_mixture(plans, blocks, seed):
+def check_mixture(plans, blocks, seed, eager):
     mixture = Mixture(plans, seed)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", gptk.PluginWarning)
-        failures = watch(patch, mixture)
+        failures = watch(patch, mixture, eager=eager)
         if blocks is None:
             mixture.run()
         else:
@@ -155,14 +157,14 @@ relaxed = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=10, **relaxed)
-@given(mixtures, budgets, seeds)
-def test_mixtures(plans, blocks, seed):
-    check_mixture(plans, blocks, seed)
+@given(mixtures, budgets, seeds, st.booleans())
+def test_mixtures(plans, blocks, seed, eager):
+    check_mixture(plans, blocks, seed, eager)
 
 
 @pytest.mark.slow
 @settings(max_examples=MANY, **relaxed)
-@given(mixtures, budgets, seeds)
-def test_many_mixtures(plans, blocks, seed):
+@given(mixtures, budgets, seeds, st.booleans())
+def test_many_mixtures(plans, blocks, seed, eager):
     """GPTK_TEST_MIXTURES: how many, instead of 200."""
-    check_mixture(plans, blocks, seed)
+    check_mixture(plans, blocks, seed, eager)

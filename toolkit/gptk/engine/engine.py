@@ -209,6 +209,9 @@ class Engine:
                 self._running = run
                 if not run.go_on():
                     self._active.remove(run)
+                    if run.has_failed:
+                        self.memory.release(run)
+                    run.end()
             self._running = None
             wanting = [run for run in self._active if isinstance(run.wanted, LogitsWanted)]
             for passes, runs in _by_model(wanting):

@@ -78,6 +78,12 @@ class Memory:
             user.wanted.start_again()
         return cache, user
 
+    def release(self, run: Run[Any]) -> None:
+        """Give back what a run has used that failed: its error may keep its caches."""
+        for cache, use in list(self._uses.items()):
+            if use.last() is run:
+                cache.drop()
+
     def is_oldest(self, run: Run[Any], budget: Budget) -> bool:
         """Whether no older run under way holds blocks."""
         return not any(

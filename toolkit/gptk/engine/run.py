@@ -91,13 +91,13 @@ class Run(Generic[T]):
     # What follows is for the engine, in its thread.
 
     def go_on(self) -> bool:
-        """Run until it wants something of the model or has ended; says whether it goes on."""
+        """Run until it wants something of the model, or to its end; says whether it goes on."""
         answer, self.answer = self.answer, None
         if self._cancelled:
             answer = CancelledError()
         if self._greenlet is None:
             if isinstance(answer, BaseException):
-                self.end(answer)
+                self._error = answer
                 return False
             self._greenlet = greenlet(self._work)
             self._greenlet.gr_context = self._context
@@ -110,12 +110,16 @@ class Run(Generic[T]):
             self.of, self.wanted = suspended
             self.used.add(self.of)
             return True
-        self.end(self._error)
         return False
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it went to its end by an error, a cancellation included."""
+        return self._error is not None
+
     def end(self, error: BaseException | None = None) -> None:
-        """Tell who waits for it."""
-        self._error = error
+        """Tell who waits for it. error: that of the engine, if this ends it."""
+        self._error = error or self._error
         self._greenlet = self._function = None
         self._ended.set()
         done, self._done = self._done, None
