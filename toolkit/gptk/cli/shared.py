@@ -27,8 +27,29 @@ tokenizer_option = click.option(
 )
 
 
+def _set_kv_memory(ctx: click.Context, _parameter: click.Parameter, size: str | None) -> None:
+    """Check it at once, before a model is loaded; the environment variable, too."""
+    if ctx.resilient_parsing:
+        return
+    if size is None:
+        kv_memory()
+    else:
+        read_amount(size, "--kv-memory")
+        set_kv_memory(size)
+
+
+kv_memory_option = click.option(
+    "--kv-memory",
+    metavar="SIZE",
+    expose_value=False,
+    callback=_set_kv_memory,
+    help="The memory for keys and values of all models: 2GB, 1500MiB, or a share of what is free. "
+    "Default: $GPTK_KV_MEMORY, else 25%.",
+)
+
+
 def precision_options(command: Command) -> Command:
-    """Add --device, --dtype, --quantize and --kv-memory."""
+    """Add --device, --dtype and --quantize."""
     for option in (
         click.option(
             "--quantize",
@@ -47,28 +68,9 @@ def precision_options(command: Command) -> Command:
         click.option(
             "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
         ),
-        click.option(
-            "--kv-memory",
-            metavar="SIZE",
-            expose_value=False,
-            callback=_set_kv_memory,
-            help="The memory for keys and values of all models: 2GB, 1500MiB, or a share of what "
-            "is free. Default: $GPTK_KV_MEMORY, else 25%.",
-        ),
     ):
         command = option(command)
     return command
-
-
-def _set_kv_memory(ctx: click.Context, _parameter: click.Parameter, size: str | None) -> None:
-    """Check it at once, before a model is loaded; the environment variable, too."""
-    if ctx.resilient_parsing:
-        return
-    if size is None:
-        kv_memory()
-    else:
-        read_amount(size, "--kv-memory")
-        set_kv_memory(size)
 
 
 @contextlib.contextmanager

@@ -122,11 +122,11 @@ class Engine:
         run = self._running
         if run is None:
             raise RuntimeError("a model was asked for a pass by the engine itself")
-        if run.is_cancelled:
-            raise CancelledError
         if isinstance(wanted, Reading):
             wanted.cache.move(passes.pool)
             self.memory.use(wanted.cache, run)
+        if run.is_cancelled:
+            raise CancelledError
         if self.has_one_run() and (answer := passes.at_once(run, wanted)) is not None:
             return answer
         answered: torch.Tensor = self._hub.switch((passes, wanted))

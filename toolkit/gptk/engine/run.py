@@ -120,7 +120,7 @@ class Run(Generic[T]):
     def end(self, error: BaseException | None = None) -> None:
         """Tell who waits for it. error: that of the engine, if this ends it."""
         self._error = error or self._error
-        self._greenlet = self._function = None
+        self._greenlet = self._function = self.wanted = None
         self._ended.set()
         done, self._done = self._done, None
         if done is not None:
