@@ -123,7 +123,6 @@ class Engine:
         if run is None:
             raise RuntimeError("a model was asked for a pass by the engine itself")
         if isinstance(wanted, Reading):
-            wanted.cache.move(passes.pool)
             self.memory.use(wanted.cache, run)
         if run.is_cancelled:
             raise CancelledError
@@ -184,7 +183,10 @@ class Engine:
             self._read()
 
     def _admit(self) -> None:
-        """Begin with those that wait, in their order, while there is room for their rows."""
+        """Begin with those that wait, in their order, while there is room for their rows, and
+        nobody was set back, who comes before them."""
+        if not self._waiting or any(run.is_set_back for run in self._active):
+            return
         rows = self.rows_in_use
         while self._waiting and (not self._active or self._has_room(rows + self._waiting[0].rows)):
             run = self._waiting.popleft()
@@ -195,12 +197,8 @@ class Engine:
             self._active.append(run)
 
     def _has_room(self, rows: int) -> bool:
-        """Whether so many rows may be under way. Nobody begins before those that were set back."""
-        return (
-            rows <= MOST_ROWS
-            and all(passes.has_room(rows) for passes in list(self._passes.values()))
-            and not any(run.is_set_back for run in self._active)
-        )
+        all_passes = list(self._passes.values())
+        return rows <= MOST_ROWS and all(passes.has_room(rows) for passes in all_passes)
 
     def _go_on(self) -> None:
         """Let every run go on that has what it wanted, until all want tokens to be read."""

@@ -54,10 +54,10 @@ class Memory:
         stream, each of which is a run, are not newer than what began after the stream."""
         use = self._uses.get(cache)
         if use is None:
-            use = self._uses[cache] = Use(run.number, next(self._orders), weakref.ref(run))
-        else:
+            self._uses[cache] = Use(run.number, next(self._orders), weakref.ref(run))
+        elif use.last() is not run:
             use.last = weakref.ref(run)
-        run.number = min(run.number, use.number)
+            run.number = min(run.number, use.number)
 
     def set_back(self, run: Run[Any], budget: Budget) -> tuple[BlockCache, Run[Any] | None] | None:
         """Take the blocks of the newest cache that neither this run uses nor an older one under

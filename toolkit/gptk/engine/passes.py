@@ -108,7 +108,10 @@ class Passes:
         First those with few tokens, so that long prompts do not hold them up.
         """
         self.count, self.waited = self.count + 1, 0
-        self.pool.budget.trim()
+        pool = self.pool
+        pool.budget.trim()
+        for run in runs:
+            _reading(run).use(pool)
         order = sorted(runs, key=lambda run: (_few(run), run.number))
         taken, beyond = self._take(order), False
         while True:
