@@ -24,8 +24,9 @@ from gptk.engine import memory
 from gptk.engine.engine import ENGINE
 from gptk.engine.passes import Passes
 from gptk.engine.run import Run
-from gptk.model import blocks
-from gptk.model.blocks import BlockCache, BlockPool
+from gptk.model import pool as pools
+from gptk.model.blocks import BlockCache
+from gptk.model.pool import BlockPool
 from gptk.system.memory import new_zeros
 from gptk.testing import tiny_lm
 
@@ -168,7 +169,7 @@ def test_what_the_system_refuses_is_waited_for(monkeypatch):
 
     chosen = [gptk.Request([number] * 100, settings={"max_new_tokens": 8}) for number in range(8)]
     with memory_for(LM, 15), monkeypatch.context() as patch:
-        patch.setattr(blocks, "new_zeros", scarce)
+        patch.setattr(pools, "new_zeros", scarce)
         patch.setattr(Passes, "has_room", lambda self, rows: True)
         responses = list(LM.generate_many(chosen))
     check_as_alone(LM, chosen, responses)

@@ -16,7 +16,7 @@ import gptk
 from gptk.engine.engine import ENGINE
 from gptk.engine.passes import Passes
 from gptk.engine.run import CancelledError, Run
-from gptk.model.blocks import BlockPool
+from gptk.model.pool import BlockPool
 
 MANY = int(os.environ.get("GPTK_TEST_MIXTURES", "200"))
 """How many mixtures the slow test tries."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from gptk.engine.memory import Memory
 from gptk.engine.reading import LogitsWanted, PartOfRow, Reading
 from gptk.engine.run import Run, Wanted
-from gptk.model.blocks import BlockCache, BlockPool, OutOfBlocks
+from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
 from gptk.model.passes import Part, read_parts
+from gptk.model.pool import BlockPool, OutOfBlocks
 from gptk.model.protocol import Cache, CausalModel, evaluating
 
 Taken = tuple[Run[Any], list[Part], list[PartOfRow]]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gptk.kernels import BLOCK
-from gptk.model.blocks import BlockCache, BlockPool
+from gptk.model.blocks import BlockCache
 from gptk.model.passes import Part
+from gptk.model.pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptk import kernels
 from gptk.kernels import BLOCK
-from gptk.model.blocks import BlockCache, BlockPool
+from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
+from gptk.model.pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
