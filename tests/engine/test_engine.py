@@ -10,60 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import LM, STRATEGIES, Raises, check_as_alone, memory_for, requests
 
 import gptk
 from gptk.engine import passes
 from gptk.engine.engine import ENGINE
-from gptk.testing import tiny_gpt, tiny_lm
-
-LM = tiny_lm()
-STRATEGIES = [
-    {"sampler": "greedy"},
-    {"sampler": "multinomial"},
-    {"sampler": "top-p:0.8", "n": 2},
-    {"sampler": "beam:3"},
-    {"sampler": "beam:3", "n": 2, "processors": ["no-repeat-ngram:2"]},
-    {"sampler": "diverse-beam:width=4,beam_groups=2"},
-    {"sampler": "stochastic-beam:3"},
-    {"sampler": "contrastive"},
-    {"sampler": "dola"},
-    {"sampler": "best-of-n:3"},
-    {"sampler": "mirostat"},
-    {"sampler": "multinomial", "draft": "lookup:ngram=1,tokens=3"},
-    {"sampler": "greedy", "draft": LM},
-    {"sampler": "greedy", "processors": ["repetition-penalty:1.3", 'regex:pattern="[a-z ]{3,40}"']},
-    {"sampler": "multinomial", "processors": ["cfg:scale=1.5,negative=x"]},
-    {"sampler": "greedy", "stop": ["e", "q"]},
-    {"sampler": "multinomial", "use_cache": False},
-    {"sampler": "multinomial", "overflow": "slide"},
-]
-
-
-def flat(result):
-    """Of all results of a prompt what must be equal, and the numbers that may differ a little."""
-    every = [result, *result.alternatives]
-    exact = [(each.tokens, each.text, each.finish_reason) for each in every]
-    return exact, [number for each in every for number in each.token_logprobs]
-
-
-def check_as_alone(lm, requests, responses, **common):
-    for response in responses:
-        assert response.error is None, response.error
-        request = requests[response.index]
-        ordinal = response.generation.ordinal
-        alone = lm.generate(request.prompt, **{**common, **request.settings, "ordinal": ordinal})
-        (got, numbers), (want, wanted) = flat(response.generation), flat(alone)
-        assert got == want, request
-        assert numbers == pytest.approx(wanted, abs=1e-4)
-
-
-prompts = st.lists(st.integers(0, 255), min_size=1, max_size=90)
-requests = st.builds(
-    lambda prompt, chosen, new: gptk.Request(prompt, settings={**chosen, "max_new_tokens": new}),
-    prompts,
-    st.sampled_from(STRATEGIES),
-    st.integers(1, 12),
-)
+from gptk.testing import tiny_gpt
 
 
 @settings(max_examples=30, deadline=None)
@@ -80,12 +32,10 @@ def test_so_it_does_when_blocks_run_out(chosen, blocks, seed):
     """The budget has room for few blocks: runs lose theirs, and read their texts again."""
     lm = gptk.LanguageModel(tiny_gpt(LM.model.config), LM.tokenizer)
     lm.model.load_state_dict(LM.model.state_dict())
-    passes = ENGINE.passes(lm.model, budget=1)
-    passes.pool.budget = blocks * passes.pool.block_bytes
-    passes.pool.per_slab = 1
-    responses = list(lm.generate_many(chosen, seed=seed))
+    with memory_for(lm, blocks):
+        responses = list(lm.generate_many(chosen, seed=seed))
     check_as_alone(lm, chosen, responses, seed=seed)
-    assert passes.pool.used == 0
+    assert ENGINE.passes(lm.model).pool.used == 0
 
 
 def test_runs_share_passes(monkeypatch):
@@ -117,16 +67,6 @@ def test_a_text_that_begins_like_an_earlier_one_reads_only_the_rest(monkeypatch)
     second = lm.generate(beginning, max_new_tokens=2)
     assert sizes[0] == len(beginning) - shared
     assert second.tokens == first.tokens
-
-
-class Raises(gptk.LogitsProcessor):
-    name = "raises"
-    after: int
-
-    def __call__(self, logits, rows):
-        if rows.lengths[0] - rows.prompt_lengths[0] >= self.after:
-            raise RuntimeError("on purpose")
-        return logits
 
 
 class Nan(gptk.LogitsProcessor):

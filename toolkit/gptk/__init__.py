@@ -89,6 +89,7 @@ _HOMES = {
     "Run": "hooks.run",
     "Sampler": "hooks.sampling",
     "Score": "model.scoring",
+    "set_kv_memory": "system.kv_memory",
     "Scorer": "hooks.sampling",
     "Settings": "language_model",
     "SourceError": "errors",
@@ -207,6 +208,7 @@ if TYPE_CHECKING:
     from gptk.session.rows import Follower as Follower
     from gptk.session.rows import Rows as Rows
     from gptk.session.session import DecodeSession as DecodeSession
+    from gptk.system.kv_memory import set_kv_memory as set_kv_memory
     from gptk.system.memory import keep_freed_memory as keep_freed_memory
     from gptk.text.chat import render_chat as render_chat
     from gptk.text.encoding import ByteLevelBPE as ByteLevelBPE

@@ -12,6 +12,7 @@ from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note
 from gptk.cli.shared import (
+    kv_memory_option,
     model_option,
     precision_options,
     progress_bar,
@@ -79,6 +80,7 @@ _SAMPLE = 160  # characters
 @model_option
 @tokenizer_option
 @precision_options
+@kv_memory_option
 @click.option(
     "--json",
     "as_json",

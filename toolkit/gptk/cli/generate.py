@@ -14,6 +14,7 @@ from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note, quiet
 from gptk.cli.shared import (
+    kv_memory_option,
     model_option,
     precision_options,
     print_result,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     help=r"Text that ends the continuation; \n and \t mean what they do in C. Repeatable.",
 )
 @precision_options
+@kv_memory_option
 @click.option(
     "--compile",
     "compiled",

@@ -9,6 +9,7 @@ import click
 
 from gptk.cli.output import quiet
 from gptk.cli.streams import is_text
+from gptk.system.kv_memory import kv_memory, read_amount, set_kv_memory
 
 if TYPE_CHECKING:
     from gptk.hooks.results import Generation
@@ -23,6 +24,27 @@ model_option = click.option(
 )
 tokenizer_option = click.option(
     "--tokenizer", metavar="SPEC", help="Instead of the model's own: gpt2, bytes, a file, …"
+)
+
+
+def _set_kv_memory(ctx: click.Context, _parameter: click.Parameter, size: str | None) -> None:
+    """Check it at once, before a model is loaded; the environment variable, too."""
+    if ctx.resilient_parsing:
+        return
+    if size is None:
+        kv_memory()
+    else:
+        read_amount(size, "--kv-memory")
+        set_kv_memory(size)
+
+
+kv_memory_option = click.option(
+    "--kv-memory",
+    metavar="SIZE",
+    expose_value=False,
+    callback=_set_kv_memory,
+    help="The memory for keys and values of all models: 2GB, 1500MiB, or a share of what is free. "
+    "Default: $GPTK_KV_MEMORY, else 25%.",
 )
 
 

@@ -9,8 +9,9 @@ all runs are, one pass reads the tokens of all. A run knows nothing of the other
     run 3    begin ── read 90 tokens ─┘          └── choose ─ …
 
 Runs begin in the order in which they come, when there is room for their rows. Long prompts are read
-in several passes, so that others go on meanwhile. Keys and values are in blocks within a budget; if
-these run out, the newest runs lose theirs, and read their texts again when there is room.
+in several passes, so that others go on meanwhile. Keys and values are in blocks within a budget of
+all models; if these run out, the newest runs lose theirs, of whatever model, and read their texts
+again when there is room.
 
 Everything here happens in one thread, the engine's. Any thread may start runs and wait for them.
 """
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 from greenlet import getcurrent
 
+from gptk.engine.memory import Memory
 from gptk.engine.model import JoinedModel
 from gptk.engine.passes import Passes
 from gptk.engine.reading import LogitsWanted, Reading
@@ -53,6 +55,7 @@ class Engine:
         self._running: Run[Any] | None = None
         self._passes: weakref.WeakKeyDictionary[Any, Passes] = weakref.WeakKeyDictionary()
         """For each model."""
+        self.memory = Memory()
         self._lock = threading.Lock()
         self._stopping = False
         self._inherited: dict[str, Any] = {}
@@ -90,11 +93,11 @@ class Engine:
             return model
         return JoinedModel(model, self.passes(model))
 
-    def passes(self, model: CausalModel, budget: int | None = None) -> Passes:
-        """The passes of a model. budget: bytes for keys and values, if this is the first use."""
+    def passes(self, model: CausalModel) -> Passes:
+        """The passes of a model."""
         with self._lock:
             if model not in self._passes:
-                made = Passes(model, self.wait_for, self.has_one_run, budget)
+                made = Passes(model, self.wait_for, self.has_one_run, self.memory)
                 self._passes[model] = made
             return self._passes[model]
 
@@ -119,6 +122,8 @@ class Engine:
         run = self._running
         if run is None:
             raise RuntimeError("a model was asked for a pass by the engine itself")
+        if isinstance(wanted, Reading):
+            self.memory.use(wanted.cache, run)
         if run.is_cancelled:
             raise CancelledError
         if self.has_one_run() and (answer := passes.at_once(run, wanted)) is not None:
@@ -178,9 +183,12 @@ class Engine:
             self._read()
 
     def _admit(self) -> None:
-        """Begin with those that wait, in their order, while there is room for their rows."""
+        """Begin with those that wait, in their order, while there is room for their rows, and
+        nobody was set back, who comes before them."""
+        if not self._waiting or any(run.is_set_back for run in self._active):
+            return
         rows = self.rows_in_use
-        while self._waiting and (not rows or self._has_room(rows + self._waiting[0].rows)):
+        while self._waiting and (not self._active or self._has_room(rows + self._waiting[0].rows)):
             run = self._waiting.popleft()
             run.number, self._count = self._count, self._count + 1
             if run.threads != torch.get_num_threads():
@@ -189,7 +197,8 @@ class Engine:
             self._active.append(run)
 
     def _has_room(self, rows: int) -> bool:
-        return rows <= MOST_ROWS and all(p.has_room(rows) for p in self._passes.values())
+        all_passes = list(self._passes.values())
+        return rows <= MOST_ROWS and all(passes.has_room(rows) for passes in all_passes)
 
     def _go_on(self) -> None:
         """Let every run go on that has what it wanted, until all want tokens to be read."""
@@ -198,6 +207,9 @@ class Engine:
                 self._running = run
                 if not run.go_on():
                     self._active.remove(run)
+                    if run.has_failed:
+                        self.memory.release(run)
+                    run.end()
             self._running = None
             wanting = [run for run in self._active if isinstance(run.wanted, LogitsWanted)]
             for passes, runs in _by_model(wanting):

@@ -1,6 +1,5 @@
 """The passes of an engine: what runs want read, together, within the budget of memory."""
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptk.engine.memory import Memory
 from gptk.engine.reading import LogitsWanted, PartOfRow, Reading
 from gptk.engine.run import Run, Wanted
-from gptk.model.blocks import BlockCache, BlockPool, OutOfBlocks
+from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
 from gptk.model.passes import Part, read_parts
+from gptk.model.pool import BlockPool, OutOfBlocks
 from gptk.model.protocol import Cache, CausalModel, evaluating
-from gptk.system.memory import available_memory
 
 Taken = tuple[Run[Any], list[Part], list[PartOfRow]]
 """A run, what of it a pass reads, and of which of its rows."""
@@ -23,8 +23,7 @@ Taken = tuple[Run[Any], list[Part], list[PartOfRow]]
 class Passes:
     """Answers what runs want of one model.
 
-    budget: bytes for keys and values [a quarter of the memory that is free]. It holds the model
-    only as long as somebody else does.
+    It holds the model only as long as somebody else does.
     """
 
     def __init__(
@@ -32,17 +31,14 @@ class Passes:
         model: CausalModel,
         wait_for: "Callable[[Passes, Wanted], Tensor]",
         has_one_run: Callable[[], bool],
-        budget: int | None = None,
+        memory: Memory,
     ) -> None:
         """wait_for: suspends a run until it has its answer. has_one_run: whether there is but one
-        run."""
+        run. memory: of all models."""
         self._model_of = weakref.ref(model)
         self._wait_for, self._has_one_run = wait_for, has_one_run
-        self._budget = budget
+        self._memory = memory
         self._pool: BlockPool | None = None
-        self._caches: weakref.WeakKeyDictionary[BlockCache, int] = weakref.WeakKeyDictionary()
-        """All caches in blocks, numbered in the order in which they were made."""
-        self._numbers = itertools.count()
         self.count = 0
         """Passes so far."""
         self.waited = 0
@@ -51,18 +47,18 @@ class Passes:
     @property
     def pool(self) -> BlockPool:
         """The model's blocks."""
-        if self._pool is None:
-            model = self._model
-            assert isinstance(model, GPT)
-            budget = self._budget
-            if budget is None:
-                budget = int(available_memory(model.device) * _SHARE)
+        model, old = self._model, self._pool
+        if old is None or (old.dtype, old.device) != (model.dtype, model.device):
+            assert isinstance(model, GPT)  # new, or converted
+            budget = self._memory.budget(model.device)
             self._pool = BlockPool(model.config, model.device, model.dtype, budget)
+        assert self._pool is not None
         return self._pool
 
     def has_room(self, rows: int) -> bool:
-        """Whether so many rows will find some blocks."""
-        return self._pool is None or self._pool.available >= 2 * rows
+        """Whether so many rows will find some blocks, if runs use the model."""
+        pool = self._pool
+        return pool is None or not pool.used or pool.available >= 2 * rows
 
     def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
         """A cache in blocks, or the model's own where this or its compiled step needs it."""
@@ -72,11 +68,7 @@ class Passes:
             own = model.new_cache(rows, capacity)
             if model.step.fits(torch.zeros(1, 1, dtype=torch.int64), own, ()):
                 return own
-        if self._pool is not None and self._pool.dtype != model.dtype:
-            self._pool = None  # the model was converted
-        cache = BlockCache(self.pool, rows)
-        self._caches[cache] = next(self._numbers)
-        return cache
+        return BlockCache(self.pool, rows)
 
     def wait_for(self, wanted: Wanted) -> Tensor:
         """Suspend the run that asks until the engine has what it wants."""
@@ -117,22 +109,28 @@ class Passes:
         First those with few tokens, so that long prompts do not hold them up.
         """
         self.count, self.waited = self.count + 1, 0
+        pool = self.pool
+        pool.budget.trim()
+        for run in runs:
+            _reading(run).use(pool)
         order = sorted(runs, key=lambda run: (_few(run), run.number))
-        taken = self._take(order)
-        if not taken:
-            return
-        parts = [part for _, of_run, _ in taken for part in of_run]
-        layers = sorted({layer for run, _, _ in taken for layer in _reading(run).layers})
-        try:
-            states = self._states(parts, layers, beyond=len(taken) == 1)
-        except OutOfBlocks:
-            self._make_room(order, taken)
-            return
-        except Exception as error:
-            for run, _, _ in taken:
-                _reading(run).start_again()
-            self._each_alone([run for run, _, _ in taken], error, self.read)
-            return
+        taken, beyond = self._take(order), False
+        while True:
+            parts = [part for _, of_run, _ in taken for part in of_run]
+            layers = sorted({layer for run, _, _ in taken for layer in _reading(run).layers})
+            try:
+                states = self._states(parts, layers, beyond=beyond)
+                break
+            except OutOfBlocks:
+                order, beyond = self._fewer(order)
+                if not order:
+                    return
+                taken = self._take(order)
+            except Exception as error:
+                for run, _, _ in taken:
+                    _reading(run).start_again()
+                self._each_alone([run for run, _, _ in taken], error, self.read)
+                return
         first = 0
         for run, of_run, rows in taken:
             reading = _reading(run)
@@ -176,20 +174,20 @@ class Passes:
         with evaluating(model):
             return model.logits(states)
 
-    def _make_room(self, runs: Sequence[Run[Any]], taken: Sequence[Taken]) -> None:
-        """Take the blocks of the newest cache that the oldest run does not need."""
+    def _fewer(self, runs: list[Run[Any]]) -> tuple[list[Run[Any]], bool]:
+        """Where memory is short for what they want read: those that a pass is for, after others
+        were set back, and whether it may take memory beyond the budget. None, if older runs, of
+        another model, have to end first."""
         oldest = min(runs, key=lambda run: run.number)
-        spared = _reading(oldest).cache
-        caches = sorted(self._caches.items(), key=lambda item: -item[1])
-        for cache, _ in caches:
-            if cache is not spared and cache.has_blocks:
-                cache.drop()
-                for run in runs:
-                    if _reading(run).cache is cache:
-                        _reading(run).start_again()
-                break
-        else:
-            self.read([oldest])
+        budget = self.pool.budget
+        set_back = self._memory.set_back(oldest, budget)
+        if set_back is not None:
+            return [run for run in runs if run is not set_back[1]], False
+        if len(runs) > 1:
+            return [oldest], False
+        if self._memory.is_oldest(oldest, budget):
+            return [oldest], True
+        return [], False
 
     def _each_alone(self, runs: Sequence[Run[Any]], error: Exception, answer: Any) -> None:
         """After an error of several together: only who fails alone has it."""
@@ -211,4 +209,3 @@ def _few(run: Run[Any]) -> bool:
 
 TOKENS = 512
 """The most tokens of a pass."""
-_SHARE = 0.25

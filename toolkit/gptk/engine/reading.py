@@ -10,6 +10,7 @@ from torch import Tensor
 from gptk.kernels import BLOCK
 from gptk.model.blocks import BlockCache
 from gptk.model.passes import Part
+from gptk.model.pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,13 @@ class Reading:
 
     @property
     def size(self) -> int:
-        """How many tokens are still to be read."""
-        return sum(len(row.unread) for row in self._open())
+        """How many tokens are still to be read: at most, as long as none of them is."""
+        if self._rows is None:  # to open it may take blocks
+            if len(self._before) == 1 and self.cache.held == self._before:
+                return len(self._tokens[0])
+            held = map(min, self.cache.held, self._before)
+            return sum(self._before) - sum(held) + sum(map(len, self._tokens))
+        return sum(len(row.unread) for row in self._rows)
 
     @property
     def is_lost(self) -> bool:
@@ -91,6 +97,12 @@ class Reading:
         row.unread = row.unread[tokens:]
         if len(states):
             row.states.append(states)
+
+    def use(self, pool: BlockPool) -> None:
+        """Read with this pool, which is another one after the model was converted."""
+        if self.cache.pool is not pool:
+            self.cache.move(pool)
+            self.start_again()
 
     def start_again(self) -> None:
         """The cache has lost its blocks: read all."""

@@ -37,7 +37,8 @@ class Run(Generic[T]):
         self.answer: Any = None
         """What it wanted, or an exception, once it is there."""
         self.number = -1
-        """Counts the engine's runs in the order in which they began."""
+        """Counts the engine's runs in the order in which they began; where memory is short, those
+        with higher numbers wait for those with lower ones."""
         self.threads = torch.get_num_threads()
         self._function: Callable[[], T] | None = function
         self._context = contextvars.copy_context()
@@ -56,6 +57,11 @@ class Run(Generic[T]):
     def is_ready(self) -> bool:
         """Whether it can go on: it has what it wanted, or has to end."""
         return self.wanted is None or self.answer is not None or self._cancelled
+
+    @property
+    def is_set_back(self) -> bool:
+        """Whether it waits for memory to read again what was taken from it."""
+        return isinstance(self.wanted, Reading) and self.wanted.is_lost
 
     @property
     def has_ended(self) -> bool:
@@ -85,13 +91,13 @@ class Run(Generic[T]):
     # What follows is for the engine, in its thread.
 
     def go_on(self) -> bool:
-        """Run until it wants something of the model or has ended; says whether it goes on."""
+        """Run until it wants something of the model, or to its end; says whether it goes on."""
         answer, self.answer = self.answer, None
         if self._cancelled:
             answer = CancelledError()
         if self._greenlet is None:
             if isinstance(answer, BaseException):
-                self.end(answer)
+                self._error = answer
                 return False
             self._greenlet = greenlet(self._work)
             self._greenlet.gr_context = self._context
@@ -104,13 +110,17 @@ class Run(Generic[T]):
             self.of, self.wanted = suspended
             self.used.add(self.of)
             return True
-        self.end(self._error)
         return False
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it went to its end by an error, a cancellation included."""
+        return self._error is not None
+
     def end(self, error: BaseException | None = None) -> None:
-        """Tell who waits for it."""
-        self._error = error
-        self._greenlet = self._function = None
+        """Tell who waits for it. error: that of the engine, if this ends it."""
+        self._error = error or self._error
+        self._greenlet = self._function = self.wanted = None
         self._ended.set()
         done, self._done = self._done, None
         if done is not None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gptk import kernels
 from gptk.kernels import BLOCK
-from gptk.model.blocks import BlockCache, BlockPool
+from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
+from gptk.model.pool import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class JoinedSlots:
         Returns (tokens, heads · d).
         """
         qkv = qkv[0].contiguous()
-        slab, d = self._pool.slabs[0], qkv.shape[2]
+        slab, d = self._pool.sample, qkv.shape[2]
         group = self._heads // slab.shape[3]
         fits = d in kernels.HEAD_DIMS and group <= kernels.FEW_QUERIES
         if fits and kernels.can_run(qkv, slab):

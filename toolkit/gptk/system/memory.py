@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,19 @@ def new_bytes(*shape: int) -> "Tensor":
             # Only the newest is kept here: an older one lives as long as the tensors in it.
             _arenas[:] = [_Arena(max(count, _ARENA))]
         return _arenas[-1].take(count).view(shape)
+
+
+def new_zeros(shape: Sequence[int], dtype: "torch.dtype", device: "torch.device") -> "Tensor":
+    """A tensor of zeros in memory of its own, which goes back to the system with the tensor.
+
+    glibc would keep what is freed of this size. On a CPU memory is taken when it is written to.
+    """
+    import torch
+
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size, **_PRIVATE), dtype=dtype).view(shape)
 
 
 class _Arena:
