@@ -5,7 +5,7 @@ import ctypes
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -48,14 +48,14 @@ def release_threads() -> None:
 
 
 @functools.cache
-def _pauses() -> list[Callable[[int], int]]:
+def _pauses() -> Sequence[Callable[[int], int]]:
     """`omp_pause_resource_all` of each GNU OpenMP in this process."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
             paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
     except OSError:
         return []  # another system
-    pauses = []
+    pauses: list[Callable[[int], int]] = []
     for path in sorted(paths):
         with contextlib.suppress(OSError, AttributeError):
             pauses.append(ctypes.CDLL(path).omp_pause_resource_all)
