@@ -59,8 +59,11 @@ def compare_by_file(
             note(progress.summary())
         compared = runs.compared(results.results(), lm)
     if compared.failures:
-        say(f"left out, as they have failed: {len(compared.failures):,} prompts; the first: "
-            f"{compared.failures[0]}")  # fmt: skip
+        many, of = len(compared.failures), len(compared.failures) + len(compared.prompts)
+        say(
+            f"{many:,} of {of:,} prompts are left out, as they have failed; the first: "
+            f"{compared.failures[0]}"
+        )
     return compared
 
 

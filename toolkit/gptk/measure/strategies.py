@@ -102,15 +102,21 @@ def runs_of(
     ]
 
 
+def check_names(own: Mapping[str, Any]) -> None:
+    """Raise OptionError for a setting of a prompt that is the same for all where samplers are
+    compared."""
+    for name, reason in _NOT_ALLOWED.items():
+        if name in own:
+            raise OptionError(f"a prompt that is compared cannot have {name}: {reason}")
+
+
 def with_strategy(strategy: Strategy, own: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's own settings, checked together with a sampler.
 
     Processors are instead of those of all samplers, and come before the sampler's own.
     Raises OptionError for a setting that a prompt cannot have here, and what wrong ones raise.
     """
-    for name, reason in _NOT_ALLOWED.items():
-        if name in own:
-            raise OptionError(f"a prompt that is compared cannot have {name}: {reason}")
+    check_names(own)
     if not own:
         return {}
     checked = check_settings(**{**own, "sampler": strategy.sampler, "n": strategy.results})

@@ -5,7 +5,7 @@ The runs are numbered through: for each sampler for each seed each prompt.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor
 from gptk.language_model import LanguageModel
 from gptk.measure.comparison import measured_comparison
-from gptk.measure.strategies import Run, Strategy, runs_of, with_strategy
+from gptk.measure.strategies import Run, Strategy, check_names, runs_of, with_strategy
 from gptk.records.call import Asked, Call, placed
 from gptk.records.plugin_files import each_once, files_in
 from gptk.records.prompts_file import GivenPrompt
@@ -73,6 +73,9 @@ class ComparisonRuns:
         }
         self._parts: list[_OfStrategy] = []
         numbers = itertools.count()
+        for given in prompts:
+            with _placing(given):
+                check_names(given.settings)
         for strategy in strategies:
             settings = {
                 "sampler": strategy.sampler,
@@ -83,10 +86,13 @@ class ComparisonRuns:
             }
             call = Call(settings)
             call.check(prompts)
-            own = [_checked(strategy, given) for given in prompts]
+            own = []
+            for given in prompts:
+                with _placing(given):
+                    own.append(with_strategy(strategy, given.settings))
             runs = runs_of(strategy, own, processors, seed, seeds)
-            given = [self._given(strategy, run, next(numbers)) for run in runs]
-            self._parts.append(_OfStrategy(strategy, call, runs, given))
+            numbered = [self._given(strategy, run, next(numbers)) for run in runs]
+            self._parts.append(_OfStrategy(strategy, call, runs, numbered))
         self._all = [(part.call, given) for part in self._parts for given in part.given]
 
     def __len__(self) -> int:
@@ -244,9 +250,11 @@ def _read(raw: Mapping[str, Any], where: str) -> tuple[int, _Result]:
     )
 
 
-def _checked(strategy: Strategy, given: GivenPrompt) -> dict[str, Any]:
+@contextlib.contextmanager
+def _placing(given: GivenPrompt) -> Iterator[None]:
+    """Errors in the block name the line of the prompt."""
     try:
-        return with_strategy(strategy, given.settings)
+        yield
     except GptkError as error:
         raise placed(error, given) from None
 

@@ -101,9 +101,10 @@ def used_in(
 ) -> Used:
     """The plug-ins of a comparison that was just made. processors: those of all samplers."""
     strategies = [each.strategy for each in compared if each.strategy is not None]
-    own = [plugin for each in strategies for plugin in (each.sampler, *each.processors)]
-    of_prompts = [plugin for each in compared for plugin in each.plugins]
-    plugins = [*own, *processors, *of_prompts, *loader_of(lm)]
+    plugins: list[Plugin] = [*processors, *loader_of(lm)]
+    for each in strategies:
+        plugins += [each.sampler, *each.processors, *each.sampler.processors()]
+    plugins += [plugin for each in compared for plugin in each.plugins]
     return Used(_plugins(plugins), each_once(files_of(plugins)))
 
 
