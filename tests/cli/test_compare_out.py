@@ -405,6 +405,33 @@ def test_results_with_another_file_of_a_processor_are_refused(by_file, tmp_path)
     assert "r.jsonl has results with other files (s.json of processor json-schema: " in out.stderr
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(tokens=[2**31]), "line 2 has a token that is not in the model's vocab"),
+        (lambda r: r["prompt_tokens"].append(-1), "line 2 has a token that is not in the model's"),
+        (lambda r: r.update(tokens=[1] * 200), "line 2 has 200 tokens after "),
+        (lambda r: r.update(prompt_tokens=[]), "line 2 has 4 tokens after 0 of a prompt"),
+        (lambda r: r["comparison"].update(seconds=-1), "line 2: comparison.seconds"),
+        (lambda r: r.pop("text"), "line 2 has no text"),
+        (lambda r: r.update(index=-1), "has a result of a prompt -1 of 9"),
+        (lambda r: r["own_settings"].update(seed=7), "settings"),
+    ],
+)
+def test_a_damaged_record_is_one_line(by_file, tmp_path, change, words):
+    """Token ids beyond the vocabulary were found by fuzzing: the model cannot score them."""
+    assert by_file().returncode == 0
+    path = tmp_path / "r.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    record = json.loads(lines[1])
+    change(record)
+    path.write_text("".join([lines[0], json.dumps(record) + "\n", *lines[2:]]))
+    out = by_file()
+    assert (out.returncode, out.stdout) == (1, "")
+    assert words in out.stderr.splitlines()[-1]
+    assert "internal error" not in out.stderr
+
+
 def test_what_does_not_go_together_is_told(by_file, model, tmp_path):
     table = tmp_path / "t.csv"
     out = by_file("--csv", tmp_path / "r.jsonl")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gptk.language_model import LanguageModel
     from gptk.measure.comparison import Comparison
     from gptk.model.quantization import Quantize
+    from gptk.records.comparing import ComparisonRuns
     from gptk.records.prompts_file import GivenPrompt, PromptsFile
     from gptk.records.writing import Compared
 
@@ -143,16 +144,12 @@ def command(
         from gptk.hooks.sampling import LogitsProcessor
         from gptk.language_model import load
         from gptk.measure.comparison import check_metrics
-        from gptk.measure.strategies import check_samplers
         from gptk.plugins.creating import create
-        from gptk.records.comparing import ComparisonRuns
 
         # Report mistakes before the model is loaded.
-        strategies = check_samplers(samplers, settings["n"])
         measures = check_metrics(metrics)
         settings["processors"] = [create("processor", each, LogitsProcessor) for each in processors]
-        sha256 = None if file is None else file.sha256
-        runs = ComparisonRuns(prompts, strategies, metrics=measures, sha256=sha256, **settings)
+        runs = _runs(prompts, file, samplers, {**settings, "metrics": measures})
         _check_files(plot, table, out)
         loading = partial(
             load, model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer
@@ -163,24 +160,48 @@ def command(
             from gptk.cli.compare_out import compare_by_file
 
             made = compare_by_file(out, file, runs, loading, tokenizer=tokenizer)
-    compared = made.comparisons
     if as_json:
         from gptk.records.writing import comparison_record
 
         asked = {**settings, "metrics": [*measures.values()]}
-        record = comparison_record(made, tokenizer=tokenizer, **asked)
-        click.echo(json.dumps(record))
-    elif compared:
-        _print(compared, measures, settings["n"])
-    if plot is not None and compared:
-        _plot(compared, plot)
-    if table is not None and compared:
-        _write_csv(compared, made.prompts, table)
-    if len(compared) < len(samplers):
-        click.echo(f"interrupted: {len(compared)} of {len(samplers)} samplers compared", err=True)
+        click.echo(json.dumps(comparison_record(made, tokenizer=tokenizer, **asked)))
+    elif made.comparisons:
+        _print(made.comparisons, measures, settings["n"])
+    _write_files(made, plot, table)
+    _end(made, len(samplers))
+
+
+def _end(made: "Compared", samplers: int) -> None:
+    """Exit with 130 if samplers are missing, with 1 if prompts are."""
+    if len(made.comparisons) < samplers:
+        done = f"{len(made.comparisons)} of {samplers} samplers compared"
+        click.echo(f"interrupted: {done}", err=True)
         sys.exit(130)
     if made.failures:
         sys.exit(1)
+
+
+def _runs(
+    prompts: "Sequence[GivenPrompt]",
+    file: "PromptsFile | None",
+    samplers: Sequence[str],
+    asked: Mapping[str, Any],
+) -> "ComparisonRuns":
+    """What the command is to run, checked. Raises what is wrong with a sampler or a prompt."""
+    from gptk.measure.strategies import check_samplers
+    from gptk.records.comparing import ComparisonRuns
+
+    strategies = check_samplers(samplers, asked["n"])
+    return ComparisonRuns(
+        prompts, strategies, sha256=None if file is None else file.sha256, **asked
+    )
+
+
+def _write_files(made: "Compared", plot: Path | None, table: Path | None) -> None:
+    if plot is not None and made.comparisons:
+        _plot(made.comparisons, plot)
+    if table is not None and made.comparisons:
+        _write_csv(made.comparisons, made.prompts, table)
 
 
 def _prompts_file(

@@ -180,7 +180,7 @@ class ComparisonRuns:
         results: their records, in any order, each with what it was read from, for messages. Raises
         DataError if a record is damaged, or if no prompt was continued by all samplers.
         """
-        read = dict(_read(record, where) for record, where in results)
+        read = dict(_read(record, where, lm) for record, where in results)
         failed: dict[int, str] = {}
         for part in self._parts:
             for given, run in zip(part.given, part.runs, strict=True):
@@ -229,7 +229,7 @@ class _Result:
     files: Sequence[dict[str, Any]]
 
 
-def _read(raw: Mapping[str, Any], where: str) -> tuple[int, _Result]:
+def _read(raw: Mapping[str, Any], where: str, lm: LanguageModel) -> tuple[int, _Result]:
     """The number of a run and its result. Raises DataError."""
     record = checked_record(raw, where)
     assert isinstance(record, GenerationRecord | ErrorRecord)  # as the file of results has checked
@@ -241,6 +241,8 @@ def _read(raw: Mapping[str, Any], where: str) -> tuple[int, _Result]:
         error = record.error.message
     else:
         generations = record.generations()
+        for generation in generations:
+            _check_tokens(generation, lm, where)
     return record.index, _Result(
         generations,
         error,
@@ -248,6 +250,19 @@ def _read(raw: Mapping[str, Any], where: str) -> tuple[int, _Result]:
         plugins=record.plugins,
         files=[dict(file) for file in files_in(raw)],
     )
+
+
+def _check_tokens(result: Generation, lm: LanguageModel, where: str) -> None:
+    """Raise DataError for tokens that the model cannot read."""
+    config = lm.model.config
+    tokens = [*result.prompt_tokens, *result.tokens]
+    if not all(0 <= token < config.vocab_size for token in tokens):
+        raise DataError(f"{where} has a token that is not in the model's vocabulary")
+    if result.tokens and (not result.prompt_tokens or len(tokens) - 1 > config.context_length):
+        raise DataError(
+            f"{where} has {len(result.tokens):,} tokens after {len(result.prompt_tokens):,} of a "
+            f"prompt; the model's window is {config.context_length:,}"
+        )
 
 
 @contextlib.contextmanager

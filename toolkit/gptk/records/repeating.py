@@ -14,7 +14,7 @@ from typing import Any
 from gptk.decoding.prompts import Prompt
 from gptk.decoding.requests import Request
 from gptk.decoding.settings import check_settings
-from gptk.errors import DecodingError, GptkError
+from gptk.errors import DataError, DecodingError, GptkError
 from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor
@@ -232,6 +232,12 @@ def _unfinished(request: Request, lm: LanguageModel, error: Exception) -> Genera
 def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
     specs = [[compared.spec, *compared.processors] for compared in record.samplers]
     settings = record.settings
+    for compared in record.samplers:
+        if {was.prompt for was in compared.measured} != {*range(len(record.prompts))}:
+            raise DataError(
+                f"the record has {len(record.prompts):,} prompts, and results of "
+                f"{compared.sampler} for others"
+            )
     repetitions: list[Repetition] = []
     processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
     again: list[Comparison] = []
