@@ -53,7 +53,9 @@ class ForkedProgram:
 
 def _serve() -> None:
     """Run the program for each line of standard input."""
-    for name in ("cli.generate", "cli.many", "training.processes", "language_model"):
+    for name in ("generate", "many", "compare", "compare_out"):
+        __import__(f"gptk.cli.{name}")
+    for name in ("training.processes", "language_model", "records.comparing", "plots.style"):
         __import__(f"gptk.{name}")
     from gptk.plugins.kinds import KINDS
     from gptk.plugins.registry import failures

@@ -54,7 +54,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "compare": {
         "--sampler": SPECS["sampler"], "--processor": SPECS["processor"], "--n": ["1", "3"],
         "--max-new-tokens": ["1", "5"], "--seed": ["0", "3"], "--json": [],
-        "--plot": ["p.png", "p.svg", "p.txt", "no/p.png"], "--prompts-file": ["p.txt"],
+        "--plot": ["p.png", "p.svg", "p.txt", "no/p.png"],
+        "--prompts-file": ["p.txt", "none.txt", "p.jsonl"],
+        "--out": ["out.jsonl", "no/out.jsonl", ".", "p.txt", "r.jsonl", "t.csv", "p.svg"],
         "--seeds": ["1", "2"], "--csv": ["t.csv", ".", "no/t.csv"],
         "--metric": ["distinct:3", "mean-logprob", "distinct:0", "no"],
         "--model": [str(MODEL)], "--dtype": ["float32", "bfloat16"],
@@ -231,15 +233,22 @@ def comparison() -> Any:
     """The record of a comparison on the toy model."""
     from gptk import load
     from gptk.measure.comparison import compare
-    from gptk.records.writing import comparison_record
+    from gptk.records.prompts_file import GivenPrompt
+    from gptk.records.writing import Compared, comparison_record, used_in
 
     toy()
     lm, settings = (
         load(str(MODEL)),
         {"n": 2, "max_new_tokens": 3, "seed": 0, "seeds": 2, "metrics": ()},
     )
-    compared = compare(lm, ["ab", "c"], ["greedy", "top-k:k=4 + min-p"], **settings)
-    return comparison_record(lm, ["ab", "c"], compared, processors=[], tokenizer=None, **settings)
+    prompts = [
+        GivenPrompt(prompt="ab"),
+        GivenPrompt(index=1, prompt="c", settings={"stop": "z", "processors": ["top-k:3"]}),
+    ]
+    requests = [given.request() for given in prompts]
+    compared = compare(lm, requests, ["greedy", "top-k:k=4 + min-p"], **settings)
+    made = Compared(lm, compared, prompts, [], lambda: used_in(compared, [], lm))
+    return comparison_record(made, processors=[], tokenizer=None, **settings)
 
 
 def test_records(attack):
@@ -328,4 +337,48 @@ def test_results_files(attack):
             return results.read(8, lambda record: call.difference(record, ""))
 
     record()
+    attack(make, run)
+
+
+@functools.cache
+def runs() -> Any:
+    """A comparison on the toy model, and the records of its results."""
+    from gptk.measure.comparison import check_metrics
+    from gptk.measure.strategies import check_samplers
+    from gptk.records.comparing import ComparisonRuns
+    from gptk.records.prompts_file import GivenPrompt
+    from gptk.records.writing import Recorder
+
+    made = ComparisonRuns(
+        [GivenPrompt(prompt="ab"), GivenPrompt(index=1, prompt="c", settings={"top_logprobs": 1})],
+        check_samplers(["greedy", "top-k:k=4 + min-p"], 2), metrics=check_metrics([]),
+        processors=[], n=2, max_new_tokens=2, seed=0, seeds=2,
+    )  # fmt: skip
+    recorder = Recorder(toy())
+    ended = made.results(toy(), (), lambda: None)
+    return made, [made.record(recorder, asked, result, 0.5) for asked, result in ended]
+
+
+def test_results_of_comparisons(attack):
+    """A mutated record among those in a file that a comparison is made of."""
+
+    def make(rng: random.Random) -> str:
+        _, whole = runs()
+        mutated = rng.randrange(len(whole))
+        lines = [
+            mutated_json(rng, record) if number == mutated else json.dumps(record)
+            for number, record in enumerate(whole)
+        ]
+        return "\n".join(lines) + "\n"
+
+    def run(text: str) -> object:
+        from gptk.records.results_file import ResultsFile
+
+        made, _ = runs()
+        Path("o.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
+        with ResultsFile("o.jsonl") as results:
+            results.read(len(made), made.difference)
+            return results.done < len(made) or made.compared(results.results(), toy())
+
+    runs()
     attack(make, run)

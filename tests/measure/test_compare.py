@@ -425,7 +425,7 @@ def test_json_is_one_object_with_settings_metrics_and_texts(model, tmp_path):
     out = run_gptk(*args)
     object_ = json.loads(out.stdout)
     top_p, greedy = object_["samplers"]
-    assert object_["prompts"] == ["one", "two words"]
+    assert [prompt["prompt"] for prompt in object_["prompts"]] == ["one", "two words"]
     assert object_["settings"] == {
         "processors": ["temperature:temperature=2.0"],
         "n": 2,
@@ -458,7 +458,8 @@ def test_the_texts_are_those_of_generate(model):
 
 def test_the_prompt_can_come_from_standard_input(model):
     args = ("compare", "--model", model, "--sampler", "greedy", "--max-new-tokens", 3, "--json")
-    assert json.loads(run_gptk(*args, stdin="abc\n").stdout)["prompts"] == ["abc"]
+    (prompt,) = json.loads(run_gptk(*args, stdin="abc\n").stdout)["prompts"]
+    assert prompt["prompt"] == "abc"
 
 
 def test_the_table_in_a_file_has_a_row_for_each_sampler_prompt_and_seed(model, tmp_path):
@@ -477,7 +478,7 @@ def test_the_table_in_a_file_has_a_row_for_each_sampler_prompt_and_seed(model, t
     top_p = [("top-p + min-p:0.1", str(i), texts[i], seed) for seed in "01" for i in range(2)]
     assert keys == [*top_p, *[("greedy", str(i), texts[i], "0") for i in range(2)]]
     names = ["mean-logprob", "distinct:1", "distinct:2", "seq-rep:4", "self-bleu"]
-    assert [*rows[0]] == ["sampler", "index", "prompt", "seed", "results", "tokens", *names]
+    assert [*rows[0]] == ["sampler", "index", "id", "prompt", "seed", "results", "tokens", *names]
     compared = compare(gptk.load(model), texts, ["greedy"], n=2, max_new_tokens=5)[0].measured
     for row, each in zip(rows[4:], compared, strict=True):
         assert (row["results"], row["self-bleu"]) == ("1", "")
@@ -513,8 +514,8 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
         ((*greedy, "--plot", tmp_path / "x.txt"), "allowed: .png, .svg", 2),
         ((*greedy, "--plot", tmp_path / "no" / "x.png"), "there is no directory", 1),
         ((*greedy, "--prompts-file", tmp_path / "none.txt"), "none.txt", 2),
-        ((*greedy, "--prompts-file", tmp_path / "x.bin"), "not a UTF-8 text file", 2),
-        ((*greedy, "--prompts-file", tmp_path / "empty.txt"), "has no prompts", 2),
+        ((*greedy, "--prompts-file", tmp_path / "x.bin"), "line 1: byte 1 is not UTF-8 text", 1),
+        ((*greedy, "--prompts-file", tmp_path / "empty.txt"), "has no prompts", 1),
     ]:
         assert words in failing("compare", "--model", "no/such/model", *args, code=code)
     both = ("compare", "x", *greedy, "--prompts-file", tmp_path / "empty.txt")
@@ -524,7 +525,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(tmp_path):
 
 def test_many_results_are_found_and_measured_in_time_that_grows_with_them(lm):
     """Not with their square: that of 3,000 texts takes minutes; nor one by one, down from 10^9."""
-    from gptk.measure.comparison import check_samplers
+    from gptk.measure.strategies import check_samplers
 
     assert [s.results for s in check_samplers(["greedy", "beam:width=7"], 10**9)] == [1, 7]
     choose = random.Random(0)

@@ -500,3 +500,11 @@ def test_a_file_without_records_is_refused(tmp_path, text, words):
     path.write_text(text)
     assert words in failing("repeat", path, code=1)
     assert "there is no such file" in failing("repeat", tmp_path / "none", code=1)
+
+
+def test_a_comparison_with_prompts_that_have_no_results_is_refused(recorded):
+    """Else a record would have any number of prompts decoded, to compare them with nothing."""
+    path = recorded("compare", "abc", "--sampler", "greedy", *FEW)
+    edited(path, lambda record: record.update(prompts=record["prompts"] * 1000))
+    line = failing("repeat", path, code=1)
+    assert "the record has 1,000 prompts, and results of greedy for others" in line

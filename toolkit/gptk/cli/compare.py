@@ -1,10 +1,12 @@
 """`gptk compare`: samplers side by side on the same prompts."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from gptk.language_model import LanguageModel
     from gptk.measure.comparison import Comparison
     from gptk.model.quantization import Quantize
+    from gptk.records.comparing import ComparisonRuns
+    from gptk.records.prompts_file import GivenPrompt, PromptsFile
+    from gptk.records.writing import Compared
 
 _NOTE_ON_SEEDS = "±: the standard error over the seeds."
 _SAMPLE = 160  # characters
@@ -57,8 +62,17 @@ _SAMPLE = 160  # characters
 )
 @click.option(
     "--prompts-file",
-    type=click.File("r", encoding="utf-8-sig"),
-    help="A prompt a line, instead of PROMPT.",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Instead of PROMPT: a text on each line, or JSON lines with a prompt or messages, and "
+    "settings.",
+)
+@click.option(
+    "--out",
+    metavar="RESULTS.jsonl",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a record of each result as soon as it is done. The same command goes on where an "
+    "earlier one stopped.",
 )
 @click.option(
     "--n",
@@ -105,7 +119,8 @@ def command(
     samplers: Sequence[str],
     processors: Sequence[str],
     metrics: Sequence[str],
-    prompts_file: IO[str] | None,
+    prompts_file: str | None,
+    out: Path | None,
     model: str | None,
     tokenizer: str | None,
     device: str,
@@ -125,85 +140,127 @@ def command(
     """
     if not samplers:
         raise click.UsageError("name one sampler or more to compare, --sampler SPEC each")
-    prompts = _read_prompts(prompt, prompts_file)
-    warn_of_failures()
-    from gptk.hooks.sampling import LogitsProcessor
-    from gptk.measure.comparison import check_metrics, check_samplers
-    from gptk.plugins.creating import create
+    with _prompts_file(prompt, prompts_file) as file:
+        prompts = _read_prompts(prompt, file)
+        warn_of_failures()
+        from gptk.hooks.sampling import LogitsProcessor
+        from gptk.language_model import load
+        from gptk.measure.comparison import check_metrics
+        from gptk.plugins.creating import create
 
-    # Report mistakes before the model is loaded.
-    check_samplers(samplers, settings["n"])
-    measures = check_metrics(metrics)
-    with_processors = [create("processor", spec, LogitsProcessor) for spec in processors]
-    _check_files(plot, table)
-    from gptk.language_model import load
+        # Report mistakes before the model is loaded.
+        measures = check_metrics(metrics)
+        settings["processors"] = [create("processor", each, LogitsProcessor) for each in processors]
+        runs = _runs(prompts, file, samplers, {**settings, "metrics": measures})
+        _check_files(plot, table, out)
+        loading = partial(
+            load, model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer
+        )
+        if out is None:
+            made = _compare(loading(), prompts, samplers, {**settings, "metrics": metrics})
+        else:
+            from gptk.cli.compare_out import compare_by_file
 
-    lm = load(model, device=device, dtype=dtype, quantize=quantize, tokenizer=tokenizer)
-    asked: dict[str, Any] = {"processors": with_processors, "metrics": metrics, **settings}
-    compared, is_interrupted = _compare(lm, prompts, samplers, asked)
+            made = compare_by_file(out, file, runs, loading, tokenizer=tokenizer)
     if as_json:
         from gptk.records.writing import comparison_record
 
-        asked["metrics"] = [*measures.values()]
-        record = comparison_record(lm, prompts, compared, tokenizer=tokenizer, **asked)
-        click.echo(json.dumps(record))
-    elif compared:
-        _print(compared, measures, settings["n"])
-    if plot is not None and compared:
-        _plot(compared, plot)
-    if table is not None and compared:
-        _write_csv(compared, prompts, table)
-    if is_interrupted:
-        click.echo(f"interrupted: {len(compared)} of {len(samplers)} samplers compared", err=True)
+        asked = {**settings, "metrics": [*measures.values()]}
+        click.echo(json.dumps(comparison_record(made, tokenizer=tokenizer, **asked)))
+    elif made.comparisons:
+        _print(made.comparisons, measures, settings["n"])
+    _write_files(made, plot, table)
+    _end(made, len(samplers))
+
+
+def _end(made: "Compared", samplers: int) -> None:
+    """Exit with 130 if samplers are missing, with 1 if prompts are."""
+    if len(made.comparisons) < samplers:
+        done = f"{len(made.comparisons)} of {samplers} samplers compared"
+        click.echo(f"interrupted: {done}", err=True)
         sys.exit(130)
+    if made.failures:
+        sys.exit(1)
 
 
-def _read_prompts(prompt: str | None, prompts_file: IO[str] | None) -> list[str]:
-    """PROMPT, or the lines of a file. Raises click.UsageError."""
-    if prompts_file is None:
-        return [read_prompt(prompt)]
+def _runs(
+    prompts: "Sequence[GivenPrompt]",
+    file: "PromptsFile | None",
+    samplers: Sequence[str],
+    asked: Mapping[str, Any],
+) -> "ComparisonRuns":
+    """What the command is to run, checked. Raises what is wrong with a sampler or a prompt."""
+    from gptk.measure.strategies import check_samplers
+    from gptk.records.comparing import ComparisonRuns
+
+    strategies = check_samplers(samplers, asked["n"])
+    return ComparisonRuns(
+        prompts, strategies, sha256=None if file is None else file.sha256, **asked
+    )
+
+
+def _write_files(made: "Compared", plot: Path | None, table: Path | None) -> None:
+    if plot is not None and made.comparisons:
+        _plot(made.comparisons, plot)
+    if table is not None and made.comparisons:
+        _write_csv(made.comparisons, made.prompts, table)
+
+
+def _prompts_file(
+    prompt: str | None, name: str | None
+) -> "contextlib.AbstractContextManager[PromptsFile | None]":
+    """The file of prompts, if one is named. Raises click.UsageError or DataError."""
+    if name is None:
+        return contextlib.nullcontext()
     if prompt is not None:
         raise click.UsageError("give PROMPT or --prompts-file, not both")
-    try:
-        prompts = [line.rstrip("\n") for line in prompts_file if line.strip()]
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{prompts_file.name} is not a UTF-8 text file") from None
-    if not prompts:
-        raise click.UsageError(f"{prompts_file.name} has no prompts; write one on each line")
-    return prompts
+    from gptk.records.prompts_file import PromptsFile
+
+    return PromptsFile(name)
 
 
-def _check_files(plot: Path | None, table: Path | None) -> None:
-    """Raise SourceError or OptionError for files that cannot be written."""
+def _read_prompts(prompt: str | None, file: "PromptsFile | None") -> "list[GivenPrompt]":
+    """PROMPT, or the prompts of a file. Raises click.UsageError."""
+    from gptk.records.prompts_file import GivenPrompt
+
+    if file is None:
+        return [GivenPrompt(prompt=read_prompt(prompt))]
+    return list(file.prompts())
+
+
+def _check_files(plot: Path | None, table: Path | None, out: Path | None) -> None:
+    """Raise SourceError, OptionError or click.UsageError for files that cannot be written."""
     from gptk.errors import SourceError
     from gptk.plots.style import check_format
 
     if plot is not None:
         check_format(plot)
-    for file in (plot, table):
+    for option, file in (("--plot", plot), ("--csv", table)):
         if file is not None and not file.parent.is_dir():
             raise SourceError(f"{file} cannot be written: there is no directory {file.parent}")
+        if file is not None and out is not None and file.resolve() == out.resolve():
+            raise click.UsageError(f"--out and {option} are the same file")
 
 
 def _compare(
     lm: "LanguageModel",
-    prompts: Sequence[str],
+    prompts: "Sequence[GivenPrompt]",
     samplers: Sequence[str],
     asked: Mapping[str, Any],
-) -> "tuple[list[Comparison], bool]":
-    """The comparisons, and whether Ctrl-C has ended them before the last sampler."""
-    from gptk.measure.comparison import compare_one_by_one
+) -> "Compared":
+    """The comparisons; those of the last samplers are missing if Ctrl-C has ended them."""
+    from gptk.measure.comparison import Comparison, compare_one_by_one
+    from gptk.records.writing import Compared, used_in
 
+    requests = [given.request() for given in prompts]
     compared: list[Comparison] = []
-    with progress_bar("Comparing") as progress:
-        try:
-            for comparison in compare_one_by_one(lm, prompts, samplers, **asked):
-                compared.append(comparison)
-                if progress is not None:
-                    progress(len(compared), len(samplers))
-        except KeyboardInterrupt:
-            return compared, True
-    return compared, False
+    with progress_bar("Comparing") as progress, contextlib.suppress(KeyboardInterrupt):
+        for comparison in compare_one_by_one(lm, requests, samplers, **asked):
+            compared.append(comparison)
+            if progress is not None:
+                progress(len(compared), len(samplers))
+    used = partial(used_in, compared, asked["processors"], lm)
+    return Compared(lm, compared, prompts, [], used)
 
 
 def _plot(compared: "Sequence[Comparison]", plot: Path) -> None:
@@ -217,20 +274,25 @@ def _plot(compared: "Sequence[Comparison]", plot: Path) -> None:
     note(f"plot: {plot}")
 
 
-def _write_csv(compared: "Sequence[Comparison]", prompts: Sequence[str], table: Path) -> None:
+def _write_csv(
+    compared: "Sequence[Comparison]", prompts: "Sequence[GivenPrompt]", table: Path
+) -> None:
     import csv
 
     from gptk.errors import SourceError
 
-    about = ("sampler", "index", "prompt", "seed", "results", "tokens")
+    about = ("sampler", "index", "id", "prompt", "seed", "results", "tokens")
     try:
         with table.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*about, *compared[0].metrics])
             for comparison in compared:
                 for each in comparison.measured:
-                    prompt, results = prompts[each.prompt], len(each.generations)
-                    row = (comparison.sampler, each.prompt, prompt, each.seed, results, each.tokens)
+                    given = prompts[each.prompt]
+                    prompt = given.prompt if given.messages is None else given.messages
+                    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+                    row = [comparison.sampler, given.index, given.id, text, each.seed]
+                    row += [len(each.generations), each.tokens]
                     writer.writerow([*row, *each.metrics.values()])
     except OSError as error:
         raise SourceError(f"{table} cannot be written: {error.strerror or error}") from None

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +55,15 @@ def generate_many(
         call.check(prompts.first(_CHECKED_FIRST))
         results = None
         if out is not None:
-            results = stack.enter_context(_opened(out, prompts, processes))
+            out = _of_process(out, processes)
+            results = stack.enter_context(open_results(out, prompts))
             _read(results, prompts, call, seed_given=seed_given)
         lm = load()
-        about_file = {"name": os.path.basename(prompts_file), "sha256": prompts.sha256}
         recorder = Recorder(
-            lm, tokenizer=tokenizer, template=call.template, prompts_file=about_file
+            lm, tokenizer=tokenizer, template=call.template, prompts_file=prompts.about()
         )
         if results is not None:
-            _check_model(results, recorder)
+            check_model(results, recorder)
             if results.done:
                 note(f"{results.path} has {results.done:,} results; going on")
         write = _writer(call, recorder, results, as_json=as_json)
@@ -71,24 +71,32 @@ def generate_many(
         if results is not None:
             progress.go_on(results.done, results.failed)
         left = _left(prompts, processes, () if results is None else results)
-        _decode(call, lm, left, write, progress, results)
+        ended = call.results(lm, left, ordered=results is None)
+        decode(ended, write, progress, results)
     _print_closing_line(call, progress, seed_given=seed_given)
     if progress.errors and processes.count == 1:  # torchrun would end the other processes
         sys.exit(1)
 
 
-def _opened(path: Path, prompts: "PromptsFile", processes: "Processes") -> "ResultsFile":
-    """The file for the results of this process. Raises click.UsageError or DataError."""
+def _of_process(path: Path, processes: "Processes") -> Path:
+    """The file for the results of this process: with its rank in the name, if there are several."""
+    if processes.count == 1:
+        return path
+    return path.with_name(f"{path.stem}.{processes.rank}-of-{processes.count}{path.suffix}")
+
+
+def open_results(path: Path, prompts: "PromptsFile | None") -> "ResultsFile":
+    """The file that --out names. prompts: those of --prompts-file.
+
+    Raises click.UsageError or DataError.
+    """
     from gptk.records.results_file import ResultsFile
 
-    if not prompts.is_regular:
+    if prompts is not None and not prompts.is_regular:
         raise click.UsageError(
             f"--out reads the prompts again when it goes on, and {prompts.name} is no file"
         )
-    if processes.count > 1:
-        rank = f"{processes.rank}-of-{processes.count}"
-        path = path.with_name(f"{path.stem}.{rank}{path.suffix}")
-    if path.exists() and os.path.samefile(path, prompts.name):
+    if prompts is not None and path.exists() and os.path.samefile(path, prompts.name):
         raise click.UsageError("--out and --prompts-file are the same file")
     return ResultsFile(path)
 
@@ -101,10 +109,16 @@ def _read(
     if seed is not None and not seed_given:
         call.use_seed(seed)
     assert prompts.count is not None
-    results.read(prompts.count, lambda record: call.difference(record, prompts.sha256))
+
+    def difference(record: Mapping[str, Any]) -> str | None:
+        if record.get("comparison") is not None:
+            return "results of gptk compare"
+        return call.difference(record, prompts.sha256)
+
+    results.read(prompts.count, difference)
 
 
-def _check_model(results: "ResultsFile", recorder: "Recorder") -> None:
+def check_model(results: "ResultsFile", recorder: "Recorder") -> None:
     """Raise DataError if the results are of another model."""
     from gptk.errors import DataError
     from gptk.records.repeating import model_differences
@@ -141,20 +155,12 @@ def _writer(
 ) -> Write:
     """What writes a result, or prints it; it returns the result, or the error that it became."""
 
-    def record(
-        asked: "Asked", result: "Generation | GptkError"
-    ) -> "tuple[dict[str, Any], Generation | GptkError]":
-        try:
-            return call.record(recorder, asked, result), result
-        except GptkError as error:  # of a plug-in that does not say what it has read
-            return call.record(recorder, asked, error), error
-
     def write(asked: "Asked", result: "Generation | GptkError") -> "Generation | GptkError":
         if results is not None:
-            line, result = record(asked, result)
+            line, result = recorded(result, lambda each: call.record(recorder, asked, each))
             results.write(line)
         elif as_json:
-            line, result = record(asked, result)
+            line, result = recorded(result, lambda each: call.record(recorder, asked, each))
             click.echo(json.dumps(line))
         elif isinstance(result, GptkError):
             say(str(result))
@@ -168,23 +174,30 @@ def _writer(
     return write
 
 
-def _decode(
-    call: "Call",
-    lm: "LanguageModel",
-    prompts: "Iterator[GivenPrompt]",
+def recorded(
+    result: "Generation | GptkError", record: "Callable[[Generation | GptkError], dict[str, Any]]"
+) -> "tuple[dict[str, Any], Generation | GptkError]":
+    """The record of a result, and the result, or the error that it became. record: makes it."""
+    try:
+        return record(result), result
+    except GptkError as error:  # of a plug-in that does not say what it has read
+        return record(error), error
+
+
+def decode(
+    ended: "Generator[tuple[Asked, Generation | GptkError], None, None]",
     write: Write,
     progress: Progress,
     results: "ResultsFile | None",
 ) -> None:
-    """Decode prompts and write their results, until the last one, Ctrl-C or SIGTERM.
+    """Write results as they come, until the last one, Ctrl-C or SIGTERM, which ends the program.
 
-    results: where they are written, in whatever order; None if they are printed.
+    results: where they are written; None if they are printed.
     """
     from gptk.system.interrupts import Interrupts
 
     with Interrupts(at_once=True) as interrupts:
         try:
-            ended = call.results(lm, prompts, ordered=results is None)
             with progress, contextlib.closing(ended):
                 for asked, result in ended:
                     progress.add(write(asked, result))

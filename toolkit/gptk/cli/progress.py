@@ -22,11 +22,12 @@ class Progress:
     """Counts prompts and tokens, and shows them: on a terminal a bar, elsewhere a line every ten
     seconds, with --quiet nothing.
 
-    total: the prompts; None if their number is not known.
+    total: the prompts; None if their number is not known. unit: what they are called.
     """
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, unit: str = "prompts") -> None:
         self.total, self.done, self.tokens = total, 0, 0
+        self._unit = unit
         self.errors = 0
         """The prompts that have failed."""
         self._done_before = 0
@@ -75,19 +76,19 @@ class Progress:
 
     def done_of_all(self) -> str:
         """How many prompts are done: `3 of 12 prompts`."""
-        return f"{self.done:,}{'' if self.total is None else f' of {self.total:,}'} prompts"
+        return f"{self.done:,}{'' if self.total is None else f' of {self.total:,}'} {self._unit}"
 
     def summary(self) -> str:
         """The closing line."""
         errors = f", {self.errors:,} with an error" if self.errors else ""
         return (
-            f"{self.done:,} prompts{errors}, {self.tokens:,} new tokens, "
+            f"{self.done:,} {self._unit}{errors}, {self.tokens:,} new tokens, "
             f"{self.tokens / self._seconds():.1f} tokens/s"
         )
 
     def _rates(self) -> str:
         seconds, done = self._seconds(), self.done - self._done_before
-        line = f"{self.done_of_all()}, {done / seconds:.3g} prompts/s"
+        line = f"{self.done_of_all()}, {done / seconds:.3g} {self._unit}/s"
         line += f", {self.tokens / seconds:.0f} tokens/s"
         if self.total is not None:
             line += f", {duration((self.total - self.done) * seconds / done)} left"

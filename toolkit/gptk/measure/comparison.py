@@ -12,44 +12,36 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from gptk.decoding.requests import Request
-from gptk.errors import OptionError
+from gptk.hooks.base import Plugin
 from gptk.hooks.measuring import Metric
 from gptk.hooks.results import Generation
-from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.hooks.sampling import LogitsProcessor
 from gptk.measure.means import mean, standard_error
+from gptk.measure.strategies import (
+    Compared,
+    Run,
+    Strategy,
+    check_samplers,
+    check_seeds,
+    numbered,
+    runs_of,
+    with_strategy,
+)
 from gptk.model.continuations import score_continuations
 from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
-from gptk.spec import split_specs
 
 if TYPE_CHECKING:
     from gptk.decoding.prompts import Prompt
+    from gptk.decoding.requests import Request
     from gptk.language_model import LanguageModel
     from gptk.model.protocol import CausalModel
 
 
 METRICS = ("mean-logprob", "distinct:1", "distinct:2", "seq-rep:4", "self-bleu")
 """What is always measured."""
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A sampler with processors of its own."""
-
-    name: str
-    """As the caller wrote it."""
-    sampler: Sampler
-    processors: tuple[LogitsProcessor, ...]
-    results: int
-    """Results for each prompt: as many as were asked for, or the most that the sampler can give."""
-
-
-Compared = str | Sampler | Sequence[str | Sampler | LogitsProcessor]
-"""What may be compared: `"top-p:0.9"`, `"top-p:0.9 + repetition-penalty:1.1"`, a sampler, or a
-sequence of a sampler and processors, as specs or instances."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +85,8 @@ class Comparison:
     tokens_per_second: float
     strategy: "Strategy | None" = field(default=None, compare=False)
     """The sampler itself, and its processors."""
+    plugins: tuple[Plugin, ...] = field(default=(), compare=False)
+    """The plug-ins that only some of the prompts have."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -134,7 +128,7 @@ class Comparison:
 
 def compare(
     lm: "LanguageModel",
-    prompts: "Sequence[Prompt]",
+    prompts: "Sequence[Prompt | Request]",
     samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
@@ -147,6 +141,8 @@ def compare(
 ) -> list[Comparison]:
     """Run each sampler on the same prompts with the same seeds, and measure the results.
 
+    prompts: each as for `LanguageModel.generate_many`; a request has no sampler, n, seed or
+    overflow of its own, and its processors are instead of `processors`.
     samplers: each as a spec or an instance. With processors of its own it is a text,
     `"top-p:0.9 + repetition-penalty:1.1"`, or a sequence of the sampler and its processors.
     processors: those of all samplers; they come before a sampler's own.
@@ -169,7 +165,7 @@ def compare(
 
 def compare_one_by_one(
     lm: "LanguageModel",
-    prompts: "Sequence[Prompt]",
+    prompts: "Sequence[Prompt | Request]",
     samplers: Sequence[Compared],
     *,
     processors: Sequence[str | LogitsProcessor] = (),
@@ -181,26 +177,18 @@ def compare_one_by_one(
 ) -> Iterator[Comparison]:
     """As `compare`, each comparison as soon as it is made."""
     strategies = check_samplers(samplers, n)
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise OptionError(f"seeds is {seeds}; it must be 1 to {MOST_SEEDS:,}")
+    check_seeds(seeds)
     measures = check_metrics(metrics)
-    if prompts:  # warm up, so that the first sampler is not measured as slower
-        lm.generate_batch(prompts[:1], max_new_tokens=1)
+    requests, common = numbered(prompts), [*processors]
+    if requests:  # warm up, so that the first sampler is not measured as slower
+        first = dataclasses.replace(requests[0], settings={})
+        lm.generate_batch([first], max_new_tokens=1)
     for strategy in strategies:
-        common: list[str | LogitsProcessor] = [*processors]
-        draws = strategy.sampler.random or bool(common or strategy.processors)
-        keys = [
-            (number, seed + ordinal)
-            for ordinal in range(seeds if draws else 1)
-            for number in range(len(prompts))
-        ]
-        requests = [
-            Request(prompts[number], settings={"seed": its_seed}, ordinal=number)
-            for number, its_seed in keys
-        ]
+        own = [with_strategy(strategy, request.settings) for request in requests]
+        runs = runs_of(strategy, own, common, seed, seeds)
         start = time.perf_counter()
         best = lm.generate_batch(
-            requests,
+            [dataclasses.replace(requests[run.prompt], settings=run.settings) for run in runs],
             sampler=strategy.sampler,
             processors=[*common, *strategy.processors],
             n=strategy.results,
@@ -208,35 +196,7 @@ def compare_one_by_one(
         )
         seconds = time.perf_counter() - start
         groups = [[result, *result.alternatives] for result in best]
-        yield _comparison(strategy, keys, groups, lm.model, measures, seconds)
-
-
-MOST_SEEDS = 10_000
-"""All results of a sampler are kept in memory."""
-
-
-def check_samplers(samplers: Sequence[Compared], n: int) -> list[Strategy]:
-    """Each sampler with its processors, and how many results it can give for a prompt, at most n.
-
-    Raises OptionError if there are no samplers or two equal ones, and what a wrong spec raises.
-    """
-    if not samplers:
-        raise OptionError("no sampler to compare was given; name one or more")
-    if n < 1:
-        raise OptionError(f"n is {n}; it must be 1 or more")
-    names: dict[str, str] = {}
-    strategies = []
-    for compared in samplers:
-        strategy = _strategy(compared, n)
-        spec = " + ".join(plugin.spec for plugin in (strategy.sampler, *strategy.processors))
-        if spec in names:
-            raise OptionError(
-                f"two samplers to compare are equal: {names[spec]} and {strategy.name}; "
-                "give each once"
-            )
-        names[spec] = strategy.name
-        strategies.append(strategy)
-    return strategies
+        yield measured_comparison(strategy, runs, groups, lm.model, measures, seconds)
 
 
 def check_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
@@ -252,63 +212,28 @@ def check_metrics(metrics: Sequence[str | Metric]) -> dict[str, Metric]:
     return named
 
 
-def _strategy(compared: Compared, n: int) -> Strategy:
-    parts: Sequence[str | Sampler | LogitsProcessor]
-    if isinstance(compared, str):
-        parts = split_specs(compared)
-    else:
-        parts = [compared] if isinstance(compared, Sampler) else compared
-    first, *rest = parts or [""]
-    sampler = create("sampler", cast("str | Sampler", first), Sampler)
-    processors = tuple(
-        create("processor", cast("str | LogitsProcessor", part), LogitsProcessor) for part in rest
-    )
-    name = " + ".join(part if isinstance(part, str) else part.spec for part in parts)
-    return Strategy(name, sampler, processors, most_results(sampler, n))
-
-
-def most_results(sampler: Sampler, n: int) -> int:
-    """The most results for a prompt that the sampler can give, at most n. Raises OptionError.
-
-    A sampler that can give k results can give fewer.
-    """
-
-    def can_give(count: int) -> bool:
-        try:
-            sampler.max_rows(count)
-        except OptionError:
-            return False
-        return True
-
-    if can_give(n):
-        return n
-    sampler.max_rows(1)
-    fewest, most = 1, n  # it can give `fewest` results, and not `most`
-    while most - fewest > 1:
-        middle = (fewest + most) // 2
-        fewest, most = (middle, most) if can_give(middle) else (fewest, middle)
-    return fewest
-
-
-def _comparison(
+def measured_comparison(
     strategy: Strategy,
-    keys: Sequence[tuple[int, int]],
+    runs: Sequence[Run],
     groups: Sequence[list[Generation]],
     model: "CausalModel",
     metrics: Mapping[str, Metric],
     seconds: float,
 ) -> Comparison:
-    """keys: of each group of results the prompt and the seed."""
+    """The results of a sampler, measured.
+
+    groups: the results of each run. seconds: how long all of them took together.
+    """
     scores = score_continuations(model, [(r.prompt_tokens, r.tokens) for g in groups for r in g])
     by_seed: dict[int, list[dict[str, _Share]]] = {}
     measured = []
-    for (prompt, seed), group in zip(keys, groups, strict=True):
+    for run, group in zip(runs, groups, strict=True):
         results = [dataclasses.replace(result, alternatives=[]) for result in group]
         logprobs = [next(scores).token_logprobs for _ in group]
         shares = {name: _share(metric, results, logprobs) for name, metric in metrics.items()}
-        by_seed.setdefault(seed, []).append(shares)
+        by_seed.setdefault(run.seed, []).append(shares)
         values = {name: share.value for name, share in shares.items()}
-        measured.append(Measured(prompt, seed, results, values))
+        measured.append(Measured(run.prompt, run.seed, results, values))
     means = {
         name: [_together(shares[name] for shares in of_seed) for of_seed in by_seed.values()]
         for name in metrics
@@ -324,7 +249,18 @@ def _comparison(
         tokens=tokens,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         strategy=strategy,
+        plugins=_plugins_of_prompts(runs),
     )
+
+
+def _plugins_of_prompts(runs: Iterable[Run]) -> tuple[Plugin, ...]:
+    """The plug-ins that prompts name, each once."""
+    named = [
+        plugin
+        for run in runs
+        for plugin in (*run.settings.get("processors", ()), run.settings.get("draft"))
+    ]
+    return tuple({id(plugin): plugin for plugin in named if plugin is not None}.values())
 
 
 @dataclass(frozen=True)

@@ -181,14 +181,14 @@ class Call:
         not say which files it has read."""
         return recorder.record(asked.given, asked.messages, asked.settings, result)
 
-    def difference(self, record: Mapping[str, Any], sha256: str) -> str | None:
+    def difference(self, record: Mapping[str, Any], sha256: str | None) -> str | None:
         """What of a record is not as this call would write it, in words; None if nothing is.
 
-        sha256: of the file of prompts.
+        sha256: of the file of prompts, if they are from one.
         """
-        file = _object(record, "prompts_file")
-        if file.get("sha256") != sha256:
-            hashes = f"SHA-256 {file.get('sha256')!s:.8}…, not {sha256:.8}…"
+        was = _object(record, "prompts_file").get("sha256")
+        if was != sha256:
+            hashes = f"SHA-256 {_beginning(was)}, not {_beginning(sha256)}"
             return f"results for another prompts file ({hashes})"
         try:
             prepared = self.of(_object(record, "own_settings"))
@@ -227,6 +227,10 @@ def _other_files(record: Mapping[str, Any], settings: CheckedSettings) -> str | 
 def _object(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = record.get(name)
     return value if isinstance(value, dict) else {}
+
+
+def _beginning(sha256: object) -> str:
+    return "none" if sha256 is None else f"{sha256!s:.8}…"
 
 
 def _outcome(response: Response) -> Generation | GptkError:

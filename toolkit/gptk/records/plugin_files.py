@@ -1,6 +1,7 @@
 """The plug-ins that a result depends on, and the files that they have read."""
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,6 +55,11 @@ def files_of(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
 def _described(file: ReadFile) -> dict[str, Any]:
     """A file as records have it: read for its hash once, not for each record."""
     return file.to_dict()
+
+
+def each_once(files: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files as `files_of` has them, without those that several plug-ins of a name have read."""
+    return [*{json.dumps(file, sort_keys=True): file for file in files}.values()]
 
 
 def file_differences(

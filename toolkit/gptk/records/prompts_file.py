@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
 from gptk.decoding.prompts import Prompt
+from gptk.decoding.requests import Request
 from gptk.errors import DataError, GptkError, PromptError, shown, suggest
 from gptk.system.metadata import parse_json
 from gptk.text.chat import Message
@@ -44,6 +45,14 @@ class GivenPrompt:
     ordinal: int | None = None
     error: GptkError | None = None
     """Why the line cannot be read; then it has no prompt."""
+    comparison: Mapping[str, Any] | None = None
+    """The comparison that it is decoded for, as its record has it."""
+
+    def request(self) -> Request:
+        """What is asked of a model that takes the prompt as it is."""
+        ordinal = self.index if self.ordinal is None else self.ordinal
+        prompt = "" if self.prompt is None else self.prompt
+        return Request(prompt, self.messages, settings=self.settings, ordinal=ordinal)
 
 
 class PromptsFile:
@@ -83,6 +92,10 @@ class PromptsFile:
     def __exit__(self, *error: object) -> None:
         if self.name != "-":
             self._file.close()
+
+    def about(self) -> dict[str, str]:
+        """What the file is, as records have it."""
+        return {"name": os.path.basename(self.name), "sha256": self.sha256}
 
     def first(self, most: int) -> Iterator[GivenPrompt]:
         """The first prompts, of which there may be fewer; of a file that is not regular, one."""

@@ -1,6 +1,7 @@
 """Reading records: a file of them, with every field checked."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ import pydantic
 from pydantic import Field
 
 from gptk.errors import DataError
+from gptk.hooks.results import Generation, RankedToken, TopTokens
 from gptk.records.writing import VERSION
 from gptk.system.metadata import Fields, open_regular, parse_json, read_json
 
@@ -33,8 +35,23 @@ class Load(Part):
     compile: bool
 
 
+class LikelyToken(Fields):
+    """A token that was among the likeliest ones at a step."""
+
+    token: int
+    logprob: float
+    text: str
+
+
+class LikelyTokens(Fields):
+    """The likeliest tokens at a step, before and after the processors."""
+
+    before: list[LikelyToken]
+    after: list[LikelyToken]
+
+
 class Result(Fields):
-    """What is compared of a result; other fields, such as the likeliest tokens, are not."""
+    """A result. Its score, the likeliest tokens and the like are not compared."""
 
     text: str
     tokens: list[int]
@@ -43,6 +60,33 @@ class Result(Fields):
     finish_reason: str
     prompt_tokens: list[int]
     alternatives: list["Result"] = Field(default_factory=list)
+    score: float | None = None
+    seed: int = 0
+    ordinal: int = 0
+    complete: bool | None = None
+    parsed: Any = None
+    top_logprobs: list[LikelyTokens] | None = None
+
+    def generations(self) -> list[Generation]:
+        """The results of the prompt, without alternatives; what was not finite is -inf."""
+        return [Generation(**result._values()) for result in (self, *self.alternatives)]
+
+    def _values(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in Result.model_fields}
+        values["token_logprobs"] = list(map(_number, self.token_logprobs))
+        top = self.top_logprobs
+        values["top_logprobs"] = top and [
+            TopTokens(_ranked(s.before), _ranked(s.after)) for s in top
+        ]
+        return {**values, "score": _number(self.score), "alternatives": []}
+
+
+def _ranked(tokens: Iterable[LikelyToken]) -> tuple[RankedToken, ...]:
+    return tuple(RankedToken(each.token, each.logprob, each.text) for each in tokens)
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else value
 
 
 class Settings(Part):
@@ -73,6 +117,25 @@ class ComparisonSettings(Part):
     seed: int
     seeds: int
     metrics: list[str]
+
+
+class ComparedPrompt(Part):
+    """A prompt of a comparison."""
+
+    index: _Count
+    id: str | int | None
+    prompt: str | list[int] | None
+    messages: list[dict[str, Any]] | None
+    settings: dict[str, Any]
+    ordinal: _Count
+
+
+class ComparisonRun(Fields):
+    """For which sampler of a comparison, and which prompt, a result was made."""
+
+    sampler: str
+    prompt: _Count
+    seconds: Annotated[float, Field(ge=0)]
 
 
 class Measured(Fields):
@@ -117,6 +180,7 @@ class GenerationRecord(Record, Result):
 
     record: Literal["generation"]
     index: _Count
+    comparison: ComparisonRun | None = None
     prompt: str | list[int] | None
     messages: list[dict[str, Any]] | None
     template: str | None
@@ -135,6 +199,7 @@ class ErrorRecord(Record):
 
     record: Literal["generation"]
     index: _Count
+    comparison: ComparisonRun | None = None
     error: Failure
 
 
@@ -142,7 +207,7 @@ class ComparisonRecord(Record):
     """The object of `gptk compare --json`."""
 
     record: Literal["comparison"]
-    prompts: list[str]
+    prompts: list[ComparedPrompt]
     settings: ComparisonSettings
     samplers: list[Compared]
 
@@ -161,7 +226,7 @@ def read_records(path: Path) -> Iterator[AnyRecord]:
             if not line.strip():
                 continue
             if not has_records and line.strip() == b"{":  # one object that somebody has laid out
-                yield _record(read_json(path, DataError, max_bytes=_MAX_BYTES), str(path))
+                yield checked_record(read_json(path, DataError, max_bytes=_MAX_BYTES), str(path))
                 return
             has_records = True
             yield read_record(line, f"{path}, line {number}")
@@ -185,10 +250,11 @@ def read_record(line: bytes, where: str) -> AnyRecord:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 at byte {error.start:,}") from None
-    return _record(parse_json(text, where, DataError), where)
+    return checked_record(parse_json(text, where, DataError), where)
 
 
-def _record(raw: dict[str, Any], where: str) -> AnyRecord:
+def checked_record(raw: Mapping[str, Any], where: str) -> AnyRecord:
+    """A record of which every field is checked. where: for messages. Raises DataError."""
     kind = raw.get("record")
     if kind not in ("generation", "comparison"):
         raise DataError(f"{where} is no record of gptk generate or gptk compare")

@@ -14,16 +14,18 @@ from typing import Any
 from gptk.decoding.prompts import Prompt
 from gptk.decoding.requests import Request
 from gptk.decoding.settings import check_settings
-from gptk.errors import DecodingError, GptkError
+from gptk.errors import DataError, DecodingError, GptkError
 from gptk.hooks.base import Plugin
 from gptk.hooks.results import Generation
 from gptk.hooks.sampling import LogitsProcessor
 from gptk.language_model import LanguageModel, load
-from gptk.measure.comparison import check_samplers, compare_one_by_one
+from gptk.measure.comparison import Comparison, compare
+from gptk.measure.strategies import check_samplers
 from gptk.plugins.creating import create
 from gptk.records.plugin_files import file_differences, files_of, loader_of, plugins_of
 from gptk.records.reading import (
     AnyRecord,
+    ComparedPrompt,
     ComparisonRecord,
     GenerationRecord,
     Load,
@@ -31,6 +33,7 @@ from gptk.records.reading import (
     Result,
 )
 from gptk.records.writing import environment as present_environment
+from gptk.records.writing import used_in
 
 _LEFT_OUT = {"observers", "max_seconds"}
 _UNFINISHED = ("interrupted", "time")
@@ -176,8 +179,15 @@ def _repeat_generations(records: Iterable[Any], lm: LanguageModel) -> Iterator[R
             result = _unfinished(response.request, lm, response.error)
         assert result is not None
         was, now = [record, *record.alternatives], [result, *result.alternatives]
-        compared = list(_compare_all(f"prompt {record.index + 1}", was, now))
+        compared = list(_compare_all(_name(record), was, now))
         yield _changed(record, asked.plugins, lm), compared
+
+
+def _name(record: GenerationRecord) -> str:
+    run = record.comparison
+    if run is None:
+        return f"prompt {record.index + 1}"
+    return f"{run.sampler}, prompt {run.prompt + 1}, seed {record.settings.seed}"
 
 
 def _request(record: GenerationRecord, lm: LanguageModel) -> Request:
@@ -222,21 +232,34 @@ def _unfinished(request: Request, lm: LanguageModel, error: Exception) -> Genera
 def _repeat_comparison(record: ComparisonRecord, lm: LanguageModel) -> Repeated:
     specs = [[compared.spec, *compared.processors] for compared in record.samplers]
     settings = record.settings
-    plugins: list[Plugin] = []
+    for compared in record.samplers:
+        if {was.prompt for was in compared.measured} != {*range(len(record.prompts))}:
+            raise DataError(
+                f"the record has {len(record.prompts):,} prompts, and results of "
+                f"{compared.sampler} for others"
+            )
     repetitions: list[Repetition] = []
     processors = [create("processor", spec, LogitsProcessor) for spec in settings.processors]
+    again: list[Comparison] = []
     if specs:  # else it was interrupted before the first sampler had ended
         check_samplers(specs, settings.n)
         options = settings.model_dump(exclude={"processors", "metrics"})
-        again = compare_one_by_one(lm, record.prompts, specs, processors=processors, **options)
+        prompts = [_compared_prompt(each) for each in record.prompts]
+        again = compare(lm, prompts, specs, processors=processors, **options)
+        several = ", seed {}" if settings.seeds > 1 else ""
         for compared, comparison in zip(record.samplers, again, strict=True):
-            assert comparison.strategy is not None
-            plugins += [comparison.strategy.sampler, *comparison.strategy.processors]
-            several = ", seed {}" if settings.seeds > 1 else ""
             for was, now in zip(compared.measured, comparison.measured, strict=False):
                 name = f"{compared.sampler}, prompt {was.prompt + 1}" + several.format(was.seed)
                 repetitions += _compare_all(name, was.generations, now.generations)
-    return _changed(record, [*plugins, *processors], lm), repetitions
+    was_read = [file.model_dump() for file in record.files]
+    now_read = used_in(again, processors, lm).files
+    return file_differences(was_read, now_read), repetitions
+
+
+def _compared_prompt(given: ComparedPrompt) -> Request:
+    prompt: Prompt = "" if given.prompt is None else given.prompt
+    settings = {name: value for name, value in given.settings.items() if name not in _LEFT_OUT}
+    return Request(prompt, given.messages, settings=settings, ordinal=given.ordinal)
 
 
 def _compare_all(

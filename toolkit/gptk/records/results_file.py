@@ -22,7 +22,7 @@ from gptk.system.files import lock
 _SYNC_EVERY = 1.0
 """Seconds between two times that the file is synced to disk."""
 _MOST_REMEMBERED = 1000
-"""Different settings of prompts for which files are remembered."""
+"""Different plug-ins of prompts for which files are remembered."""
 _BEGINNING = json.dumps({"record": "generation", "version": VERSION}).encode()[:-1]
 """How each line begins."""
 
@@ -52,7 +52,7 @@ class ResultsFile:
         self._has = bytearray()
         """A bit for each prompt."""
         self._files: dict[str, list[Mapping[str, Any]]] = {}
-        """The files that plug-ins have read, by the prompts' own settings."""
+        """The files that plug-ins have read, by the plug-ins' specs."""
         self._synced = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -98,6 +98,15 @@ class ResultsFile:
         except OSError as error:
             raise DataError(f"{self.path} cannot be written: {error.strerror or error}") from None
 
+    def results(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The record of each prompt that has a result, in the order of the file, and what it was
+        read from, for messages."""
+        found: set[object] = set()
+        for number, (_, record) in enumerate(self._records(), start=1):
+            if record.get("index") not in found:
+                found.add(record.get("index"))
+                yield record, f"{self.path}, line {number}"
+
     def __contains__(self, index: object) -> bool:
         """Whether the prompt with this index has a result."""
         return isinstance(index, int) and bool(self._has[index // 8] >> index % 8 & 1)
@@ -121,10 +130,10 @@ class ResultsFile:
         self.failed += record["error"] is not None
 
     def _check_files(self, record: Mapping[str, Any]) -> None:
-        files, own_settings = files_in(record), json.dumps(_own_settings(record), sort_keys=True)
-        if not files or (own_settings not in self._files and len(self._files) == _MOST_REMEMBERED):
+        files, specs = files_in(record), _specs(record)
+        if not files or (specs not in self._files and len(self._files) == _MOST_REMEMBERED):
             return
-        lines = known_differences(self._files.setdefault(own_settings, files), files)
+        lines = known_differences(self._files.setdefault(specs, files), files)
         if lines:
             raise self._refused(f"results with other files ({lines[0]})")
 
@@ -136,9 +145,10 @@ class ResultsFile:
         """The records that are there, each with the place in the file at which its line ends."""
         end = 0
         try:
+            self._file.seek(0, os.SEEK_END)  # so that Python forgets what it has read ahead
             self._file.seek(0)
             if not _BEGINNING.startswith(self._file.read(len(_BEGINNING))):
-                raise self._refused("something else than results of gptk generate")
+                raise self._refused("something else than results of gptk")
             self._file.seek(0)
             for number, line in enumerate(self._file, start=1):
                 if not line.endswith(b"\n"):
@@ -154,7 +164,7 @@ class ResultsFile:
         except ValueError as error:
             raise self._refused(f"a damaged line {number} ({error})") from None
         if not isinstance(record, dict) or record.get("record") != "generation":
-            raise self._refused(f"a line {number} that is no result of gptk generate")
+            raise self._refused(f"a line {number} that is no result of gptk")
         if record.get("version") != VERSION:
             raise self._refused(f"a line {number} of another version of gptk")
         if not isinstance(record.get("model"), dict):
@@ -168,3 +178,10 @@ class ResultsFile:
 def _own_settings(record: Mapping[str, Any]) -> Mapping[str, Any]:
     own = record.get("own_settings")
     return own if isinstance(own, dict) else {}
+
+
+def _specs(record: Mapping[str, Any]) -> str:
+    """The specs of the plug-ins that a result depends on."""
+    settings = record.get("settings")
+    named = settings if isinstance(settings, dict) else {}
+    return json.dumps([named.get(name) for name in ("sampler", "processors", "draft")])

@@ -3,7 +3,8 @@
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from gptk.hooks.results import Generation
 from gptk.language_model import LanguageModel
 from gptk.measure.comparison import Comparison
 from gptk.plugins.registry import provided
-from gptk.records.plugin_files import files_of, loader_of, plugins_of, with_made
+from gptk.records.plugin_files import each_once, files_of, loader_of, plugins_of, with_made
 from gptk.records.prompts_file import GivenPrompt
 from gptk.spec import format_spec
 from gptk.text.chat import Message
@@ -76,6 +77,7 @@ class Recorder:
             "error": error and {"kind": type(error).__name__, "message": str(error)},
             **({} if isinstance(result, GptkError) else result.to_dict()),
             "prompts_file": self._prompts_file,
+            "comparison": given.comparison,
             "own_settings": given.settings,
             "settings": settings and settings_as_dict(settings),
             **self._about,
@@ -84,10 +86,29 @@ class Recorder:
         }
 
 
-def comparison_record(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    compared: Sequence[Comparison],
+@dataclass(frozen=True)
+class Used:
+    """The plug-ins of a comparison, as records have them."""
+
+    plugins: Mapping[str, str]
+    """Their distributions, by kind and name."""
+    files: Sequence[Mapping[str, Any]]
+    """The files that they have read, each once."""
+
+
+def used_in(
+    compared: Sequence[Comparison], processors: Sequence[Plugin], lm: LanguageModel
+) -> Used:
+    """The plug-ins of a comparison that was just made. processors: those of all samplers."""
+    strategies = [each.strategy for each in compared if each.strategy is not None]
+    plugins: list[Plugin] = [*processors, *loader_of(lm)]
+    for each in strategies:
+        plugins += [each.sampler, *each.processors, *each.sampler.processors()]
+    plugins += [plugin for each in compared for plugin in each.plugins]
+    return Used(_plugins(plugins), each_once(files_of(plugins)))
+
+
+def comparison_settings(
     *,
     processors: Sequence[Plugin],
     n: int,
@@ -95,36 +116,70 @@ def comparison_record(
     seed: int,
     seeds: int,
     metrics: Sequence[Plugin],
-    tokenizer: str | None,
 ) -> dict[str, Any]:
-    """The record of a comparison."""
-    about = _about(lm, tokenizer)
-    strategies = [each.strategy for each in compared if each.strategy is not None]
-    own = [plugin for each in strategies for plugin in (each.sampler, *each.processors)]
-    plugins = [*own, *processors, *loader_of(lm)]
+    """The settings of a comparison; plug-ins as specs with all their options."""
+    return {
+        "processors": [full_spec(processor) for processor in processors],
+        "n": n,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "seeds": seeds,
+        "metrics": [full_spec(metric) for metric in metrics],
+    }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison that was made."""
+
+    lm: LanguageModel
+    comparisons: Sequence[Comparison]
+    """Of each sampler; if Ctrl-C has come, of those that were done."""
+    prompts: Sequence[GivenPrompt]
+    """The prompts that were compared. One that has failed with a sampler is left out of all."""
+    failures: Sequence[str]
+    """For each prompt that was left out the first error."""
+    used: Callable[[], Used]
+    """Reads files for their hashes. Raises PluginError or InternalError if a plug-in does not say
+    which files it has read."""
+
+
+def comparison_record(
+    compared: Compared,
+    *,
+    tokenizer: str | None,
+    metrics: Sequence[Plugin],
+    **settings: Any,
+) -> dict[str, Any]:
+    """The record of a comparison. settings: as for `comparison_settings`."""
+    strategies = [each.strategy for each in compared.comparisons if each.strategy is not None]
+    used = compared.used()
     return {
         "record": "comparison",
         "version": VERSION,
-        "prompts": list(prompts),
-        "settings": {
-            "processors": [full_spec(processor) for processor in processors],
-            "n": n,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "seeds": seeds,
-            "metrics": [full_spec(metric) for metric in metrics],
-        },
+        "prompts": [
+            {
+                "index": given.index,
+                "id": given.id,
+                "prompt": given.prompt,
+                "messages": given.messages,
+                "settings": given.settings,
+                "ordinal": given.ordinal if given.ordinal is not None else given.index,
+            }
+            for given in compared.prompts
+        ],
+        "settings": comparison_settings(metrics=metrics, **settings),
         "samplers": [
             {
                 **comparison.to_dict(),
                 "spec": full_spec(strategy.sampler),
                 "processors": [full_spec(processor) for processor in strategy.processors],
             }
-            for comparison, strategy in zip(compared, strategies, strict=True)
+            for comparison, strategy in zip(compared.comparisons, strategies, strict=True)
         ],
-        **about,
-        "plugins": _plugins([*plugins, *metrics]),
-        "files": files_of(plugins),
+        **_about(compared.lm, tokenizer),
+        "plugins": {**used.plugins, **_plugins(metrics)},
+        "files": used.files,
     }
 
 
