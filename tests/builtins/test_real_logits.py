@@ -99,8 +99,7 @@ OTHERS = {
 def check_equal(spec, theirs, texts, logits, new):
     """Equal within 1e-5 and with the same support: all rows in one call, and each row alone."""
     prompts = [text[: len(text) - min(new, len(text) - 1)] for text in texts]
-    rows = gptk.Rows(texts, eos=tuple(EOS))
-    rows.prompt_lengths = [len(prompt) for prompt in prompts]
+    rows = gptk.Rows(texts, eos=tuple(EOS), prompt_lengths=[len(prompt) for prompt in prompts])
     got = create("processor", spec, gptk.LogitsProcessor).start(rows)(logits, rows)
     for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         want = theirs(len(prompt))(torch.tensor([text]), logits[row : row + 1].clone())[0]

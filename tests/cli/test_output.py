@@ -1,7 +1,9 @@
 """What the program says on standard error: lines that begin with `gptk:`, more or fewer of them."""
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import warnings
 
@@ -52,6 +54,28 @@ def test_quiet_says_nothing_but_errors(after, words):
 
 def test_a_command_in_a_group_takes_them_too():
     assert run("plugins", "show", "greedy", "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("tokenize", "a", "b\n\x1b[31m\x07"), "unexpected extra argument (b \\x1b[31m\\x07)"),
+        (("eval", "--model", "a\r\nb\x1b", "--model", "c\u202e"), "a b\\x1b and --model c\\u202e"),
+    ],
+)
+def test_control_characters_of_arguments_do_not_reach_the_terminal(args, line):
+    assert line in failing(*args, code=2)
+
+
+def test_control_characters_of_a_model_s_files_do_not_reach_the_terminal(words, tmp_path):
+    path = tmp_path / "model\x9b"
+    shutil.copytree(words[3], path)
+    about = json.loads((path / "gptk.json").read_text())
+    about["tokenizer"]["name"] = "a\x1b]0;title\x07"
+    (path / "gptk.json").write_text(json.dumps(about))
+    lines = run("info", path).stdout.split("\n")
+    assert f"source: {tmp_path}/model\\x9b" in lines
+    assert "tokenizer: a\\x1b]0;title\\x07, 257 tokens" in lines
 
 
 def test_one_excludes_the_other(words):

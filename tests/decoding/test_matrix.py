@@ -90,7 +90,7 @@ def teacher_forced(lm, sampler, processors, prompt, tokens):
     session = DecodeSession(
         lm.model, [prompt], layers=sampler.hidden_layers(lm.model.config), use_cache=False
     )
-    session.rows.eos, session.rows.tokenizer = lm.tokenizer.eos, lm.tokenizer
+    session.rows.set_tokenizer(lm.tokenizer, lm.tokenizer.eos)
     processes = [part.start(session.rows) for part in (*processors, *sampler.processors())]
     for process in processes:
         if isinstance(process, Follower):

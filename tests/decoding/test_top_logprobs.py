@@ -39,8 +39,7 @@ def check(lm, out, k, processors):
     assert len(out.top_logprobs) == len(out.tokens)
     for step, top in enumerate(out.top_logprobs):
         end = len(out.prompt_tokens) + step
-        rows = gptk.Rows([tokens[:end]])
-        rows.prompt_lengths = (len(out.prompt_tokens),)
+        rows = gptk.Rows([tokens[:end]], prompt_lengths=[len(out.prompt_tokens)])
         after = logits[end - 1][None]
         for name in names:
             after = name.start(rows)(after, rows)

@@ -354,10 +354,10 @@ def _harm(target: Target, attacked: object) -> str | None:
         return f"a fault of gptk: {error}"
     except PluginError as error:
         return None if target.plugin_errors else f"blames a plug-in: {error}"
-    except (GptkError, click.ClickException, click.exceptions.Exit) as error:
-        if "\n" in str(error).strip():
-            return f"a message of several lines: {error}"
-        return None
+    except (click.ClickException, click.exceptions.Exit):
+        return None  # the program makes one line of click's messages when it prints them
+    except GptkError as error:
+        return f"a message of several lines: {error}" if "\n" in str(error).strip() else None
     except BaseException:
         return traceback.format_exc()
     return None

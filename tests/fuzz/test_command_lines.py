@@ -212,6 +212,13 @@ def test_settings(attack):
     attack(make, run)
 
 
+# Of the call that makes the record, which results files are gone on with, too.
+CALL = {
+    "sampler": "top-p", "n": 2, "seed": 1, "max_new_tokens": 4, "stop": ["zz"],
+    "processors": ["min-p:p=0.1"],
+}  # fmt: skip
+
+
 @functools.cache
 def record() -> Any:
     """The record of a run on the toy model, as `generate --json` writes it."""
@@ -222,8 +229,7 @@ def record() -> Any:
 
     toy()
     lm = load(str(MODEL))
-    call = Call({"sampler": "top-p", "n": 2, "seed": 1, "max_new_tokens": 4, "stop": ["zz"],
-                 "processors": ["min-p:p=0.1"]})  # fmt: skip
+    call = Call(CALL)
     ((given, result),) = call.results(lm, [GivenPrompt(prompt="abc")], ordered=True)
     return call.record(Recorder(lm), given, result)
 
@@ -320,8 +326,10 @@ def test_results_files(attack):
     """Mutated records in a file that is to be gone on with."""
 
     def make(rng: random.Random) -> str:
-        whole = record() | {"files": FILES}
-        lines = [json.dumps(whole), mutated_json(rng, whole if rng.random() < 0.5 else FILES_ONLY)]
+        whole = record() | {"prompts_file": {"name": "p.jsonl", "sha256": "b" * 64}}
+        if rng.random() < 0.3:
+            whole["files"] = FILES
+        lines = [json.dumps(whole), mutated_json(rng, whole if rng.random() < 0.7 else FILES_ONLY)]
         rng.shuffle(lines)
         return "\n".join(lines) + "\n" * rng.choice([0, 1])
 
@@ -330,11 +338,11 @@ def test_results_files(attack):
         from gptk.records.results_file import ResultsFile
 
         Path("o.jsonl").write_text(text, encoding="utf-8", errors="surrogatepass")
-        call = Call({"max_new_tokens": 2})
+        call = Call(CALL)
         with ResultsFile("o.jsonl") as results:
             results.seed()
             results.read(8, lambda record: None)
-            return results.read(8, lambda record: call.difference(record, ""))
+            return results.read(8, lambda record: call.difference(record, "b" * 64))
 
     record()
     attack(make, run)

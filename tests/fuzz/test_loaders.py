@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import shutil
 import struct
 import tempfile
 import zipfile
@@ -508,32 +507,46 @@ def test_sources_and_what_is_at_their_paths(attack):
         "llms-from-scratch:path=x,n_heads=4", "gptk:path=model", "openai:path=model", "/dev/null",
     ]  # fmt: skip
 
-    def make(rng: random.Random) -> tuple[str, str]:
-        spec = rng.choice(specs)
-        if rng.random() < 0.7:
-            spec = mutated_text(rng, spec)
-        return spec, rng.choice(["nothing", "fifo", "directory", "device", "link", "empty", "zip"])
+    names = ["x", "x.gguf", "x.pth", "gpt2"]
+    names += [f"model/{name}" for name in ("config.json", "gptk.json", "model.safetensors")]
+    names += [f"model/{name}" for name in ("tokenizer.json", "hparams.json", "model.ckpt.index")]
+    kinds = ["nothing", "fifo", "directory", "device", "link", "empty", "zip", "json"]
 
-    def run(typed: tuple[str, str]) -> None:
-        spec, kind = typed
+    def make(rng: random.Random) -> tuple[str, dict[str, str]]:
+        spec = rng.choice(specs)
+        if rng.random() < 0.4:
+            spec = mutated_text(rng, spec)
+        usual = rng.choice(kinds)
+        return spec, {name: rng.choice([usual, rng.choice(kinds)]) for name in names}
+
+    def run(typed: tuple[str, dict[str, str]]) -> None:
+        spec, files = typed
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for name in ("x", "x.gguf", "x.pth", "gpt2"):
-            if kind == "fifo":
-                os.mkfifo(name)
-            elif kind == "directory":
-                Path(name).mkdir()
-            elif kind == "device":
-                Path(name).symlink_to("/dev/zero")
-            elif kind == "link":
-                Path(name).symlink_to(name)
-            elif kind == "zip":
-                with zipfile.ZipFile(name, "w") as archive:
-                    archive.writestr("x/data.pkl", zlib.compress(bytes(1000)))
-            elif kind == "empty":
-                Path(name).touch()
+        for name, kind in files.items():
+            put(Path(name), kind)
         if "smollm2" in spec:
             return
         load_checkpoint(spec)
-        shutil.rmtree("model", ignore_errors=True)
 
     attack(make, run)
+
+
+def put(path: Path, kind: str) -> None:
+    """Make something of this kind in the place of a file."""
+    path.parent.mkdir(exist_ok=True)
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "link":
+            path.symlink_to(path.name)
+        case "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x/data.pkl", zlib.compress(bytes(1000)))
+        case "json":
+            path.write_text('{"model_type": "llama", "format_version": 1}')
+        case "empty":
+            path.touch()

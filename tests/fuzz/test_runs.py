@@ -17,7 +17,7 @@ import gptk
 from gptk.cli import cli
 from gptk.data.token_files import prepare_tokens
 from gptk.plots.runs import plot_runs
-from gptk.runs.samples import SamplesFile
+from gptk.runs.directory import open_records
 from gptk.training.config import TrainConfig, read_config
 from gptk.training.names import ALIASES, ELSEWHERE
 from gptk.training.trainer import Trainer
@@ -233,7 +233,7 @@ def test_the_records_of_a_run(attack):
     def use(run: Path) -> None:
         refused(
             lambda: plot_runs([run], Path("plot.svg")),
-            lambda: SamplesFile(run),
+            lambda: [file.close() for file in open_records(run, 5)],
             lambda: command("train", "--resume", str(run), "--steps", "5", "--sample-tokens", "1"),
         )
 

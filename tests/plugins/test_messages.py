@@ -173,6 +173,26 @@ def test_what_is_given_for_a_plugin_is_told(settings, message):
     assert message in line_of(caught.value)
 
 
+ROWS = ["lengths", "prompt_lengths", "prompts", "streams", "scores", "logprobs", "groups"]
+ROWS += ["eos", "tokenizer", "model"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_plugin_that_assigns_what_the_rows_have_is_named_and_no_other(name):
+    class Mine(gptk.LogitsProcessor):
+        name = "mine"
+
+        def __call__(self, logits, rows):
+            setattr(rows, name, None)
+            return logits
+
+    for sampler in ("multinomial", "beam", "contrastive"):
+        with pytest.raises(gptk.PluginError) as caught:
+            LM.generate("abab", sampler=sampler, processors=[Mine()], max_new_tokens=2)
+        assert "processor mine of module" in line_of(caught.value)
+        assert f"property '{name}' of 'Rows' object has no setter" in line_of(caught.value)
+
+
 def test_a_class_that_the_instance_comes_of_can_be_set_nothing():
     with pytest.raises(gptk.PluginError) as caught:
         Mine().seen = 3

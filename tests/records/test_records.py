@@ -391,15 +391,18 @@ def test_another_environment_is_told_and_need_not_change_the_result(recorded, mo
         record["environment"] |= {"torch": "1.0", "gptk": "0.0"}
         record["model"]["files"][1]["sha256"] = "f" * 64
         record["model"]["dtype"] = "bfloat16"
+        record["environment"]["x\x1b[2J"] = "y\n\x07"  # not for the terminal
 
     out = run_gptk("repeat", edited(path, change))
     assert out.returncode == 0
-    lines = out.stdout.splitlines()
+    lines = out.stdout.split("\n")[:-1]
+    assert all(line.isprintable() for line in lines)
+    assert "environment: x\\x1b[2J: None, was y \\x07" in lines
     assert f"environment: gptk: {gptk.__version__}, was 0.0" in lines
     assert any(line.startswith("environment: torch: ") for line in lines)
     assert "environment: model.dtype: float32, was bfloat16" in lines
     assert any(line.startswith("environment: model.safetensors: SHA-256 ") for line in lines)
-    assert len(lines) == 4 + 2
+    assert len(lines) == 5 + 2
 
 
 def test_the_model_may_be_in_another_place(recorded, model, tmp_path):

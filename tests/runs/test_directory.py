@@ -1,6 +1,7 @@
 """A run's directory: one trainer at a time, in whatever thread or process."""
 
 import os
+import re
 import threading
 import time
 
@@ -10,6 +11,7 @@ import gptk
 import training_runs
 from gptk.cli import main
 from gptk.runs.directory import RunDirectory
+from gptk.system import files
 from gptk.training.trainer import Trainer
 from training_runs import SMALL, config, finish, in_child, wait_for
 
@@ -163,12 +165,28 @@ def test_what_others_write_there_meanwhile_leaves_the_run_alone(tmp_path, capsys
         (lambda run: (run.mkdir(), (run / ".lock").mkdir()), "not a regular file"),
         (lambda run: (run.mkdir(), (run / "checkpoints").touch()), "checkpoints"),
         (lambda run: (run.mkdir(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl is a dir"),
+        (lambda run: (run.mkdir(), (run / "samples.txt").mkdir()), "run/samples.txt cannot be wri"),
     ],
 )
 def test_what_is_in_the_way_is_told_in_a_line(make, line, tmp_path):
     make(tmp_path / "run")
     with pytest.raises(gptk.GptkError, match=line):
         Trainer.start(config(steps=1, save_every=1), tmp_path / "run").train()
+
+
+def test_errors_name_the_file_that_was_to_be_written_and_no_temporary_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file/x", tmp_path / "none/x"):
+        with pytest.raises(OSError, match=rf"\] [\w ]+: '{re.escape(str(path))}'$"):
+            files.write_text(path, "x")
+
+    def write(folder):
+        (folder / "none/x").touch()
+
+    with pytest.raises(gptk.SourceError) as refused:
+        files.write_directory(tmp_path / "model", write, what="model")
+    assert str(refused.value) == f"{tmp_path}/model cannot be written: No such file or directory"
 
 
 def test_temporary_files_of_killed_trainers_go_after_a_day(tmp_path):

@@ -1343,7 +1343,7 @@ class TakesTheirLuck(Drafter):
 
     def propose(self, run, count):
         rows = run.session.rows
-        rows.streams = rows.streams[:1] * len(rows)
+        rows._streams = rows.streams[:1] * len(rows)
         return self.guesses(run, count)
 
 

@@ -19,7 +19,7 @@ class GptkError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
 class OptionError(GptkError):
@@ -124,10 +124,10 @@ def shown(value: object, most: int = 60) -> str:
         return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """The text in one line, without characters that cannot be printed.
 
-    >>> _one_line("a file\\nb\\x1b[0m\\udcff")
+    >>> one_line("a file\\nb\\x1b[0m\\udcff")
     'a file b\\\\x1b[0m\\\\udcff'
     """
     if text.isprintable():

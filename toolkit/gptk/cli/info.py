@@ -8,6 +8,7 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.command import Command
+from gptk.cli.output import tell
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,9 +31,9 @@ def command(model: str | None) -> None:
     from gptk.weights.loading import default_source, load_checkpoint
 
     checkpoint = load_checkpoint(default_source() if model is None else model, stored=True)
-    click.echo(f"source: {checkpoint.source}")
+    tell(f"source: {checkpoint.source}")
     for key, value in (checkpoint.notes or {}).items():
-        click.echo(f"{key}: {value}")
+        tell(f"{key}: {value}")
     parameters = 0
     stored: Counter[str] = Counter()
     bits: dict[str, int] = {}
@@ -71,7 +72,7 @@ def command(model: str | None) -> None:
         click.echo(f"tokenizer: {error}")
         return
     encoding = tokenizer.encoding
-    click.echo(f"tokenizer: {encoding.name}, {encoding.n_vocab:,} tokens")
+    tell(f"tokenizer: {encoding.name}, {encoding.n_vocab:,} tokens")
     for label, tokens in (("bos", (tokenizer.bos,)), ("eos", tokenizer.eos)):
         for token in tokens:
             if token is not None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from gptk.errors import one_line
+
 _log = logging.getLogger("gptk")
 
 
@@ -28,8 +30,17 @@ def note(line: str) -> None:
 
 
 def say(message: str) -> None:
-    """Print a message on standard error as one line that begins with `gptk:`."""
-    click.echo(f"gptk: {' '.join(message.split())}", err=True)
+    """Print a message on standard error as one line that begins with `gptk:`.
+
+    Characters that cannot be printed, which arguments and names may have, are escaped.
+    """
+    click.echo(f"gptk: {one_line(' '.join(message.split()))}", err=True)
+
+
+def tell(line: str) -> None:
+    """Print a line on standard output with names or values of files: what cannot be printed is
+    escaped."""
+    click.echo(one_line(line))
 
 
 @contextlib.contextmanager

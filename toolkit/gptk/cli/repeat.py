@@ -7,6 +7,7 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.command import Command
+from gptk.cli.output import tell
 from gptk.cli.shared import model_option, tokenizer_option
 
 
@@ -33,7 +34,7 @@ def command(file: Path, model: str | None, tokenizer: str | None, device: str | 
     for differences, repetitions in repeat(records, Models(model, tokenizer, device)):
         for line in differences:
             if line not in told:
-                click.echo(f"environment: {line}")
+                tell(f"environment: {line}")
                 told.add(line)
         for repetition in repetitions:
             total += 1
@@ -41,7 +42,7 @@ def command(file: Path, model: str | None, tokenizer: str | None, device: str | 
             state = (
                 "equal" if repetition.difference is None else f"DIFFERENT: {repetition.difference}"
             )
-            click.echo(
+            tell(
                 f"{repetition.name}: {state}; {repetition.compared} equal tokens, "
                 f"log-probabilities within {repetition.largest:.2g}"
             )

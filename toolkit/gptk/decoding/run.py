@@ -71,7 +71,7 @@ class Decoding:
         self.state: object = None
         """What the sampler's `start` returned."""
         rows = session.rows
-        rows.eos, rows.tokenizer = limits.eos, tokenizer
+        rows.set_tokenizer(tokenizer, limits.eos)
         copies = len(rows) // (max(rows.prompts) + 1)
         self.limits = limits
         self._searches = Searches(sampler, session, limits, n=n, copies=copies)
@@ -283,8 +283,10 @@ class Decoding:
         self.session.select(parents)
         rows = self.session.rows
         device = self.session.model.device
-        rows.scores = torch.tensor([row.score for row in self.live], device=device)
-        rows.logprobs = torch.tensor([row.total for row in self.live], device=device)
+        rows.set_scores(
+            torch.tensor([row.score for row in self.live], device=device),
+            torch.tensor([row.total for row in self.live], device=device),
+        )
         if extended:
             return
         tokens = torch.tensor(

@@ -118,11 +118,15 @@ class RunDirectory:
 def open_records(run: Path, step: int) -> list[TrainingListener]:
     """The files that record a run from a step on: metrics.jsonl and samples.txt.
 
-    Records after `step` are removed, as a run that goes on from there records them again.
+    Records after `step` are removed, as a run that goes on from there records them again. Raises
+    SourceError for a damaged metrics.jsonl, TrainingError for what cannot be written.
     """
-    truncate_metrics(run / METRICS, step or -1)  # a run at step 0 also evaluates step 0 again
-    return [MetricsFile(run / METRICS), SamplesFile(run)]
+    try:
+        truncate_metrics(run / METRICS, step or -1)  # a run at step 0 also evaluates step 0 again
+        return [MetricsFile(run / METRICS), SamplesFile(run)]
+    except OSError as error:
+        raise _not_written(Path(error.filename or run), error) from None
 
 
-def _not_written(run: Path, error: OSError) -> TrainingError:
-    return TrainingError(f"{run} cannot be written: {error.strerror or error}")
+def _not_written(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(f"{path} cannot be written: {error.strerror or error}")

@@ -10,7 +10,10 @@ from gptk.system.files import replacing
 
 
 class SamplesFile(TrainingListener):
-    """Appends each sample to the file, which begins with the samples in metrics.jsonl."""
+    """Appends each sample to the file, which begins with the samples in metrics.jsonl.
+
+    Raises OSError if it cannot be written, SourceError if metrics.jsonl is damaged.
+    """
 
     def __init__(self, run: Path) -> None:
         self._path = run / "samples.txt"

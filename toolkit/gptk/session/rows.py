@@ -29,26 +29,10 @@ class Follower(Protocol):
 
 
 class Rows:
-    """The partial sequences being decoded, as processors and samplers see them."""
+    """The partial sequences being decoded, as processors and samplers see them.
 
-    lengths: tuple[int, ...]
-    """Tokens of each row, the prompt's included."""
-    prompt_lengths: tuple[int, ...]
-    prompts: tuple[int, ...]
-    """For each row the index of its prompt in the call; rows of one prompt are adjacent."""
-    streams: tuple[RandomStream, ...]
-    scores: Tensor
-    """(rows,) float32: what the sampler ranks by so far."""
-    logprobs: Tensor
-    """(rows,) float32: the sum of the new tokens' log-probabilities."""
-    groups: tuple[int, ...]
-    """For each row its group among the rows of its prompt, see Sampler.groups."""
-    eos: tuple[int, ...]
-    """The tokens that end a row; empty where end-of-text tokens are ignored."""
-    tokenizer: Tokenizer | None
-    """The model's tokenizer, for processors that work with text."""
-    model: CausalModel | None
-    """The model, for processors that run it on other tokens, such as a negative prompt."""
+    What they see they cannot assign: only the run changes it.
+    """
 
     def __init__(
         self,
@@ -60,17 +44,20 @@ class Rows:
         tokenizer: Tokenizer | None = None,
         model: CausalModel | None = None,
         ordinals: Sequence[int] | None = None,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> None:
-        """ordinals: for each prompt its number, which its random stream depends on [0, 1, …]."""
-        self.lengths = tuple(len(prompt) for prompt in prompts)
-        self.prompt_lengths = self.lengths
-        self.prompts = tuple(range(len(prompts)))
-        self.scores = torch.zeros(len(prompts), device=device)
-        self.logprobs = torch.zeros(len(prompts), device=device)
-        self.groups = (0,) * len(prompts)
-        self.eos = tuple(eos)
-        self.tokenizer = tokenizer
-        self.model = model
+        """ordinals: for each prompt its number, which its random stream depends on [0, 1, …].
+        prompt_lengths: how many of its tokens are the prompt; the others count as new [all].
+        """
+        self._lengths = tuple(len(prompt) for prompt in prompts)
+        self._prompt_lengths = self.lengths if prompt_lengths is None else tuple(prompt_lengths)
+        self._prompts = tuple(range(len(prompts)))
+        self._scores = torch.zeros(len(prompts), device=device)
+        self._logprobs = torch.zeros(len(prompts), device=device)
+        self._groups = (0,) * len(prompts)
+        self._eos = tuple(eos)
+        self._tokenizer = tokenizer
+        self._model = model
         self._tokens = torch.zeros(len(prompts), max(self.lengths), dtype=torch.int64)
         self._copy: Tensor | None = None
         """The copy that `tokens` gives until the rows move, or the next plug-in asks."""
@@ -80,10 +67,60 @@ class Rows:
             self._tokens[i, : len(prompt)] = torch.tensor(prompt)
             self._origins.append((seed, tuple(prompt), ordinals[i]))
         self._tokens = self._tokens.to(device)
-        self.streams = tuple(RandomStream.of(s, p, ordinal=o) for s, p, o in self._origins)
+        self._streams = tuple(RandomStream.of(s, p, ordinal=o) for s, p, o in self._origins)
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, the prompt's included."""
+        return self._lengths
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row's prompt."""
+        return self._prompt_lengths
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """For each row the index of its prompt in the call; rows of one prompt are adjacent."""
+        return self._prompts
+
+    @property
+    def streams(self) -> tuple[RandomStream, ...]:
+        """Each row's random stream."""
+        return self._streams
+
+    @property
+    def scores(self) -> Tensor:
+        """(rows,) float32: what the sampler ranks by so far."""
+        return self._scores
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(rows,) float32: the sum of the new tokens' log-probabilities."""
+        return self._logprobs
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """For each row its group among the rows of its prompt, see Sampler.groups."""
+        return self._groups
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """The tokens that end a row; empty where end-of-text tokens are ignored."""
+        return self._eos
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, for processors that work with text."""
+        return self._tokenizer
+
+    @property
+    def model(self) -> CausalModel | None:
+        """The model, for processors that run it on other tokens, such as a negative prompt."""
+        return self._model
 
     @property
     def ordinals(self) -> tuple[int, ...]:
@@ -166,6 +203,14 @@ class Rows:
             bits.append(stream.bits(key))
         return as_keys(bits, self._tokens.device)
 
+    def set_tokenizer(self, tokenizer: Tokenizer | None, eos: Sequence[int]) -> None:
+        """Set what rows of a session lack: the tokenizer, and the tokens that end a row."""
+        self._tokenizer, self._eos = tokenizer, tuple(eos)
+
+    def set_scores(self, scores: Tensor, logprobs: Tensor) -> None:
+        """scores, logprobs: (rows,) float32."""
+        self._scores, self._logprobs = scores, logprobs
+
     def extend(self, tokens: Tensor) -> None:
         self._copy = None
         end = max(self.lengths) + tokens.shape[1]
@@ -178,23 +223,23 @@ class Rows:
             starts = torch.tensor(self.lengths, device=tokens.device)[:, None]
             positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
             self._tokens.scatter_(1, positions, tokens)
-        self.lengths = tuple(length + tokens.shape[1] for length in self.lengths)
+        self._lengths = tuple(length + tokens.shape[1] for length in self.lengths)
 
     def select(self, parents: Sequence[int]) -> None:
         self._copy = None
         index = torch.tensor(parents, device=self._tokens.device)
         self._tokens = self._tokens[index]
-        self.scores = self.scores[index]
-        self.logprobs = self.logprobs[index]
-        self.groups = tuple(self.groups[p] for p in parents)
-        self.lengths = tuple(self.lengths[p] for p in parents)
-        self.prompt_lengths = tuple(self.prompt_lengths[p] for p in parents)
-        self.prompts = tuple(self.prompts[p] for p in parents)
-        self.streams = tuple(self.streams[p] for p in parents)
+        self._scores = self.scores[index]
+        self._logprobs = self.logprobs[index]
+        self._groups = tuple(self.groups[p] for p in parents)
+        self._lengths = tuple(self.lengths[p] for p in parents)
+        self._prompt_lengths = tuple(self.prompt_lengths[p] for p in parents)
+        self._prompts = tuple(self.prompts[p] for p in parents)
+        self._streams = tuple(self.streams[p] for p in parents)
 
     def rewind(self, counts: Sequence[int]) -> None:
         self._copy = None
-        self.lengths = tuple(length - n for length, n in zip(self.lengths, counts, strict=True))
+        self._lengths = tuple(length - n for length, n in zip(self.lengths, counts, strict=True))
         self._tokens = self._tokens.masked_fill(
             torch.arange(self._tokens.shape[1], device=self._tokens.device)
             >= torch.tensor(self.lengths, device=self._tokens.device)[:, None],
@@ -207,9 +252,9 @@ class Rows:
         group: each copy is one of its prompt's groups; otherwise each gets a random stream.
         """
         if group:
-            self.groups = tuple(range(copies)) * (len(self) // copies)
+            self._groups = tuple(range(copies)) * (len(self) // copies)
             return
-        self.streams = tuple(
+        self._streams = tuple(
             RandomStream.of(seed, prompt, ordinal=ordinal, sample=sample)
             for seed, prompt, ordinal in self._origins
             for sample in range(copies)

@@ -41,7 +41,7 @@ def write_directory(
         if files is not None:
             check_replaceable(target, what, files)
     except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be: a loop of links
-        raise SourceError(f"{path} cannot be written: {error}") from None
+        raise SourceError(f"{path} cannot be written: {_reason(error)}") from None
     new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,16 @@ def write_directory(
         _replace(target, new)
         sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors' error for a full disk
-        raise SourceError(f"{path} cannot be written: {error}") from None
+        raise SourceError(f"{path} cannot be written: {_reason(error)}") from None
     except SourceError as error:  # raised by `write`, which knows only the temporary name
         raise SourceError(str(error).replace(str(new), str(path))) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """Without the temporary name that a system's error may have."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def check_replaceable(target: Path, what: str, files: Collection[str]) -> None:
@@ -84,11 +89,15 @@ class NewFile:
     """The temporary name."""
 
     def publish(self, target: Path) -> None:
-        """Sync the file to disk, close it, and have it take the place of `target`."""
+        """Sync the file to disk, close it, and have it take the place of `target`.
+
+        Raises OSError.
+        """
         self.content.flush()
         os.fsync(self.content.fileno())
         self.content.close()
-        self.path.replace(target)
+        with _naming(target):
+            self.path.replace(target)
         sync(target.parent)
 
 
@@ -101,11 +110,22 @@ def new_file(folder: Path, name: str) -> Iterator[NewFile]:
     """
     new = folder / f".{name}.{secrets.token_hex(4)}{_UNFINISHED}"
     try:
-        with new.open("xb") as file:
+        with _naming(folder / name):
+            file = new.open("xb")
+        with file:
             yield NewFile(file, new)
     finally:
         with contextlib.suppress(OSError):  # of a disk that has become read-only, for example
             new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an OSError name this file: a temporary name would tell its reader nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager

@@ -361,8 +361,8 @@ def _teacher_forced(
     """The log-probability of each token in a run that is given all tokens."""
     layers = sampler.hidden_layers(lm.model.config)
     session = gptk.DecodeSession(lm.model, [prompt], layers=layers)
-    session.rows.tokenizer = tokenizer_of(lm)
-    session.rows.eos = () if session.rows.tokenizer is None else session.rows.tokenizer.eos
+    tokenizer = tokenizer_of(lm)
+    session.rows.set_tokenizer(tokenizer, () if tokenizer is None else tokenizer.eos)
     processes = [part.start(session.rows) for part in (*processors, *sampler.processors())]
     for process in processes:
         if isinstance(process, gptk.Follower):
