@@ -92,6 +92,17 @@ class Transformers:
         assert out.shape[1] == ids.shape[1] + new
         return out[:, ids.shape[1] :].tolist()
 
+    def generate_continuously(self, prompts: Sequence[Sequence[int]], new: int) -> None:
+        """Exactly `new` tokens for each prompt, by continuous batching."""
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        prompts = [list(prompt) for prompt in prompts]
+        results = self.model.generate_batch(prompts, generation_config=config)
+        assert [len(result.generated_tokens) for result in results.values()] == [new] * len(prompts)
+
     def decode_seconds(self, prompt: Sequence[int], new: int, **settings: Any) -> float:
         """The time of the passes after the prefill."""
         times: list[float] = []

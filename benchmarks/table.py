@@ -69,10 +69,13 @@ ROWS = {
         "a batch of 16 prompts, bfloat16", "transformers bfloat16, same batch", 1.5
     ),
     "many-vllm": Comparison(
-        "64 prompts of 5 to 200 words, 32 new tokens each, bfloat16", "vLLM for CPUs", 1.1
+        "300 prompts of 5 to 200 words, 32 new tokens each, bfloat16", "vLLM for CPUs", 1.1
     ),
     "many-transformers": Comparison(
         "64 prompts of 5 to 200 words, bfloat16", "transformers, sorted batches of 16", 2.5
+    ),
+    "many-continuous": Comparison(
+        "16 prompts of 5 to 200 words, bfloat16", "transformers' continuous batching", 6.0
     ),
     "many-beams": Comparison(
         "16 prompts of 5 to 200 words, 4 beams each, bfloat16", "transformers, one batch", 2.0

@@ -87,13 +87,13 @@ class VLLM:
 @pytest.mark.peers("many-vllm")
 def test_beside_vllm(table):
     lm = ours("bfloat16")
-    ids = [lm.encode(text) for text in texts(PROMPTS)]
+    ids = [lm.encode(text) for text in texts(300)]
     peer = VLLM(ids)
     try:
-        times = in_turns({"gptk": lambda: decode_all(lm, ids), "vLLM": peer.seconds})
+        times = in_turns({"gptk": lambda: decode_all(lm, ids), "vLLM": peer.seconds}, rounds=3)
     finally:
         peer.close()
-    table.row("many-vllm", times, ["gptk"], ["vLLM"], tokens=PROMPTS * NEW)
+    table.row("many-vllm", times, ["gptk"], ["vLLM"], tokens=300 * NEW)
 
 
 @pytest.mark.peers("many-transformers")
@@ -112,6 +112,20 @@ def test_beside_static_batches(table):
 
     times = in_turns({"gptk": lambda: decode_all(lm, ids), "transformers": in_batches}, rounds=3)
     table.row("many-transformers", times, ["gptk"], ["transformers"], tokens=PROMPTS * NEW)
+
+
+@pytest.mark.peers("many-continuous")
+def test_beside_continuous_batching(table):
+    lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
+    ids = [lm.encode(text) for text in texts(16)]
+    times = in_turns(
+        {
+            "gptk": lambda: decode_all(lm, ids),
+            "transformers": lambda: peer.generate_continuously(ids, NEW),
+        },
+        rounds=2,
+    )
+    table.row("many-continuous", times, ["gptk"], ["transformers"], tokens=16 * NEW)
 
 
 @pytest.mark.peers("many-beams")

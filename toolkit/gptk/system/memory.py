@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptk.errors import OutOfMemory
+from gptk.system.control_groups import memory_left
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def available_memory(device: "torch.device") -> float:
         free = 1024.0 * int(next(kilobytes))
     except (OSError, StopIteration, ValueError):  # not Linux
         free = min(physical_memory(), _UNKNOWN) / 2
-    return float(min(free, _address_space()))
+    return float(min(free, memory_left(), _address_space()))
 
 
 def _address_space() -> float:
