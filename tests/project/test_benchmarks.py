@@ -50,6 +50,7 @@ def test_every_row_of_the_table_is_measured_by_one_benchmark(table):
     assert sorted(measured) == sorted(table.ROWS)
 
 
+@pytest.mark.slow
 def test_peers_and_the_whole_grid_are_run_only_on_request():
     quick, peers = (
         {line for line in run("--collect-only", *options).splitlines() if "::" in line}
@@ -61,6 +62,7 @@ def test_peers_and_the_whole_grid_are_run_only_on_request():
     assert all("beside" in test for test in peers)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_speeds_and_their_share_of_the_limits(tmp_path):
     selected = "test_forward and cpu-tiny-float32 or test_training_step and tiny-float32"
     printed = run("-k", selected, "--write", str(tmp_path))

@@ -108,7 +108,9 @@ def test_each_is_named_in_any_order_of_the_tests(file, seed, tmp_path):
     ("name", "test"),
     [
         ("TestWander", "test_masked_tokens_are_never_chosen"),
-        ("TestTires", "test_its_state_follows_the_rows"),  # here its cause is not seen by itself
+        pytest.param(  # here its cause is not seen by itself
+            *("TestTires", "test_its_state_follows_the_rows"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_promise_that_is_tried_alone_names_the_cause_too(name, test, tmp_path):
