@@ -14,7 +14,7 @@ from mixtures import LM, STRATEGIES, Raises, check_as_alone, memory_for, request
 
 import gptk
 from gptk.engine import passes
-from gptk.engine.engine import ENGINE
+from gptk.engine.engine import ENGINE, Engine
 from gptk.testing import tiny_gpt
 
 
@@ -233,3 +233,23 @@ def test_long_prompts_are_read_in_several_passes(monkeypatch):
     monkeypatch.setattr(passes, "TOKENS", 4)
     ENGINE.call(ENGINE.passes(LM.model).pool.forget_unused)
     assert [result.tokens for result in LM.generate_batch(prompts, max_new_tokens=4)] == want
+
+
+def test_an_engine_whose_start_was_interrupted_starts_anew(monkeypatch):
+    """Ctrl-C may come before its thread is there."""
+
+    def interrupted(_thread):
+        raise KeyboardInterrupt
+
+    engine = Engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.call(lambda: 1)
+    assert engine.call(lambda: 2) == 2
+    engine.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.call(lambda: 1)
+    engine.stop()

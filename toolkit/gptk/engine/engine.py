@@ -75,7 +75,7 @@ class Engine:
     def start(self, runs: Sequence[Run[Any]]) -> None:
         """Start runs together: they begin before the next pass, as far as there is room."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # Ctrl-C may prevent its start
                 self._stopping = False
                 self._thread = threading.Thread(target=self._work, name="gptk engine", daemon=True)
                 self._thread.start()
@@ -138,7 +138,8 @@ class Engine:
         if thread is not None:
             self._stopping = True
             self._inbox.put([])
-            thread.join(_PATIENCE)
+            if thread.is_alive():
+                thread.join(_PATIENCE)
             self._thread = None  # not before: its runs are inside until they have ended
 
     def forget_all(self) -> None:
