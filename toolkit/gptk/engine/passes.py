@@ -78,7 +78,7 @@ class Passes:
         """The answer to the only run there is; None if its tokens are many, and it has to wait."""
         if isinstance(wanted, LogitsWanted):
             return self._logits(wanted.states)
-        if wanted.size > TOKENS:
+        if wanted.size > self._most_tokens:
             return None
         run.wanted = wanted
         self.read([run])
@@ -145,7 +145,7 @@ class Passes:
     def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
         """What of each run a pass reads."""
         taken: list[Taken] = []
-        room = TOKENS
+        room = self._most_tokens
         for run in runs:
             if room <= 0:
                 break
@@ -156,6 +156,11 @@ class Passes:
             room -= sum(len(part.tokens) for part in parts)
             taken.append((run, parts, rows))
         return taken
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of a pass."""
+        return TOKENS[self.pool.dtype.itemsize]
 
     @property
     def _model(self) -> CausalModel:
@@ -207,5 +212,5 @@ def _few(run: Run[Any]) -> bool:
     return _reading(run).size > 16
 
 
-TOKENS = 512
-"""The most tokens of a pass."""
+TOKENS = {4: 128, 2: 512}
+"""The most tokens of a pass by the bytes of a number: more take longer, and not less for each."""
