@@ -230,7 +230,7 @@ def test_long_prompts_are_read_in_several_passes(monkeypatch):
     """Passes that read only the middle of a prompt give no states."""
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [3], [2] * 9]
     want = [LM.generate(prompt, max_new_tokens=4).tokens for prompt in prompts]
-    monkeypatch.setattr(passes, "TOKENS", {4: 4})
+    monkeypatch.setattr(passes, "TOKENS", 4)
     ENGINE.call(ENGINE.passes(LM.model).pool.forget_unused)
     assert [result.tokens for result in LM.generate_batch(prompts, max_new_tokens=4)] == want
 

@@ -160,7 +160,7 @@ class Passes:
     @property
     def _most_tokens(self) -> int:
         """Of a pass."""
-        return TOKENS[self.pool.dtype.itemsize]
+        return TOKENS_IN_16_BITS if self.pool.dtype.itemsize <= 2 else TOKENS
 
     @property
     def _model(self) -> CausalModel:
@@ -212,5 +212,5 @@ def _few(run: Run[Any]) -> bool:
     return _reading(run).size > 16
 
 
-TOKENS = {4: 128, 2: 512}
-"""The most tokens of a pass by the bytes of a number: more take longer, and not less for each."""
+TOKENS, TOKENS_IN_16_BITS = 128, 512
+"""The most tokens of a pass: with more it takes longer, and no less for each of them."""
