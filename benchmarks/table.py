@@ -261,7 +261,7 @@ def plot_ratios(ratios: Sequence[tuple[str, float]], path: Path) -> None:
         axis.axvline(1, color="#555555", linewidth=0.8)
         axis.set_xscale("log")
         values = [ratio for _, ratio in ratios]
-        axis.set_xlim(min([0.6, *values]) * 0.75, max([2, *values]) * 1.5)
+        axis.set_xlim(min([0.6, *values]) * 0.6, max([2, *values]) * 1.5)
         axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())

@@ -128,7 +128,10 @@ def page(kind, plugin, lm, again):
     if rows:
         lines += ["| option | allowed | default | what it does |", "| --- | --- | --- | --- |"]
         cells = [[cell.replace("|", r"\|").replace("\n", r"\n") for cell in row] for row in rows]
-        lines += [f"| `{name}` | {' | '.join(rest)} |" for name, *rest in cells]
+        for name, allowed, default, said in cells:
+            allowed = re.sub("([<>≤≥]) ", "\\1\N{NO-BREAK SPACE}", allowed)
+            default = default if default == "required" else f"`{default}`"
+            lines.append(f"| `{name}` | {allowed} | {default} | {said} |")
     else:
         lines += ["None."]
     lines += ["", *ways_to_name(item)]
@@ -169,7 +172,8 @@ def home(item):
 def result(lm, prompt, settings):
     out = lm.generate(prompt, **keywords(settings), max_new_tokens=NEW_TOKENS, seed=0)
     text = "\n".join(line.rstrip() for line in (prompt + out.text).splitlines())
-    note = f"{len(out.tokens)} tokens, score {out.score:.2f}, finish reason: {out.finish_reason}."
+    count = f"{len(out.tokens)} token{'' if len(out.tokens) == 1 else 's'}"
+    note = f"{count}, score {out.score:.2f}, finish reason: {out.finish_reason}."
     return f"````text\n{text}\n````\n\n{note}\n"
 
 

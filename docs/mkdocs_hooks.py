@@ -3,7 +3,7 @@
 Some files from elsewhere (README, the changelog, CONTRIBUTING, SECURITY, the examples' READMEs)
 become pages. A pattern in the navigation is replaced by the pages that match. A link to a file
 outside this folder, which works in the repository, leads to the file's page, or becomes plain text
-if it has none.
+if it has none. In code, names with hyphens are marked, so that lines are not broken within them.
 """
 
 import os
@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
 PUBLISHED = (".md", ".svg", ".png")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"<code\b.*?</code>", re.DOTALL)
+# A tag, or a name such as --max-new-tokens, -v or beam-sample.
+TAG_OR_NAME = re.compile(r"<[^>]*>|(?<![\w&-])(?:--?[A-Za-z][\w-]*|\w+(?:-\w+)+)")
 
 
 def outside():
@@ -76,6 +79,15 @@ def on_page_markdown(markdown, page, config, files):
         parts += [LINK.sub(to_page, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, LINK.sub(to_page, markdown[end:])])
+
+
+def on_page_content(html, page, config, files):
+    """Mark the names with hyphens in code: a line may be broken after a hyphen, but not in them."""
+
+    def marked(match):
+        return match[0] if match[0][0] == "<" else f'<span class="whole">{match[0]}</span>'
+
+    return CODE.sub(lambda code: TAG_OR_NAME.sub(marked, code[0]), html)
 
 
 def site_path(path):

@@ -272,6 +272,22 @@ def test_wrong_options_say_what_is_allowed(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_default_that_is_no_number_or_text_is_shown_as_json():
+    class Defaults(gptk.LogitsProcessor):
+        """Options with defaults of all types."""
+
+        name = "defaults"
+        share: float = 0.5
+        mode: str = "a"
+        text: str = ""
+        strict: bool = False
+        words: tuple[str, ...] = ("\n", "b")
+        end: int | None = None
+
+    shown = [default for _, _, default, _ in gptk.plugins.option_help(Defaults)]
+    assert shown == ["0.5", "a", '""', "false", '["\\n", "b"]', "null"]
+
+
 HUGE = [10**20, -(10**30), 10**400, 10**5000, "9" * 30, "9" * 400, "9" * 5000, "1e999", "inf"]
 HUGE += [
     float("inf"),

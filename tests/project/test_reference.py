@@ -45,7 +45,7 @@ def test_a_page_has_formula_options_and_a_run(kind, plugin):
         assert re.search(r"^\$\$.+?\$\$$", docstring, re.MULTILINE | re.DOTALL), "no formula"
     for option in plugin.item.model_fields:
         assert f"| `{option}` |" in text
-    run = r"```sh\ngptk generate .*\n```\n\n````text\n(.*\n)+````\n\n\d+ tokens, score "
+    run = r"```sh\ngptk generate .*\n```\n\n````text\n(.*\n)+````\n\n\d+ tokens?, score "
     assert re.search(run, text)
 
 

@@ -47,6 +47,21 @@ def test_links_of_an_example_lead_to_the_docs(hooks):
     assert got == "[a](../hooks.md) [b](../changelog.md)"
 
 
+@pytest.mark.parametrize(
+    ("html", "wanted"),
+    [
+        ("<code>gptk --no-cache x</code>", "<code>gptk WHOLE(--no-cache) x</code>"),
+        ("<code>beam-sample:2,a</code>", "<code>WHOLE(beam-sample):2,a</code>"),
+        ('<code>"&quot;top-p&quot; - 1</code>', '<code>"&quot;WHOLE(top-p)&quot; - 1</code>'),
+        ('<code><a id="a-b">-v</a></code>', '<code><a id="a-b">WHOLE(-v)</a></code>'),
+        ("<p>top-p</p> <code>p</code>", "<p>top-p</p> <code>p</code>"),
+    ],
+)
+def test_names_with_hyphens_are_marked_in_code(html, wanted, hooks):
+    wanted = wanted.replace("WHOLE(", '<span class="whole">').replace(")", "</span>")
+    assert hooks.on_page_content(html, None, None, None) == wanted
+
+
 def test_every_page_is_in_the_navigation_once(hooks):
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     nav = hooks.expanded(yaml.safe_load(f"nav:{text}")["nav"])

@@ -255,7 +255,9 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A default as it may be given: what is no number or text is JSON."""
+    is_json = value in (None, "") or isinstance(value, bool | list | tuple | Mapping)
+    return json.dumps(value, ensure_ascii=False, default=str) if is_json else str(value)
 
 
 def _takes_bool(options_class: type[Options], name: str) -> bool:

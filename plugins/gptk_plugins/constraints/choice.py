@@ -18,7 +18,7 @@ class Choice(Constraint):
     """The new text is one of the given texts."""
 
     name = "choice"
-    example = """choices='["yes", "no"]'"""
+    example = 'choices=["yes", "no"]'
     positional = "choices"
     other_names = {"guided_choice": "choices"}
 

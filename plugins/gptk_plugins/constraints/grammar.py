@@ -3,7 +3,7 @@ r"""Context-free grammars in Lark's notation: the new text is one that `start` d
 $$\text{valid}(\text{text}) \iff \text{start} \Rightarrow^{*} \text{text}$$
 
 llguidance parses with Earley's algorithm (1970) over a lexer of the terminals, and has its own
-dialect: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md. A special token of
+dialect: <https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>. A special token of
 the tokenizer can be asked for by name, `<|im_start|>`, and JSON by `%json {schema}`.
 """
 
@@ -21,7 +21,7 @@ class Grammar(Constraint):
     """The new text is one that a Lark grammar derives."""
 
     name = "grammar"
-    example = """grammar='start: "yes" | "no" " way"?'"""
+    example = r'grammar="start: \"yes\" | \"no\" \" way\"?"'
     positional = "grammar"
     other_names = {"guided_grammar": "grammar"}
     shows_positions = True

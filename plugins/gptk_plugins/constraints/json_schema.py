@@ -1,26 +1,29 @@
 r"""JSON schema (draft 2020-12): the new text is a JSON value that the schema allows.
 
-$$\text{valid}(\text{text}) \iff \text{the schema allows } \text{json}(\text{text})
-\text{, and text is written as json.dumps writes it}$$
+$$\text{valid}(\text{text}) \iff \text{the schema allows } \text{json}(\text{text})$$
 
-That is: a space after each comma and colon, no other whitespace, and properties in the order of
-the schema. With free whitespace small models write only whitespace up to the last token; the
-schema's key `x-guidance`,
-`{"whitespace_flexible": true, "item_separator": ",", "key_separator": ":"}`, allows it.
-A text is certain to end only if `maxLength`, `maxItems`, `minimum`, `maximum` and
-`additionalProperties` bound it. Keywords that llguidance does not support are an error, unless
-`x-guidance` has `"lenient": true`.
+and the text is written as `json.dumps` writes it: a space after each comma and colon, no other
+whitespace, and properties in the order of the schema. With free whitespace small models write only
+whitespace up to the last token; the schema's key `x-guidance`,
+`{"whitespace_flexible": true, "item_separator": ",", "key_separator": ":"}`, allows it. A text is
+certain to end only if `maxLength`, `maxItems`, `minimum`, `maximum` and `additionalProperties`
+bound it. Keywords that llguidance does not support are an error, unless `x-guidance` has
+`"lenient": true`.
 
 In Python the schema may be a class: a pydantic model, a dataclass or a TypedDict, whose objects
 have no properties but those declared. `parse` then makes an instance of it.
 
-    from gptk_plugins.constraints import JsonSchema
+```py
+from gptk_plugins.constraints import JsonSchema
 
-    class Person(pydantic.BaseModel):
-        name: str = Field(max_length=20)
-        age: int = Field(ge=0, le=150)
 
-    out = lm.generate(prompt, processors=[JsonSchema(schema=Person)])
+class Person(pydantic.BaseModel):
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=150)
+
+
+out = lm.generate(prompt, processors=[JsonSchema(schema=Person)])
+```
 
 A number that llguidance would change, such as a constant beyond 2^53, is an error. A bound beyond
 2^53 of a range wider than that is moved inwards to a multiple of 10^11, and one beyond 2^63 to

@@ -1,10 +1,10 @@
 r"""Regular expressions: the new text as a whole matches the pattern.
 
-$$\text{valid}(\text{text}) \iff
-\text{the pattern matches text from its first character to its last}$$
+$$\text{valid}(\text{text}) \iff \text{text} \in L(\text{pattern})$$
 
-The syntax is that of the Rust crate regex: no look-around, no backreferences. `\\d` means the
-digits 0 to 9, `.` any character but a newline.
+$L$ are the texts that the pattern matches from the first character to the last. The syntax is that
+of the Rust crate regex: no look-around, no backreferences. `\d` means the digits 0 to 9, `.` any
+character but a newline.
 """
 
 from pydantic import Field

@@ -1,7 +1,8 @@
 r"""Bad words: no token completes one of the given sequences.
 
-$$\text{logit}'(v) = -\infty \quad\text{if the row followed by } v
-\text{ ends with a given sequence}$$
+$$\text{logit}'(v) = -\infty$$
+
+if the row followed by $v$ ends with a given sequence.
 
 A sequence of tokens is banned, not a spelling: the model may still write a word with other tokens,
 and a token that is a bad word is also banned where it would end another word. Tokenizers split

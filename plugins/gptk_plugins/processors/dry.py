@@ -1,12 +1,12 @@
 r"""DRY, "don't repeat yourself" (Weidmann 2024): penalizes tokens that prolong a repetition.
 
 $$\text{logit}'(v) = \text{logit}(v) - \text{multiplier} \cdot
-\text{base}^{\,n - \text{allowed\_length}}
-\quad\text{if } n \ge \text{allowed\_length}$$
+\text{base}^{\,n - \text{allowed\_length}}$$
 
-$n$ is the length of the longest sequence that ends the row and that $v$ has followed before, prompt
-included. A sequence never extends across a breaker, and a token that contains a breaker is never
-penalized. As in llama.cpp, except that a text is a breaker whichever tokens it is split into.
+if $n \ge \text{allowed\_length}$. $n$ is the length of the longest sequence that ends the row and
+that $v$ has followed before, prompt included. A sequence never extends across a breaker, and a
+token that contains a breaker is never penalized. As in llama.cpp, except that a text is a breaker
+whichever tokens it is split into.
 """
 
 import functools

@@ -1,7 +1,8 @@
 r"""Eta sampling (Hewitt et al. 2022): only tokens with $p(v) \ge \eta$ and the likeliest stay.
 
-$$\eta = \min\left(\varepsilon,\ \sqrt{\varepsilon}\, e^{-H}\right),
-\qquad H = -\sum_v p(v) \log p(v)$$
+$$\eta = \min\left(\varepsilon,\ \sqrt{\varepsilon}\, e^{-H}\right)$$
+
+$$H = -\sum_v p(v) \log p(v)$$
 
 with the entropy $H$ in nats: where the model is unsure, less likely tokens stay than with epsilon
 sampling.

@@ -1,7 +1,7 @@
 r"""Forced tokens: the new text has the given tokens at a given position.
 
 $$\text{logit}'(v) = \begin{cases}
-0 & \text{if } v \text{ is forced at this position} \\
+0 & \text{if } v \text{ is forced here} \\
 -\infty & \text{otherwise}
 \end{cases}$$
 

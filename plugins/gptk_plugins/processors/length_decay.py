@@ -1,11 +1,11 @@
 r"""Exponential decay length penalty: EOS becomes likelier with each token past a length.
 
 $$\text{logit}'(\text{EOS}) = \text{logit}(\text{EOS}) + \lvert \text{logit}(\text{EOS}) \rvert
-\left(\text{factor}^{\,n - \text{after}} - 1\right) \quad\text{if } n > \text{after}$$
+\left(\text{factor}^{\,n - \text{after}} - 1\right)$$
 
-where $n$ is the number of new tokens. It is transformers' ExponentialDecayLengthPenalty. Its effect
-depends on the absolute value of the logit, so adding a constant to all logits, which leaves softmax
-unchanged, changes it.
+if the number $n$ of new tokens is above `after`. It is transformers' ExponentialDecayLengthPenalty.
+Its effect depends on the absolute value of the logit, so adding a constant to all logits, which
+leaves softmax unchanged, changes it.
 """
 
 import math

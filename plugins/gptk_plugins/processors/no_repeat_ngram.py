@@ -1,9 +1,8 @@
 r"""No repeated n-grams (Paulus et al. 2018): no sequence of `size` tokens occurs twice.
 
-$$\text{logit}'(v) = -\infty \quad\text{if } v
-\text{ has followed the row's last size} - 1 \text{ tokens before}$$
+$$\text{logit}'(v) = -\infty$$
 
-The prompt is part of the row.
+if $v$ has followed the row's last `size` - 1 tokens before. The prompt is part of the row.
 """
 
 import torch

@@ -1,7 +1,8 @@
 r"""Temperature: below 1 sharpens the distribution, above 1 flattens it.
 
-$$\text{logit}'(v) = \text{logit}(v) / T,
-\qquad\text{so that}\quad p'(v) \propto p(v)^{1/T}$$
+$$\text{logit}'(v) = \text{logit}(v) / T$$
+
+so that $p'(v) \propto p(v)^{1/T}$.
 """
 
 from pydantic import Field

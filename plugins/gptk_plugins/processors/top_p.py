@@ -1,7 +1,10 @@
 r"""Top-p or nucleus (Holtzman et al. 2020): the smallest set of likeliest tokens reaching mass p.
 
-$$\text{the smallest } S \text{ with } \sum_{v \in S} p(v) \ge p
-\text{ that contains every token likelier than one of its members}$$
+What stays is the smallest set $S$ with
+
+$$\sum_{v \in S} p(v) \ge p$$
+
+that contains every token likelier than one of its members.
 """
 
 from pydantic import Field

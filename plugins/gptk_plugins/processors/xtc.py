@@ -1,10 +1,11 @@
 r"""XTC, "exclude top choices" (Weidmann 2024): masks the most likely tokens but one.
 
-$$v \text{ is masked} \iff p(v) \ge \text{threshold}
-\text{ and } p(w) \ge \text{threshold for a less likely } w$$
+A token $v$ is masked if
 
-This happens with a probability, drawn for each row and step. As in llama.cpp, and unlike
-text-generation-webui, end of text and line breaks are tokens as any other.
+$$p(v) > p(w) \ge \text{threshold}$$
+
+for another token $w$. This happens with a probability, drawn for each row and step. As in
+llama.cpp, and unlike text-generation-webui, end of text and line breaks are tokens as any other.
 """
 
 import numpy as np

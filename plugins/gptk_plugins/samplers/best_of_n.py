@@ -1,7 +1,10 @@
 r"""Best of n (Stiennon et al. 2020): draw n results, keep those with the highest scores.
 
-$$\operatorname*{argmax}_{i \le n}\ \text{scorer}(y^{(i)}),
-\qquad\text{by default}\quad \frac{1}{|y|} \sum_t \log p(y_t \mid y_{<t})$$
+$$\operatorname*{argmax}_{i \le n}\ \text{scorer}(y^{(i)})$$
+
+By default the scorer is the mean log-probability,
+
+$$\frac{1}{|y|} \sum_t \log p(y_t \mid y_{<t})$$
 """
 
 import dataclasses

@@ -2,12 +2,12 @@ r"""Diverse beam search (Vijayakumar et al. 2018): groups of beams with a penalt
 
 At each step the groups choose in turn. Group $g$ takes the candidates $y$ with the largest
 
-$$\Theta(y) - \lambda \sum_{h < g} \#\{\text{beams of group } h \text{ that chose } y_t
-\text{ at this step } t\}$$
+$$\Theta(y) - \lambda \sum_{h < g} c_h(y_t)$$
 
-where $\Theta$ is the sum of log-probabilities and $y_t$ the candidate's last token: the Hamming
-diversity of the paper. Results are ranked by $\Theta / |y|^{\alpha}$. As in the paper, the penalty
-affects the choice and is not part of the score; in transformers it is.
+where $\Theta$ is the sum of log-probabilities, $y_t$ the candidate's last token, and $c_h(y_t)$ the
+number of beams of group $h$ that chose $y_t$ at this step: the Hamming diversity of the paper.
+Results are ranked by $\Theta / |y|^{\alpha}$. As in the paper, the penalty affects the choice and
+is not part of the score; in transformers it is.
 """
 
 import torch

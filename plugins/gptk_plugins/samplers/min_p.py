@@ -1,9 +1,8 @@
 r"""Min-p sampling (Nguyen et al. 2024): multinomial sampling after min-p.
 
-$$v \sim \operatorname{softmax}(\text{logits} / T)
-\quad\text{over the } v \text{ with } p(v) \ge p_{\min} \cdot \max_w p(w)$$
+$$v \sim \operatorname{softmax}(\text{logits} / T)$$
 
-with $p_{\min}$ = p, the option.
+over the $v$ with $p(v) \ge p_{\min} \cdot \max_w p(w)$, where $p_{\min}$ is the option p.
 """
 
 from collections.abc import Sequence

@@ -8,8 +8,9 @@ $$\mu \leftarrow \mu - \eta\,(S(\text{token}) - \tau)$$
 Version 2 (Algorithm 2): tokens with $S(v) \le \mu$ stay, and always the most likely one. Version 1
 (Algorithm 1): the $k$ most likely stay,
 
-$$k = \left(\frac{\varepsilon\, 2^{\mu}}{1 - N^{-\varepsilon}}\right)^{1/s},
-\qquad \varepsilon = s - 1,
+$$k = \left(\frac{\varepsilon\, 2^{\mu}}{1 - N^{-\varepsilon}}\right)^{1/s}$$
+
+$$\varepsilon = s - 1,
 \qquad s = \frac{\sum_{i<m} t_i b_i}{\sum_{i<m} t_i^2}$$
 
 $$t_i = \ln\frac{i+1}{i},

@@ -1,7 +1,10 @@
 r"""Multinomial (ancestral) sampling: each token is drawn from the model's distribution.
 
-$$v \sim p = \operatorname{softmax}(\text{logits} / T),
-\qquad\text{by}\quad \operatorname*{argmin}_v\ \frac{E(v)}{p(v)}$$
+$$v \sim p = \operatorname{softmax}(\text{logits} / T)$$
+
+The token is
+
+$$\operatorname*{argmin}_v\ \frac{E(v)}{p(v)}$$
 
 where $E(v) \sim \operatorname{Exp}(1)$ is drawn independently for each row, position and token: a
 race that each token wins with its probability (the Gumbel-max trick; Gumbel 1954, Maddison et al.

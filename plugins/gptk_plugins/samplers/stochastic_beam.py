@@ -5,9 +5,9 @@ the sequences with the `width` largest $G$ are a sample without replacement. The
 top-down: the $G$ of a partial sequence is the largest among the sequences that begin with it, so
 the $G$ of its children are drawn conditioned on their maximum being the parent's $G_p$,
 
-$$G = -\log\left(e^{-G_p} - e^{-Z} + e^{-\tilde G}\right),
-\qquad \tilde G = \log p + \operatorname{Gumbel}(0),
-\qquad Z = \max_v \tilde G$$
+$$G = -\log\left(e^{-G_p} - e^{-Z} + e^{-\tilde G}\right)$$
+
+$$\tilde G = \log p + \operatorname{Gumbel}(0), \qquad Z = \max_v \tilde G$$
 
 and only the `width` largest go on. The score of a result is its $G$; its log-probability is the sum
 of `token_logprobs`.

@@ -1,7 +1,8 @@
 r"""Top-k sampling (Fan et al. 2018): multinomial sampling from the k most likely tokens.
 
-$$v \sim \operatorname{softmax}(\text{logits} / T)
-\quad\text{over the } k \text{ largest logits}$$
+$$v \sim \operatorname{softmax}(\text{logits} / T)$$
+
+over the $k$ largest logits.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 r"""Top-p or nucleus sampling (Holtzman et al. 2020): draws from the most likely tokens that reach
 p.
 
-$$v \sim \operatorname{softmax}(\text{logits} / T)
-\quad\text{over the smallest set } S \text{ of likeliest tokens with } \sum_{v \in S} p(v) \ge p$$
+$$v \sim \operatorname{softmax}(\text{logits} / T)$$
+
+over the smallest set $S$ of likeliest tokens with $\sum_{v \in S} p(v) \ge p$.
 """
 
 from collections.abc import Sequence

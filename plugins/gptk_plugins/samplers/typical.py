@@ -1,10 +1,9 @@
 r"""Locally typical sampling (Meister et al. 2022): draws tokens of about the expected surprise.
 
-$$v \sim \operatorname{softmax}(\text{logits} / T)
-\quad\text{over the } v \text{ with the smallest } \lvert -\log p(v) - H \rvert
-\text{ that reach } p \text{ together}$$
+$$v \sim \operatorname{softmax}(\text{logits} / T)$$
 
-$H$ is the entropy; see the processor `typical`.
+over the $v$ with the smallest $\lvert -\log p(v) - H \rvert$ that reach $p$ together. $H$ is the
+entropy; see the processor `typical`.
 """
 
 from collections.abc import Sequence
