@@ -159,7 +159,7 @@ class Passes:
 
     @property
     def _most_tokens(self) -> int:
-        """Of a pass."""
+        """The most tokens that a pass reads."""
         return TOKENS_IN_16_BITS if self.pool.dtype.itemsize <= 2 else TOKENS
 
     @property
@@ -180,9 +180,9 @@ class Passes:
             return model.logits(states)
 
     def _fewer(self, runs: list[Run[Any]]) -> tuple[list[Run[Any]], bool]:
-        """Where memory is short for what they want read: those that a pass is for, after others
-        were set back, and whether it may take memory beyond the budget. None, if older runs, of
-        another model, have to end first."""
+        """Where memory is short for what runs want read: the runs to try a pass for, after others
+        were set back, and whether it may take memory beyond the budget. The list is empty if older
+        runs, of another model, have to end first."""
         oldest = min(runs, key=lambda run: run.number)
         budget = self.pool.budget
         set_back = self._memory.set_back(oldest, budget)

@@ -1,4 +1,5 @@
-"""Products of matrices: bfloat16 ones for training, and of a few rows with weights for decoding.
+"""Products of matrices: large ones in bfloat16, for training and for many rows, and those of few rows
+with weights, for decoding.
 
 All tensors are on the CPU. All functions raise ValueError for other arguments than they document.
 """
@@ -13,7 +14,8 @@ from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, ref
 from gptk.kernels.build import library
 
 FEW_ROWS = {torch.float32: 24, torch.bfloat16: 32}
-"""From this many rows on, PyTorch's products with plain weights are as fast as `linear`."""
+"""From this many rows on, products with plain weights are as fast by PyTorch, or in bfloat16 by
+`linear_of_many_rows`, as by `linear`."""
 _GROUP, _BLOCK = 32, 16
 """Inputs that share a scale and an offset; outputs of a block. As in cpp/products.h."""
 
