@@ -1,5 +1,5 @@
-"""Products of matrices: large ones in bfloat16, for training and for many rows, and those of few rows
-with weights, for decoding.
+"""Products of matrices: large ones in bfloat16, for training and for many rows, and those of few
+rows with weights, for decoding.
 
 All tensors are on the CPU. All functions raise ValueError for other arguments than they document.
 """
