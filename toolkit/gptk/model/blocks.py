@@ -61,7 +61,7 @@ class BlockCache:
         pool, table, held = self.pool, self._tables[row], self.held[row]
         if held % BLOCK and pool.is_shared(table[-1]):
             own = pool.take(beyond=beyond)
-            pool.copy(table[-1], held % BLOCK, own)
+            pool.copy(table[-1], own)
             pool.release([table[-1]])
             table[-1] = own
         while len(table) * BLOCK < held + count:

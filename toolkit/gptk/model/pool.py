@@ -37,6 +37,7 @@ class BlockPool:
         size = torch.Size(self._shape).numel() * dtype.itemsize
         self.block_bytes = size
         """Bytes of a block."""
+        self._per_lane = 2 if dtype.itemsize == 2 and config.head_dim % 2 == 0 else 1
         self.per_slab = 1
         """Blocks of a slab, a power of two."""
         self.device, self.dtype = device, dtype
@@ -130,10 +131,10 @@ class BlockPool:
         """Whether writing into a block would change what others have."""
         return self._users[block] > 1 or self._found_by[block] is not None
 
-    def copy(self, source: int, slots: int, target: int) -> None:
-        """Copy the first slots of a block into another one."""
-        old = self._slab_of(source)[:, :, source % self.per_slab, :, :slots]
-        self._slab_of(target)[:, :, target % self.per_slab, :, :slots] = old
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block into another one."""
+        old = self._slab_of(source)[:, :, source % self.per_slab]
+        self._slab_of(target)[:, :, target % self.per_slab] = old
 
     def know(self, block: int, before: int | None, tokens: tuple[int, ...]) -> int:
         """Remember a full block by what it holds, after the known block `before`. Returns the block
@@ -151,14 +152,27 @@ class BlockPool:
 
     def view(self, layer: int, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, a copy: (kv_heads, blocks · BLOCK, head_dim) each."""
-        parts = [self._slab_of(block)[layer, :, block % self.per_slab] for block in blocks]
-        keys, values = torch.cat(parts, dim=2).unbind()
+        keys, values = zip(*(self._lanes(layer, block) for block in blocks), strict=True)
+        keys = torch.cat([lanes.transpose(1, 2).flatten(2) for lanes in keys], dim=1)
+        values = torch.cat([lanes.transpose(2, 3).flatten(1, 2) for lanes in values], dim=1)
         return keys, values
 
     def write(self, layer: int, block: int, slot: int, kv: Tensor) -> None:
         """Store keys and values in consecutive slots of a block. kv: (2, kv_heads, slots, d)."""
-        target = self._slab_of(block)[layer, :, block % self.per_slab]
-        target[:, :, slot : slot + kv.shape[2]] = kv
+        keys, values = self._lanes(layer, block)
+        kv_heads, count = kv.shape[1:3]
+        keys[:, :, slot : slot + count] = kv[0].reshape(kv_heads, count, -1, self._per_lane).transpose(1, 2)
+        slots = torch.arange(slot, slot + count, device=self.device)
+        values[:, slots // self._per_lane, :, slots % self._per_lane] = kv[1].transpose(0, 1)
+
+    def _lanes(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys (kv_heads, d / n, slots, n) and values (kv_heads, slots / n, d, n) of a block, in
+        the order of gptk's kernels: n numbers fill 32 bits, of one slot in keys, of consecutive
+        slots in values."""
+        _, _, kv_heads, slots, d = self._shape
+        keys, values = self._slab_of(block)[layer, :, block % self.per_slab]
+        n = self._per_lane
+        return keys.view(kv_heads, d // n, slots, n), values.view(kv_heads, slots // n, d, n)
 
     def forget_unused(self) -> None:
         """Give up all blocks that no row has, and the memory of slabs without others."""

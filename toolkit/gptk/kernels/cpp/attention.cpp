@@ -50,21 +50,17 @@ int32_t gptk_attend_causally(int is_bfloat16, const void* q, const void* k, cons
 // size). sequences: (count, 4): its first token, how many tokens it has here, how many are in its
 // blocks already, and where its blocks begin in `tables`. tables: numbers of blocks. slabs: the
 // addresses of slabs of 2^slab_bits blocks, of which this layer's keys and values begin at
-// keys_from and values_from, in numbers; a block is (kv_heads, 64, size). size: 32, 64, 96 or 128;
+// keys_from and values_from, in numbers; for a block see `Blocks`. size: 32, 64, 96 or 128;
 // heads / kv_heads is at most 16.
 int32_t gptk_attend_blocks(int is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
                            const int32_t* tables, const int64_t* slabs, float scale, int64_t tokens,
                            int64_t count, int64_t heads, int64_t kv_heads, int64_t size,
                            int64_t slab_bits, int64_t keys_from, int64_t values_from) {
   return status_of({{qkv, tokens}, {y, tokens}}, [&] {
-    std::vector<Sequence> all(count);
-    for (int64_t s = 0; s < count; s++) {
-      const int64_t* from = sequences + 4 * s;
-      all[s] = {from[0], from[1], from[2], tables + from[3]};
-    }
+    const BlockPlan plan(sequences, tables, tokens, count, heads, kv_heads);
     DISPATCH_DTYPE(is_bfloat16, {
       const Blocks<T> blocks{slabs, slab_bits, keys_from, values_from, kv_heads, size};
-      attend_blocks_by_size<T>(qkv, y, all, blocks, heads, scale);
+      attend_blocks_by_size<T>(qkv, y, plan, blocks, scale);
     });
   });
 }

@@ -1,5 +1,9 @@
 // Attention of sequences of any lengths over keys and values in blocks, in one pass: sequences with
 // few new tokens beside prompts.
+//
+// What a token gets is the same to the last bit however its sequence is divided among passes, and
+// whatever is read beside it: of each chunk of 64 tokens a partial result, from the token's query
+// alone, and the partial results merged in the order of the chunks.
 #pragma once
 
 #include <vector>
@@ -17,11 +21,14 @@ struct Sequence {
   int64_t chunks() const { return (past + count + CHUNK - 1) / CHUNK; }
 };
 
-// Keys and values of one layer. Memory is in slabs of 2^slab_bits blocks; a block has for each key
-// head CHUNK tokens of `size` numbers.
+// Keys and values of one layer. Memory is in slabs of 2^slab_bits blocks. A block has for each key
+// head the keys and values of CHUNK tokens in lanes of 32 bits, which hold one float32 number, or
+// two bfloat16 numbers: keys (size / numbers in a lane, tokens), a lane's numbers being of one
+// token; values (tokens / numbers in a lane, size), a lane's numbers being of consecutive tokens.
 template <typename T>
 struct Blocks {
-  const int64_t* slabs;  // addresses
+  static constexpr int64_t per_lane = 4 / sizeof(T);  // numbers
+  const int64_t* slabs;                               // addresses
   int64_t slab_bits, keys_from, values_from, kv_heads, size;
 
   T* at(int64_t from, int32_t block, int64_t head) const {
@@ -30,169 +37,306 @@ struct Blocks {
   }
   T* keys(int32_t block, int64_t head) const { return at(keys_from, block, head); }
   T* values(int32_t block, int64_t head) const { return at(values_from, block, head); }
+
+  // Stores the key and the value (size) of a head of one token.
+  void store(const T* key, const T* value, int32_t block, int64_t slot, int64_t head) const {
+    uint32_t* lanes = (uint32_t*)keys(block, head) + slot;
+    for (int64_t i = 0; i < size; i += per_lane)
+      std::memcpy(lanes + i / per_lane * CHUNK, key + i, 4);
+    T* to = values(block, head) + slot / per_lane * per_lane * size + slot % per_lane;
+    for (int64_t i = 0; i < size; i++) to[i * per_lane] = value[i];
+    // Until the next token comes its numbers are 0: what was there before may be NaN.
+    if (per_lane == 2 && slot % 2 == 0)
+      for (int64_t i = 0; i < size; i++) to[i * per_lane + 1] = 0;
+  }
 };
 
-// Consecutive new tokens of a sequence that are few enough to be worked through together.
-struct Tile {
-  int64_t sequence, start, rows;
-  int64_t partial;  // the first of its partial results, (kv_heads, chunks, group · rows)
-  int64_t task;     // the first of its tasks, (kv_heads, chunks)
-  int64_t chunks;
+// One query in one chunk: where its vector is (size), how many of the chunk's tokens it sees, and
+// where its partial result goes.
+template <typename T>
+struct Query {
+  const T* q;
+  int64_t visible;
+  Partial* result;
 };
 
-// A chunk of queries of a sequence with many new tokens.
-struct LongTile {
-  int64_t sequence, start, rows, packed;  // packed: the first chunk of the sequence's keys
+// The partial results of R queries with a chunk of keys and values in lanes, see `Blocks`.
+template <typename T, int vectors, int R>
+void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, float scale) {
+  constexpr int64_t size = 16 * vectors, per_lane = 4 / sizeof(T);
+  constexpr int registers = CHUNK / 16;
+  __m512 scores[R][registers];
+  for (auto& row : scores)
+    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; i += per_lane) {
+    __m512i key[registers];
+    for (int k = 0; k < registers; k++)
+      key[k] = _mm512_load_si512(keys + i * CHUNK + 16 * per_lane * k);
+    for (int r = 0; r < R; r++) {
+      const __m512i lane = broadcast_lane(queries[r].q + i);
+      for (int k = 0; k < registers; k++)
+        scores[r][k] = multiply_add(scores[r][k], keys, lane, key[k]);
+    }
+  }
+  alignas(64) T weights[R][CHUNK];
+  int64_t seen = 0;
+  for (int r = 0; r < R; r++) {
+    __m512 lane_highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int k = 0; k < registers; k++) {
+      const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
+      scores[r][k] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY),
+                                        first_lanes(queries[r].visible - 16 * k), scaled);
+      lane_highest = _mm512_max_ps(scores[r][k], lane_highest);
+    }
+    const float highest = _mm512_reduce_max_ps(lane_highest);
+    const __m512 shift = softmax_shift(highest);
+    for (int k = 0; k < registers; k++) {
+      const __m512 weight = exp(_mm512_sub_ps(scores[r][k], shift));
+      ::store(&weights[r][16 * k], weight);
+      total = _mm512_add_ps(total, weight);
+    }
+    queries[r].result->highest = highest;
+    queries[r].result->weight = _mm512_reduce_add_ps(total);
+    seen = std::max(seen, std::min(CHUNK, queries[r].visible));
+  }
+  constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
+  for (int first = 0; first < vectors; first += together) {
+    __m512 sums[R][together];
+    for (auto& row : sums)
+      for (auto& lanes : row) lanes = _mm512_setzero_ps();
+    for (int64_t token = 0; token < seen; token += per_lane) {
+      __m512i value[together];
+      for (int v = 0; v < together; v++)
+        value[v] = _mm512_load_si512(values + token * size + 16 * per_lane * (first + v));
+      for (int r = 0; r < R; r++) {
+        const __m512i lane = broadcast_lane(&weights[r][token]);
+        for (int v = 0; v < together; v++)
+          sums[r][v] = multiply_add(sums[r][v], values, lane, value[v]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < together; v++)
+        _mm512_storeu_ps(queries[r].result->sum + 16 * (first + v), sums[r][v]);
+  }
+}
+
+template <typename T, int vectors>
+void attend_to_chunk(const Query<T>* queries, int64_t count, const T* keys, const T* values,
+                     float scale) {
+  for (; count >= 4; count -= 4, queries += 4)
+    attend_to_chunk<T, vectors, 4>(queries, keys, values, scale);
+  if (count == 3) attend_to_chunk<T, vectors, 3>(queries, keys, values, scale);
+  if (count == 2) attend_to_chunk<T, vectors, 2>(queries, keys, values, scale);
+  if (count == 1) attend_to_chunk<T, vectors, 1>(queries, keys, values, scale);
+}
+
+// The partial results of the chunks so far, merged.
+template <int vectors>
+struct Merged {
+  __m512 sum[vectors];
+  float highest = -INFINITY, weight = 0;
+
+  Merged() {
+    for (auto& lanes : sum) lanes = _mm512_setzero_ps();
+  }
+  void merge(const Partial& part) {
+    const float new_highest = std::max(highest, part.highest);
+    const __m512 shift = softmax_shift(new_highest);
+    const __m512 old = exp(_mm512_sub_ps(_mm512_set1_ps(highest), shift));
+    const __m512 added = exp(_mm512_sub_ps(_mm512_set1_ps(part.highest), shift));
+    weight = std::fma(_mm512_cvtss_f32(added), part.weight, weight * _mm512_cvtss_f32(old));
+    for (int v = 0; v < vectors; v++)
+      sum[v] =
+          _mm512_fmadd_ps(added, _mm512_loadu_ps(part.sum + 16 * v), _mm512_mul_ps(sum[v], old));
+    highest = new_highest;
+  }
+  template <typename T>
+  void finish(T* y) const {
+    for (int v = 0; v < vectors; v++)
+      store(y + 16 * v, _mm512_div_ps(sum[v], _mm512_set1_ps(weight)));
+  }
+};
+
+// How the attention of a pass is divided among threads: the same for all layers.
+class BlockPlan {
+ public:
+  // Consecutive new tokens of a sequence that are few enough to be worked through together, a task
+  // for each key head and chunk; or, with more queries than MAX_QUERIES, a task for each head.
+  struct Tile {
+    const Sequence* sequence;
+    int64_t start, rows, chunks;
+    int64_t partial;  // the first of its partial results, (kv_heads, chunks, rows · group)
+    int64_t task;     // the first of its tasks, (kv_heads, chunks)
+  };
+  // Where a token's keys and values go.
+  struct Place {
+    int32_t block, slot;
+  };
+
+  std::vector<Sequence> sequences;
+  std::vector<Place> places;  // of each token
+  std::vector<Tile> tiles, long_tiles;
+  int64_t heads, kv_heads, group, partials = 0, tasks = 0;
+
+  // sequences: (count, 4), see gptk_attend_blocks. Each new token is in one of them.
+  BlockPlan(const int64_t* numbers, const int32_t* tables, int64_t tokens, int64_t count,
+            int64_t heads, int64_t kv_heads)
+      : sequences(count),
+        places(tokens),
+        heads(heads),
+        kv_heads(kv_heads),
+        group(heads / kv_heads) {
+    const int64_t rows_together = std::max<int64_t>(1, MAX_QUERIES / group);
+    for (Sequence& sequence : sequences) {
+      sequence = {numbers[0], numbers[1], numbers[2], tables + numbers[3]};
+      numbers += 4;
+      for (int64_t i = 0; i < sequence.count; i++) {
+        const int64_t position = sequence.past + i;
+        places[sequence.first + i] = {sequence.table[position / CHUNK], int32_t(position % CHUNK)};
+      }
+      const bool is_long = sequence.count * group > MAX_QUERIES;
+      const int64_t step = is_long ? CHUNK : rows_together;
+      for (int64_t start = 0; start < sequence.count; start += step) {
+        const int64_t rows = std::min(step, sequence.count - start);
+        const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK;
+        (is_long ? long_tiles : tiles).push_back({&sequence, start, rows, chunks, partials, tasks});
+        if (is_long) continue;
+        partials += kv_heads * chunks * group * rows;
+        tasks += kv_heads * chunks;
+      }
+    }
+  }
+};
+
+// Attention of the tokens of a pass in one layer. qkv: (tokens, heads + 2 · kv_heads, size); y:
+// (tokens, heads, size). All threads of a parallel region call `run`.
+template <typename T, int vectors>
+struct BlockAttention {
+  static constexpr int64_t size = 16 * vectors;
+  const BlockPlan& plan;
+  const Blocks<T>& blocks;
+  const T* qkv;
+  T* y;
+  float scale;
+  Partial* partial;  // (plan.partials)
+
+  const T* head_of(int64_t token, int64_t head) const {
+    return qkv + (token * (plan.heads + 2 * plan.kv_heads) + head) * size;
+  }
+
+  // Stores the token's keys and values in its block.
+  void store_token(int64_t token) const {
+    const auto [block, slot] = plan.places[token];
+    const T* key = head_of(token, plan.heads);
+    for (int64_t head = 0; head < plan.kv_heads; head++, key += size)
+      blocks.store(key, key + plan.kv_heads * size, block, slot, head);
+  }
+
+  // After all tokens are stored.
+  void run() const {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t task = 0; task < (int64_t)plan.long_tiles.size() * plan.heads; task++)
+      // The last tokens of a text, which see the most keys, come first.
+      attend_long(plan.long_tiles[plan.long_tiles.size() - 1 - task / plan.heads],
+                  task % plan.heads);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < plan.tasks; task++) {
+      const auto after =
+          std::upper_bound(plan.tiles.begin(), plan.tiles.end(), task,
+                           [](int64_t t, const BlockPlan::Tile& tile) { return t < tile.task; });
+      attend(*(after - 1), task - (after - 1)->task);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < (int64_t)plan.tiles.size() * plan.heads; t++)
+      merge(plan.tiles[t / plan.heads], t % plan.heads);
+  }
+
+ private:
+  static int64_t visible(const BlockPlan::Tile& tile, int64_t row, int64_t chunk) {
+    return tile.sequence->past + tile.start + row + 1 - chunk * CHUNK;
+  }
+
+  // A chunk of a key head, for all tokens of a tile.
+  void attend(const BlockPlan::Tile& tile, int64_t task) const {
+    const int64_t head = task / tile.chunks, chunk = task % tile.chunks;
+    Partial* result = partial + tile.partial + task * tile.rows * plan.group;
+    Query<T> queries[MAX_QUERIES];
+    for (int64_t row = 0; row < tile.rows; row++)
+      for (int64_t i = 0; i < plan.group; i++)
+        queries[row * plan.group + i] = {
+            head_of(tile.sequence->first + tile.start + row, head * plan.group + i),
+            visible(tile, row, chunk), result + row * plan.group + i};
+    const int32_t block = tile.sequence->table[chunk];
+    attend_to_chunk<T, vectors>(queries, tile.rows * plan.group, blocks.keys(block, head),
+                                blocks.values(block, head), scale);
+  }
+
+  void merge(const BlockPlan::Tile& tile, int64_t head) const {
+    const int64_t queries = tile.rows * plan.group;
+    for (int64_t row = 0; row < tile.rows; row++) {
+      Merged<vectors> merged;
+      for (int64_t chunk = 0; chunk < tile.chunks; chunk++)
+        if (visible(tile, row, chunk) > 0)
+          merged.merge(partial[tile.partial + (head / plan.group * tile.chunks + chunk) * queries +
+                               row * plan.group + head % plan.group]);
+      merged.finish(y + ((tile.sequence->first + tile.start + row) * plan.heads + head) * size);
+    }
+  }
+
+  // One head of all tokens of a tile, chunk after chunk.
+  void attend_long(const BlockPlan::Tile& tile, int64_t head) const {
+    const Sequence& sequence = *tile.sequence;
+    // Copied, because the queries of a head are far apart: so they are fetched at the same time.
+    alignas(64) T from[CHUNK][size];
+    for (int64_t i = 0; i < tile.rows; i++)
+      std::memcpy(from[i], head_of(sequence.first + tile.start + i, head), sizeof from[i]);
+    Merged<vectors> merged[CHUNK];
+    for (int64_t chunk = 0; chunk < tile.chunks; chunk++) {
+      const int32_t block = sequence.table[chunk];
+      const int64_t head_of_keys = head / plan.group;
+      const T *keys = blocks.keys(block, head_of_keys),
+              *values = blocks.values(block, head_of_keys);
+      const int64_t first = std::max<int64_t>(0, 1 - visible(tile, 0, chunk));
+      for (int64_t row = first; row < tile.rows; row += ROWS_AT_ONCE) {
+        const int64_t rows = std::min(ROWS_AT_ONCE, tile.rows - row);
+        Partial parts[ROWS_AT_ONCE];
+        Query<T> queries[ROWS_AT_ONCE];
+        for (int64_t r = 0; r < rows; r++)
+          queries[r] = {from[row + r], visible(tile, row + r, chunk), parts + r};
+        attend_to_chunk<T, vectors>(queries, rows, keys, values, scale);
+        for (int64_t r = 0; r < rows; r++) merged[row + r].merge(parts[r]);
+      }
+    }
+    for (int64_t i = 0; i < tile.rows; i++)
+      merged[i].finish(y + ((sequence.first + tile.start + i) * plan.heads + head) * size);
+  }
 };
 
 // Stores the new keys and values of all sequences in their blocks, then y = softmax(q kᵀ · scale) v
 // where each token sees those before it and itself. See `gptk_attend_blocks` for the layouts.
 template <typename T, int vectors>
-void attend_blocks(const T* qkv, T* y, const std::vector<Sequence>& sequences,
-                   const Blocks<T>& blocks, int64_t heads, float scale) {
-  constexpr int64_t size = 16 * vectors;
-  const int64_t kv_heads = blocks.kv_heads, group = heads / kv_heads;
-  const int64_t stride = (heads + 2 * kv_heads) * size;
-  const int64_t rows_together = std::max<int64_t>(1, MAX_QUERIES / group);
-  std::vector<Tile> tiles;
-  std::vector<LongTile> long_tiles;
-  std::vector<int64_t> packed_of(sequences.size(), 0);
-  int64_t partials = 0, tasks = 0, packed_chunks = 0, tokens = 0;
-  for (size_t s = 0; s < sequences.size(); s++) {
-    const Sequence& sequence = sequences[s];
-    tokens += sequence.count;
-    packed_of[s] = packed_chunks;
-    if (sequence.count * group > MAX_QUERIES) {
-      for (int64_t start = 0; start < sequence.count; start += CHUNK)
-        long_tiles.push_back(
-            {(int64_t)s, start, std::min(CHUNK, sequence.count - start), packed_chunks});
-      packed_chunks += sequence.chunks() * kv_heads;
-      continue;
-    }
-    for (int64_t start = 0; start < sequence.count; start += rows_together) {
-      const int64_t rows = std::min(rows_together, sequence.count - start);
-      const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK;
-      tiles.push_back({(int64_t)s, start, rows, partials, tasks, chunks});
-      partials += kv_heads * chunks * group * rows;
-      tasks += kv_heads * chunks;
-    }
-  }
-  // Kept for the next call. Of packed: keys with tokens in lanes, values with their numbers in
-  // lanes.
-  thread_local Memory<Partial> partial_memory;
-  thread_local Memory<Chunk<T, vectors>> packed_memory;
-  partial_memory.reserve(partials);
-  packed_memory.reserve(packed_chunks);
-  Partial* const partial = partial_memory.get();
-  Chunk<T, vectors>* const packed = packed_memory.get();
+void attend_blocks(const T* qkv, T* y, const BlockPlan& plan, const Blocks<T>& blocks,
+                   float scale) {
+  thread_local Memory<Partial> memory;  // kept for the next call
+  memory.reserve(plan.partials);
+  const BlockAttention<T, vectors> attention{plan, blocks, qkv, y, scale, memory.get()};
 #pragma omp parallel
   {
-    // New keys and values go into the blocks.
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < (int64_t)sequences.size() * kv_heads; s++) {
-      const Sequence& sequence = sequences[s / kv_heads];
-      const int64_t head = s % kv_heads;
-      for (int64_t i = 0; i < sequence.count; i++) {
-        const int64_t position = sequence.past + i, slot = position % CHUNK * size;
-        const int32_t block = sequence.table[position / CHUNK];
-        const T* from = qkv + (sequence.first + i) * stride + (heads + head) * size;
-        std::memcpy(blocks.keys(block, head) + slot, from, size * sizeof(T));
-        std::memcpy(blocks.values(block, head) + slot, from + kv_heads * size, size * sizeof(T));
-      }
-    }
-#pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < tasks; task++) {
-      const auto after =
-          std::upper_bound(tiles.begin(), tiles.end(), task,
-                           [](int64_t t, const Tile& tile) { return t < tile.task; });
-      const Tile& tile = *(after - 1);
-      const Sequence& sequence = sequences[tile.sequence];
-      const int64_t head = (task - tile.task) / tile.chunks,
-                    chunk = (task - tile.task) % tile.chunks;
-      const Queries<T> queries{qkv + (sequence.first + tile.start) * stride + head * group * size,
-                               tile.rows, group, stride, scale};
-      const int64_t first_sees = sequence.past + tile.start + 1 - chunk * CHUNK;
-      const auto see = [&](int64_t row, int32_t* visible) {
-        const int64_t seen = std::min(CHUNK, std::max<int64_t>(0, first_sees + row));
-        for (int64_t key = 0; key < seen; key++) visible[key] = key;
-        return seen;
-      };
-      const int32_t block = sequence.table[chunk];
-      attend_chunk<T, vectors>(queries, blocks.keys(block, head), blocks.values(block, head), see,
-                               (const T*)nullptr, 0,
-                               &partial[tile.partial + (task - tile.task) * queries.count()]);
-    }
-    if (packed_chunks) {
-#pragma omp for schedule(static)
-      for (int64_t task = 0; task < packed_chunks; task++) {
-        const auto after = std::upper_bound(packed_of.begin(), packed_of.end(), task);
-        size_t s = after - packed_of.begin() - 1;
-        while (sequences[s].count * group <= MAX_QUERIES) s--;  // has none, the same first chunk
-        const Sequence& sequence = sequences[s];
-        const int64_t chunk = (task - packed_of[s]) % sequence.chunks();
-        const int64_t head = (task - packed_of[s]) / sequence.chunks();
-        const int64_t count = std::min(CHUNK, sequence.past + sequence.count - chunk * CHUNK);
-        const int32_t block = sequence.table[chunk];
-        packed[task].fill_token_lanes(blocks.keys(block, head), count, size);
-        packed[task].fill_size_lanes(blocks.values(block, head), count, size);
-      }
-#pragma omp for schedule(dynamic) nowait
-      for (int64_t task = 0; task < (int64_t)long_tiles.size() * heads; task++) {
-        // The last tokens of a text, which see the most keys, come first.
-        const LongTile& tile = long_tiles[long_tiles.size() - 1 - task / heads];
-        const Sequence& sequence = sequences[tile.sequence];
-        const int64_t head = task % heads, sees = sequence.past + tile.start + 1;
-        const int64_t first = tile.packed + head / group * sequence.chunks();
-        alignas(64) float sum[CHUNK][size] = {};
-        float highest[CHUNK], weight[CHUNK] = {};
-        std::fill(highest, highest + CHUNK, -INFINITY);
-        // Copied, because the queries of a head are far apart: so they are fetched at the same
-        // time.
-        alignas(64) T from[CHUNK][size];
-        for (int64_t i = 0; i < tile.rows; i++)
-          std::memcpy(from[i], qkv + (sequence.first + tile.start + i) * stride + head * size,
-                      size * sizeof(T));
-        const int64_t chunks = (sees + tile.rows - 1 + CHUNK - 1) / CHUNK;
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
-          for (int64_t i = 0; i < tile.rows; i += ROWS_AT_ONCE) {
-            const int64_t visible = sees + i - chunk * CHUNK,
-                          rows = std::min(ROWS_AT_ONCE, tile.rows - i);
-            if (visible + rows - 1 <= 0) continue;
-            attend_chunk_causally<T, vectors>(from[i], size, rows, scale, std::min(visible, CHUNK),
-                                              packed[first + chunk], sum + i, highest + i,
-                                              weight + i);
-          }
-        for (int64_t i = 0; i < tile.rows; i++)
-          for (int64_t j = 0; j < size; j += 16)
-            store(y + ((sequence.first + tile.start + i) * heads + head) * size + j,
-                  _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
-      }
-    }
-#pragma omp barrier
-    // Merge the chunks of each query.
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < (int64_t)tiles.size() * kv_heads; t++) {
-      const Tile& tile = tiles[t / kv_heads];
-      const Sequence& sequence = sequences[tile.sequence];
-      const int64_t head = t % kv_heads, queries = group * tile.rows;
-      for (int64_t query = 0; query < queries; query++) {
-        const int64_t token = sequence.first + tile.start + query % tile.rows;
-        merge_chunks<T, vectors>(&partial[tile.partial + head * tile.chunks * queries + query],
-                                 tile.chunks, queries,
-                                 y + (token * heads + head * group + query / tile.rows) * size);
-      }
-    }
+    for (int64_t token = 0; token < (int64_t)plan.places.size(); token++)
+      attention.store_token(token);
+    attention.run();
   }
 }
 
 template <typename T>
-void attend_blocks_by_size(const void* qkv, void* y, const std::vector<Sequence>& sequences,
-                           const Blocks<T>& blocks, int64_t heads, float scale) {
+void attend_blocks_by_size(const void* qkv, void* y, const BlockPlan& plan, const Blocks<T>& blocks,
+                           float scale) {
   auto* run = blocks.size == 32   ? attend_blocks<T, 2>
               : blocks.size == 64 ? attend_blocks<T, 4>
               : blocks.size == 96 ? attend_blocks<T, 6>
                                   : attend_blocks<T, 8>;
-  run((const T*)qkv, (T*)y, sequences, blocks, heads, scale);
+  run((const T*)qkv, (T*)y, plan, blocks, scale);
 }
 
 }  // namespace
