@@ -37,6 +37,7 @@ _NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "f1
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+    *("-ffp-contract=off", "-DGPTK_AVX512"),
     f"-DGPTK_MAX_QUERIES={FEW_QUERIES}",
 )
 _PATIENCE = 180.0
@@ -227,7 +228,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_swiglu": [flag, data, data, size, size],
         "gptk_gelu": [flag, data, data, data, size],
         "gptk_rotate": [flag, *[data] * 4, *[size] * 3],
-        "gptk_exponential": [data, size, data, data, size],
+        "gptk_exponential": [data, flag, data, data, size],
         "gptk_softmax_sums": [*[data] * 4, size, size],
         "gptk_last_key": [data, data, double, data, size, size],
         "gptk_keep_from": [*[data] * 4, size, size],

@@ -65,15 +65,14 @@ template <typename T, int vectors, int R>
 void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, float scale) {
   constexpr int64_t size = 16 * vectors, per_lane = 4 / sizeof(T);
   constexpr int registers = CHUNK / 16;
-  __m512 scores[R][registers];
+  Floats scores[R][registers];
   for (auto& row : scores)
-    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+    for (auto& lanes : row) lanes = Floats{};
   for (int64_t i = 0; i < size; i += per_lane) {
-    __m512i key[registers];
-    for (int k = 0; k < registers; k++)
-      key[k] = _mm512_load_si512(keys + i * CHUNK + 16 * per_lane * k);
+    Ints key[registers];
+    for (int k = 0; k < registers; k++) key[k] = load_bits(keys + i * CHUNK + 16 * per_lane * k);
     for (int r = 0; r < R; r++) {
-      const __m512i lane = broadcast_lane(queries[r].q + i);
+      const Ints lane = broadcast_lane(queries[r].q + i);
       for (int k = 0; k < registers; k++)
         scores[r][k] = multiply_add(scores[r][k], keys, lane, key[k]);
     }
@@ -81,42 +80,41 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, fl
   alignas(64) T weights[R][CHUNK];
   int64_t seen = 0;
   for (int r = 0; r < R; r++) {
-    __m512 lane_highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    Floats lane_highest = broadcast(-INFINITY), total{};
     for (int k = 0; k < registers; k++) {
-      const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
-      scores[r][k] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY),
-                                        first_lanes(queries[r].visible - 16 * k), scaled);
-      lane_highest = _mm512_max_ps(scores[r][k], lane_highest);
+      const Floats scaled = scores[r][k] * broadcast(scale);
+      scores[r][k] = select(first_lanes(queries[r].visible - 16 * k), scaled, broadcast(-INFINITY));
+      lane_highest = max(scores[r][k], lane_highest);
     }
-    const float highest = _mm512_reduce_max_ps(lane_highest);
-    const __m512 shift = softmax_shift(highest);
+    const float highest = reduce_max(lane_highest);
+    const Floats shift = softmax_shift(highest);
     for (int k = 0; k < registers; k++) {
-      const __m512 weight = exp(_mm512_sub_ps(scores[r][k], shift));
+      const Floats weight = exp(scores[r][k] - shift);
       ::store(&weights[r][16 * k], weight);
-      total = _mm512_add_ps(total, weight);
+      total = total + weight;
     }
     queries[r].result->highest = highest;
-    queries[r].result->weight = _mm512_reduce_add_ps(total);
+    queries[r].result->weight = reduce_add(total);
     seen = std::max(seen, std::min(CHUNK, queries[r].visible));
   }
   constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
   for (int first = 0; first < vectors; first += together) {
-    __m512 sums[R][together];
+    Floats sums[R][together];
     for (auto& row : sums)
-      for (auto& lanes : row) lanes = _mm512_setzero_ps();
+      for (auto& lanes : row) lanes = Floats{};
     for (int64_t token = 0; token < seen; token += per_lane) {
-      __m512i value[together];
+      Ints value[together];
       for (int v = 0; v < together; v++)
-        value[v] = _mm512_load_si512(values + token * size + 16 * per_lane * (first + v));
+        value[v] = load_bits(values + token * size + 16 * per_lane * (first + v));
       for (int r = 0; r < R; r++) {
-        const __m512i lane = broadcast_lane(&weights[r][token]);
+        const Ints lane = broadcast_lane(&weights[r][token]);
         for (int v = 0; v < together; v++)
           sums[r][v] = multiply_add(sums[r][v], values, lane, value[v]);
       }
     }
     for (int r = 0; r < R; r++)
       for (int v = 0; v < together; v++)
-        _mm512_storeu_ps(queries[r].result->sum + 16 * (first + v), sums[r][v]);
+        store(queries[r].result->sum + 16 * (first + v), sums[r][v]);
   }
 }
 
@@ -133,27 +131,24 @@ void attend_to_chunk(const Query<T>* queries, int64_t count, const T* keys, cons
 // The partial results of the chunks so far, merged.
 template <int vectors>
 struct Merged {
-  __m512 sum[vectors];
+  Floats sum[vectors];
   float highest = -INFINITY, weight = 0;
 
   Merged() {
-    for (auto& lanes : sum) lanes = _mm512_setzero_ps();
+    for (auto& lanes : sum) lanes = Floats{};
   }
   void merge(const Partial& part) {
     const float new_highest = std::max(highest, part.highest);
-    const __m512 shift = softmax_shift(new_highest);
-    const __m512 old = exp(_mm512_sub_ps(_mm512_set1_ps(highest), shift));
-    const __m512 added = exp(_mm512_sub_ps(_mm512_set1_ps(part.highest), shift));
-    weight = std::fma(_mm512_cvtss_f32(added), part.weight, weight * _mm512_cvtss_f32(old));
-    for (int v = 0; v < vectors; v++)
-      sum[v] =
-          _mm512_fmadd_ps(added, _mm512_loadu_ps(part.sum + 16 * v), _mm512_mul_ps(sum[v], old));
+    const Floats shift = softmax_shift(new_highest);
+    const Floats old = exp(broadcast(highest) - shift);
+    const Floats added = exp(broadcast(part.highest) - shift);
+    weight = std::fma(first(added), part.weight, weight * first(old));
+    for (int v = 0; v < vectors; v++) sum[v] = fma(added, load(part.sum + 16 * v), sum[v] * old);
     highest = new_highest;
   }
   template <typename T>
   void finish(T* y) const {
-    for (int v = 0; v < vectors; v++)
-      store(y + 16 * v, _mm512_div_ps(sum[v], _mm512_set1_ps(weight)));
+    for (int v = 0; v < vectors; v++) store(y + 16 * v, sum[v] / broadcast(weight));
   }
 };
 
