@@ -234,7 +234,7 @@ inline Ints load_lanes(const uint16_t* x, int64_t count) { return load_pairs(x, 
 inline Ints load_interleaved(const float* x, const float*) { return load_bits(x); }
 
 inline Ints load_interleaved(const uint16_t* x, const uint16_t* next_token) {
-  return interleave(x, next_token, first_lanes(16));
+  return interleave(x, next_token, 16);
 }
 
 // The vectors of one head for a chunk of tokens (tokens, size), laid out for products in which the
@@ -257,7 +257,7 @@ struct Chunk {
         Ints v[16];
         for (int64_t t = 0; t < 16; t++)
           v[t] = token + t < count ? load_lanes(x + (token + t) * stride + i, size - i) : Ints{};
-        transpose(v);
+        transpose<16>(v);
         for (int64_t n = 0; n < std::min<int64_t>(16, (size - i) / per_lane); n++)
           store_bits(&token_lanes[i / per_lane + n][token], v[n]);
       }
@@ -349,7 +349,7 @@ void attend_chunk_causally(const T* q, int64_t stride, int64_t queries, float sc
       store(&weights[r][16 * k], lane_weights);
       total = total + lane_weights;
     }
-    weight[r] = std::fma(weight[r], first(factors[r]), reduce_add(total));
+    weight[r] = std::fma(weight[r], first_lane(factors[r]), reduce_add(total));
     highest[r] = new_highest;
   }
   add_weighted_tokens(weights, chunk, std::min(CHUNK, visible + ROWS_AT_ONCE - 1), factors, sum);
@@ -413,7 +413,7 @@ void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
     for (int64_t j = 0; j < CHUNK; j += 16) {
       Ints v[16];
       for (int r = 0; r < 16; r++) v[r] = load_bits(&x[i + r][j]);
-      transpose(v);
+      transpose<16>(v);
       for (int r = 0; r < 16; r++) store(&y[j + r][i], floats_of_bits(v[r]));
     }
 }

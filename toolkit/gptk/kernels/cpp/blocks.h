@@ -142,7 +142,7 @@ struct Merged {
     const Floats shift = softmax_shift(new_highest);
     const Floats old = exp(broadcast(highest) - shift);
     const Floats added = exp(broadcast(part.highest) - shift);
-    weight = std::fma(first(added), part.weight, weight * first(old));
+    weight = std::fma(first_lane(added), part.weight, weight * first_lane(old));
     for (int v = 0; v < vectors; v++) sum[v] = fma(added, load(part.sum + 16 * v), sum[v] * old);
     highest = new_highest;
   }

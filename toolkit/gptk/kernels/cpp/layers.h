@@ -23,19 +23,17 @@ void rms_norm_row(const T* x, const T* weight, float eps, T* y, int64_t size) {
 template <typename T>
 void layer_norm_row(const T* x, const T* weight, const T* bias, float eps, T* y, int64_t size) {
   Floats sums{}, squares{};
-  for (int64_t i = 0; i < size; i += 16) sums = sums + load_masked(x + i, first_lanes(size - i));
+  for (int64_t i = 0; i < size; i += 16) sums = sums + load_first(x + i, size - i);
   const Floats mean = broadcast(reduce_add(sums) / size);
   for (int64_t i = 0; i < size; i += 16) {
-    const Lanes lanes = first_lanes(size - i);
-    const Floats difference = select(lanes, load_masked(x + i, lanes) - mean, Floats{});
-    squares = fma(difference, difference, squares);
+    const Floats difference = load_first(x + i, size - i) - mean;
+    squares = fma(difference, select(first_lanes(size - i), difference, Floats{}), squares);
   }
   const Floats factor = broadcast(1 / std::sqrt(reduce_add(squares) / size + eps));
   for (int64_t i = 0; i < size; i += 16) {
-    const Lanes lanes = first_lanes(size - i);
-    const Floats normal = (load_masked(x + i, lanes) - mean) * factor;
-    const Floats added = bias ? load_masked(bias + i, lanes) : Floats{};
-    store_masked(y + i, lanes, fma(normal, load_masked(weight + i, lanes), added));
+    const Floats normal = (load_first(x + i, size - i) - mean) * factor;
+    const Floats added = bias ? load_first(bias + i, size - i) : Floats{};
+    store_first(y + i, size - i, fma(normal, load_first(weight + i, size - i), added));
   }
 }
 
@@ -58,8 +56,7 @@ void gelu_row(const T* x, const T* dy, T* y, int64_t size) {
   const Floats one = broadcast(1), bound = broadcast(16);
   const Floats twice = broadcast(1.59576912f), cubic = broadcast(0.0713548163f);  // 2 √(2/π)
   for (int64_t i = 0; i < size; i += 16) {
-    const Lanes lanes = first_lanes(size - i);
-    const Floats value = load_masked(x + i, lanes);
+    const Floats value = load_first(x + i, size - i);
     // Beyond ±16 the sigmoid is 0 or 1. NaN stays NaN.
     const Floats clamped = min(bound, max(-bound, value));
     const Floats square = clamped * clamped;
@@ -69,9 +66,9 @@ void gelu_row(const T* x, const T* dy, T* y, int64_t size) {
     if (BACKWARD) {
       const Floats slope = fma(broadcast(3) * cubic, square, twice);
       const Floats rest = result * (one - sigmoid);
-      result = fma(rest, slope, sigmoid) * load_masked(dy + i, lanes);
+      result = fma(rest, slope, sigmoid) * load_first(dy + i, size - i);
     }
-    store_masked(y + i, lanes, result);
+    store_first(y + i, size - i, result);
   }
 }
 
@@ -92,16 +89,13 @@ template <typename T>
 void column_sums(const T* x, float* y, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns > PARALLEL_FROM)
   for (int64_t first = 0; first < columns; first += 64) {
-    Floats sums[4];
-    Lanes lanes[4];
-    for (int k = 0; k < 4; k++) {
-      sums[k] = Floats{};
-      lanes[k] = first_lanes(columns - first - 16 * k);
-    }
+    Floats sums[4] = {};
     for (int64_t row = 0; row < rows; row++)
-      for (int k = 0; k < 4; k++)
-        sums[k] = sums[k] + load_masked(x + row * columns + first + 16 * k, lanes[k]);
-    for (int k = 0; k < 4; k++) store_masked(y + first + 16 * k, lanes[k], sums[k]);
+      for (int k = 0; k < 4; k++) {
+        const int64_t column = first + 16 * k;
+        sums[k] = sums[k] + load_first(x + row * columns + column, columns - column);
+      }
+    for (int k = 0; k < 4; k++) store_first(y + first + 16 * k, columns - first - 16 * k, sums[k]);
   }
 }
 
@@ -121,14 +115,14 @@ Status cross_entropy(T* x, const int64_t* targets, float* losses, float scale, i
     Floats high = broadcast(-INFINITY);
     for (int64_t i = 0; i < size; i += 16) {
       const Lanes lanes = first_lanes(size - i);
-      high = select(lanes, max(high, load_masked(logits + i, lanes)), high);
+      high = select(lanes, max(high, load_first(logits + i, size - i)), high);
     }
     const float highest = reduce_max(high);
     const Floats shift = softmax_shift(highest);
     Floats sums{};
     for (int64_t i = 0; i < size; i += 16) {
       const Lanes lanes = first_lanes(size - i);
-      const Floats weights = exp(load_masked(logits + i, lanes) - shift);
+      const Floats weights = exp(load_first(logits + i, size - i) - shift);
       sums = select(lanes, sums + weights, sums);
     }
     const float sum = reduce_add(sums);
@@ -136,13 +130,12 @@ Status cross_entropy(T* x, const int64_t* targets, float* losses, float scale, i
     if (scale == 0) continue;
     const Floats factor = broadcast(scale / sum);
     for (int64_t i = 0; i < size; i += 16) {
-      const Lanes lanes = first_lanes(size - i);
-      const Floats weights = exp(load_masked(logits + i, lanes) - shift);
-      store_masked(logits + i, lanes, weights * factor);
+      const Floats weights = exp(load_first(logits + i, size - i) - shift);
+      store_first(logits + i, size - i, weights * factor);
     }
     const float probability = std::exp(target - highest) / sum;
     const Floats gradient = broadcast(scale * (probability - 1));
-    store_masked(logits + targets[row], first_lanes(1), gradient);
+    store_first(logits + targets[row], 1, gradient);
   }
   return OK;
 }

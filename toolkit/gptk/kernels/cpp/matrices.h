@@ -58,16 +58,16 @@ void pack_panels(const Operand<T>& operand, int64_t first, int64_t count, int64_
         Ints v[16];
         for (int64_t i = 0; i < 16; i++)
           v[i] = start + i < count ? load_pairs(x + i * operand.stride + k, depth - k) : Ints{};
-        transpose(v);
+        transpose<16>(v);
         for (int64_t i = 0; i < 16 && k / 2 + i < pairs; i++)
           store_pair<WIDTH>(v[i], start, count, k / 2 + i, pairs, panels);
       }
     } else {
       const T* x = operand.x + from * operand.stride + first + start;
-      const Lanes lanes = first_lanes(count - start);
       for (int64_t k = 0; k < depth; k += 2, x += 2 * operand.stride)
-        store_pair<WIDTH>(interleave(x, k + 1 < depth ? x + operand.stride : nullptr, lanes), start,
-                          count, k / 2, pairs, panels);
+        store_pair<WIDTH>(
+            interleave(x, k + 1 < depth ? x + operand.stride : nullptr, count - start), start,
+            count, k / 2, pairs, panels);
     }
   }
 }
@@ -122,16 +122,13 @@ inline void store_tile(const Floats (&sum)[TILE_ROWS][TILE_COLUMNS / 16], const 
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 3
     for (int j = 0; j < TILE_COLUMNS / 16; j++) {
-      const Lanes lanes = first_lanes(WHOLE ? 16 : i < rows ? columns - 16 * j : 0);
+      const int64_t count = WHOLE ? 16 : i < rows ? columns - 16 * j : 0;
       float* sums = to.sums + i * to.sums_stride + 16 * j;
       Y* y = to.y + i * to.stride + 16 * j;
       Floats value = sum[i][j];
-      if (to.add) value = value + (WHOLE ? load(sums) : load_masked(sums, lanes));
-      if (to.last && to.bias) value = value + load_masked(to.bias + 16 * j, lanes);
-      if (WHOLE)
-        to.last ? store(y, value) : store(sums, value);
-      else
-        to.last ? store_masked(y, lanes, value) : store_masked(sums, lanes, value);
+      if (to.add) value = value + (load_first(sums, count));
+      if (to.last && to.bias) value = value + load_first(to.bias + 16 * j, count);
+      to.last ? store_first(y, count, value) : store_first(sums, count, value);
     }
 }
 
@@ -168,11 +165,10 @@ void sum_of_nothing(int64_t rows, int64_t columns, Y* y, int64_t stride, const f
                     bool add) {
   for (int64_t row = 0; row < rows; row++)
     for (int64_t j = 0; j < columns; j += 16) {
-      const Lanes lanes = first_lanes(columns - j);
       Y* to = y + row * stride + j;
-      Floats sum = bias ? load_masked(bias + j, lanes) : Floats{};
-      if (add) sum = sum + load_masked(to, lanes);
-      store_masked(to, lanes, sum);
+      Floats sum = bias ? load_first(bias + j, columns - j) : Floats{};
+      if (add) sum = sum + load_first(to, columns - j);
+      store_first(to, columns - j, sum);
     }
 }
 

@@ -122,8 +122,7 @@ void multiply_blocks(const QuantizedRows<PARTS<T>>& x, const uint8_t* weights, c
   for (int64_t block = from; block < to; block++) {
     const uint8_t* block_weights = weights + block * x.groups * group_bytes(bits);
     const int64_t first = block * BLOCK;
-    const Lanes lanes = first_lanes(outputs - first);
-    const Floats block_bias = bias ? load_masked(bias + first, lanes) : Floats{};
+    const Floats block_bias = bias ? load_first(bias + first, outputs - first) : Floats{};
     for (int64_t row = 0; row < rows;) {
       Floats sums[4];
       const int64_t left = rows - row, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -134,7 +133,7 @@ void multiply_blocks(const QuantizedRows<PARTS<T>>& x, const uint8_t* weights, c
       else
         multiply_block<bits, 1>(block_weights, x, row, sums);
       for (int64_t r = 0; r < together; r++)
-        store_masked(y + (row + r) * outputs + first, lanes, sums[r] + block_bias);
+        store_first(y + (row + r) * outputs + first, outputs - first, sums[r] + block_bias);
       row += together;
     }
   }
@@ -274,8 +273,7 @@ void linear_blocks(const T* x, const T* weights, const T* bias, T* y, int64_t ro
                    int64_t outputs, int64_t from, int64_t to) {
   for (int64_t first = from * BLOCK; first < std::min(outputs, to * BLOCK); first += BLOCK) {
     const int64_t count = std::min(BLOCK, outputs - first);
-    const Lanes lanes = first_lanes(count);
-    const Floats block_bias = bias ? load_masked(bias + first, lanes) : Floats{};
+    const Floats block_bias = bias ? load_first(bias + first, count) : Floats{};
     for (int64_t row = 0; row < rows;) {
       const int64_t left = rows - row, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       const T* of_row = x + row * inputs;
@@ -290,7 +288,7 @@ void linear_blocks(const T* x, const T* weights, const T* bias, T* y, int64_t ro
           dot_rows<1>(of_row, output_weights, inputs, output, sums);
       }
       for (int64_t r = 0; r < together; r++)
-        store_masked(y + (row + r) * outputs + first, lanes, horizontal_sums(sums[r]) + block_bias);
+        store_first(y + (row + r) * outputs + first, count, horizontal_sums(sums[r]) + block_bias);
       row += together;
     }
   }

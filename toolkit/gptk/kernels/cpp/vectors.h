@@ -26,33 +26,25 @@
 //     fma(a, b, sum)                a · b + sum, rounded once
 //     max(a, b), min(a, b)          b if either is NaN
 //     round(x)                      to the nearest integer, ties to even
-//     scale_by_power(x, n)          x · 2ⁿ for integers n, rounded once; 0 where n is too low
-//     first(x)                      lane 0
+//     scale_by_power(x, n)          x · 2ⁿ for integers n, with x from 0.5 to 2
 //     shift_right_logical(x, n)     zeros come in
-//     bits_of(x), floats_of_bits(x) the same bits, as the other type
-//     to_floats(x), to_ints(x)      the same number; rounded to nearest, ties to even
-//     load(p), store(p, x)          16 consecutive numbers, float32, or bfloat16 (uint16_t), which
-//     a
-//                                   store rounds to the nearest, ties to even
-//     load_masked(p, lanes), store_masked(p, lanes, x)
-//                                   the same where true; other memory is not accessed, and its
-//                                   lanes are 0
-//     load_bits, store_bits         512 bits; load_bits_masked: int32 numbers where true
-//     load_bytes(p)                 16 numbers of 8 bits without a sign; store_bytes cuts numbers
-//     off load_shorts(p)                16 numbers of 16 bits without a sign; also masked
-//     load_shorts(p, count)         the first `count` of 32 numbers of 16 bits, then zeros: lane i
-//                                   has numbers 2i and 2i + 1
-//     pack_shorts(low, high)        32 numbers cut off to 16 bits; store_shorts: 16, also masked
-//     load_float16, store_float16   16 float16 numbers
+//     bits_of(x), floats_of_bits(x) the same bits as the other type
+//     to_floats(x), to_ints(x)      the same number; rounded to the nearest, ties to even
+//     load(p), store(p, x)          16 consecutive float32 numbers; load_float16, store_float16
+//     load_bits, store_bits         512 bits
+//     load_bytes, load_shorts       16 numbers without a sign, of 8 or 16 bits
+//     store_bytes, store_shorts     16 numbers that fit, as 8 bits with or 16 without a sign
+//     pack_shorts(low, high)        32 numbers that fit in 16 bits without a sign, as these
+//     first_lane(x)                 lane 0
 //     reduce_add, reduce_max, reduce_min
 //                                   over all lanes: lanes i and i + 8 are combined, then i and i +
 //                                   4, i and i + 2, i and i + 1
-//     horizontal_sums(v)            lane i is reduce_add(v[i]), of 16 vectors, which it overwrites
-//     transpose(v)                  a matrix of 16 by 16 lanes, a vector a row, in place
+//     horizontal_sums(v)            lane i is reduce_add(v[i]), of 16 vectors, which it may
+//     overwrite transpose<16>(v)              a matrix of 16 by 16 lanes, a vector a row, in place
 //     dot_codes<bits>(codes, x)     for each lane the product of 32 codes without a sign, four
 //     bytes
-//                                   in each of 8 vectors, and x (32); exact. bits: of a code, 4
-//                                   or 8. x is above -128
+//                                   in each of 8 vectors, and x (32); exact. bits: of a code, 4 or
+//                                   8
 //
 // TILE_ROWS, a divisor of 16, and TILE_COLUMNS, a multiple, say how many sums of a product its
 // registers hold; store_tile_rows(p, x, i) stores lanes i · TILE_ROWS to (i + 1) · TILE_ROWS.
@@ -69,32 +61,69 @@
 
 #if defined(GPTK_AVX512)
 #include "vectors_avx512.h"
+#elif defined(GPTK_AVX2)
+#include "vectors_avx2.h"
+#elif defined(GPTK_NEON)
+#include "vectors_neon.h"
+#elif defined(GPTK_PLAIN)
+#include "vectors_plain.h"
 #else
-#error "name an instruction set: -DGPTK_AVX512"
+#error "name an instruction set: GPTK_AVX512, GPTK_AVX2, GPTK_NEON or GPTK_PLAIN"
 #endif
 
 namespace {
 
-inline bool any(Lanes lanes) { return bits(lanes) != 0; }
+#ifndef GPTK_AVX512
+inline Lanes first_lanes(int64_t count) {
+  static constexpr int32_t LANES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const float bound = count < 0 ? 0 : count > 16 ? 16 : count;
+  return to_floats(load_bits(LANES)) < broadcast(bound);
+}
+
+// In two steps, for powers of which float32 has only half. Lower ones give 0, higher ones infinity.
+inline Floats scale_by_power(Floats x, Floats n) {
+  const Ints all = to_ints(min(broadcast(254), max(broadcast(-252), n))), half = all >> 1;
+  const auto power = [](Ints m) { return floats_of_bits((m + broadcast_int(127)) << 23); };
+  return x * power(half) * power(all - half);
+}
+#endif
+
 inline bool all(Lanes lanes) { return bits(lanes) == 0xffff; }
 
-// --- bfloat16, whose bits are the upper 16 of a float32 number ---
+// --- Numbers in memory ---
 
+inline float to_float(float x) { return x; }
+
+inline float to_float(uint16_t x) {  // bfloat16
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// 16 consecutive numbers.
 inline Floats load(const uint16_t* x) { return floats_of_bits(load_shorts(x) << 16); }
 
-inline Floats load_masked(const uint16_t* x, Lanes lanes) {
-  return floats_of_bits(load_shorts_masked(x, lanes) << 16);
+// The first `count` of 16 consecutive numbers, then zeros; those beyond count are not read. count
+// may be below 0 or above 16.
+template <typename T>
+inline Floats load_first(const T* x, int64_t count) {
+  if (count >= 16) return load(x);
+  T padded[16] = {};
+  if (count > 0) std::memcpy(padded, x, count * sizeof(T));
+  return load(padded);
 }
 
-// The first `count` of 32 consecutive numbers, then zeros: lane i has numbers 2i and 2i + 1.
-inline Ints load_pairs(const uint16_t* x, int64_t count) { return load_shorts(x, count); }
-
-// Two rows of 16 numbers, interleaved: lane i has row[i] in its low half and next_row[i], or 0
-// without a next row, in its high half. Lanes that are false are 0.
-inline Ints interleave(const uint16_t* row, const uint16_t* next_row, Lanes lanes) {
-  const Ints low = load_shorts_masked(row, lanes);
-  return next_row ? low | load_shorts_masked(next_row, lanes) << 16 : low;
+// Writes the first `count` lanes, as above.
+template <typename T>
+inline void store_first(T* y, int64_t count, Floats x) {
+  if (count >= 16) return store(y, x);
+  T padded[16];
+  store(padded, x);
+  if (count > 0) std::memcpy(y, padded, count * sizeof(T));
 }
+
+// --- bfloat16, whose bits are the upper 16 of a float32 number ---
 
 #ifndef GPTK_NATIVE_BFLOAT16
 // Rounded to the nearest bfloat16, ties to even, in the upper 16 bits of a lane; the lower ones are
@@ -121,10 +150,6 @@ inline void store(uint16_t* y, Floats x) {
   store_shorts(y, shift_right_logical(round_to_bfloat16(x), 16));
 }
 
-inline void store_masked(uint16_t* y, Lanes lanes, Floats x) {
-  store_shorts_masked(y, lanes, shift_right_logical(round_to_bfloat16(x), 16));
-}
-
 // sum + a · b, where each lane of a and b holds two bfloat16 numbers, whose two products are both
 // added: first that of the low halves. AVX-512 BF16 takes the high halves first, and has 0 in place
 // of numbers below 2⁻¹²⁶.
@@ -135,15 +160,30 @@ inline Floats multiply_add_pairs(Floats sum, Ints a, Ints b) {
 }
 #endif
 
-// As `load_pairs` and `interleave` of bfloat16, with float32 numbers rounded to it.
-inline Ints load_pairs(const float* x, int64_t count) {
-  return to_bfloat16(load_masked(x, first_lanes(count)),
-                     load_masked(x + 16, first_lanes(count - 16)));
+// The first `count` of 32 consecutive numbers as bfloat16, then zeros: lane i has numbers 2i and
+// 2i + 1.
+inline Ints load_pairs(const uint16_t* x, int64_t count) {
+  if (count >= 32) return load_bits(x);
+  uint16_t padded[32] = {};
+  std::memcpy(padded, x, count * sizeof *x);
+  return load_bits(padded);
 }
 
-inline Ints interleave(const float* row, const float* next_row, Lanes lanes) {
-  return to_bfloat16_pairs(load_masked(row, lanes),
-                           next_row ? load_masked(next_row, lanes) : Floats{});
+inline Ints load_pairs(const float* x, int64_t count) {
+  return to_bfloat16(load_first(x, count), load_first(x + 16, count - 16));
+}
+
+// The first `count` numbers of two rows as bfloat16, interleaved, then zeros: lane i has row[i] in
+// its low half and next_row[i], or 0 without a next row, in its high half.
+inline Ints interleave(const uint16_t* row, const uint16_t* next_row, int64_t count) {
+  const Ints low = bits_of(load_first(row, count));
+  const Ints high = next_row ? bits_of(load_first(next_row, count)) : Ints{};
+  return shift_right_logical(low, 16) | high;
+}
+
+inline Ints interleave(const float* row, const float* next_row, int64_t count) {
+  return to_bfloat16_pairs(load_first(row, count),
+                           next_row ? load_first(next_row, count) : Floats{});
 }
 
 // sum + a · b lane by lane, where each lane of a and b holds a float32 number or two bfloat16
@@ -154,17 +194,6 @@ inline Floats multiply_add(Floats sum, const float*, Ints a, Ints b) {
 
 inline Floats multiply_add(Floats sum, const uint16_t*, Ints a, Ints b) {
   return multiply_add_pairs(sum, a, b);
-}
-
-// --- A number ---
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(uint16_t x) {  // bfloat16
-  const uint32_t bits = (uint32_t)x << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
 }
 
 // Fetches a cache line that will be read soon, into the nearest cache, or into the second one.

@@ -30,8 +30,6 @@ inline Lanes first_lanes(int64_t count) {
   return {(__mmask16)(count >= 16 ? 0xffff : count < 1 ? 0 : (1 << count) - 1)};
 }
 inline uint32_t bits(Lanes lanes) { return lanes.v; }
-inline Lanes operator~(Lanes a) { return {(__mmask16)~a.v}; }
-inline Lanes operator&(Lanes a, Lanes b) { return {(__mmask16)(a.v & b.v)}; }
 
 // --- Float lanes ---
 
@@ -52,7 +50,7 @@ inline Floats select(Lanes lanes, Floats yes, Floats no) {
 }
 inline Floats round(Floats x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 inline Floats scale_by_power(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
-inline float first(Floats x) { return _mm512_cvtss_f32(x.v); }
+inline float first_lane(Floats x) { return _mm512_cvtss_f32(x.v); }
 
 // --- Integer lanes ---
 
@@ -87,19 +85,9 @@ inline Ints to_ints(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
 // --- Memory ---
 
 inline Floats load(const float* x) { return {_mm512_loadu_ps(x)}; }
-inline Floats load_masked(const float* x, Lanes lanes) {
-  return {_mm512_maskz_loadu_ps(lanes.v, x)};
-}
 inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x.v); }
-inline void store_masked(float* y, Lanes lanes, Floats x) {
-  // A store with a mask takes several times as long as one without, even if the mask has all lanes.
-  lanes.v == 0xffff ? _mm512_storeu_ps(y, x.v) : _mm512_mask_storeu_ps(y, lanes.v, x.v);
-}
 inline Ints load_bits(const void* x) { return {_mm512_loadu_si512(x)}; }
 inline void store_bits(void* y, Ints x) { _mm512_storeu_si512(y, x.v); }
-inline Ints load_bits_masked(const int32_t* x, Lanes lanes) {
-  return {_mm512_maskz_loadu_epi32(lanes.v, x)};
-}
 
 inline Ints load_bytes(const uint8_t* x) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x))};
@@ -110,13 +98,6 @@ inline void store_bytes(int8_t* y, Ints x) {
 
 inline Ints load_shorts(const uint16_t* x) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x))};
-}
-inline Ints load_shorts_masked(const uint16_t* x, Lanes lanes) {
-  return {_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes.v, x))};
-}
-inline Ints load_shorts(const uint16_t* x, int64_t count) {
-  if (count >= 32) return {_mm512_loadu_si512(x)};
-  return {_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), x)};
 }
 
 inline Floats load_float16(const void* x) {
@@ -133,9 +114,6 @@ inline Ints pack_shorts(Ints low, Ints high) {
 inline void store_shorts(uint16_t* y, Ints x) {
   _mm256_storeu_si256((__m256i*)y, _mm512_cvtepi32_epi16(x.v));
 }
-inline void store_shorts_masked(uint16_t* y, Lanes lanes, Ints x) {
-  _mm256_mask_storeu_epi16(y, lanes.v, _mm512_cvtepi32_epi16(x.v));
-}
 
 #ifdef __AVX512BF16__
 #define GPTK_NATIVE_BFLOAT16
@@ -150,10 +128,6 @@ inline Ints to_bfloat16_pairs(Floats low, Floats high) {
 }
 inline void store(uint16_t* y, Floats x) {
   _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh(x.v));
-}
-inline void store_masked(uint16_t* y, Lanes lanes, Floats x) {
-  if (lanes.v == 0xffff) return store(y, x);
-  _mm256_mask_storeu_epi16(y, lanes.v, (__m256i)_mm512_cvtneps_pbh(x.v));
 }
 inline Floats multiply_add_pairs(Floats sum, Ints a, Ints b) {
   return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
@@ -184,7 +158,9 @@ inline Floats horizontal_sums(Floats* x) {
   return {_mm512_shuffle_f32x4(sums, sums, 0xd8)};
 }
 
+template <int size>
 inline void transpose(Ints* x) {
+  static_assert(size == 16, "as many vectors as lanes");
   __m512i w[16];
   for (int i = 0; i < 16; i += 4) {
     const __m512i a = _mm512_unpacklo_epi32(x[i].v, x[i + 1].v);

@@ -55,17 +55,18 @@ void exponential(const int32_t* keys, bool key_of_each, const int32_t* tokens, f
                  int64_t count) {
 #pragma omp parallel for schedule(static) if (count > PARALLEL_FROM)
   for (int64_t i = 0; i < count; i += 16) {
-    const Lanes lanes = first_lanes(count - i);
+    const int64_t tokens_here = std::min<int64_t>(16, count - i);
     Ints key_0 = broadcast_int(keys[0]), key_1 = broadcast_int(keys[1]);
     if (key_of_each) {
       int32_t pairs[16][2] = {}, of_lanes[2][16];
-      std::memcpy(pairs, keys + 2 * i, std::min<int64_t>(16, count - i) * sizeof pairs[0]);
+      std::memcpy(pairs, keys + 2 * i, tokens_here * sizeof pairs[0]);
       for (int lane = 0; lane < 16; lane++)
         of_lanes[0][lane] = pairs[lane][0], of_lanes[1][lane] = pairs[lane][1];
       key_0 = load_bits(of_lanes[0]), key_1 = load_bits(of_lanes[1]);
     }
-    const Ints token = load_bits_masked(tokens + i, lanes);
-    store_masked(y + i, lanes, exponential_noise(token, key_0, key_1));
+    int32_t sixteen[16] = {};
+    std::memcpy(sixteen, tokens + i, tokens_here * sizeof sixteen[0]);
+    store_first(y + i, count - i, exponential_noise(load_bits(sixteen), key_0, key_1));
   }
 }
 
@@ -75,8 +76,8 @@ void exponential(const int32_t* keys, bool key_of_each, const int32_t* tokens, f
 // The numbers of 16 tokens from `first` on; -inf for tokens beyond the last.
 inline Floats load_tokens(const float* x, int64_t first, int64_t count) {
   if (count - first >= 16) return load(x + first);
-  const Lanes lanes = first_lanes(count - first);
-  return select(lanes, load_masked(x + first, lanes), broadcast(-INFINITY));
+  return select(first_lanes(count - first), load_first(x + first, count - first),
+                broadcast(-INFINITY));
 }
 
 // The highest number, NaN left aside; -inf if there is none.
