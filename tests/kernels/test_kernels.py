@@ -1,5 +1,6 @@
 """gptk's kernels, compared with PyTorch's operations in float64; and what runs without them."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -100,28 +101,34 @@ def test_a_rows_product_does_not_depend_on_other_rows(weights, rows, dtype, seed
 @NEEDS_KERNELS
 @settings(max_examples=60)
 @given(
-    rows=st.integers(1, 30), outputs=st.integers(1, 70), groups=st.integers(1, 6), dtype=DTYPES,
+    rows=st.integers(1, 40), outputs=st.integers(1, 130), pairs=st.integers(1, 90), dtype=DTYPES,
     with_bias=st.booleans(), seed=SEEDS,
 )  # fmt: skip
-def test_products_with_plain_weights(rows, outputs, groups, dtype, with_bias, seed):
-    layer = gptk.model.linear.Linear(32 * groups, outputs, bias=with_bias).to(dtype)
+def test_products_with_plain_weights(rows, outputs, pairs, dtype, with_bias, seed):
+    layer = gptk.model.linear.Linear(2 * pairs, outputs, bias=with_bias).to(dtype)
     layer.load_state_dict(
         {
             name: numbers(seed + i, *tensor.shape, dtype=dtype)
             for i, (name, tensor) in enumerate(layer.state_dict().items())
         }
     )
-    x = numbers(seed - 1, rows, 1, 32 * groups, dtype=dtype)
+    x = numbers(seed - 1, rows, 1, 2 * pairs, dtype=dtype)
     got = layer(x)
-    exact = layer.double()
+    packed = copy.deepcopy(layer)
+    packed.pack()
+    assert "weight" not in packed._parameters
+    assert torch.equal(packed(x), got)
+    exact = copy.deepcopy(layer).double()
     want = F.linear(x.double(), exact.weight, exact.bias)
     size = F.linear(x.double().abs(), exact.weight.abs()) + 1
     bound = 2e-6 * size + (2**-8 * want.abs() if dtype == torch.bfloat16 else 0)
     assert got.dtype == dtype
     assert ((got.double() - want).abs() <= bound).all()
-    layer.to(dtype)
-    for row in range(rows if rows < kernels.FEW_ROWS[dtype] else 0):
+    for row in range(rows):
         assert torch.equal(layer(x[row : row + 1])[0], got[row])
+        assert torch.equal(packed(x[row : row + 1])[0], got[row])
+    packed.unpack()
+    assert torch.equal(packed.weight, layer.weight)
 
 
 @NEEDS_KERNELS

@@ -59,6 +59,7 @@ def empty_and_load(model):
 
 
 def normalize_weights(model):
+    model.unpack()  # PyTorch refuses it for a layer without a parameter
     layer = torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.up)
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(3)

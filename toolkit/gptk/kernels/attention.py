@@ -109,7 +109,7 @@ def attend_blocks(
     half = blocks * kv_heads * block * d
     if status := library().gptk_attend_blocks(
         *(qkv.dtype is BFLOAT16, qkv.data_ptr(), y.data_ptr(), sequences.data_ptr()),
-        *(tables.data_ptr(), slabs.data_ptr(), d**-0.5),
+        *(tables.data_ptr(), slabs.data_ptr()),
         *(tokens, len(sequences), heads, kv_heads, d, blocks.bit_length() - 1),
         *(2 * layer * half, (2 * layer + 1) * half),
     ):

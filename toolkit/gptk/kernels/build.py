@@ -37,6 +37,7 @@ _NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "f1
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+    *("-ffp-contract=off", "-DGPTK_AVX512"),
     f"-DGPTK_MAX_QUERIES={FEW_QUERIES}",
 )
 _PATIENCE = 180.0
@@ -224,10 +225,14 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_column_sums": [flag, data, data, size, size],
         "gptk_cross_entropy": [flag, data, data, data, real, *[size] * 3],
         "gptk_rms_norm": [flag, data, data, real, data, size, size],
+        "gptk_layer_norm": [flag, *[data] * 3, real, data, size, size],
+        "gptk_linear_in_panels": [flag, *[data] * 4, *[size] * 3],
+        "gptk_convert_panels": [flag, flag, data, data, size, size],
+        "gptk_walk": [data, data],
         "gptk_swiglu": [flag, data, data, size, size],
         "gptk_gelu": [flag, data, data, data, size],
         "gptk_rotate": [flag, *[data] * 4, *[size] * 3],
-        "gptk_exponential": [data, size, data, data, size],
+        "gptk_exponential": [data, flag, data, data, size],
         "gptk_softmax_sums": [*[data] * 4, size, size],
         "gptk_last_key": [data, data, double, data, size, size],
         "gptk_keep_from": [*[data] * 4, size, size],
@@ -236,7 +241,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_permutation": [*[size] * 3, data],
         "gptk_attend_causally": [flag, *[data] * 5, real, *[size] * 9],
         "gptk_attend_causally_backward": [*[data] * 9, real, *[size] * 9],
-        "gptk_attend_blocks": [flag, *[data] * 5, real, *[size] * 8],
+        "gptk_attend_blocks": [flag, *[data] * 5, *[size] * 8],
         "gptk_attend": [flag, *[data] * 5, real, *[size] * 10],
     }
     for name, types in signatures.items():

@@ -27,6 +27,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean x) / √(var x + eps) · weight, plus the bias, over the last axis."""
+    x, weight, size = x.contiguous(), weight.contiguous(), x.shape[-1]
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty_like(x)
+    if (
+        weight.shape != (size,)
+        or (bias is not None and bias.shape != (size,))
+        or not are_floats(x, weight, bias)
+    ):
+        refuse("layer_norm", x=x, weight=weight, bias=bias)
+    if size and (
+        status := library().gptk_layer_norm(
+            *(x.dtype is BFLOAT16, x.data_ptr(), weight.data_ptr()),
+            *(None if bias is None else bias.data_ptr(), eps, y.data_ptr()),
+            *(x.numel() // size, size),
+        )
+    ):
+        fail(status)
+    return y
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up. x: (…, gate and up), each of a size that is a multiple of 16."""
     x = x.contiguous()

@@ -13,9 +13,6 @@ from torch import Tensor
 from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
 from gptk.kernels.build import library
 
-FEW_ROWS = {torch.float32: 24, torch.bfloat16: 32}
-"""From this many rows on, products with plain weights are as fast by PyTorch, or in bfloat16 by
-`linear_of_many_rows`, as by `linear`."""
 _GROUP, _BLOCK = 32, 16
 """Inputs that share a scale and an offset; outputs of a block. As in cpp/products.h."""
 
@@ -65,15 +62,6 @@ def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(torch.bfloat16)
     y: Tensor = torch.ops.gptk.product(rows, weight.t(), bias, False)
     return y.view(*x.shape[:-1], len(weight))
-
-
-def linear_of_many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ, plus the bias, in bfloat16. For few rows `linear` is faster, see FEW_ROWS.
-
-    x: (…, inputs); weight: (outputs, inputs); bias: (outputs,). Returns (…, outputs).
-    """
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return new_product(rows, weight.t(), bias, in_float32=False).view(*x.shape[:-1], len(weight))
 
 
 def new_product(a: Tensor, b: Tensor, bias: Tensor | None, in_float32: bool) -> Tensor:
@@ -131,33 +119,6 @@ def run_quantized_linear(
     if status := library().gptk_quantized_linear(
         *(dtype is BFLOAT16, bits, x.data_ptr(), weights.data_ptr()),
         *(bias_address, y.data_ptr(), rows, inputs, outputs),
-    ):
-        fail(status)
-    return y
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ, plus the bias, for few rows: see FEW_ROWS.
-
-    x: (…, inputs); weight: (outputs, inputs), inputs a multiple of 32; bias: (outputs,); all of one
-    dtype, float32 or bfloat16. Returns (…, outputs).
-    """
-    x, weight = x.contiguous(), weight.contiguous()
-    if weight.dim() != 2:
-        refuse("linear", weight=weight)
-    outputs, inputs = weight.shape
-    bias_address = None
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_address = bias.data_ptr()
-        if bias.shape != (outputs,) or not are(x.dtype, bias):
-            refuse("linear", x=x, bias=bias)
-    if inputs % 32 or x.shape[-1] != inputs or not are_floats(x, weight):
-        refuse("linear", x=x, weight=weight)
-    y = x.new_empty(*x.shape[:-1], outputs)
-    if status := library().gptk_linear(
-        *(x.dtype is BFLOAT16, x.data_ptr(), weight.data_ptr(), bias_address, y.data_ptr()),
-        *(x.numel() // inputs if inputs else math.prod(x.shape[:-1]), inputs, outputs),
     ):
         fail(status)
     return y

@@ -49,7 +49,7 @@ def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
         refuse("exponential", keys=keys, tokens=tokens)
     y = tokens.new_empty(tokens.shape, dtype=torch.float32)
     if status := library().gptk_exponential(
-        *(keys.data_ptr(), 2 if keys.dim() == 2 else 0, tokens.data_ptr()),
+        *(keys.data_ptr(), keys.dim() == 2, tokens.data_ptr()),
         *(y.data_ptr(), len(tokens)),
     ):
         fail(status)

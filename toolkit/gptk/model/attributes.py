@@ -21,9 +21,26 @@ def find_by_getattr(module: nn.Module) -> None:
     """Undo `find_directly`."""
     for name in ("_parameters", "_modules"):
         found = getattr(module, name)
+        tell_of_a_change()
         for attribute in found:
             module.__dict__.pop(attribute, None)
         module.__dict__[name] = dict(found)
+
+
+def are_found_directly(module: nn.Module) -> bool:
+    """Whether `find_directly` was called, and nothing has put other dictionaries in their place."""
+    return type(module._parameters) is type(module._modules) is _Mirrored
+
+
+def changes() -> int:
+    """A number that grows whenever a parameter or submodule of a module whose attributes are found
+    directly is replaced, written or removed; of any such module."""
+    return _Mirrored.changes
+
+
+def tell_of_a_change() -> None:
+    """Of one that is not an entry of these dictionaries."""
+    _Mirrored.changes += 1
 
 
 class _Mirrored(dict[str, Any]):
@@ -32,7 +49,11 @@ class _Mirrored(dict[str, Any]):
     PyTorch writes into the dictionary itself, for example in functional_call.
     """
 
+    changes = 0
+    """How often an entry of any such dictionary was written or removed."""
+
     def __init__(self, entries: Mapping[str, Any], module: nn.Module) -> None:
+        tell_of_a_change()
         super().__init__(entries)
         self._module = weakref.ref(module)
         module.__dict__.update(entries)
@@ -57,5 +78,7 @@ class _Mirrored(dict[str, Any]):
         return dict, (dict(self),)  # a copy is of another module, see GPT.__setstate__
 
     def _attributes(self) -> dict[str, Any]:
+        """Those of the module, which are about to change."""
+        tell_of_a_change()
         module = self._module()
         return {} if module is None else module.__dict__

@@ -37,11 +37,20 @@ class RMSNorm(HooklessModule, nn.RMSNorm):
         return super().forward(x)
 
 
+class LayerNorm(HooklessModule, nn.LayerNorm):
+    """nn.LayerNorm (Ba et al. 2016), in inference by gptk's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernels.can_run(x, self.weight):
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     """Layer norm or RMS norm over the last axis."""
     if config.norm == "rms":
         return RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
+    return LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 Rope = tuple[Tensor, Tensor]
@@ -291,15 +300,10 @@ class GPT(PackableModel):
         """
         rows, time = ids.shape
         positions = slots.positions if slots else torch.arange(time, device=ids.device)[None]
-        x = self.embed(ids)
-        rope = None
-        if self.embed_positions is None:
-            rope = self._rope_at(positions, table)
-        else:
-            x = x + self.embed_positions(positions)
+        rope = self._rope_at(positions, table) if self.embed_positions is None else None
+        x = self.embeddings(ids, positions).flatten(0, 1)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        x = x.flatten(0, 1)
         kept = [x] if 0 in layers else []
         wanted = None if slots is None or isinstance(slots, Slots) else slots.wanted
         for layer, block in enumerate(self.blocks, start=1):
@@ -309,6 +313,11 @@ class GPT(PackableModel):
         if wanted is not None:
             kept = [states if len(states) == len(x) else states[wanted] for states in kept]
         return torch.stack((self.norm(x), *kept), dim=1).view(rows, -1, 1 + len(kept), x.shape[-1])
+
+    def embeddings(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads. ids, positions: (rows, time). Returns (rows, time, width)."""
+        x: Tensor = self.embed(ids)
+        return x if self.embed_positions is None else x + self.embed_positions(positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""

@@ -12,6 +12,7 @@ from gptk.model.embedding import Embedding
 from gptk.model.levels import Precision
 from gptk.model.linear import Linear
 from gptk.model.packing import PackableModule
+from gptk.model.panels import Panels
 from gptk.model.protocol import Step
 
 
@@ -30,6 +31,9 @@ class PackableModel(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
             find_directly(module)
+        if self.config.tied_head and isinstance(self.head.packed, Panels):
+            self.embed.use_packed(self.head.packed, self.head.dtype)
+            self.embed.tie_to(self.head)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

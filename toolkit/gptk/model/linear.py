@@ -1,11 +1,11 @@
-"""A linear layer that takes the fastest kernel there is for few rows on a CPU.
+"""A linear layer that takes the fastest kernel there is for inference on a CPU.
 
-Decoding multiplies every weight with one row or a few, so its speed is that of reading the weights.
-On the machine of docs/benchmarks.md, whose memory gives 31 GB/s, `F.linear` reads SmolLM2's
-matrices at 10 GB/s in float32 (MKL's matrix-vector product) and 13 in bfloat16 (oneDNN, on weights
-that are not in its layout). gptk's kernel reads both at 31 GB/s, or 24 if they are not in huge
-pages. On machines that cannot run it, oneDNN reads float32 weights as they are at 20 GB/s, and
-bfloat16 weights, once packed into its blocked layout, at 17 to 20.
+Decoding multiplies every weight with one row or a few, so its speed is that of reading the weights,
+at which PyTorch's products are far behind: `F.linear` reads SmolLM2's matrices at a third of what
+the memory gives in float32 (MKL's matrix-vector product), and at 40 % of it in bfloat16 (oneDNN, on
+weights that are not in its layout). gptk's kernel reads them at the memory's speed. On machines
+that cannot run it, oneDNN reads float32 weights as they are at two thirds of it, and bfloat16
+weights, once packed into its blocked layout, at 55 to 65 %.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gptk import kernels
 from gptk.model.levels import Precision, outputs_at_a_time
 from gptk.model.packing import PackableModule
+from gptk.model.panels import Panels, can_be_panels
 from gptk.model.quantization import quantized
 from gptk.system.devices import has_fast_products
 
@@ -41,10 +42,11 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
     """nn.Linear with faster inference on CPUs, and with weights that may be packed or quantized."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
+        packed = self.packed
+        if packed is not None and "weight" not in self._parameters:  # without a call: `in_use`
             if x.requires_grad and torch.is_grad_enabled():
-                return F.linear(x, self.packed.dense(x.dtype), self.bias)
-            return self.packed.linear(x, self.bias)
+                return F.linear(x, packed.dense(x.dtype), self.bias)
+            return packed.linear(x, self.bias)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             if _should_run_autocast_linear(x, self.weight):
                 return kernels.autocast_linear(x, self.weight, self.bias)
@@ -52,17 +54,8 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
         if torch.compiler.is_compiling():
             return _linear_for_compiler(x, self.weight, self.bias)
         inputs = self.in_features
-        if (
-            x.numel() < inputs * kernels.FEW_ROWS.get(x.dtype, 0)
-            and inputs % 32 == 0
-            and self.weight.is_contiguous()
-            and kernels.can_run(x, self.weight)
-        ):
+        if (inputs % 2 == 0 or x.dtype is torch.float32) and kernels.can_run(x, self.weight):
             return kernels.linear(x, self.weight, self.bias)
-        if x.dtype == self.weight.dtype == torch.bfloat16 and kernels.should_run_product(
-            x, self.weight
-        ):
-            return kernels.linear_of_many_rows(x, self.weight, self.bias)
         if _onednn_takes(self.weight, torch.float32):
             return _onednn(x, self.weight, self.bias)
         if x.is_cpu and not has_fast_products(x.dtype) and x.numel() >= inputs * _MANY_ROWS:
@@ -70,13 +63,18 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Pack the weights for oneDNN if they are bfloat16 on a CPU that cannot run gptk's kernels.
+        """Pack the weights, on a CPU: in panels for gptk's kernels, or, where these cannot run, for
+        oneDNN if they are bfloat16.
 
         Packed weights cannot be trained.
         """
-        can_pack = self.packed is None and _onednn_takes(self.weight, torch.bfloat16)
-        if can_pack and has_fast_products(torch.bfloat16) and not kernels.available():
-            self.use_packed(OneDNNPacked(self.weight), torch.bfloat16)
+        if self.packed is not None:
+            return
+        weight = self.weight
+        if can_be_panels(weight.shape, weight.dtype, weight.device):
+            self.use_packed(Panels(weight, weight.dtype), weight.dtype)
+        elif _onednn_takes(weight, torch.bfloat16) and has_fast_products(torch.bfloat16):
+            self.use_packed(OneDNNPacked(weight), torch.bfloat16)
 
     def quantize(self, precision: Precision) -> None:
         """Round the weights to a precision, if `gptk.model.quantization.quantized` can.

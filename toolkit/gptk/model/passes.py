@@ -10,9 +10,11 @@ from torch import Tensor
 
 from gptk import kernels
 from gptk.kernels import BLOCK
+from gptk.kernels.walk import walk
 from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
 from gptk.model.pool import BlockPool
+from gptk.model.walk import Plan, plan_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,13 @@ class JoinedSlots:
         """Which tokens the states are asked of; None: of all."""
         self._sequences = torch.frombuffer(sequences, dtype=torch.int64).view(-1, 4)
         self._tables = torch.frombuffer(tables, dtype=torch.int32)
+
+    def walk(self, plan: Plan, x: Tensor, table: Tensor, layers: Sequence[int]) -> Tensor:
+        """All blocks in one call: see `gptk.kernels.walk.walk`."""
+        return walk(
+            *(plan.model, x, table, self.positions[0], self._sequences, self._tables),
+            *(self._pool.addresses, self._pool.sample, self.wanted, layers),
+        )
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Store new keys and values, and attend. qkv: (1, tokens, heads + 2 · kv_heads, d).
@@ -127,7 +136,12 @@ def read_parts(
     for part in parts:
         ids += part.tokens
     tokens = torch.frombuffer(ids, dtype=torch.int64)[None].to(model.device)
-    states = model.states_at(tokens, slots, model.position_table(slots.longest), layers)[0]
+    table = model.position_table(slots.longest)
+    if (plan := plan_of(model)) is not None and kernels.can_run(pool.sample, pool.sample):
+        x = model.embeddings(tokens, slots.positions)[0]
+        states = slots.walk(plan, x, table, list(layers))
+    else:
+        states = model.states_at(tokens, slots, table, layers)[0]
     for part in parts:
         part.cache.advance(part.row, part.tokens)
     return states

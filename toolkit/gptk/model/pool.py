@@ -152,16 +152,18 @@ class BlockPool:
 
     def view(self, layer: int, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, a copy: (kv_heads, blocks · BLOCK, head_dim) each."""
-        keys, values = zip(*(self._lanes(layer, block) for block in blocks), strict=True)
-        keys = torch.cat([lanes.transpose(1, 2).flatten(2) for lanes in keys], dim=1)
-        values = torch.cat([lanes.transpose(2, 3).flatten(1, 2) for lanes in values], dim=1)
+        lanes = [self._lanes(layer, block) for block in blocks]
+        keys = torch.cat([keys.transpose(1, 2).flatten(2) for keys, _ in lanes], dim=1)
+        values = torch.cat([values.transpose(2, 3).flatten(1, 2) for _, values in lanes], dim=1)
         return keys, values
 
     def write(self, layer: int, block: int, slot: int, kv: Tensor) -> None:
         """Store keys and values in consecutive slots of a block. kv: (2, kv_heads, slots, d)."""
         keys, values = self._lanes(layer, block)
         kv_heads, count = kv.shape[1:3]
-        keys[:, :, slot : slot + count] = kv[0].reshape(kv_heads, count, -1, self._per_lane).transpose(1, 2)
+        keys[:, :, slot : slot + count] = (
+            kv[0].reshape(kv_heads, count, -1, self._per_lane).transpose(1, 2)
+        )
         slots = torch.arange(slot, slot + count, device=self.device)
         values[:, slots // self._per_lane, :, slots % self._per_lane] = kv[1].transpose(0, 1)
 

@@ -3,7 +3,7 @@
 Decoding reads every weight once a step, so a quarter of the bytes takes about a quarter of the
 time. Weights are packed for gptk's kernel (`KernelGroups`) or, where it cannot run, for PyTorch's
 (`PyTorchInt8`, `PyTorchInt4`, `PyTorchInt8Groups`), which round activations and scales to bfloat16.
-For many rows weights are dequantized. On CUDA torchao quantizes, see gptk.model.torchao.
+PyTorch's dequantize them for many rows. On CUDA torchao quantizes, see gptk.model.torchao.
 """
 
 import functools
@@ -26,16 +26,16 @@ from gptk.model.levels import (
     outputs_at_a_time,
 )
 from gptk.model.packing import Packed
-from gptk.system.devices import has_bfloat16_instructions, has_fast_products
+from gptk.system.devices import has_fast_products
 from gptk.system.memory import new_bytes
 
 Quantize = Literal["auto", "none", "int8", "int4"]
 """What becomes of the matrices of linear layers. auto: those that a file has quantized, as Levels,
 stay so where `keeps_levels`; none: all are dense; int8, int4: all are rounded, see Precision."""
 
-_MANY_ROWS, _MANY_ROWS_IN_BFLOAT16 = 64, 256
+_MANY_ROWS = 64
 """From this many rows on, it is faster to dequantize the weights and multiply by them than to use
-PyTorch's kernels; or gptk's, if the product is in bfloat16 by instructions for it."""
+PyTorch's kernels."""
 _ROWS_AT_A_TIME = 256
 """Rows that are looked up at a time, so that the blocks that they are in take little memory."""
 _PYTORCH_BLOCK = 64
@@ -130,15 +130,15 @@ class KernelGroups:
 
     def __init__(self, levels: Levels | NearestLevels) -> None:
         self.kind = "int8" if levels.bits == 8 else "int4"
-        self._bits: int = levels.bits
+        self.bits: int = levels.bits
         self._outputs, self._inputs = levels.shape
         groups = self._inputs // GROUP
         blocks = -(-self._outputs // _KERNEL_BLOCK)
-        self._weights = new_bytes(blocks, groups, (4 + GROUP * self._bits // 8) * _KERNEL_BLOCK)
+        self.weights = new_bytes(blocks, groups, (4 + GROUP * self.bits // 8) * _KERNEL_BLOCK)
         step = max(1, WEIGHTS_AT_A_TIME // (_KERNEL_BLOCK * self._inputs))
         for block in range(0, blocks, step):
             part = levels[block * _KERNEL_BLOCK : (block + step) * _KERNEL_BLOCK]
-            kernels.pack(part.codes, part.scale, part.offset, self._bits, self._weights[block:])
+            kernels.pack(part.codes, part.scale, part.offset, self.bits, self.weights[block:])
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
@@ -146,18 +146,15 @@ class KernelGroups:
         dtype = x.dtype
         if dtype == torch.float16:
             return self.linear(x.float(), bias).half()
-        if dtype == torch.bfloat16:
-            if x.shape[0] >= _MANY_ROWS_IN_BFLOAT16 and has_bfloat16_instructions():
-                return _with_bias(F.linear(x, self.dense(dtype)), x, bias)
-        elif dtype != torch.float32:
+        if dtype not in (torch.float32, torch.bfloat16):
             return F.linear(x, self.dense(dtype), bias)
-        return kernels.quantized_linear(x, self._weights, bias, self._bits, self._outputs)
+        return kernels.quantized_linear(x, self.weights, bias, self.bits, self._outputs)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         if dtype not in (torch.float32, torch.bfloat16):
             return self.dense(torch.float32).to(dtype)
         return kernels.dequantize_packed(
-            self._weights, self._bits, self._outputs, self._inputs, dtype
+            self.weights, self.bits, self._outputs, self._inputs, dtype
         )
 
     def rows(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,21 +169,21 @@ class KernelGroups:
             if not 0 <= low <= high < self._outputs:
                 raise IndexError(f"rows from {low} to {high} of {self._outputs}")
         if one is not None:  # as at each step of decoding
-            return kernels.dequantize_row(self._weights, self._bits, self._inputs, one).to(dtype)
-        sizes = self._bits, self._inputs
+            return kernels.dequantize_row(self.weights, self.bits, self._inputs, one).to(dtype)
+        sizes = self.bits, self._inputs
         parts = [
-            kernels.dequantize_rows(self._weights, *sizes, part).to(dtype)
+            kernels.dequantize_rows(self.weights, *sizes, part).to(dtype)
             for part in torch.split(outputs, _ROWS_AT_A_TIME)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def nbytes(self) -> int:
-        return self._weights.nbytes
+        return self.weights.nbytes
 
     @property
     def device(self) -> torch.device:
-        return self._weights.device
+        return self.weights.device
 
 
 class PyTorchInt8:

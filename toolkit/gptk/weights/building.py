@@ -14,11 +14,11 @@ from gptk.hooks.weights import Checkpoint
 from gptk.model.gpt import GPT
 from gptk.model.levels import Levels
 from gptk.model.linear import Linear
-from gptk.model.packing import Packed
+from gptk.model.packing import PackableModule, Packed
+from gptk.model.panels import Panels, can_be_panels
 from gptk.model.quantization import Quantize, keeps_levels, quantized
 from gptk.model.quantization import pack as pack_levels
 from gptk.model.slow_paths import tell_of_slow_inference
-from gptk.system.memory import new_bytes
 from gptk.weights.empty import empty_gpt
 from gptk.weights.failures import explaining_load_failures
 from gptk.weights.kinds import embedding_kind, matrix_kind
@@ -50,15 +50,12 @@ def build_model(
     that cannot be read; OutOfMemory.
     """
     device, model = torch.device(device), empty_gpt(checkpoint.config)
-    # gptk's kernels read weights a quarter faster from huge pages. For float32 weights, allocating
-    # so many pages may take longer than is gained in a text of a hundred tokens.
-    huge_pages = pack and dtype == torch.bfloat16 and device.type == "cpu" and kernels.available()
     state = _checked_state(checkpoint)
-    builder = _Builder(model, state, device, dtype, quantize, huge_pages)
+    builder = _Builder(model, state, device, dtype, quantize, pack)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kind = str(dtype).removeprefix("torch.")
     with explaining_load_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
-        builder.fill(pack=pack)
+        builder.fill()
         if pack:
             model.pack()
     if pack:
@@ -91,12 +88,12 @@ class _Builder:
     device: torch.device
     dtype: torch.dtype
     quantize: Quantize
-    huge_pages: bool
+    pack: bool
     expanded: list[str] = field(default_factory=list)
     """The matrices that the checkpoint has as Levels, and that auto does not keep here."""
 
-    def fill(self, *, pack: bool) -> None:
-        """Fill the model, layer by layer. pack: call `Linear.pack` on each linear layer."""
+    def fill(self) -> None:
+        """Fill the model, layer by layer."""
         model, tied = self.model, self.model.config.tied_head
         for path, layer in model.named_modules():
             for name, _ in list(layer.named_parameters(recurse=False)):
@@ -104,7 +101,7 @@ class _Builder:
                     self._put(layer, f"{path}.{name}")
             if layer is model.head and tied and model.head.packed is None:
                 model.head.weight = model.embed.weight
-            if isinstance(layer, Linear) and pack:
+            if isinstance(layer, Linear) and self.pack:
                 layer.pack()
 
     def _put(self, layer: nn.Module, name: str) -> None:
@@ -118,7 +115,24 @@ class _Builder:
             return
         if isinstance(tensor, Levels) and not keeps_levels(self.device, self.dtype):
             self.expanded.append(name)
+        if self.pack and self._puts_panels(layer, name, tensor):
+            return
         setattr(layer, name.rpartition(".")[2], nn.Parameter(self._converted(tensor)))
+
+    def _puts_panels(self, layer: nn.Module, name: str, tensor: Tensor | Levels) -> bool:
+        """Put a matrix of a linear layer in panels, or of an embedding to which the head is tied.
+        Whether it is one, and the kernels take it."""
+        head = self.model.head
+        tied = layer is self.model.embed and self.model.config.tied_head and head.packed is None
+        is_matrix = isinstance(layer, Linear) and name.endswith(".weight")
+        if not (is_matrix or tied) or not can_be_panels(tensor.shape, self.dtype, self.device):
+            return False
+        assert isinstance(layer, PackableModule)
+        panels = Panels(tensor, self.dtype)
+        layer.use_packed(panels, self.dtype)
+        if tied:
+            head.use_packed(panels, self.dtype)
+        return True
 
     def _packs_embedding(self, tensor: Tensor | Levels) -> bool:
         """Put the embedding into the model if it stays quantized, and a quantized head that is tied
@@ -150,12 +164,8 @@ class _Builder:
 
     def _converted(self, weight: Any) -> Tensor:
         """The tensor in the model's dtype, on its device."""
-        dtype = self.dtype
-        if self.huge_pages and len(weight.shape) == 2:
-            out = new_bytes(weight.shape.numel() * dtype.itemsize).view(dtype).view(weight.shape)
-            return weight.dense(out=out) if isinstance(weight, Levels) else out.copy_(weight)
-        weight = weight.dense(dtype) if isinstance(weight, Levels) else weight
-        converted: Tensor = weight.to(self.device, dtype)
+        weight = weight.dense(self.dtype) if isinstance(weight, Levels) else weight
+        converted: Tensor = weight.to(self.device, self.dtype)
         return converted.contiguous()  # a file may have a tensor with any strides
 
 

@@ -1,7 +1,7 @@
 // The exported functions of attention, which kernels/build.py compiles and loads. They are in a
 // separate file, compiled in parallel with kernels.cpp, as they take half of the time to compile.
 
-#include "blocks.h"
+#include "attention.h"
 
 extern "C" {
 
@@ -40,28 +40,6 @@ int32_t gptk_attend_causally(int is_bfloat16, const void* q, const void* k, cons
   return status_of({{q, queries}, {k, keys}, {v, keys}, {y, queries}}, [&] {
     const CausalShape shape{rows, time, heads, kv_heads, q_row, q_time, kv_row, kv_time, scale};
     DISPATCH_DTYPE(is_bfloat16, attend_causally_by_size<T>(q, k, v, y, logsums, size, shape));
-  });
-}
-
-// Stores new keys and values of sequences in their blocks, and y = softmax(q kᵀ · scale) v, where
-// each token sees those before it in its sequence, and itself. All numbers are float32 or bfloat16.
-//
-// qkv: (tokens, heads + 2 · kv_heads, size) without gaps, queries, keys, values; y: (tokens, heads,
-// size). sequences: (count, 4): its first token, how many tokens it has here, how many are in its
-// blocks already, and where its blocks begin in `tables`. tables: numbers of blocks. slabs: the
-// addresses of slabs of 2^slab_bits blocks, of which this layer's keys and values begin at
-// keys_from and values_from, in numbers; for a block see `Blocks`. size: 32, 64, 96 or 128;
-// heads / kv_heads is at most 16.
-int32_t gptk_attend_blocks(int is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
-                           const int32_t* tables, const int64_t* slabs, float scale, int64_t tokens,
-                           int64_t count, int64_t heads, int64_t kv_heads, int64_t size,
-                           int64_t slab_bits, int64_t keys_from, int64_t values_from) {
-  return status_of({{qkv, tokens}, {y, tokens}}, [&] {
-    const BlockPlan plan(sequences, tables, tokens, count, heads, kv_heads);
-    DISPATCH_DTYPE(is_bfloat16, {
-      const Blocks<T> blocks{slabs, slab_bits, keys_from, values_from, kv_heads, size};
-      attend_blocks_by_size<T>(qkv, y, plan, blocks, scale);
-    });
   });
 }
 

@@ -52,26 +52,25 @@ template <typename T, int vectors>
 float compute_scores(const T* q, const T* keys, const T* mask, const int32_t* visible,
                      int64_t count, float scale, float* scores) {
   constexpr int64_t size = 16 * vectors, step = 64 / sizeof(T);
-  __m512i query[size / step];
-  for (int v = 0; v < size / step; v++) query[v] = _mm512_loadu_si512(q + v * step);
-  __m512 highest = _mm512_set1_ps(-INFINITY);
+  Ints query[size / step];
+  for (int v = 0; v < size / step; v++) query[v] = load_bits(q + v * step);
+  Floats highest = broadcast(-INFINITY);
   for (int64_t first = 0; first < count; first += 16) {
-    __m512 dots[16];
+    Floats dots[16];
     alignas(64) float added[16];
     for (int i = 0; i < 16; i++) {
       const int32_t key = visible[std::min(first + i, count - 1)];
-      dots[i] = _mm512_setzero_ps();
+      Floats dot{};
       for (int v = 0; v < size / step; v++)
-        dots[i] =
-            multiply_add(dots[i], q, query[v], _mm512_loadu_si512(keys + key * size + v * step));
+        dot = multiply_add(dot, q, query[v], load_bits(keys + key * size + v * step));
+      dots[i] = dot;
       added[i] = first + i < count ? (mask ? to_float(mask[key]) : 0) : -INFINITY;
     }
-    const __m512 result =
-        _mm512_fmadd_ps(horizontal_sums(dots), _mm512_set1_ps(scale), _mm512_load_ps(added));
-    _mm512_store_ps(scores + first, result);
-    highest = _mm512_max_ps(highest, result);
+    const Floats result = fma(horizontal_sums(dots), broadcast(scale), load(added));
+    store(scores + first, result);
+    highest = max(highest, result);
   }
-  return _mm512_reduce_max_ps(highest);
+  return reduce_max(highest);
 }
 
 // For each of H queries, every `query_step`-th one, the sum of the visible values (chunk, size)
@@ -79,17 +78,17 @@ float compute_scores(const T* q, const T* keys, const T* mask, const int32_t* vi
 template <typename T, int vectors, int H>
 void sum_values(const T* values, const float (*weights)[CHUNK], int64_t query_step,
                 const int32_t* visible, int64_t count, Partial* out) {
-  __m512 sum[H][vectors];
+  Floats sum[H][vectors];
   for (auto& query : sum)
-    for (auto& lanes : query) lanes = _mm512_setzero_ps();
+    for (auto& lanes : query) lanes = Floats{};
   for (int64_t key = 0; key < count; key++)
     for (int v = 0; v < vectors; v++) {
-      const __m512 value = load(values + visible[key] * 16 * vectors + 16 * v);
+      const Floats value = load(values + visible[key] * 16 * vectors + 16 * v);
       for (int h = 0; h < H; h++)
-        sum[h][v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * query_step][key]), value, sum[h][v]);
+        sum[h][v] = fma(broadcast(weights[h * query_step][key]), value, sum[h][v]);
     }
   for (int h = 0; h < H; h++)
-    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out[h * query_step].sum + 16 * v, sum[h][v]);
+    for (int v = 0; v < vectors; v++) store(out[h * query_step].sum + 16 * v, sum[h][v]);
 }
 
 // The queries of one key head that are worked through together: for `rows` tokens the `group` heads
@@ -122,14 +121,14 @@ void attend_chunk(const Queries<T>& queries, const T* keys, const T* values, con
       out[query].highest =
           compute_scores<T, vectors>(vector, keys, mask ? mask + row * mask_stride : nullptr,
                                      visible, seen, queries.scale, scores);
-      const __m512 shift = softmax_shift(out[query].highest);
-      __m512 total = _mm512_setzero_ps();
+      const Floats shift = softmax_shift(out[query].highest);
+      Floats total{};
       for (int64_t key = 0; key < seen; key += 16) {
-        const __m512 weight = exp(_mm512_sub_ps(_mm512_load_ps(scores + key), shift));
-        _mm512_store_ps(scores + key, weight);
-        total = _mm512_add_ps(total, weight);
+        const Floats weight = exp(load(scores + key) - shift);
+        store(scores + key, weight);
+        total = total + weight;
       }
-      out[query].weight = _mm512_reduce_add_ps(total);
+      out[query].weight = reduce_add(total);
     }
     constexpr int together = vectors > 4 ? 2 : 4;  // heads, as many as registers hold sums of
     for (int64_t head = 0; head < queries.group;) {
@@ -159,16 +158,15 @@ void merge_chunks(const Partial* of_query, int64_t chunks, int64_t step, T* y) {
   float highest = -INFINITY;
   for (int64_t chunk = 0; chunk < chunks; chunk++)
     highest = std::max(highest, of_query[chunk * step].highest);
-  __m512 sum[vectors], weight = _mm512_setzero_ps();
-  for (int v = 0; v < vectors; v++) sum[v] = _mm512_setzero_ps();
+  Floats sum[vectors], weight{};
+  for (int v = 0; v < vectors; v++) sum[v] = Floats{};
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     const Partial& part = of_query[chunk * step];
-    const __m512 factor = exp(_mm512_set1_ps(part.highest - highest));
-    weight = _mm512_fmadd_ps(factor, _mm512_set1_ps(part.weight), weight);
-    for (int v = 0; v < vectors; v++)
-      sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(part.sum + 16 * v), sum[v]);
+    const Floats factor = exp(broadcast(part.highest - highest));
+    weight = fma(factor, broadcast(part.weight), weight);
+    for (int v = 0; v < vectors; v++) sum[v] = fma(factor, load(part.sum + 16 * v), sum[v]);
   }
-  for (int v = 0; v < vectors; v++) store(y + 16 * v, _mm512_div_ps(sum[v], weight));
+  for (int v = 0; v < vectors; v++) store(y + 16 * v, sum[v] / weight);
 }
 
 // y = softmax(q kᵀ · scale + mask) v; for the layouts see `gptk_attend`. Chunks are the same
@@ -227,16 +225,16 @@ struct CausalShape {
 };
 
 // A register of numbers in order: 16 in float32; the first `count` of 32, then zeros, in bfloat16.
-inline __m512i load_lanes(const float* x, int64_t) { return _mm512_loadu_si512(x); }
+inline Ints load_lanes(const float* x, int64_t) { return load_bits(x); }
 
-inline __m512i load_lanes(const uint16_t* x, int64_t count) { return load_pairs(x, count); }
+inline Ints load_lanes(const uint16_t* x, int64_t count) { return load_pairs(x, count); }
 
 // 16 numbers of a token, a lane each; in bfloat16 interleaved with those of the next token, or with
 // zeros if there is none.
-inline __m512i load_interleaved(const float* x, const float*) { return _mm512_loadu_si512(x); }
+inline Ints load_interleaved(const float* x, const float*) { return load_bits(x); }
 
-inline __m512i load_interleaved(const uint16_t* x, const uint16_t* next_token) {
-  return interleave(x, next_token, ALL_LANES);
+inline Ints load_interleaved(const uint16_t* x, const uint16_t* next_token) {
+  return interleave(x, next_token, 16);
 }
 
 // The vectors of one head for a chunk of tokens (tokens, size), laid out for products in which the
@@ -256,13 +254,12 @@ struct Chunk {
   void fill_token_lanes(const T* x, int64_t count, int64_t stride) {
     for (int64_t token = 0; token < CHUNK; token += 16)
       for (int64_t i = 0; i < size; i += 16 * per_lane) {
-        __m512i v[16];
+        Ints v[16];
         for (int64_t t = 0; t < 16; t++)
-          v[t] = token + t < count ? load_lanes(x + (token + t) * stride + i, size - i)
-                                   : _mm512_setzero_si512();
-        transpose(v);
+          v[t] = token + t < count ? load_lanes(x + (token + t) * stride + i, size - i) : Ints{};
+        transpose<16>(v);
         for (int64_t n = 0; n < std::min<int64_t>(16, (size - i) / per_lane); n++)
-          _mm512_store_si512(&token_lanes[i / per_lane + n][token], v[n]);
+          store_bits(&token_lanes[i / per_lane + n][token], v[n]);
       }
   }
 
@@ -270,10 +267,10 @@ struct Chunk {
     for (int64_t token = 0; token < CHUNK; token += per_lane)
       for (int64_t i = 0; i < size; i += 16) {
         const T* from = x + token * stride + i;
-        __m512i lanes = _mm512_setzero_si512();
+        Ints lanes{};
         if (token < count)
           lanes = load_interleaved(from, token + 1 < count ? from + stride : nullptr);
-        _mm512_store_si512(&size_lanes[token / per_lane][i], lanes);
+        store_bits(&size_lanes[token / per_lane][i], lanes);
       }
   }
 };
@@ -282,13 +279,11 @@ constexpr int64_t ROWS_AT_ONCE = 4;  // of a product, such as queries
 
 // One lane's numbers, one float32 or two bfloat16, in every lane.
 template <typename T>
-inline __m512i broadcast_lane(const T* x) {
-  int32_t lane;
-  std::memcpy(&lane, x, 4);
-  return _mm512_set1_epi32(lane);
+inline Ints broadcast_lane(const T* x) {
+  return broadcast_four(x);
 }
 
-using Scores = __m512[ROWS_AT_ONCE][CHUNK / 16];  // (rows, tokens of a chunk)
+using Scores = Floats[ROWS_AT_ONCE][CHUNK / 16];  // (rows, tokens of a chunk)
 
 // y (rows, tokens) = x (rows, size) times the chunk's tokens, for four rows, `stride` numbers
 // apart, of which there are `count`: missing ones repeat the last.
@@ -296,13 +291,13 @@ template <typename T, int vectors>
 inline void multiply_with_tokens(const T* x, int64_t stride, int64_t count,
                                  const Chunk<T, vectors>& chunk, Scores& y) {
   for (auto& row : y)
-    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+    for (auto& lanes : row) lanes = Floats{};
   for (int64_t i = 0; i < chunk.size; i += chunk.per_lane)
     for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-      const __m512i lane = broadcast_lane(x + std::min(r, count - 1) * stride + i);
+      const Ints lane = broadcast_lane(x + std::min(r, count - 1) * stride + i);
       for (int k = 0; k < CHUNK / 16; k++)
         y[r][k] = multiply_add(y[r][k], x, lane,
-                               _mm512_load_si512(&chunk.token_lanes[i / chunk.per_lane][16 * k]));
+                               load_bits(&chunk.token_lanes[i / chunk.per_lane][16 * k]));
     }
 }
 
@@ -310,23 +305,22 @@ inline void multiply_with_tokens(const T* x, int64_t stride, int64_t count,
 // `tokens` tokens, for four rows.
 template <typename T, int vectors>
 inline void add_weighted_tokens(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk,
-                                int64_t tokens, const __m512* factors, float (*sum)[16 * vectors]) {
+                                int64_t tokens, const Floats* factors, float (*sum)[16 * vectors]) {
   constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
   for (int first = 0; first < vectors; first += together) {
-    __m512 sums[ROWS_AT_ONCE][together];
+    Floats sums[ROWS_AT_ONCE][together];
     for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
-      for (int v = 0; v < together; v++)
-        sums[r][v] = _mm512_mul_ps(_mm512_load_ps(&sum[r][16 * (first + v)]), factors[r]);
+      for (int v = 0; v < together; v++) sums[r][v] = load(&sum[r][16 * (first + v)]) * factors[r];
     for (int64_t token = 0; token < tokens; token += chunk.per_lane)
       for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-        const __m512i lane = broadcast_lane(&weights[r][token]);
+        const Ints lane = broadcast_lane(&weights[r][token]);
         for (int v = 0; v < together; v++)
-          sums[r][v] = multiply_add(
-              sums[r][v], weights[r], lane,
-              _mm512_load_si512(&chunk.size_lanes[token / chunk.per_lane][16 * (first + v)]));
+          sums[r][v] =
+              multiply_add(sums[r][v], weights[r], lane,
+                           load_bits(&chunk.size_lanes[token / chunk.per_lane][16 * (first + v)]));
       }
     for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
-      for (int v = 0; v < together; v++) _mm512_store_ps(&sum[r][16 * (first + v)], sums[r][v]);
+      for (int v = 0; v < together; v++) store(&sum[r][16 * (first + v)], sums[r][v]);
   }
 }
 
@@ -340,23 +334,22 @@ void attend_chunk_causally(const T* q, int64_t stride, int64_t queries, float sc
   Scores scores;
   multiply_with_tokens(q, stride, queries, chunk, scores);
   alignas(64) T weights[ROWS_AT_ONCE][CHUNK];
-  __m512 factors[ROWS_AT_ONCE];
+  Floats factors[ROWS_AT_ONCE];
   for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-    __m512 lane_highest = _mm512_set1_ps(highest[r]), total = _mm512_setzero_ps();
+    Floats lane_highest = broadcast(highest[r]), total{};
     for (int k = 0; k < CHUNK / 16; k++) {
-      const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
-      scores[r][k] =
-          _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first_lanes(visible + r - 16 * k), scaled);
-      lane_highest = _mm512_max_ps(scores[r][k], lane_highest);
+      const Floats scaled = scores[r][k] * broadcast(scale);
+      scores[r][k] = select(first_lanes(visible + r - 16 * k), scaled, broadcast(-INFINITY));
+      lane_highest = max(scores[r][k], lane_highest);
     }
-    const float new_highest = _mm512_reduce_max_ps(lane_highest);
-    factors[r] = exp(_mm512_sub_ps(_mm512_set1_ps(highest[r]), softmax_shift(new_highest)));
+    const float new_highest = reduce_max(lane_highest);
+    factors[r] = exp(broadcast(highest[r]) - softmax_shift(new_highest));
     for (int k = 0; k < CHUNK / 16; k++) {
-      const __m512 lane_weights = exp(_mm512_sub_ps(scores[r][k], softmax_shift(new_highest)));
+      const Floats lane_weights = exp(scores[r][k] - softmax_shift(new_highest));
       store(&weights[r][16 * k], lane_weights);
-      total = _mm512_add_ps(total, lane_weights);
+      total = total + lane_weights;
     }
-    weight[r] = weight[r] * _mm512_cvtss_f32(factors[r]) + _mm512_reduce_add_ps(total);
+    weight[r] = std::fma(weight[r], first_lane(factors[r]), reduce_add(total));
     highest[r] = new_highest;
   }
   add_weighted_tokens(weights, chunk, std::min(CHUNK, visible + ROWS_AT_ONCE - 1), factors, sum);
@@ -406,7 +399,7 @@ void attend_causally(const T* q, const T* k, const T* v, T* y, float* logsums,
       for (int64_t i = 0; i < count; i++) {
         for (int64_t j = 0; j < size; j += 16)
           store(y + ((row * shape.time + start + i) * shape.heads + head) * size + j,
-                _mm512_div_ps(_mm512_load_ps(&sum[i][j]), _mm512_set1_ps(weight[i])));
+                load(&sum[i][j]) / broadcast(weight[i]));
         if (logsums) logsums[row_head * shape.time + start + i] = highest[i] + std::log(weight[i]);
       }
     }
@@ -418,10 +411,10 @@ template <typename T>
 void transpose(const float (*x)[CHUNK], T (*y)[CHUNK]) {
   for (int64_t i = 0; i < CHUNK; i += 16)
     for (int64_t j = 0; j < CHUNK; j += 16) {
-      __m512i v[16];
-      for (int r = 0; r < 16; r++) v[r] = _mm512_load_si512(&x[i + r][j]);
-      transpose(v);
-      for (int r = 0; r < 16; r++) store(&y[j + r][i], _mm512_castsi512_ps(v[r]));
+      Ints v[16];
+      for (int r = 0; r < 16; r++) v[r] = load_bits(&x[i + r][j]);
+      transpose<16>(v);
+      for (int r = 0; r < 16; r++) store(&y[j + r][i], floats_of_bits(v[r]));
     }
 }
 
@@ -458,7 +451,7 @@ struct Backward {
     alignas(64) float p[CHUNK][CHUNK], ds[CHUNK][CHUNK];  // (queries, keys)
     alignas(64) T transposed[CHUNK][CHUNK];
     const int64_t count = shape.count(block), start = block * CHUNK;
-    const __m512 one = _mm512_set1_ps(1), ones[ROWS_AT_ONCE] = {one, one, one, one};
+    const Floats one = broadcast(1), ones[ROWS_AT_ONCE] = {one, one, one, one};
     const int64_t used = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * ROWS_AT_ONCE;
     for (auto* matrix : {p, ds}) std::fill(matrix[used], matrix[CHUNK], 0.0f);
     for (int64_t i = 0; i < count; i += ROWS_AT_ONCE) {
@@ -471,15 +464,13 @@ struct Backward {
         const int64_t visible = r >= rows ? 0 : chunk < block ? CHUNK : i + r + 1;
         const int64_t query = start + std::min(i + r, count - 1);
         for (int k = 0; k < CHUNK / 16; k++) {
-          const __m512 scale = _mm512_set1_ps(shape.scale);
-          const __m512 weight = _mm512_maskz_mov_ps(
-              first_lanes(visible - 16 * k),
-              exp(_mm512_fmsub_ps(scores[r][k], scale, _mm512_set1_ps(logsums[query]))));
-          const __m512 change =
-              _mm512_mul_ps(_mm512_mul_ps(weight, scale),
-                            _mm512_sub_ps(products[r][k], _mm512_set1_ps(d[query])));
-          _mm512_store_ps(&p[i + r][16 * k], weight);
-          _mm512_store_ps(&ds[i + r][16 * k], change);
+          const Floats scale = broadcast(shape.scale);
+          const Floats weight =
+              select(first_lanes(visible - 16 * k),
+                     exp(fma(scores[r][k], scale, -broadcast(logsums[query]))), Floats{});
+          const Floats change = weight * scale * (products[r][k] - broadcast(d[query]));
+          store(&p[i + r][16 * k], weight);
+          store(&ds[i + r][16 * k], change);
           store(&weights[r][16 * k], change);
         }
       }
@@ -522,8 +513,7 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
       // Rounds gradients (time, size) to T; `stride` numbers from one token to the next.
       const auto write = [&](const float (*from)[size], T* to, int64_t stride) {
         for (int64_t i = 0; i < shape.time; i++)
-          for (int64_t j = 0; j < size; j += 16)
-            store(to + i * stride + j, _mm512_load_ps(&from[i][j]));
+          for (int64_t j = 0; j < size; j += 16) store(to + i * stride + j, load(&from[i][j]));
       };
       for (int64_t head = kv_head * shape.group(); head < (kv_head + 1) * shape.group(); head++) {
         const int64_t stride = shape.heads * size, first = row * shape.time * stride + head * size;
@@ -535,11 +525,10 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
           backward.gradients[chunk].fill_size_lanes(head_dy + start * stride, count, stride);
         }
         for (int64_t i = 0; i < shape.time; i++) {
-          __m512 sum = _mm512_setzero_ps();
+          Floats sum{};
           for (int64_t j = 0; j < size; j += 16)
-            sum = _mm512_fmadd_ps(load(head_dy + i * stride + j), load(y + first + i * stride + j),
-                                  sum);
-          backward.d[i] = _mm512_reduce_add_ps(sum);
+            sum = fma(load(head_dy + i * stride + j), load(y + first + i * stride + j), sum);
+          backward.d[i] = reduce_add(sum);
         }
         std::fill(*backward.dq.get(), *(backward.dq.get() + chunks * CHUNK), 0.0f);
         for (int64_t block = 0; block < chunks; block++)

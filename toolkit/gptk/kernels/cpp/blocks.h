@@ -38,15 +38,17 @@ struct Blocks {
   T* keys(int32_t block, int64_t head) const { return at(keys_from, block, head); }
   T* values(int32_t block, int64_t head) const { return at(values_from, block, head); }
 
-  // Stores the key and the value (size) of a head of one token.
-  void store(const T* key, const T* value, int32_t block, int64_t slot, int64_t head) const {
+  // Stores the key and the value (size) of a head of one token. is_last: no other token of its text
+  // is stored at the same time after it.
+  void store(const T* key, const T* value, int32_t block, int64_t slot, int64_t head,
+             bool is_last) const {
     uint32_t* lanes = (uint32_t*)keys(block, head) + slot;
     for (int64_t i = 0; i < size; i += per_lane)
       std::memcpy(lanes + i / per_lane * CHUNK, key + i, 4);
     T* to = values(block, head) + slot / per_lane * per_lane * size + slot % per_lane;
     for (int64_t i = 0; i < size; i++) to[i * per_lane] = value[i];
     // Until the next token comes its numbers are 0: what was there before may be NaN.
-    if (per_lane == 2 && slot % 2 == 0)
+    if (per_lane == 2 && slot % 2 == 0 && is_last)
       for (int64_t i = 0; i < size; i++) to[i * per_lane + 1] = 0;
   }
 };
@@ -65,15 +67,14 @@ template <typename T, int vectors, int R>
 void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, float scale) {
   constexpr int64_t size = 16 * vectors, per_lane = 4 / sizeof(T);
   constexpr int registers = CHUNK / 16;
-  __m512 scores[R][registers];
+  Floats scores[R][registers];
   for (auto& row : scores)
-    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+    for (auto& lanes : row) lanes = Floats{};
   for (int64_t i = 0; i < size; i += per_lane) {
-    __m512i key[registers];
-    for (int k = 0; k < registers; k++)
-      key[k] = _mm512_load_si512(keys + i * CHUNK + 16 * per_lane * k);
+    Ints key[registers];
+    for (int k = 0; k < registers; k++) key[k] = load_bits(keys + i * CHUNK + 16 * per_lane * k);
     for (int r = 0; r < R; r++) {
-      const __m512i lane = broadcast_lane(queries[r].q + i);
+      const Ints lane = broadcast_lane(queries[r].q + i);
       for (int k = 0; k < registers; k++)
         scores[r][k] = multiply_add(scores[r][k], keys, lane, key[k]);
     }
@@ -81,42 +82,41 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, fl
   alignas(64) T weights[R][CHUNK];
   int64_t seen = 0;
   for (int r = 0; r < R; r++) {
-    __m512 lane_highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    Floats lane_highest = broadcast(-INFINITY), total = Floats{};
     for (int k = 0; k < registers; k++) {
-      const __m512 scaled = _mm512_mul_ps(scores[r][k], _mm512_set1_ps(scale));
-      scores[r][k] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY),
-                                        first_lanes(queries[r].visible - 16 * k), scaled);
-      lane_highest = _mm512_max_ps(scores[r][k], lane_highest);
+      const Floats scaled = scores[r][k] * broadcast(scale);
+      scores[r][k] = select(first_lanes(queries[r].visible - 16 * k), scaled, broadcast(-INFINITY));
+      lane_highest = max(scores[r][k], lane_highest);
     }
-    const float highest = _mm512_reduce_max_ps(lane_highest);
-    const __m512 shift = softmax_shift(highest);
+    const float highest = reduce_max(lane_highest);
+    const Floats shift = softmax_shift(highest);
     for (int k = 0; k < registers; k++) {
-      const __m512 weight = exp(_mm512_sub_ps(scores[r][k], shift));
+      const Floats weight = exp(scores[r][k] - shift);
       ::store(&weights[r][16 * k], weight);
-      total = _mm512_add_ps(total, weight);
+      total = total + weight;
     }
     queries[r].result->highest = highest;
-    queries[r].result->weight = _mm512_reduce_add_ps(total);
+    queries[r].result->weight = reduce_add(total);
     seen = std::max(seen, std::min(CHUNK, queries[r].visible));
   }
   constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
   for (int first = 0; first < vectors; first += together) {
-    __m512 sums[R][together];
+    Floats sums[R][together];
     for (auto& row : sums)
-      for (auto& lanes : row) lanes = _mm512_setzero_ps();
+      for (auto& lanes : row) lanes = Floats{};
     for (int64_t token = 0; token < seen; token += per_lane) {
-      __m512i value[together];
+      Ints value[together];
       for (int v = 0; v < together; v++)
-        value[v] = _mm512_load_si512(values + token * size + 16 * per_lane * (first + v));
+        value[v] = load_bits(values + token * size + 16 * per_lane * (first + v));
       for (int r = 0; r < R; r++) {
-        const __m512i lane = broadcast_lane(&weights[r][token]);
+        const Ints lane = broadcast_lane(&weights[r][token]);
         for (int v = 0; v < together; v++)
           sums[r][v] = multiply_add(sums[r][v], values, lane, value[v]);
       }
     }
     for (int r = 0; r < R; r++)
       for (int v = 0; v < together; v++)
-        _mm512_storeu_ps(queries[r].result->sum + 16 * (first + v), sums[r][v]);
+        store(queries[r].result->sum + 16 * (first + v), sums[r][v]);
   }
 }
 
@@ -133,27 +133,24 @@ void attend_to_chunk(const Query<T>* queries, int64_t count, const T* keys, cons
 // The partial results of the chunks so far, merged.
 template <int vectors>
 struct Merged {
-  __m512 sum[vectors];
+  Floats sum[vectors];
   float highest = -INFINITY, weight = 0;
 
   Merged() {
-    for (auto& lanes : sum) lanes = _mm512_setzero_ps();
+    for (auto& lanes : sum) lanes = Floats{};
   }
   void merge(const Partial& part) {
     const float new_highest = std::max(highest, part.highest);
-    const __m512 shift = softmax_shift(new_highest);
-    const __m512 old = exp(_mm512_sub_ps(_mm512_set1_ps(highest), shift));
-    const __m512 added = exp(_mm512_sub_ps(_mm512_set1_ps(part.highest), shift));
-    weight = std::fma(_mm512_cvtss_f32(added), part.weight, weight * _mm512_cvtss_f32(old));
-    for (int v = 0; v < vectors; v++)
-      sum[v] =
-          _mm512_fmadd_ps(added, _mm512_loadu_ps(part.sum + 16 * v), _mm512_mul_ps(sum[v], old));
+    const Floats shift = softmax_shift(new_highest);
+    const Floats old = exp(broadcast(highest) - shift);
+    const Floats added = exp(broadcast(part.highest) - shift);
+    weight = std::fma(first_lane(added), part.weight, weight * first_lane(old));
+    for (int v = 0; v < vectors; v++) sum[v] = fma(added, load(part.sum + 16 * v), sum[v] * old);
     highest = new_highest;
   }
   template <typename T>
   void finish(T* y) const {
-    for (int v = 0; v < vectors; v++)
-      store(y + 16 * v, _mm512_div_ps(sum[v], _mm512_set1_ps(weight)));
+    for (int v = 0; v < vectors; v++) store(y + 16 * v, sum[v] / broadcast(weight));
   }
 };
 
@@ -171,6 +168,7 @@ class BlockPlan {
   // Where a token's keys and values go.
   struct Place {
     int32_t block, slot;
+    bool is_last;  // of its sequence
   };
 
   std::vector<Sequence> sequences;
@@ -192,7 +190,8 @@ class BlockPlan {
       numbers += 4;
       for (int64_t i = 0; i < sequence.count; i++) {
         const int64_t position = sequence.past + i;
-        places[sequence.first + i] = {sequence.table[position / CHUNK], int32_t(position % CHUNK)};
+        places[sequence.first + i] = {sequence.table[position / CHUNK], int32_t(position % CHUNK),
+                                      i + 1 == sequence.count};
       }
       const bool is_long = sequence.count * group > MAX_QUERIES;
       const int64_t step = is_long ? CHUNK : rows_together;
@@ -208,8 +207,23 @@ class BlockPlan {
   }
 };
 
-// Attention of the tokens of a pass in one layer. qkv: (tokens, heads + 2 · kv_heads, size); y:
-// (tokens, heads, size). All threads of a parallel region call `run`.
+// Where a head of a token begins. qkv: (tokens, heads + 2 · kv_heads, size).
+template <typename T>
+inline const T* head_of(const BlockPlan& plan, const T* qkv, int64_t size, int64_t token,
+                        int64_t head) {
+  return qkv + (token * (plan.heads + 2 * plan.kv_heads) + head) * size;
+}
+
+// Stores the keys and values of a token in its block.
+template <typename T>
+void store_token(const BlockPlan& plan, const Blocks<T>& blocks, const T* qkv, int64_t token) {
+  const auto [block, slot, is_last] = plan.places[token];
+  const T* key = head_of(plan, qkv, blocks.size, token, plan.heads);
+  for (int64_t head = 0; head < plan.kv_heads; head++, key += blocks.size)
+    blocks.store(key, key + plan.kv_heads * blocks.size, block, slot, head, is_last);
+}
+
+// Attention of the tokens of a pass in one layer, after all are stored. y: (tokens, heads, size).
 template <typename T, int vectors>
 struct BlockAttention {
   static constexpr int64_t size = 16 * vectors;
@@ -217,22 +231,10 @@ struct BlockAttention {
   const Blocks<T>& blocks;
   const T* qkv;
   T* y;
-  float scale;
   Partial* partial;  // (plan.partials)
+  const float scale = 1 / std::sqrt((float)size);
 
-  const T* head_of(int64_t token, int64_t head) const {
-    return qkv + (token * (plan.heads + 2 * plan.kv_heads) + head) * size;
-  }
-
-  // Stores the token's keys and values in its block.
-  void store_token(int64_t token) const {
-    const auto [block, slot] = plan.places[token];
-    const T* key = head_of(token, plan.heads);
-    for (int64_t head = 0; head < plan.kv_heads; head++, key += size)
-      blocks.store(key, key + plan.kv_heads * size, block, slot, head);
-  }
-
-  // After all tokens are stored.
+  // All threads of a parallel region call it.
   void run() const {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < (int64_t)plan.long_tiles.size() * plan.heads; task++)
@@ -264,7 +266,8 @@ struct BlockAttention {
     for (int64_t row = 0; row < tile.rows; row++)
       for (int64_t i = 0; i < plan.group; i++)
         queries[row * plan.group + i] = {
-            head_of(tile.sequence->first + tile.start + row, head * plan.group + i),
+            head_of(plan, qkv, size, tile.sequence->first + tile.start + row,
+                    head * plan.group + i),
             visible(tile, row, chunk), result + row * plan.group + i};
     const int32_t block = tile.sequence->table[chunk];
     attend_to_chunk<T, vectors>(queries, tile.rows * plan.group, blocks.keys(block, head),
@@ -289,7 +292,8 @@ struct BlockAttention {
     // Copied, because the queries of a head are far apart: so they are fetched at the same time.
     alignas(64) T from[CHUNK][size];
     for (int64_t i = 0; i < tile.rows; i++)
-      std::memcpy(from[i], head_of(sequence.first + tile.start + i, head), sizeof from[i]);
+      std::memcpy(from[i], head_of(plan, qkv, size, sequence.first + tile.start + i, head),
+                  sizeof from[i]);
     Merged<vectors> merged[CHUNK];
     for (int64_t chunk = 0; chunk < tile.chunks; chunk++) {
       const int32_t block = sequence.table[chunk];
@@ -312,31 +316,39 @@ struct BlockAttention {
   }
 };
 
-// Stores the new keys and values of all sequences in their blocks, then y = softmax(q kᵀ · scale) v
+// All threads of a parallel region call it, see `BlockAttention`.
+template <typename T>
+void attend_to_blocks(const BlockPlan& plan, const Blocks<T>& blocks, const T* qkv, T* y,
+                      Partial* partial) {
+  const auto run = [&](auto vectors) {
+    BlockAttention<T, decltype(vectors)::value>{plan, blocks, qkv, y, partial}.run();
+  };
+  switch (blocks.size) {
+    case 32:
+      return run(std::integral_constant<int, 2>());
+    case 64:
+      return run(std::integral_constant<int, 4>());
+    case 96:
+      return run(std::integral_constant<int, 6>());
+    default:
+      return run(std::integral_constant<int, 8>());
+  }
+}
+
+// Stores the new keys and values of all sequences in their blocks, then y = softmax(q kᵀ / √size) v
 // where each token sees those before it and itself. See `gptk_attend_blocks` for the layouts.
-template <typename T, int vectors>
-void attend_blocks(const T* qkv, T* y, const BlockPlan& plan, const Blocks<T>& blocks,
-                   float scale) {
+template <typename T>
+void attend_blocks(const T* qkv, T* y, const BlockPlan& plan, const Blocks<T>& blocks) {
   thread_local Memory<Partial> memory;  // kept for the next call
   memory.reserve(plan.partials);
-  const BlockAttention<T, vectors> attention{plan, blocks, qkv, y, scale, memory.get()};
+  Partial* const partial = memory.get();
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < (int64_t)plan.places.size(); token++)
-      attention.store_token(token);
-    attention.run();
+      store_token(plan, blocks, qkv, token);
+    attend_to_blocks(plan, blocks, qkv, y, partial);
   }
-}
-
-template <typename T>
-void attend_blocks_by_size(const void* qkv, void* y, const BlockPlan& plan, const Blocks<T>& blocks,
-                           float scale) {
-  auto* run = blocks.size == 32   ? attend_blocks<T, 2>
-              : blocks.size == 64 ? attend_blocks<T, 4>
-              : blocks.size == 96 ? attend_blocks<T, 6>
-                                  : attend_blocks<T, 8>;
-  run((const T*)qkv, (T*)y, plan, blocks, scale);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The exported functions of all kernels except attention, which kernels/build.py compiles and
-// loads. They need an x86 processor with AVX-512 and VNNI. They return a Status. Whoever calls them
-// has checked dtypes and shapes.
+// loads. They return a Status. Whoever calls them has checked dtypes and shapes.
 //
 // is_bfloat16: matrices passed as void* are bfloat16; else they are float32.
 
@@ -22,16 +21,6 @@ int32_t gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const vo
       const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
       run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
     });
-  });
-}
-
-// y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
-// unless it is null, summed in float32. inputs: a multiple of 32.
-int32_t gptk_linear(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
-                    int64_t rows, int64_t inputs, int64_t outputs) {
-  return status_of({{x, rows * inputs}, {weights, outputs * inputs}, {y, rows * outputs}}, [&] {
-    DISPATCH_DTYPE(is_bfloat16, linear((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows,
-                                       inputs, outputs));
   });
 }
 
@@ -97,42 +86,75 @@ int32_t gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth,
 int32_t gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
                       int64_t rows, int64_t size) {
   return status_of({{x, rows * size}, {weight, size}, {y, rows * size}}, [&] {
-    DISPATCH_DTYPE(is_bfloat16, rms_norm((const T*)x, (const T*)weight, eps, (T*)y, rows, size));
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++)
+      DISPATCH_DTYPE(is_bfloat16, rms_norm_row((const T*)x + row * size, (const T*)weight, eps,
+                                               (T*)y + row * size, size));
+  });
+}
+
+// y = (x - mean x) / √(mean (x - mean x)² + eps) · weight for each row, plus the bias (size) unless
+// it is null. x, y: (rows, size); weight: (size).
+int32_t gptk_layer_norm(int is_bfloat16, const void* x, const void* weight, const void* bias,
+                        float eps, void* y, int64_t rows, int64_t size) {
+  return status_of({{x, rows * size}, {weight, size}, {y, rows * size}}, [&] {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++)
+      DISPATCH_DTYPE(is_bfloat16, layer_norm_row((const T*)x + row * size, (const T*)weight,
+                                                 (const T*)bias, eps, (T*)y + row * size, size));
   });
 }
 
 // y (rows, size) = silu(x[:, :size]) · x[:, size:]. size: a multiple of 16.
 int32_t gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {y, rows * size}},
-                   [&] { DISPATCH_DTYPE(is_bfloat16, swiglu((const T*)x, (T*)y, rows, size)); });
+  return status_of({{x, rows * size}, {y, rows * size}}, [&] {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
+    for (int64_t row = 0; row < rows; row++)
+      DISPATCH_DTYPE(is_bfloat16, {
+        const T* gate = (const T*)x + 2 * row * size;
+        swiglu_row(gate, gate + size, (T*)y + row * size, size);
+      });
+  });
 }
+
+constexpr int64_t GELU_PART = 4096;  // numbers that a thread takes at a time
 
 // y (size) = gelu(x); or, unless dy is null, the gradient of x from dy, that of gelu(x).
 int32_t gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
   return status_of({{x, size}, {y, size}}, [&] {
-    DISPATCH_DTYPE(is_bfloat16, dy ? gelu<true>((const T*)x, (const T*)dy, (T*)y, size)
-                                   : gelu<false>((const T*)x, (const T*)dy, (T*)y, size));
+#pragma omp parallel for schedule(static) if (size > PARALLEL_FROM)
+    for (int64_t i = 0; i < size; i += GELU_PART)
+      DISPATCH_DTYPE(is_bfloat16, {
+        const auto run = dy ? gelu_row<true, T> : gelu_row<false, T>;
+        run((const T*)x + i, dy ? (const T*)dy + i : nullptr, (T*)y + i,
+            std::min(GELU_PART, size - i));
+      });
   });
 }
 
-// Rotary position embedding of x (heads, size) into y, see `rotate`. cosines, sines: (angles,
+// Rotary position embedding of x (heads, size) into y, see `rotate_head`. cosines, sines: (angles,
 // size); head i takes those of i % angles. size: a multiple of 32.
 int32_t gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
                     int64_t heads, int64_t angles, int64_t size) {
   return status_of(
       {{x, heads * size}, {cosines, angles * size}, {sines, angles * size}, {y, heads * size}},
       [&] {
-        DISPATCH_DTYPE(is_bfloat16, rotate((const T*)x, (const T*)cosines, (const T*)sines, (T*)y,
-                                           heads, angles, size));
+#pragma omp parallel for schedule(static) if (heads * size > PARALLEL_FROM)
+        for (int64_t head = 0; head < heads; head++) {
+          const int64_t angle = head % angles * size;
+          DISPATCH_DTYPE(is_bfloat16,
+                         rotate_head((const T*)x + head * size, (const T*)cosines + angle,
+                                     (const T*)sines + angle, (T*)y + head * size, size));
+        }
       });
 }
 
-// y (count): exponential noise for tokens (count), by keys (count, 2), `key_stride` numbers from
-// one to the next, or by one key (2) for all, with a key_stride of 0.
-int32_t gptk_exponential(const int32_t* keys, int64_t key_stride, const int32_t* tokens, float* y,
+// y (count): exponential noise for tokens (count), by keys (count, 2), or all by one key (2) unless
+// key_of_each.
+int32_t gptk_exponential(const int32_t* keys, int key_of_each, const int32_t* tokens, float* y,
                          int64_t count) {
   return status_of({{keys, count}, {tokens, count}, {y, count}},
-                   [&] { exponential(keys, key_stride, tokens, y, count); });
+                   [&] { exponential(keys, key_of_each, tokens, y, count); });
 }
 
 // For each row of x (rows, size): the highest number, the sum of the weights exp(x - highest), and

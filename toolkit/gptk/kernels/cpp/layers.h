@@ -5,87 +5,82 @@
 
 namespace {
 
-// y = x / √(mean x² + eps) · weight for each row. x, y: (rows, size), weight: (size), of one dtype;
-// computed in float32. size: a multiple of 16.
+// y = x / √(mean x² + eps) · weight. x, weight, y: (size), of one dtype; computed in float32. size:
+// a multiple of 16.
 template <typename T>
-void rms_norm(const T* x, const T* weight, float eps, T* y, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++) {
-    const T* from = x + row * size;
-    T* to = y + row * size;
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16) {
-      const __m512 value = load(from + i);
-      squares = _mm512_fmadd_ps(value, value, squares);
-    }
-    const float mean = _mm512_reduce_add_ps(squares) / size;
-    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(mean + eps));
-    for (int64_t i = 0; i < size; i += 16)
-      store(to + i, _mm512_mul_ps(_mm512_mul_ps(load(from + i), factor), load(weight + i)));
-  }
-}
-
-// y (rows, size) = silu(gate) · up, with x (rows, 2 size): a row's gate, then its up. x and y have
-// one dtype; computed in float32. size: a multiple of 16.
-template <typename T>
-void swiglu(const T* x, T* y, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
-  for (int64_t row = 0; row < rows; row++) {
-    const T *gate = x + 2 * row * size, *up = gate + size;
-    for (int64_t i = 0; i < size; i += 16) {
-      const __m512 value = load(gate + i);
-      const __m512 inverse = exp(_mm512_sub_ps(_mm512_setzero_ps(), value));
-      const __m512 silu = _mm512_div_ps(value, _mm512_add_ps(_mm512_set1_ps(1), inverse));
-      store(y + row * size + i, _mm512_mul_ps(silu, load(up + i)));
-    }
-  }
-}
-
-// GPT-2's GELU of `size` numbers, y = x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³); or, if
-// BACKWARD, the gradient with respect to x, from dy, that with respect to the result. x, dy and y
-// have one dtype; computed in float32.
-template <bool BACKWARD, typename T>
-void gelu(const T* x, const T* dy, T* y, int64_t size) {
-  const __m512 zero = _mm512_setzero_ps(), bound = _mm512_set1_ps(16);
-  const __m512 one = _mm512_set1_ps(1), twice = _mm512_set1_ps(1.59576912f);  // 2 √(2/π)
-  const __m512 cubic = _mm512_set1_ps(0.0713548163f);                         // times 0.044715
-#pragma omp parallel for schedule(static) if (size > PARALLEL_FROM)
+void rms_norm_row(const T* x, const T* weight, float eps, T* y, int64_t size) {
+  Floats squares{};
   for (int64_t i = 0; i < size; i += 16) {
-    const __mmask16 lanes = first_lanes(size - i);
-    const __m512 value = load_masked(x + i, lanes);
-    // Beyond ±16 the sigmoid is 0 or 1. NaN stays NaN.
-    const __m512 clamped = _mm512_min_ps(bound, _mm512_max_ps(_mm512_sub_ps(zero, bound), value));
-    const __m512 square = _mm512_mul_ps(clamped, clamped);
-    const __m512 twice_u = _mm512_mul_ps(clamped, _mm512_fmadd_ps(cubic, square, twice));
-    const __m512 inverse = exp(_mm512_sub_ps(zero, twice_u));
-    const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, inverse));
-    __m512 result = _mm512_mul_ps(value, sigmoid);
-    if (BACKWARD) {
-      const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(3), cubic), square, twice);
-      const __m512 rest = _mm512_mul_ps(result, _mm512_sub_ps(one, sigmoid));
-      result = _mm512_mul_ps(_mm512_fmadd_ps(rest, slope, sigmoid), load_masked(dy + i, lanes));
-    }
-    store_masked(y + i, lanes, result);
+    const Floats value = load(x + i);
+    squares = fma(value, value, squares);
+  }
+  const Floats factor = broadcast(1 / std::sqrt(reduce_add(squares) / size + eps));
+  for (int64_t i = 0; i < size; i += 16) store(y + i, load(x + i) * factor * load(weight + i));
+}
+
+// y = (x - mean x) / √(mean (x - mean x)² + eps) · weight, plus the bias unless it is null. x,
+// weight, bias, y: (size), of one dtype; computed in float32.
+template <typename T>
+void layer_norm_row(const T* x, const T* weight, const T* bias, float eps, T* y, int64_t size) {
+  Floats sums{}, squares{};
+  for (int64_t i = 0; i < size; i += 16) sums = sums + load_first(x + i, size - i);
+  const Floats mean = broadcast(reduce_add(sums) / size);
+  for (int64_t i = 0; i < size; i += 16) {
+    const Floats difference = load_first(x + i, size - i) - mean;
+    squares = fma(difference, select(first_lanes(size - i), difference, Floats{}), squares);
+  }
+  const Floats factor = broadcast(1 / std::sqrt(reduce_add(squares) / size + eps));
+  for (int64_t i = 0; i < size; i += 16) {
+    const Floats normal = (load_first(x + i, size - i) - mean) * factor;
+    const Floats added = bias ? load_first(bias + i, size - i) : Floats{};
+    store_first(y + i, size - i, fma(normal, load_first(weight + i, size - i), added));
   }
 }
 
-// Rotary position embedding, the halves of a head as pairs: y = x · cosines + swapped · sines,
-// where `swapped` is x with its halves exchanged, and sines are negative in the first half. x, y:
-// (heads, size); cosines, sines: (angles, size), where head i takes those of i % angles. All have
-// one dtype; computed in float32. size: a multiple of 32.
+// y = silu(gate) · up. gate, up, y: (size), of one dtype; computed in float32. size: a multiple of
+// 16.
 template <typename T>
-void rotate(const T* x, const T* cosines, const T* sines, T* y, int64_t heads, int64_t angles,
-            int64_t size) {
-#pragma omp parallel for schedule(static) if (heads * size > PARALLEL_FROM)
-  for (int64_t head = 0; head < heads; head++) {
-    const T* from = x + head * size;
-    const int64_t angle = head % angles * size;
-    for (int64_t i = 0; i < size; i += 16) {
-      const __m512 swapped = load(from + (i < size / 2 ? i + size / 2 : i - size / 2));
-      const __m512 turned = _mm512_mul_ps(swapped, load(sines + angle + i));
-      store(y + head * size + i,
-            _mm512_fmadd_ps(load(from + i), load(cosines + angle + i), turned));
+void swiglu_row(const T* gate, const T* up, T* y, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) {
+    const Floats value = load(gate + i);
+    const Floats silu = value / (broadcast(1) + exp(-value));
+    store(y + i, silu * load(up + i));
+  }
+}
+
+// GPT-2's GELU, y = x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³); or, if BACKWARD, the
+// gradient with respect to x, from dy, that with respect to the result. x, dy, y: (size), of one
+// dtype; computed in float32.
+template <bool BACKWARD, typename T>
+void gelu_row(const T* x, const T* dy, T* y, int64_t size) {
+  const Floats one = broadcast(1), bound = broadcast(16);
+  const Floats twice = broadcast(1.59576912f), cubic = broadcast(0.0713548163f);  // 2 √(2/π)
+  for (int64_t i = 0; i < size; i += 16) {
+    const Floats value = load_first(x + i, size - i);
+    // Beyond ±16 the sigmoid is 0 or 1. NaN stays NaN.
+    const Floats clamped = min(bound, max(-bound, value));
+    const Floats square = clamped * clamped;
+    const Floats twice_u = clamped * fma(cubic, square, twice);
+    const Floats sigmoid = one / (one + exp(-twice_u));
+    Floats result = value * sigmoid;
+    if (BACKWARD) {
+      const Floats slope = fma(broadcast(3) * cubic, square, twice);
+      const Floats rest = result * (one - sigmoid);
+      result = fma(rest, slope, sigmoid) * load_first(dy + i, size - i);
     }
+    store_first(y + i, size - i, result);
+  }
+}
+
+// Rotary position embedding of a head, its halves as pairs: y = x · cosines + swapped · sines,
+// where `swapped` is x with its halves exchanged, and sines are negative in the first half. All
+// are (size) and of one dtype; computed in float32. size: a multiple of 32. y may be x.
+template <typename T>
+void rotate_head(const T* x, const T* cosines, const T* sines, T* y, int64_t size) {
+  for (int64_t i = 0, j = size / 2; j < size; i += 16, j += 16) {
+    const Floats first = load(x + i), second = load(x + j);
+    store(y + i, fma(first, load(cosines + i), second * load(sines + i)));
+    store(y + j, fma(second, load(cosines + j), first * load(sines + j)));
   }
 }
 
@@ -94,16 +89,13 @@ template <typename T>
 void column_sums(const T* x, float* y, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns > PARALLEL_FROM)
   for (int64_t first = 0; first < columns; first += 64) {
-    __m512 sums[4];
-    __mmask16 lanes[4];
-    for (int k = 0; k < 4; k++) {
-      sums[k] = _mm512_setzero_ps();
-      lanes[k] = first_lanes(columns - first - 16 * k);
-    }
+    Floats sums[4] = {};
     for (int64_t row = 0; row < rows; row++)
-      for (int k = 0; k < 4; k++)
-        sums[k] = _mm512_add_ps(sums[k], load_masked(x + row * columns + first + 16 * k, lanes[k]));
-    for (int k = 0; k < 4; k++) store_masked(y + first + 16 * k, lanes[k], sums[k]);
+      for (int k = 0; k < 4; k++) {
+        const int64_t column = first + 16 * k;
+        sums[k] = sums[k] + load_first(x + row * columns + column, columns - column);
+      }
+    for (int k = 0; k < 4; k++) store_first(y + first + 16 * k, columns - first - 16 * k, sums[k]);
   }
 }
 
@@ -120,31 +112,30 @@ Status cross_entropy(T* x, const int64_t* targets, float* losses, float scale, i
   for (int64_t row = 0; row < rows; row++) {
     T* const logits = x + row * stride;
     const float target = to_float(logits[targets[row]]);
-    __m512 high = _mm512_set1_ps(-INFINITY);
+    Floats high = broadcast(-INFINITY);
     for (int64_t i = 0; i < size; i += 16) {
-      const __mmask16 lanes = first_lanes(size - i);
-      high = _mm512_mask_max_ps(high, lanes, high, load_masked(logits + i, lanes));
+      const Lanes lanes = first_lanes(size - i);
+      high = select(lanes, max(high, load_first(logits + i, size - i)), high);
     }
-    const float highest = _mm512_reduce_max_ps(high);
-    const __m512 shift = softmax_shift(highest);
-    __m512 sums = _mm512_setzero_ps();
+    const float highest = reduce_max(high);
+    const Floats shift = softmax_shift(highest);
+    Floats sums{};
     for (int64_t i = 0; i < size; i += 16) {
-      const __mmask16 lanes = first_lanes(size - i);
-      const __m512 weights = exp(_mm512_sub_ps(load_masked(logits + i, lanes), shift));
-      sums = _mm512_mask_add_ps(sums, lanes, sums, weights);
+      const Lanes lanes = first_lanes(size - i);
+      const Floats weights = exp(load_first(logits + i, size - i) - shift);
+      sums = select(lanes, sums + weights, sums);
     }
-    const float sum = _mm512_reduce_add_ps(sums);
+    const float sum = reduce_add(sums);
     losses[row] = std::log(sum) + highest - target;
     if (scale == 0) continue;
-    const __m512 factor = _mm512_set1_ps(scale / sum);
+    const Floats factor = broadcast(scale / sum);
     for (int64_t i = 0; i < size; i += 16) {
-      const __mmask16 lanes = first_lanes(size - i);
-      const __m512 weights = exp(_mm512_sub_ps(load_masked(logits + i, lanes), shift));
-      store_masked(logits + i, lanes, _mm512_mul_ps(weights, factor));
+      const Floats weights = exp(load_first(logits + i, size - i) - shift);
+      store_first(logits + i, size - i, weights * factor);
     }
     const float probability = std::exp(target - highest) / sum;
-    const __m512 gradient = _mm512_set1_ps(scale * (probability - 1));
-    store_masked(logits + targets[row], 1, gradient);
+    const Floats gradient = broadcast(scale * (probability - 1));
+    store_first(logits + targets[row], 1, gradient);
   }
   return OK;
 }

@@ -10,8 +10,6 @@
 
 namespace {
 
-// A tile of y: 8 rows of A times 48 columns of B. Its sums take 24 of the 32 vector registers.
-constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 48;
 // The depth is processed in parts of at most this many numbers.
 constexpr int64_t MAX_PART_DEPTH = 1536;
 // How many numbers of one operand are packed at a time, to stay in the cache while the other
@@ -32,34 +30,18 @@ struct Operand {
   bool contiguous_in_depth;
 };
 
-// As in common.h, from float32: the first `count` of 32 consecutive numbers, rounded to bfloat16.
-inline __m512i load_pairs(const float* x, int64_t count) {
-  return to_bfloat16(load_masked(x, first_lanes(count)),
-                     load_masked(x + 16, first_lanes(count - 16)));
-}
-
-// As in common.h, from float32: two rows of 16 numbers, rounded to bfloat16 and interleaved.
-inline __m512i interleave(const float* row, const float* next_row, __mmask16 lanes) {
-  const __m512i alternating =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512 high = next_row ? load_masked(next_row, lanes) : _mm512_setzero_ps();
-  return _mm512_permutexvar_epi16(alternating, to_bfloat16(load_masked(row, lanes), high));
-}
-
 // Writes one pair of depths of 16 rows or columns, a lane each, into the panels they belong to:
 // panels (count / WIDTH, pairs, WIDTH, 2) of bfloat16. first: the first of these rows or columns.
 template <int64_t WIDTH>
-void store_pair(__m512i lanes, int64_t first, int64_t count, int64_t pair, int64_t pairs,
+void store_pair(Ints lanes, int64_t first, int64_t count, int64_t pair, int64_t pairs,
                 uint16_t* panels) {
   uint16_t* to = panels + (first / WIDTH * pairs + pair) * WIDTH * 2;
-  if (WIDTH % 16 == 0) {
-    _mm512_storeu_si512(to + first % WIDTH * 2, lanes);
+  if (WIDTH == TILE_COLUMNS) {
+    store_bits(to + first % WIDTH * 2, lanes);
     return;
   }
-  _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(lanes));
-  if (first + WIDTH < count)
-    _mm256_storeu_si256((__m256i*)(to + pairs * WIDTH * 2), _mm512_extracti64x4_epi64(lanes, 1));
+  for (int64_t part = 0; WIDTH * part < std::min<int64_t>(16, count - first); part++)
+    store_tile_rows(to + pairs * WIDTH * 2 * part, lanes, part);
 }
 
 // Packs `count` rows of A or columns of B, from `first` on, at depths `from` to `from + depth`,
@@ -73,20 +55,19 @@ void pack_panels(const Operand<T>& operand, int64_t first, int64_t count, int64_
     if (operand.contiguous_in_depth) {
       const T* x = operand.x + (first + start) * operand.stride + from;
       for (int64_t k = 0; k < depth; k += 32) {
-        __m512i v[16];
+        Ints v[16];
         for (int64_t i = 0; i < 16; i++)
-          v[i] = start + i < count ? load_pairs(x + i * operand.stride + k, depth - k)
-                                   : _mm512_setzero_si512();
-        transpose(v);
+          v[i] = start + i < count ? load_pairs(x + i * operand.stride + k, depth - k) : Ints{};
+        transpose<16>(v);
         for (int64_t i = 0; i < 16 && k / 2 + i < pairs; i++)
           store_pair<WIDTH>(v[i], start, count, k / 2 + i, pairs, panels);
       }
     } else {
       const T* x = operand.x + from * operand.stride + first + start;
-      const __mmask16 lanes = first_lanes(count - start);
       for (int64_t k = 0; k < depth; k += 2, x += 2 * operand.stride)
-        store_pair<WIDTH>(interleave(x, k + 1 < depth ? x + operand.stride : nullptr, lanes), start,
-                          count, k / 2, pairs, panels);
+        store_pair<WIDTH>(
+            interleave(x, k + 1 < depth ? x + operand.stride : nullptr, count - start), start,
+            count, k / 2, pairs, panels);
     }
   }
 }
@@ -112,7 +93,7 @@ struct Prefetcher {
   // Prefetches the next `count` lines.
   void prefetch(int64_t count) {
     for (; count > 0 && runs > 0; count--) {
-      _mm_prefetch(x + 64 * line, _MM_HINT_T1);
+      prefetch_second(x + 64 * line);
       if (++line == lines) line = 0, x += stride, runs--;
     }
   }
@@ -135,22 +116,19 @@ struct Target {
 // Stores the sums of a tile. rows, columns: how many of y there are from the tile's first on.
 // WHOLE: at least as many as the tile has.
 template <bool WHOLE, typename Y>
-inline void store_tile(const __m512 (&sum)[TILE_ROWS][TILE_COLUMNS / 16], const Target<Y>& to,
+inline void store_tile(const Floats (&sum)[TILE_ROWS][TILE_COLUMNS / 16], const Target<Y>& to,
                        int64_t rows, int64_t columns) {
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 3
     for (int j = 0; j < TILE_COLUMNS / 16; j++) {
-      const __mmask16 lanes = WHOLE ? ALL_LANES : i < rows ? first_lanes(columns - 16 * j) : 0;
+      const int64_t count = WHOLE ? 16 : i < rows ? columns - 16 * j : 0;
       float* sums = to.sums + i * to.sums_stride + 16 * j;
       Y* y = to.y + i * to.stride + 16 * j;
-      __m512 value = sum[i][j];
-      if (to.add) value = _mm512_add_ps(value, WHOLE ? load(sums) : load_masked(sums, lanes));
-      if (to.last && to.bias) value = _mm512_add_ps(value, load_masked(to.bias + 16 * j, lanes));
-      if (WHOLE)
-        to.last ? store(y, value) : store(sums, value);
-      else
-        to.last ? store_masked(y, lanes, value) : store_masked(sums, lanes, value);
+      Floats value = sum[i][j];
+      if (to.add) value = value + (load_first(sums, count));
+      if (to.last && to.bias) value = value + load_first(to.bias + 16 * j, count);
+      to.last ? store_first(y, count, value) : store_first(sums, count, value);
     }
 }
 
@@ -162,18 +140,17 @@ void multiply_tile(const uint16_t* a, const uint16_t* b, int64_t pairs, const Ta
   if (to.add)
     for (int64_t i = 0; i < std::min(rows, TILE_ROWS); i++)
       for (int64_t j = 0; j < std::min(columns, TILE_COLUMNS); j += 16)
-        _mm_prefetch(to.sums + i * to.sums_stride + j, _MM_HINT_T0);
-  __m512 sum[TILE_ROWS][TILE_COLUMNS / 16];
+        prefetch(to.sums + i * to.sums_stride + j);
+  Floats sum[TILE_ROWS][TILE_COLUMNS / 16];
   for (auto& row : sum)
-    for (auto& lanes : row) lanes = _mm512_setzero_ps();
+    for (auto& lanes : row) lanes = Floats{};
   for (int64_t k = 0; k < pairs; k++, a += TILE_ROWS * 2, b += TILE_COLUMNS * 2) {
-    __m512i right[TILE_COLUMNS / 16];
-    for (int j = 0; j < TILE_COLUMNS / 16; j++) right[j] = _mm512_load_si512(b + j * 32);
+    Ints right[TILE_COLUMNS / 16];
+    for (int j = 0; j < TILE_COLUMNS / 16; j++) right[j] = load_bits(b + j * 32);
     for (int i = 0; i < TILE_ROWS; i++) {
-      int32_t pair;
-      std::memcpy(&pair, a + i * 2, sizeof pair);
+      const Ints left = broadcast_four(a + i * 2);
       for (int j = 0; j < TILE_COLUMNS / 16; j++)
-        sum[i][j] = multiply_add(sum[i][j], a, _mm512_set1_epi32(pair), right[j]);
+        sum[i][j] = multiply_add(sum[i][j], a, left, right[j]);
     }
   }
   if (rows >= TILE_ROWS && columns >= TILE_COLUMNS)
@@ -188,11 +165,10 @@ void sum_of_nothing(int64_t rows, int64_t columns, Y* y, int64_t stride, const f
                     bool add) {
   for (int64_t row = 0; row < rows; row++)
     for (int64_t j = 0; j < columns; j += 16) {
-      const __mmask16 lanes = first_lanes(columns - j);
       Y* to = y + row * stride + j;
-      __m512 sum = bias ? load_masked(bias + j, lanes) : _mm512_setzero_ps();
-      if (add) sum = _mm512_add_ps(sum, load_masked(to, lanes));
-      store_masked(to, lanes, sum);
+      Floats sum = bias ? load_first(bias + j, columns - j) : Floats{};
+      if (add) sum = sum + load_first(to, columns - j);
+      store_first(to, columns - j, sum);
     }
 }
 

@@ -11,63 +11,62 @@ namespace {
 
 // -log(1 - u) of each lane for 0 < u < 1, with a relative error of at most 2e-7: a number of the
 // exponential distribution from one of the uniform distribution.
-inline __m512 exponential_of(__m512 u) {
-  const __m512 one = _mm512_set1_ps(1), rest = _mm512_sub_ps(one, u);
+inline Floats exponential_of(Floats u) {
+  const Floats one = broadcast(1), rest = one - u;
   // 1 - u = m 2ⁿ with m from 3/4 to 3/2, and log m = 2 artanh s with s = (m - 1) / (m + 1).
-  const __m512 n = _mm512_getexp_ps(_mm512_mul_ps(rest, _mm512_set1_ps(4.0f / 3)));
-  const __m512 m = _mm512_scalef_ps(rest, _mm512_sub_ps(_mm512_setzero_ps(), n));
-  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one));
-  const __m512 square = _mm512_mul_ps(s, s);
-  __m512 y = _mm512_set1_ps(2.0f / 11);
+  const Floats n = exponent_of(rest * broadcast(4.0f / 3));
+  const Floats m = scale_by_power(rest, -n);
+  const Floats s = (m - one) / (m + one);
+  const Floats square = s * s;
+  Floats y = broadcast(2.0f / 11);
   for (float factor : {2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
-    y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(factor));
-  y = _mm512_fmadd_ps(n, _mm512_set1_ps(0.693147181f), _mm512_mul_ps(y, s));
+    y = fma(y, square, broadcast(factor));
+  y = fma(n, broadcast(0.693147181f), y * s);
   // The rounding error of 1 - u, to first order.
-  const __m512 lost = _mm512_sub_ps(_mm512_sub_ps(one, rest), u);
-  return _mm512_sub_ps(_mm512_sub_ps(_mm512_setzero_ps(), y), _mm512_div_ps(lost, rest));
+  const Floats lost = one - rest - u;
+  return -y - lost / rest;
 }
 
 // x xor (x >> bits), a step of hash functions.
-inline __m512i xor_shifted(__m512i x, int bits) {
-  return _mm512_xor_si512(x, _mm512_srli_epi32(x, bits));
-}
+inline Ints xor_shifted(Ints x, int bits) { return x ^ shift_right_logical(x, bits); }
 
 // The 16 integers from `first` on.
-inline __m512i consecutive_from(int32_t first) {
-  return _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                          _mm512_set1_epi32(first));
+inline Ints consecutive_from(int32_t first) {
+  static constexpr int32_t LANES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load_bits(LANES) + broadcast_int(first);
 }
 
 // gptk.session.random.exponential for 16 tokens, by a key of two numbers for each lane. The random
 // bits are the same; the logarithm may differ in its last digit or two.
-inline __m512 exponential_noise(__m512i tokens, __m512i key_0, __m512i key_1) {
-  __m512i x = _mm512_add_epi32(_mm512_mullo_epi32(tokens, _mm512_set1_epi32(0x9e3779b1)), key_0);
-  x = _mm512_mullo_epi32(xor_shifted(x, 16), _mm512_set1_epi32(0x7feb352d));
-  x = _mm512_mullo_epi32(xor_shifted(_mm512_xor_si512(x, key_1), 15),
-                         _mm512_set1_epi32(0x846ca68b));
-  x = _mm512_xor_si512(x, _mm512_srai_epi32(x, 16));
-  x = _mm512_and_si512(x, _mm512_set1_epi32(0x7fffffff));
-  const __m512 scale = _mm512_set1_ps(0x1p-31f * (1 - 0x1p-23f));
-  const __m512 u =
-      _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(x), scale), _mm512_set1_ps(0x1p-32f));
+inline Floats exponential_noise(Ints tokens, Ints key_0, Ints key_1) {
+  Ints x = tokens * broadcast_int(0x9e3779b1) + key_0;
+  x = xor_shifted(x, 16) * broadcast_int(0x7feb352d);
+  x = xor_shifted(x ^ key_1, 15) * broadcast_int(0x846ca68b);
+  x = x ^ (x >> 16);
+  x = x & broadcast_int(0x7fffffff);
+  const Floats scale = broadcast(0x1p-31f * (1 - 0x1p-23f));
+  const Floats u = fma(to_floats(x), scale, broadcast(0x1p-32f));
   return exponential_of(u);
 }
 
-// y (count): exponential noise for tokens (count), each by its key of two numbers, keys (count, 2)
-// with `stride` numbers from one to the next; or all by the one key (2), with a stride of 0.
-void exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, float* y,
+// y (count): exponential noise for tokens (count), each by its key of two numbers, keys (count, 2);
+// or all by one key (2), unless `key_of_each`.
+void exponential(const int32_t* keys, bool key_of_each, const int32_t* tokens, float* y,
                  int64_t count) {
 #pragma omp parallel for schedule(static) if (count > PARALLEL_FROM)
   for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    __m512i key_0 = _mm512_set1_epi32(keys[0]), key_1 = _mm512_set1_epi32(keys[1]);
-    if (stride) {
-      const __m512i offsets = _mm512_mullo_epi32(consecutive_from(0), _mm512_set1_epi32(stride));
-      key_0 = _mm512_mask_i32gather_epi32(key_0, lanes, offsets, keys + i * stride, 4);
-      key_1 = _mm512_mask_i32gather_epi32(key_1, lanes, offsets, keys + i * stride + 1, 4);
+    const int64_t tokens_here = std::min<int64_t>(16, count - i);
+    Ints key_0 = broadcast_int(keys[0]), key_1 = broadcast_int(keys[1]);
+    if (key_of_each) {
+      int32_t pairs[16][2] = {}, of_lanes[2][16];
+      std::memcpy(pairs, keys + 2 * i, tokens_here * sizeof pairs[0]);
+      for (int lane = 0; lane < 16; lane++)
+        of_lanes[0][lane] = pairs[lane][0], of_lanes[1][lane] = pairs[lane][1];
+      key_0 = load_bits(of_lanes[0]), key_1 = load_bits(of_lanes[1]);
     }
-    const __m512i token = _mm512_maskz_loadu_epi32(lanes, tokens + i);
-    _mm512_mask_storeu_ps(y + i, lanes, exponential_noise(token, key_0, key_1));
+    int32_t sixteen[16] = {};
+    std::memcpy(sixteen, tokens + i, tokens_here * sizeof sixteen[0]);
+    store_first(y + i, count - i, exponential_noise(load_bits(sixteen), key_0, key_1));
   }
 }
 
@@ -75,18 +74,17 @@ void exponential(const int32_t* keys, int64_t stride, const int32_t* tokens, flo
 // keys by which tokens are ordered.
 
 // The numbers of 16 tokens from `first` on; -inf for tokens beyond the last.
-inline __m512 load_tokens(const float* x, int64_t first, int64_t count) {
-  const __m512 none = _mm512_set1_ps(-INFINITY);
-  return count - first >= 16 ? _mm512_loadu_ps(x + first)
-                             : _mm512_mask_loadu_ps(none, (1u << (count - first)) - 1, x + first);
+inline Floats load_tokens(const float* x, int64_t first, int64_t count) {
+  if (count - first >= 16) return load(x + first);
+  return select(first_lanes(count - first), load_first(x + first, count - first),
+                broadcast(-INFINITY));
 }
 
 // The highest number, NaN left aside; -inf if there is none.
 float highest_of(const float* x, int64_t count) {
-  __m512 highest = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < count; i += 16)
-    highest = _mm512_max_ps(load_tokens(x, i, count), highest);
-  return _mm512_reduce_max_ps(highest);
+  Floats highest = broadcast(-INFINITY);
+  for (int64_t i = 0; i < count; i += 16) highest = max(load_tokens(x, i, count), highest);
+  return reduce_max(highest);
 }
 
 // What the softmax of logits x and its entropy are made of, with the weights exp(x - highest): the
@@ -96,18 +94,18 @@ struct SoftmaxSums {
   double weight = 0, weighted = 0;
 
   SoftmaxSums(const float* x, int64_t count) : highest(highest_of(x, count)) {
-    const __m512 shift = softmax_shift(highest), zero = _mm512_setzero_ps();
+    const Floats shift = softmax_shift(highest), zero = Floats{};
     // In float32 for 1024 tokens at a time, and in float64 over these.
     for (int64_t start = 0; start < count; start += 1024) {
-      __m512 sum = zero, weighted_sum = zero;
+      Floats sum = zero, weighted_sum = zero;
       for (int64_t i = start; i < std::min(start + 1024, count); i += 16) {
-        const __m512 below = _mm512_sub_ps(load_tokens(x, i, count), shift), w = exp(below);
-        sum = _mm512_add_ps(sum, w);
-        const __mmask16 used = _mm512_cmp_ps_mask(w, zero, _CMP_NEQ_UQ);  // 0 · -inf is 0 here
-        weighted_sum = _mm512_mask3_fmadd_ps(w, below, weighted_sum, used);
+        const Floats below = load_tokens(x, i, count) - shift, w = exp(below);
+        sum = sum + w;
+        // 0 · -inf is 0 here.
+        weighted_sum = select(w == zero, weighted_sum, fma(w, below, weighted_sum));
       }
-      weight += _mm512_reduce_add_ps(sum);
-      weighted += _mm512_reduce_add_ps(weighted_sum);
+      weight += reduce_add(sum);
+      weighted += reduce_add(weighted_sum);
     }
   }
 };
@@ -122,16 +120,16 @@ struct Collected {
   int64_t count = 0;
   double mass = 0;  // the sum of their weights
 
-  Collected(const float* keys, const float* logits, int64_t size, float least, __m512 shift,
+  Collected(const float* keys, const float* logits, int64_t size, float least, Floats shift,
             WeightedKey* found) {
     for (int64_t i = 0; i < size; i += 16) {
-      const __m512 key = load_tokens(keys, i, size);
-      const __mmask16 high = _mm512_cmp_ps_mask(key, _mm512_set1_ps(least), _CMP_GE_OQ);
+      const Floats key = load_tokens(keys, i, size);
+      const uint32_t high = bits(broadcast(least) <= key);
       if (!high) continue;
       alignas(64) float lane_keys[16], weights[16];
-      _mm512_store_ps(lane_keys, key);
-      _mm512_store_ps(weights, exp(_mm512_sub_ps(load_tokens(logits, i, size), shift)));
-      for (unsigned left = high; left; left &= left - 1) {
+      store(lane_keys, key);
+      store(weights, exp(load_tokens(logits, i, size) - shift));
+      for (uint32_t left = high; left; left &= left - 1) {
         const int lane = __builtin_ctz(left);
         if (i + lane >= size) break;
         found[count++] = {lane_keys[lane], weights[lane]};
@@ -182,7 +180,7 @@ float last_key(const float* keys, const float* logits, int64_t count, double p,
   // Keys are log-probabilities or distances of these, in nats: most often the tokens with keys
   // within 8 of the highest suffice.
   const float highest = keys == logits ? sums.highest : highest_of(keys, count);
-  const __m512 shift = softmax_shift(sums.highest);
+  const Floats shift = softmax_shift(sums.highest);
   Collected found(keys, logits, count, highest - 8, shift, scratch);
   double mass = p * sums.weight;
   if (!(found.mass >= mass)) {
@@ -196,10 +194,10 @@ float last_key(const float* keys, const float* logits, int64_t count, double p,
 // token first, and their tokens. Returns false, and leaves them unfinished, if a number is NaN.
 bool top(const float* x, int64_t count, int64_t k, float* values, int64_t* tokens) {
   for (int64_t found = 0, i = 0; i < count && k > 0; i += 16) {
-    const __m512 numbers = load_tokens(x, i, count);
-    if (_mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q)) return false;
-    unsigned left = first_lanes(count - i);
-    if (found == k) left = _mm512_cmp_ps_mask(numbers, _mm512_set1_ps(values[k - 1]), _CMP_GT_OQ);
+    const Floats numbers = load_tokens(x, i, count);
+    if (!all(numbers == numbers)) return false;
+    uint32_t left = bits(first_lanes(count - i));
+    if (found == k) left = bits(broadcast(values[k - 1]) < numbers);
     for (; left; left &= left - 1) {
       const int64_t token = i + __builtin_ctz(left);
       const float value = x[token];
@@ -221,30 +219,29 @@ bool top(const float* x, int64_t count, int64_t k, float* values, int64_t* token
 // log-probability.
 float draw(const float* x, int64_t count, const int32_t* key, int64_t* token) {
   const float highest = highest_of(x, count);
-  const __m512 shift = softmax_shift(highest), none = _mm512_set1_ps(-INFINITY);
-  __m512 best = _mm512_set1_ps(INFINITY);
-  __m512i best_tokens = _mm512_setzero_si512(), tokens = consecutive_from(0);
+  const Floats shift = softmax_shift(highest), none = broadcast(-INFINITY);
+  Floats best = broadcast(INFINITY);
+  Ints best_tokens{}, tokens = consecutive_from(0);
   double total = 0;
   for (int64_t start = 0; start < count; start += 1024) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum{};
     for (int64_t i = start; i < std::min(start + 1024, count); i += 16) {
-      const __m512 logits = load_tokens(x, i, count);
-      if (_mm512_cmp_ps_mask(logits, none, _CMP_NLE_UQ)) {
-        const __m512 weight = exp(_mm512_sub_ps(logits, shift));
-        const __m512i key_0 = _mm512_set1_epi32(key[0]), key_1 = _mm512_set1_epi32(key[1]);
-        const __m512 race = _mm512_div_ps(exponential_noise(tokens, key_0, key_1), weight);
-        const __mmask16 won = _mm512_cmp_ps_mask(race, best, _CMP_LT_OQ);
-        best = _mm512_mask_mov_ps(best, won, race);
-        best_tokens = _mm512_mask_mov_epi32(best_tokens, won, tokens);
-        sum = _mm512_add_ps(sum, weight);
+      const Floats logits = load_tokens(x, i, count);
+      if (!all(logits <= none)) {
+        const Floats weight = exp(logits - shift);
+        const Ints key_0 = broadcast_int(key[0]), key_1 = broadcast_int(key[1]);
+        const Floats race = exponential_noise(tokens, key_0, key_1) / weight;
+        const Lanes won = race < best;
+        best = select(won, race, best);
+        best_tokens = select(won, tokens, best_tokens);
+        sum = sum + weight;
       }
-      tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16));
+      tokens = tokens + broadcast_int(16);
     }
-    total += _mm512_reduce_add_ps(sum);
+    total += reduce_add(sum);
   }
-  const __mmask16 won =
-      _mm512_cmp_ps_mask(best, _mm512_set1_ps(_mm512_reduce_min_ps(best)), _CMP_EQ_OQ);
-  *token = _mm512_mask_reduce_min_epi32(won, best_tokens);
+  const Lanes won = best == broadcast(reduce_min(best));
+  *token = reduce_min(select(won, best_tokens, broadcast_int(INT32_MAX)));
   return x[*token] - highest - (float)std::log(total);
 }
 

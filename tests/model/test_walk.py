@@ -1,0 +1,187 @@
+"""A pass in one call of gptk's kernels, compared with the modules of gptk.model.gpt."""
+
+import random
+from array import array
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptk import kernels
+from gptk.model import passes
+from gptk.model.blocks import BlockCache
+from gptk.model.budget import Budget
+from gptk.model.config import GPTConfig
+from gptk.model.pool import BlockPool
+from gptk.model.walk import plan_of
+from gptk.testing import tiny_gpt
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="gptk's kernels do not run here")
+
+LLAMA = GPTConfig(
+    vocab_size=40, context_length=512, n_layers=3, n_heads=6, n_kv_heads=2, width=96, head_dim=32,
+    mlp_width=160, norm="rms", positions="rotary", mlp="swiglu", tied_head=True,
+)  # fmt: skip
+CONFIGS = {
+    "llama": LLAMA,
+    "qwen3": replace(LLAMA, qk_norm=True, tied_head=False, n_heads=4, n_kv_heads=1),
+    "qwen2": replace(LLAMA, qkv_bias=True, head_dim=64),
+    "gpt2": GPTConfig(
+        vocab_size=40, context_length=512, n_layers=2, n_heads=3, n_kv_heads=3, width=96,
+        head_dim=32, mlp_width=384, norm="layer", norm_bias=True, positions="learned",
+        mlp="gelu-tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tied_head=True,
+    ),
+}  # fmt: skip
+KINDS = st.sampled_from(
+    [(torch.float32, None), (torch.bfloat16, None)]
+    + [(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in ("int4", "int8")]
+)
+
+
+def packed_gpt(config, dtype, quantize, seed):
+    model = tiny_gpt(config, seed=seed).to(dtype)
+    if quantize is not None:
+        model.quantize(quantize)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape).to(dtype) / 8)
+    return model.eval().pack()
+
+
+def tokens(seed, count):
+    return array("q", torch.randint(40, (count,), generator=torch.manual_seed(seed)).tolist())
+
+
+class Texts:
+    """Rows of their own caches in one pool; `read` reads the next tokens of some of them."""
+
+    def __init__(self, model, texts):
+        self.model = model
+        self.pool = BlockPool(model.config, model.device, model.dtype, Budget(model.device))
+        self.texts = texts
+        self.caches = [BlockCache(self.pool, 1) for _ in texts]
+
+    def left(self):
+        return [text[cache.held[0] :] for text, cache in zip(self.texts, self.caches, strict=True)]
+
+    @torch.inference_mode()
+    def read(self, counts, wanted=None, layers=()):
+        """counts: how many tokens of each text, in one pass. Returns the wanted states of each."""
+        parts = []
+        for text, cache, count in zip(self.texts, self.caches, counts, strict=True):
+            if count:
+                start = cache.held[0]
+                part = text[start : start + count]
+                asked = len(part) if wanted is None else min(wanted, len(part))
+                parts.append(passes.Part(cache, 0, part, asked))
+        states = passes.read_parts(self.model, parts, layers)
+        pieces = iter(states.split([part.wanted for part in parts]))
+        return [next(pieces) if count else states[:0] for count in counts]
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)), kind=KINDS, seed=st.integers(0, 99),
+    counts=st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), min_size=1, max_size=5),
+    wanted=st.sampled_from([None, 0, 1, 3]), layers=st.sampled_from([(), (0, 2), (1,)]),
+)  # fmt: skip
+def test_it_gives_what_the_modules_give(name, kind, seed, counts, wanted, layers):
+    model = packed_gpt(CONFIGS[name], *kind, seed)
+    assert plan_in_inference(model) is not None
+    texts = [tokens(i, sum(pair)) for i, pair in enumerate(counts)]
+    got = []
+    for find in (plan_of, lambda model: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "plan_of", find)
+            rows = Texts(model, texts)
+            if any(past for past, _ in counts):
+                rows.read([past for past, _ in counts])
+            got.append(rows.read([new for _, new in counts], wanted, layers))
+    for walked, by_modules in zip(*got, strict=True):
+        assert torch.equal(walked, by_modules)
+
+
+@settings(max_examples=40)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)), kind=KINDS, seed=st.integers(0, 99),
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=12),
+)  # fmt: skip
+def test_states_do_not_depend_on_neighbours_or_parts(name, kind, seed, sizes):
+    """To the last bit, however a text is divided among passes, and whatever is read beside it."""
+    model, choose = packed_gpt(CONFIGS[name], *kind, seed), random.Random(seed)
+    texts = [tokens(i, size) for i, size in enumerate(sizes)]
+    together, read = Texts(model, texts), [[] for _ in texts]
+    while any(map(len, left := together.left())):
+        counts = [choose.randint(0, min(len(tokens), 120)) for tokens in left]
+        if any(counts):
+            for pieces, piece in zip(read, together.read(counts), strict=True):
+                pieces.append(piece)
+    for text, pieces in zip(texts, read, strict=True):
+        alone = Texts(model, [text]).read([len(text)])[0]
+        assert torch.equal(torch.cat(pieces), alone)
+        assert torch.equal(model.logits(alone)[-1:], model.logits(alone[-1:]))
+
+
+def plan_in_inference(model):
+    with torch.inference_mode():
+        return plan_of(model)
+
+
+def replace_a_norm(model):
+    model.blocks[1].mlp_norm.weight = torch.nn.Parameter(torch.full((96,), 0.5))
+
+
+def replace_data(model):
+    model.norm.weight.data = torch.full((96,), 0.5)
+
+
+def replace_a_layer(model):
+    model.blocks[0].attn.out = packed_gpt(LLAMA, torch.float32, None, 7).blocks[0].attn.out
+
+
+def write_a_weight(model):
+    model.blocks[0].mlp.up._parameters["weight"] = torch.nn.Parameter(torch.ones(320, 96) / 9)
+
+
+def ask_for_a_weight(model):
+    with torch.no_grad():
+        model.embed.weight.mul_(torch.linspace(1, 2, 96))
+
+
+def hook(model):
+    model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def patch_forward(model):
+    model.blocks[1].mlp.forward = lambda x: x
+
+
+CHANGES = [
+    replace_a_norm, replace_data, replace_a_layer, write_a_weight, ask_for_a_weight, hook,
+    patch_forward, lambda model: model.blocks.__delitem__(1),
+    lambda model: model.quantize("int8"), lambda model: model.unpack(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_follows_the_model(change, monkeypatch):
+    model = packed_gpt(LLAMA, torch.float32, None, 0)
+    text = tokens(1, 9)
+    before = Texts(model, [text]).read([9])[0]
+    with torch.no_grad():
+        change(model)
+    after = Texts(model, [text]).read([9])[0]
+    assert not torch.equal(after, before) or change is CHANGES[-1]
+    monkeypatch.setattr(passes, "plan_of", lambda model: None)
+    assert torch.equal(after, Texts(model, [text]).read([9])[0])
+
+
+def test_a_head_and_its_embedding_stay_tied_when_their_weight_is_asked_for():
+    model = packed_gpt(LLAMA, torch.float32, None, 0)
+    values = model.head.packed.dense(torch.float32)
+    assert model.embed.packed is model.head.packed
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, values)
+    assert model.embed.packed is model.head.packed is None

@@ -1,0 +1,69 @@
+// The exported functions of plain weights in panels, of keys and values in blocks, and of passes
+// through all blocks of a GPT, which
+// kernels/build.py compiles and loads.
+
+#include "walk.h"
+
+extern "C" {
+
+// y (rows, outputs) = x (rows, inputs) times weights in panels, plus the bias (outputs) unless it
+// is null; sums are float32. For the layout see `Panels`. inputs: even in bfloat16.
+int32_t gptk_linear_in_panels(int is_bfloat16, const void* x, const void* panels, const void* bias,
+                              void* y, int64_t rows, int64_t inputs, int64_t outputs) {
+  return status_of({{x, rows * inputs}, {panels, outputs * inputs}, {y, rows * outputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, {
+      const Panels<T> weights{(const int32_t*)panels, (const T*)bias, inputs, outputs};
+      linear_in_panels((const T*)x, rows, weights, (T*)y);
+    });
+  });
+}
+
+// y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
+// unless it is null, summed in float32. inputs: even in bfloat16.
+int32_t gptk_linear(int is_bfloat16, const void* x, const void* weights, const void* bias, void* y,
+                    int64_t rows, int64_t inputs, int64_t outputs) {
+  return status_of({{x, rows * inputs}, {weights, outputs * inputs}, {y, rows * outputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, linear((const T*)x, (const T*)weights, (const T*)bias, (T*)y, rows,
+                                       inputs, outputs));
+  });
+}
+
+// panels = weights (outputs, inputs); or, if `unpack`, weights = panels.
+int32_t gptk_convert_panels(int is_bfloat16, int unpack, void* weights, void* panels,
+                            int64_t outputs, int64_t inputs) {
+  return status_of({{weights, outputs * inputs}, {panels, outputs * inputs}}, [&] {
+    DISPATCH_DTYPE(is_bfloat16, {
+      const auto run = unpack ? convert_panels<false, T> : convert_panels<true, T>;
+      run((T*)weights, (int32_t*)panels, outputs, inputs);
+    });
+  });
+}
+
+// Stores new keys and values of sequences in their blocks, and y = softmax(q kᵀ / √size) v, where
+// each token sees those before it in its sequence, and itself. All numbers are float32 or bfloat16.
+//
+// qkv: (tokens, heads + 2 · kv_heads, size) without gaps, queries, keys, values; y: (tokens, heads,
+// size). sequences: (count, 4): its first token, how many tokens it has here, how many are in its
+// blocks already, and where its blocks begin in `tables`. tables: numbers of blocks. slabs: the
+// addresses of slabs of 2^slab_bits blocks, of which this layer's keys and values begin at
+// keys_from and values_from, in numbers; for a block see `Blocks`. size: 32, 64, 96 or 128;
+// heads / kv_heads is at most 16.
+int32_t gptk_attend_blocks(int is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
+                           const int32_t* tables, const int64_t* slabs, int64_t tokens,
+                           int64_t count, int64_t heads, int64_t kv_heads, int64_t size,
+                           int64_t slab_bits, int64_t keys_from, int64_t values_from) {
+  return status_of({{qkv, tokens}, {y, tokens}}, [&] {
+    const BlockPlan plan(sequences, tables, tokens, count, heads, kv_heads);
+    DISPATCH_DTYPE(is_bfloat16, {
+      const Blocks<T> blocks{slabs, slab_bits, keys_from, values_from, kv_heads, size};
+      attend_blocks((const T*)qkv, (T*)y, plan, blocks);
+    });
+  });
+}
+
+// Reads the tokens of a pass, see `Pass`, with a model, see `Model`.
+int32_t gptk_walk(const Model* model, const Pass* pass) {
+  return status_of({{model, 1}, {pass, 1}},
+                   [&] { DISPATCH_DTYPE(model->is_bfloat16, walk<T>(*model, *pass)); });
+}
+}

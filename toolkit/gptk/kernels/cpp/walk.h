@@ -1,0 +1,322 @@
+// A pass through all blocks of a GPT in one call: what gptk.model.gpt does with a module for each
+// operation, with the same roundings, so that every number is the same to the last bit.
+//
+// The threads of one parallel region stay together from the first block to the last. Between two
+// steps, of which one needs what all threads have made in the other, they wait for each other.
+#pragma once
+
+#include "blocks.h"
+#include "layers.h"
+#include "panels.h"
+#include "products.h"
+
+namespace {
+
+// What follows is filled by Python: kernels/walk.py, which has the same structures.
+
+// A normalization of `size` numbers; without a weight there is none.
+struct Norm {
+  int64_t is_layer_norm;  // else RMS norm
+  const void *weight, *bias;
+  double eps;
+};
+
+// A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones, see products.h.
+struct Matrix {
+  int64_t bits;
+  const void *weights, *bias;
+  int64_t inputs, outputs;
+};
+
+struct Layer {
+  Norm attention_norm, query_norm, key_norm, mlp_norm;
+  Matrix qkv, out, up, down;
+};
+
+struct Model {
+  int64_t is_bfloat16, is_swiglu;  // the MLP's activation: else GELU
+  int64_t layers, width, heads, kv_heads, head_size;
+  const Layer* layer;
+  Norm norm;
+};
+
+struct Pass {
+  int64_t tokens;
+  void* x;  // (tokens, width): the embeddings, overwritten
+  // (positions, head_size) each, as `rotate` takes them, and which of them each token has; or null.
+  const void *cosines, *sines;
+  const int64_t* positions;
+  // See gptk_attend_blocks. A layer's keys take `half` numbers of a slab, and so do its values.
+  const int64_t* sequences;
+  const int32_t* tables;
+  const int64_t* slabs;
+  int64_t count, slab_bits, half;
+  // The tokens whose states are asked of, in ascending order; a count of -1: all.
+  const int64_t* wanted;
+  int64_t wanted_count;
+  // Layers whose states are asked of, too, in ascending order; 0: the embeddings.
+  const int64_t* kept;
+  int64_t kept_count;
+  void* states;  // (tokens asked of, 1 + kept, width): the normalized last states, then these
+
+  bool wants_some() const { return wanted_count >= 0; }
+};
+
+// Numbers as the dtype holds them.
+inline Floats rounded(const float*, Floats x) { return x; }
+
+inline Floats rounded(const uint16_t*, Floats x) {
+  return floats_of_bits(to_bfloat16_pairs(Floats{}, x));
+}
+
+template <typename T>
+void normalize(const Norm& norm, const T* x, T* y, int64_t size) {
+  const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
+  if (norm.is_layer_norm)
+    layer_norm_row(x, weight, bias, (float)norm.eps, y, size);
+  else
+    rms_norm_row(x, weight, (float)norm.eps, y, size);
+}
+
+// Rows of activations as a matrix takes them: plain, or quantized.
+template <typename T>
+struct Activations {
+  const T* x;
+  int64_t rows, size;
+  QuantizedRows<PARTS<T>> quantized;
+};
+
+// With so few rows each thread prepares all of them for itself, which takes less time than waiting.
+constexpr int64_t ROWS_PREPARED_BY_EACH = 8;
+
+template <typename T>
+class Walk {
+ public:
+  // Takes memory, and keeps it for the next pass of the same thread.
+  Walk(const Model& model, const Pass& pass)
+      : model(model),
+        pass(pass),
+        plan(pass.sequences, pass.tables, pass.tokens, pass.count, model.heads, model.kv_heads),
+        size(model.head_size),
+        x((T*)pass.x) {
+    const int64_t heads = model.heads + 2 * model.kv_heads, tokens = pass.tokens;
+    int64_t widest = model.width, mlp_width = 0;
+    for (int64_t i = 0; i < model.layers; i++) {
+      const Layer& layer = model.layer[i];
+      mlp_width = std::max(mlp_width, layer.down.inputs);
+      widest = std::max({widest, layer.out.inputs, layer.down.inputs});
+    }
+    const int64_t threads = omp_get_max_threads(), few = ROWS_PREPARED_BY_EACH;
+    normed_size = round_up(few * model.width * sizeof(T), 64);
+    quantized_size = QuantizedRows<PARTS<T>>::bytes(few, round_up(widest, GROUP));
+    const int64_t normed_bytes =
+        std::max<int64_t>(tokens * model.width * sizeof(T), threads * normed_size);
+    const int64_t quantized_bytes = std::max(
+        QuantizedRows<PARTS<T>>::bytes(tokens, round_up(widest, GROUP)), threads * quantized_size);
+    gate_size = round_up(tokens * PANELS * PANEL * sizeof(T), 64);
+    const int64_t sizes[] = {
+        tokens * heads * size * (int64_t)sizeof(T),
+        tokens * model.heads * size * (int64_t)sizeof(T),
+        tokens * mlp_width * (int64_t)sizeof(T),
+        pass.wants_some() ? pass.wanted_count * model.width * (int64_t)sizeof(T) : 0,
+        pass.wants_some() ? pass.wanted_count * model.heads * size * (int64_t)sizeof(T) : 0,
+        normed_bytes,
+        quantized_bytes,
+        threads * gate_size,
+        plan.partials * (int64_t)sizeof(Partial)};
+    char** const places[] = {(char**)&qkv,      (char**)&y, (char**)&act, (char**)&wanted_x,
+                             (char**)&wanted_y, &normed,    &quantized,   &gates,
+                             (char**)&partial};
+    int64_t total = 0;
+    for (int64_t bytes : sizes) total += round_up(bytes, 64);
+    thread_local Memory<char> memory;
+    memory.reserve(total);
+    char* next = memory.get();
+    for (int i = 0; i < 9; i++) *places[i] = next, next += round_up(sizes[i], 64);
+  }
+
+  // All threads of a parallel region call it.
+  void run() {
+    T* rows_x = x;
+    int64_t rows = pass.tokens, kept = 0;
+    for (int64_t i = 0; i <= model.layers; i++) {
+      if (kept < pass.kept_count && pass.kept[kept] == i) keep(rows_x, rows, kept++);
+      if (i == model.layers) break;
+      const Layer& layer = model.layer[i];
+      attend(layer, i);
+      const T* rows_y = y;
+      if (i + 1 == model.layers && pass.wants_some()) {
+        take_wanted();
+        rows_x = wanted_x, rows_y = wanted_y, rows = pass.wanted_count;
+      }
+      const auto add = [&](int64_t row, int64_t output, Floats sums) {
+        T* to = rows_x + row * model.width + output;
+        store(to, load(to) + rounded((const T*)nullptr, sums));
+      };
+      multiply(layer.out, prepare(nullptr, rows_y, rows, layer.out), add);
+      wait();
+      read_mlp(layer, prepare(&layer.mlp_norm, rows_x, rows, layer.up));
+      wait();
+      multiply(layer.down, prepare(nullptr, act, rows, layer.down), add);
+      wait();
+    }
+    const auto [from, to] = share_of_thread(rows);
+    for (int64_t row = from; row < to; row++)
+      normalize(model.norm, rows_x + row * model.width,
+                (T*)pass.states + row * (1 + pass.kept_count) * model.width, model.width);
+  }
+
+ private:
+  const Model& model;
+  const Pass& pass;
+  const BlockPlan plan;
+  const int64_t size;  // of a head
+  T *x, *qkv, *y, *act, *wanted_x, *wanted_y;
+  char *normed, *quantized, *gates;
+  Partial* partial;
+  int64_t normed_size, quantized_size, gate_size;  // bytes, of few rows, and of all, for a thread
+
+  static void wait() {
+#pragma omp barrier
+  }
+
+  // Normalizes rows of x (rows, inputs of the matrix), if there is a norm, and quantizes them, if
+  // the matrix is quantized.
+  Activations<T> prepare(const Norm* norm, const T* from, int64_t rows,
+                         const Matrix& matrix) const {
+    const bool by_each = rows <= ROWS_PREPARED_BY_EACH;
+    const int64_t place = by_each ? omp_get_thread_num() : 0, inputs = matrix.inputs;
+    T* const to = (T*)(normed + place * normed_size);
+    Activations<T> result{norm ? to : from,
+                          rows,
+                          inputs,
+                          {rows, inputs, (int8_t*)(quantized + place * quantized_size)}};
+    if (!norm && !matrix.bits) return result;
+    const auto [first, last] = by_each ? Range{0, rows} : share_of_thread(rows);
+    for (int64_t row = first; row < last; row++) {
+      if (norm) normalize(*norm, from + row * inputs, to + row * inputs, inputs);
+      if (matrix.bits)
+        for (int64_t group = 0; group < inputs / GROUP; group++)
+          result.quantized.quantize(result.x, row * (inputs / GROUP) + group);
+    }
+    if (!by_each) wait();
+    return result;
+  }
+
+  // Calls put(row, output, sums) for outputs 16 · from to 16 · to, for all rows, 16 outputs
+  // of one row at a time.
+  template <typename Put>
+  static void multiply(const Matrix& matrix, const Activations<T>& x, int64_t from, int64_t to,
+                       const Put& put) {
+    const T* bias = (const T*)matrix.bias;
+    if (matrix.bits == 0) {
+      const Panels<T> weights{(const int32_t*)matrix.weights, bias, matrix.inputs, matrix.outputs};
+      return multiply_panels(x.x, x.rows, weights, from, to, put);
+    }
+    const auto by_block = [&](auto bits) {
+      for (int64_t block = from; block < to; block++)
+        multiply_by_block<decltype(bits)::value>(x.quantized, (const uint8_t*)matrix.weights, bias,
+                                                 x.rows, matrix.outputs, block, put);
+    };
+    if (matrix.bits == 4)
+      by_block(std::integral_constant<int, 4>());
+    else
+      by_block(std::integral_constant<int, 8>());
+  }
+
+  // The same for this thread's share of all outputs.
+  template <typename Put>
+  static void multiply(const Matrix& matrix, const Activations<T>& x, const Put& put) {
+    const auto [from, to] = share_of_thread(blocks_of(matrix.outputs));
+    multiply(matrix, x, from, to, put);
+  }
+
+  void attend(const Layer& layer, int64_t index) const {
+    const int64_t outputs = layer.qkv.outputs;
+    multiply(layer.qkv, prepare(&layer.attention_norm, x, pass.tokens, layer.qkv),
+             [&](int64_t row, int64_t output, Floats sums) {
+               store_first(qkv + row * outputs + output, outputs - output, sums);
+             });
+    wait();
+    const Blocks<T> blocks{pass.slabs,
+                           pass.slab_bits,
+                           2 * index * pass.half,
+                           (2 * index + 1) * pass.half,
+                           model.kv_heads,
+                           size};
+    const auto [from, to] = share_of_thread(pass.tokens);
+    for (int64_t token = from; token < to; token++) {
+      T* head = qkv + token * outputs;
+      for (int64_t i = 0; i < model.heads + model.kv_heads; i++, head += size) {
+        const Norm& norm = i < model.heads ? layer.query_norm : layer.key_norm;
+        if (norm.weight) normalize(norm, head, head, size);
+        if (pass.cosines) {
+          const int64_t angle = pass.positions[token] * size;
+          rotate_head(head, (const T*)pass.cosines + angle, (const T*)pass.sines + angle, head,
+                      size);
+        }
+      }
+      store_token(plan, blocks, qkv, token);
+    }
+    wait();
+    attend_to_blocks(plan, blocks, qkv, y, partial);
+  }
+
+  // act = the activations of the MLP's first layer.
+  void read_mlp(const Layer& layer, const Activations<T>& from) const {
+    const int64_t width = layer.down.inputs, panels = width / PANEL;
+    if (!model.is_swiglu)
+      return multiply(layer.up, from, [&](int64_t row, int64_t output, Floats sums) {
+        T* to = act + row * width + output;
+        store(to, sums);
+        gelu_row<false, T>(to, nullptr, to, PANEL);
+      });
+    T* const gates_here = (T*)(gates + omp_get_thread_num() * gate_size);
+    const auto [first, last] = share_of_thread(panels);
+    for (int64_t panel = first; panel < last; panel += PANELS) {
+      const int64_t end = std::min(panel + PANELS, last), start = panel * PANEL;
+      const auto gate = [&](int64_t row, int64_t output) {
+        return gates_here + row * PANELS * PANEL + output - start;
+      };
+      multiply(layer.up, from, panel, end,
+               [&](int64_t row, int64_t output, Floats sums) { store(gate(row, output), sums); });
+      multiply(layer.up, from, panels + panel, panels + end,
+               [&](int64_t row, int64_t output, Floats sums) {
+                 alignas(64) T up[PANEL];
+                 store(up, sums);
+                 output -= width;
+                 swiglu_row(gate(row, output), up, act + row * width + output, PANEL);
+               });
+    }
+  }
+
+  void keep(const T* from, int64_t rows, int64_t kept) const {
+    const auto [first, last] = share_of_thread(pass.wants_some() ? pass.wanted_count : rows);
+    for (int64_t row = first; row < last; row++)
+      std::memcpy(
+          (T*)pass.states + (row * (1 + pass.kept_count) + 1 + kept) * model.width,
+          from + (rows == pass.tokens && pass.wants_some() ? pass.wanted[row] : row) * model.width,
+          model.width * sizeof(T));
+  }
+
+  // wanted_x and wanted_y = the rows of x and y that are asked of.
+  void take_wanted() const {
+    const auto [first, last] = share_of_thread(pass.wanted_count);
+    for (int64_t row = first; row < last; row++) {
+      const int64_t token = pass.wanted[row], heads = model.heads * size;
+      std::memcpy(wanted_x + row * model.width, x + token * model.width, model.width * sizeof(T));
+      std::memcpy(wanted_y + row * heads, y + token * heads, heads * sizeof(T));
+    }
+    wait();
+  }
+};
+
+// Reads the tokens of a pass.
+template <typename T>
+void walk(const Model& model, const Pass& pass) {
+  Walk<T> walk(model, pass);
+#pragma omp parallel
+  walk.run();
+}
+
+}  // namespace

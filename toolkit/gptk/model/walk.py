@@ -1,0 +1,141 @@
+"""Passes over keys and values in blocks by gptk's kernels: all blocks of a GPT in one call.
+
+Python makes a plan once: where which weights lie, and of which kind. What is computed is what the
+modules of gptk.model.gpt compute, to the last bit; these are what is read, trained, and run where
+the kernels cannot be.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptk import kernels
+from gptk.kernels.walk import Layer, Matrix, Model, Norm
+from gptk.model.attributes import are_found_directly, changes
+from gptk.model.gpt import GPT, MLP, Attention, Block, LayerNorm, RMSNorm
+from gptk.model.linear import Linear
+from gptk.model.panels import Panels
+from gptk.model.quantization import KernelGroups
+
+
+class Plan:
+    """What a pass through the blocks of a model is made of, as the kernel takes it.
+
+    It holds as long as the model has the same modules, with the same weights and no hooks.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        """Raises NoPlanError for a model that the kernel cannot walk through."""
+        self._changes = changes()
+        self._parameters: list[tuple[Tensor, int]] = []
+        """Each with its address."""
+        self._attributes: list[dict[str, Any]] = []
+        self._hooks: list[dict[int, Callable[..., Any]]] = []
+        config = model.config
+        self._dtype = model.dtype
+        _require(config.head_dim in kernels.HEAD_DIMS and config.width % 16 == 0)
+        _require(config.n_heads // config.n_kv_heads <= kernels.FEW_QUERIES)
+        _require(config.mlp in ("swiglu", "gelu-tanh") and config.mlp_width % 16 == 0)
+        self._watch(model, GPT)
+        self._watch(model.blocks, nn.ModuleList)
+        count = len(model.blocks)
+        self._layers = (Layer * count)(*(self._layer(block) for block in model.blocks))
+        self.model = Model(
+            *(self._dtype == torch.bfloat16, config.mlp == "swiglu", count),
+            *(config.width, config.n_heads, config.n_kv_heads, config.head_dim),
+            *(self._layers, self._norm(model.norm)),
+        )
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model is still what the plan was made of."""
+        return (
+            self._changes == changes()
+            and not any(self._hooks)
+            and not any("forward" in attributes for attributes in self._attributes)
+            and all(tensor.data_ptr() == address for tensor, address in self._parameters)
+        )
+
+    def _layer(self, block: Any) -> Layer:
+        self._watch(block, Block)
+        self._watch(block.attn, Attention)
+        self._watch(block.mlp, MLP)
+        attention = block.attn
+        return Layer(
+            *(self._norm(block.attn_norm), self._norm(attention.q_norm)),
+            *(self._norm(attention.k_norm), self._norm(block.mlp_norm)),
+            *(self._matrix(attention.qkv), self._matrix(attention.out)),
+            *(self._matrix(block.mlp.up), self._matrix(block.mlp.down)),
+        )
+
+    def _norm(self, norm: nn.Module | None) -> Norm:
+        if norm is None:
+            return Norm()
+        self._watch(norm, RMSNorm, LayerNorm)
+        eps = torch.finfo(self._dtype).eps if norm.eps is None else norm.eps
+        bias = norm._parameters.get("bias")
+        return Norm(
+            isinstance(norm, LayerNorm),
+            self._parameter(norm, "weight"),
+            None if bias is None else self._parameter(norm, "bias"),
+            eps,
+        )
+
+    def _matrix(self, linear: nn.Module) -> Matrix:
+        self._watch(linear, Linear)
+        assert isinstance(linear, Linear)
+        packed = linear.in_use
+        if isinstance(packed, Panels):
+            _require(packed.numbers.dtype is self._dtype)
+            bits, weights = 0, packed.numbers
+        else:
+            _require(isinstance(packed, KernelGroups))
+            assert isinstance(packed, KernelGroups)
+            bits, weights = packed.bits, packed.weights
+        bias = None if linear.bias is None else self._parameter(linear, "bias")
+        return Matrix(bits, weights.data_ptr(), bias, linear.in_features, linear.out_features)
+
+    def _parameter(self, module: nn.Module, name: str) -> int:
+        """The address of a parameter."""
+        tensor = module._parameters.get(name)
+        _require(tensor is not None and tensor.is_contiguous() and tensor.dtype is self._dtype)
+        assert tensor is not None
+        self._parameters.append((tensor, tensor.data_ptr()))
+        return self._parameters[-1][1]
+
+    def _watch(self, module: nn.Module, *types: type[nn.Module]) -> None:
+        """The module does what its class says, and tells of changes."""
+        hooks = module._forward_hooks, module._forward_pre_hooks
+        _require(type(module) in types and "forward" not in module.__dict__ and not any(hooks))
+        _require(are_found_directly(module))
+        self._attributes.append(module.__dict__)
+        self._hooks += hooks
+
+
+class NoPlanError(Exception):
+    """A model that the kernel cannot walk through."""
+
+
+def plan_of(model: GPT) -> Plan | None:
+    """The model's plan; None if it has none, or if kernels cannot be run now."""
+    if model.device.type != "cpu" or torch.is_grad_enabled() or not kernels.available():
+        return None
+    known = _plans.get(model)
+    if known is not None and known.holds:
+        return known
+    try:
+        plan = _plans[model] = Plan(model)
+    except NoPlanError:
+        return None
+    return plan
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise NoPlanError
+
+
+_plans: "weakref.WeakKeyDictionary[GPT, Plan]" = weakref.WeakKeyDictionary()
