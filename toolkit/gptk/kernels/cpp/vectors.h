@@ -21,8 +21,8 @@
 //     first_lanes(count)            the first `count` lanes: all for 16 or more, none for 0 or less
 //     bits(lanes)                   bit i says whether lane i is true
 //     select(lanes, yes, no)        yes where true, else no
-//     broadcast(x), broadcast_int(x), broadcast_four(p)
-//                                   a number, or four bytes from memory, in every lane
+//     broadcast(x), broadcast_int(x)
+//                                   a number in every lane
 //     fma(a, b, sum)                a · b + sum, rounded once
 //     max(a, b), min(a, b)          b if either is NaN
 //     round(x)                      to the nearest integer, ties to even
@@ -59,6 +59,16 @@
 #pragma STDC FP_CONTRACT OFF
 #endif
 
+namespace {
+
+inline int32_t four_bytes(const void* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return four;
+}
+
+}  // namespace
+
 #if defined(GPTK_AVX512)
 #include "vectors_avx512.h"
 #elif defined(GPTK_AVX2)
@@ -87,6 +97,9 @@ inline Floats scale_by_power(Floats x, Floats n) {
   return x * power(half) * power(all - half);
 }
 #endif
+
+// Four bytes of memory in every lane.
+inline Ints broadcast_four(const void* x) { return broadcast_int(four_bytes(x)); }
 
 inline bool all(Lanes lanes) { return bits(lanes) == 0xffff; }
 

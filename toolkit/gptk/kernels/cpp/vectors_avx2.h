@@ -120,11 +120,6 @@ using Lanes = Two<Lanes8>;
 
 inline Floats broadcast(float x) { return {{_mm256_set1_ps(x)}, {_mm256_set1_ps(x)}}; }
 inline Ints broadcast_int(int32_t x) { return {{_mm256_set1_epi32(x)}, {_mm256_set1_epi32(x)}}; }
-inline Ints broadcast_four(const void* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  return broadcast_int(four);
-}
 inline float first_lane(Floats x) { return _mm256_cvtss_f32(x.low.v); }
 inline uint32_t bits(Lanes lanes) {
   return _mm256_movemask_ps(lanes.low.v) | _mm256_movemask_ps(lanes.high.v) << 8;
@@ -213,7 +208,7 @@ template <int bits>
 inline Ints dot_codes(const Ints* codes, const int8_t* x) {
   Ints sum{};
   for (int i = 0; i < 8; i++) {
-    const __m256i four = broadcast_four(x + 4 * i).low.v;
+    const __m256i four = broadcast_int(four_bytes(x + 4 * i)).low.v;
     sum.low.v = add_product<bits>(sum.low.v, codes[i].low.v, four);
     sum.high.v = add_product<bits>(sum.high.v, codes[i].high.v, four);
   }

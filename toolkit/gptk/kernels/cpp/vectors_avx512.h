@@ -55,11 +55,6 @@ inline float first_lane(Floats x) { return _mm512_cvtss_f32(x.v); }
 // --- Integer lanes ---
 
 inline Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Ints broadcast_four(const void* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  return {_mm512_set1_epi32(four)};
-}
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
@@ -186,8 +181,8 @@ template <int bits>
 inline Ints dot_codes(const Ints* codes, const int8_t* x) {
   Ints even{}, odd{};
   for (int i = 0; i < 8; i += 2) {
-    even.v = _mm512_dpbusd_epi32(even.v, codes[i].v, broadcast_four(x + 4 * i).v);
-    odd.v = _mm512_dpbusd_epi32(odd.v, codes[i + 1].v, broadcast_four(x + 4 * i + 4).v);
+    even.v = _mm512_dpbusd_epi32(even.v, codes[i].v, broadcast_int(four_bytes(x + 4 * i)).v);
+    odd.v = _mm512_dpbusd_epi32(odd.v, codes[i + 1].v, broadcast_int(four_bytes(x + 4 * i + 4)).v);
   }
   return even + odd;
 }

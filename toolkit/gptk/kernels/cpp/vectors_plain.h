@@ -95,11 +95,6 @@ inline float reduce_min(const Floats& x) {
 inline Ints broadcast_int(int32_t x) {
   return lanes_of<Ints>([&](int) { return x; });
 }
-inline Ints broadcast_four(const void* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  return broadcast_int(four);
-}
 // Without a sign, as numbers with one must not overflow.
 inline Ints operator+(const Ints& a, const Ints& b) {
   return lanes_of<Ints>([&](int i) { return (uint32_t)a.v[i] + (uint32_t)b.v[i]; });

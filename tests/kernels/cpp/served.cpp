@@ -1,0 +1,118 @@
+// A program that calls kernels for a test in another process, perhaps on an emulated processor.
+//
+// A request on stdin is the name of an exported function in a line, and then its arguments: numbers
+// as they are in memory, and for a pointer the count of its bytes as int64, -1 for null, and the
+// bytes. The answer on stdout is the status, and then the bytes of each pointer that is not const.
+// A tensor begins at a multiple of 64 bytes, and is followed by memory that must not be written.
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.cpp"
+#include "kernels.cpp"
+
+// It is compiled without OpenMP, whose functions these are for one thread.
+extern "C" {
+int omp_get_max_threads(void) { return 1; }
+int omp_get_num_threads(void) { return 1; }
+int omp_get_thread_num(void) { return 0; }
+}
+
+namespace {
+
+constexpr unsigned char CANARY = 0xa5;
+
+void read_bytes(void* to, size_t count) {
+  if (count && fread(to, 1, count, stdin) != count) exit(3);
+}
+
+void write_bytes(const void* from, size_t count) {
+  if (count && fwrite(from, 1, count, stdout) != count) exit(4);
+}
+
+// An argument of a type that is no pointer, read from a stream.
+template <typename T>
+struct Argument {
+  T value;
+
+  explicit Argument(FILE*) { read_bytes(&value, sizeof value); }
+  void answer() const {}
+};
+
+template <typename T>
+struct Argument<T*> {
+  int64_t count;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, std::free};
+  T* value = nullptr;
+
+  explicit Argument(FILE*) {
+    read_bytes(&count, sizeof count);
+    if (count < 0) return;
+    memory.reset((unsigned char*)std::aligned_alloc(64, round_up(count + 64, 64)));
+    std::memset(memory.get(), CANARY, round_up(count + 64, 64));
+    read_bytes(memory.get(), count);
+    value = (T*)memory.get();
+  }
+  void answer() const {
+    for (int64_t i = count; value && i < round_up(count + 64, 64); i++)
+      if (memory.get()[i] != CANARY) exit(5);
+    if (value && !std::is_const<T>::value) write_bytes(value, count);
+  }
+};
+
+template <typename... Types>
+void serve(int32_t (*function)(Types...)) {
+  // In braces, so that they are read from the first to the last.
+  std::tuple<Argument<Types>...> arguments{Argument<Types>(stdin)...};
+  std::apply(
+      [&](auto&... argument) {
+        const int32_t status = function(argument.value...);
+        write_bytes(&status, sizeof status);
+        (argument.answer(), ...);
+      },
+      arguments);
+  fflush(stdout);
+}
+
+}  // namespace
+
+#define KERNEL(name) {#name, [] { serve(name); }}
+
+int main() {
+  const std::map<std::string, void (*)()> kernels = {
+      KERNEL(gptk_quantized_linear),
+      KERNEL(gptk_linear),
+      KERNEL(gptk_pack),
+      KERNEL(gptk_dequantize),
+      KERNEL(gptk_dequantize_packed),
+      KERNEL(gptk_product),
+      KERNEL(gptk_rms_norm),
+      KERNEL(gptk_swiglu),
+      KERNEL(gptk_gelu),
+      KERNEL(gptk_rotate),
+      KERNEL(gptk_exponential),
+      KERNEL(gptk_softmax_sums),
+      KERNEL(gptk_last_key),
+      KERNEL(gptk_keep_from),
+      KERNEL(gptk_top),
+      KERNEL(gptk_draw),
+      KERNEL(gptk_column_sums),
+      KERNEL(gptk_cross_entropy),
+      KERNEL(gptk_permutation),
+      KERNEL(gptk_attend),
+      KERNEL(gptk_attend_causally),
+      KERNEL(gptk_attend_causally_backward),
+  };
+  char line[64];
+  while (fgets(line, sizeof line, stdin)) {
+    line[std::strcspn(line, "\n")] = 0;
+    const auto found = kernels.find(line);
+    if (found == kernels.end()) return 2;
+    found->second();
+  }
+}
