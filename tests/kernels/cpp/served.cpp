@@ -2,8 +2,9 @@
 //
 // A request on stdin is the name of an exported function in a line, and then its arguments: numbers
 // as they are in memory, and for a pointer the count of its bytes as int64, -1 for null, and the
-// bytes. The answer on stdout is the status, and then the bytes of each pointer that is not const.
-// A tensor begins at a multiple of 64 bytes, and is followed by memory that must not be written.
+// bytes. The answer on stdout is the status, then for each pointer that is not const the index of
+// the argument as int64 and the bytes, and then -1. A tensor begins at a multiple of 64 bytes, and
+// is followed by memory that must not be written.
 
 #include <cstdio>
 #include <cstring>
@@ -41,7 +42,7 @@ struct Argument {
   T value;
 
   explicit Argument(FILE*) { read_bytes(&value, sizeof value); }
-  void answer() const {}
+  void answer(int64_t) const {}
 };
 
 template <typename T>
@@ -58,10 +59,13 @@ struct Argument<T*> {
     read_bytes(memory.get(), count);
     value = (T*)memory.get();
   }
-  void answer() const {
-    for (int64_t i = count; value && i < round_up(count + 64, 64); i++)
+  void answer(int64_t index) const {
+    if (!value) return;
+    for (int64_t i = count; i < round_up(count + 64, 64); i++)
       if (memory.get()[i] != CANARY) exit(5);
-    if (value && !std::is_const<T>::value) write_bytes(value, count);
+    if (std::is_const<T>::value) return;
+    write_bytes(&index, sizeof index);
+    write_bytes(value, count);
   }
 };
 
@@ -73,7 +77,10 @@ void serve(int32_t (*function)(Types...)) {
       [&](auto&... argument) {
         const int32_t status = function(argument.value...);
         write_bytes(&status, sizeof status);
-        (argument.answer(), ...);
+        int64_t index = 0;
+        (argument.answer(index++), ...);
+        index = -1;
+        write_bytes(&index, sizeof index);
       },
       arguments);
   fflush(stdout);

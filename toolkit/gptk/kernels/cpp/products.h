@@ -99,12 +99,17 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x
     const Floats scale = load_float16(weights), offset = load_float16(weights + 32);
     Ints codes[8];
     load_codes<bits>(weights + 64, codes);
+    // Σ code · part over the group for each row and part, exact in 32 bits.
+    const int8_t* numbers[R * parts];
+    Ints sums[R * parts];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < parts; p++)
+        numbers[r * parts + p] = &x.part[p][((row + r) * x.groups + group) * GROUP];
+    dot_codes<bits, R * parts>(codes, numbers, sums);
     for (int r = 0; r < R; r++) {
       const int64_t x_group = (row + r) * x.groups + group;
-      Ints sum[parts];  // Σ code · part over the group, exact in 32 bits
-      for (int p = 0; p < parts; p++) sum[p] = dot_codes<bits>(codes, &x.part[p][x_group * GROUP]);
-      const Ints lower = (sum[parts - 2] << 7) + sum[parts - 1];
-      Floats total = to_floats(lower);
+      const Ints* sum = sums + r * parts;
+      Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);
       if constexpr (parts == 3) total = fma(to_floats(sum[0]), broadcast(1 << 14), total);
       // Σ (code · scale + offset) · x over the group.
       const Floats scaled = total * scale;

@@ -41,10 +41,11 @@
 //                                   4, i and i + 2, i and i + 1
 //     horizontal_sums(v)            lane i is reduce_add(v[i]), of 16 vectors, which it may
 //     overwrite transpose<16>(v)              a matrix of 16 by 16 lanes, a vector a row, in place
-//     dot_codes<bits>(codes, x)     for each lane the product of 32 codes without a sign, four
-//     bytes
-//                                   in each of 8 vectors, and x (32); exact. bits: of a code, 4 or
-//                                   8
+//     dot_codes<bits, count>(codes, x, sums)
+//                                   for each of `count` vectors x (32) a vector of sums: lane i of
+//                                   it is the product of x and 32 codes without a sign, four bytes
+//                                   in lane i of each of 8 vectors; exact. bits: of a code, 4 or 8.
+//                                   Numbers of x are above -128
 //
 // TILE_ROWS, a divisor of 16, and TILE_COLUMNS, a multiple, say how many sums of a product its
 // registers hold; store_tile_rows(p, x, i) stores lanes i · TILE_ROWS to (i + 1) · TILE_ROWS.

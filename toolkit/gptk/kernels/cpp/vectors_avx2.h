@@ -186,39 +186,60 @@ inline Floats horizontal_sums(Floats* x) {
   return {last(two[0], two[1]), last(two[2], two[3])};
 }
 
-// sum + the product of four codes without a sign and four bytes with a sign, in each lane. Where
-// codes have 4 bits, sums are of 16 bits, two in a lane: those of 16 products stay below 2¹⁵.
-template <int bits>
-inline __m256i add_product(__m256i sum, __m256i codes, __m256i four) {
+// `dot_codes` for 8 lanes, whose codes stay in registers. codes(i): those of four inputs; sums(n):
+// a reference to a result.
+template <int bits, int count, typename Codes, typename Sums>
+inline void dot_half(Codes codes, const int8_t* const* x, Sums sums) {
+  __m256i half[8];
+  // Bytes of x in every lane. The compiler must not know that both halves load the same, or it
+  // would keep them in memory in between.
+  const auto four = [](const int8_t* from, int i) {
+    return _mm256_set1_epi32(four_bytes(from + 4 * i));
+  };
 #ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(sum, codes, four);
+  for (int i = 0; i < 8; i++) half[i] = codes(i);
+#pragma GCC unroll 3
+  for (int n = 0; n < count; n++) {
+    const int8_t* from = x[n];
+    if (count > 4) asm("" : "+r"(from));
+    __m256i even = _mm256_setzero_si256(), odd = even;
+    for (int i = 0; i < 8; i += 2) {
+      even = _mm256_dpbusd_avx_epi32(even, half[i], four(from, i));
+      odd = _mm256_dpbusd_avx_epi32(odd, half[i + 1], four(from, i + 1));
+    }
+    sums(n).v = _mm256_add_epi32(even, odd);
+  }
 #else
-  if (bits == 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, four));
-  // Bytes in even places and those in odd places, as 16 bits.
-  const __m256i even = _mm256_and_si256(codes, _mm256_set1_epi16(255));
-  const __m256i odd = _mm256_srli_epi16(codes, 8);
-  const __m256i even_four = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
-  const __m256i odd_four = _mm256_srai_epi16(four, 8);
-  return _mm256_add_epi32(
-      sum, _mm256_add_epi32(_mm256_madd_epi16(even, even_four), _mm256_madd_epi16(odd, odd_four)));
+  // By 4 bits of the codes at a time: so the sums of 16 products in 16 bits stay below 2¹⁵.
+  for (int shift = 0; shift < bits; shift += 4) {
+    const __m256i nibbles = _mm256_set1_epi8(15);
+    for (int i = 0; i < 8; i++)
+      half[i] =
+          bits == 4 ? codes(i) : _mm256_and_si256(_mm256_srli_epi16(codes(i), shift), nibbles);
+#pragma GCC unroll 3
+    for (int n = 0; n < count; n++) {
+      const int8_t* from = x[n];
+      if (count > 4) asm("" : "+r"(from));
+      __m256i even = _mm256_maddubs_epi16(half[0], four(from, 0));
+      __m256i odd = _mm256_maddubs_epi16(half[1], four(from, 1));
+      for (int i = 2; i < 8; i += 2) {
+        even = _mm256_add_epi16(even, _mm256_maddubs_epi16(half[i], four(from, i)));
+        odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(half[i + 1], four(from, i + 1)));
+      }
+      const __m256i sum =
+          _mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1 << shift));
+      sums(n).v = shift == 0 ? sum : _mm256_add_epi32(sums(n).v, sum);
+    }
+  }
 #endif
 }
 
-template <int bits>
-inline Ints dot_codes(const Ints* codes, const int8_t* x) {
-  Ints sum{};
-  for (int i = 0; i < 8; i++) {
-    const __m256i four = broadcast_int(four_bytes(x + 4 * i)).low.v;
-    sum.low.v = add_product<bits>(sum.low.v, codes[i].low.v, four);
-    sum.high.v = add_product<bits>(sum.high.v, codes[i].high.v, four);
-  }
-#ifndef __AVXVNNI__
-  if (bits == 4) {
-    sum.low.v = _mm256_madd_epi16(sum.low.v, _mm256_set1_epi16(1));
-    sum.high.v = _mm256_madd_epi16(sum.high.v, _mm256_set1_epi16(1));
-  }
-#endif
-  return sum;
+template <int bits, int count>
+inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+  dot_half<bits, count>([&](int i) { return codes[i].low.v; }, x,
+                        [&](int n) -> Ints8& { return sums[n].low; });
+  dot_half<bits, count>([&](int i) { return codes[i].high.v; }, x,
+                        [&](int n) -> Ints8& { return sums[n].high; });
 }
 
 // A tile's sums take 8 of the 16 registers.

@@ -177,14 +177,17 @@ inline void transpose(Ints* x) {
 
 // --- Products of bytes ---
 
-template <int bits>
-inline Ints dot_codes(const Ints* codes, const int8_t* x) {
-  Ints even{}, odd{};
-  for (int i = 0; i < 8; i += 2) {
-    even.v = _mm512_dpbusd_epi32(even.v, codes[i].v, broadcast_int(four_bytes(x + 4 * i)).v);
-    odd.v = _mm512_dpbusd_epi32(odd.v, codes[i + 1].v, broadcast_int(four_bytes(x + 4 * i + 4)).v);
+template <int bits, int count>
+inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+  for (int n = 0; n < count; n++) {
+    __m512i even = _mm512_setzero_si512(), odd = even;
+    for (int i = 0; i < 8; i += 2) {
+      even = _mm512_dpbusd_epi32(even, codes[i].v, _mm512_set1_epi32(four_bytes(x[n] + 4 * i)));
+      odd =
+          _mm512_dpbusd_epi32(odd, codes[i + 1].v, _mm512_set1_epi32(four_bytes(x[n] + 4 * i + 4)));
+    }
+    sums[n].v = _mm512_add_epi32(even, odd);
   }
-  return even + odd;
 }
 
 // --- Tiles ---

@@ -205,25 +205,27 @@ inline Ints4 add_product(Ints4 sum, Ints4 codes, int8x16_t four) {
 #endif
 }
 
-template <int bits>
-inline Ints dot_codes(const Ints* codes, const int8_t* x) {
-  int32_t start = 0;  // of the sums
+template <int bits, int count>
+inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+  for (int n = 0; n < count; n++) {
+    int32_t start = 0;
 #ifndef __ARM_FEATURE_MATMUL_INT8
-  if (bits == 8) {
-    const int32x4_t sums = vdotq_s32(vdotq_s32(vdupq_n_s32(0), vld1q_s8(x), vdupq_n_s8(1)),
-                                     vld1q_s8(x + 16), vdupq_n_s8(1));
-    start = 128 * vaddvq_s32(sums);
-  }
+    if (bits == 8) {
+      const int8x16_t ones = vdupq_n_s8(1);
+      start = 128 * vaddvq_s32(vdotq_s32(vdotq_s32(vdupq_n_s32(0), vld1q_s8(x[n]), ones),
+                                         vld1q_s8(x[n] + 16), ones));
+    }
 #endif
-  Ints sum = broadcast_int(start);
-  for (int i = 0; i < 8; i++) {
-    const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x + 4 * i)));
-    sum.low.low = add_product<bits>(sum.low.low, codes[i].low.low, four);
-    sum.low.high = add_product<bits>(sum.low.high, codes[i].low.high, four);
-    sum.high.low = add_product<bits>(sum.high.low, codes[i].high.low, four);
-    sum.high.high = add_product<bits>(sum.high.high, codes[i].high.high, four);
+    Ints sum = broadcast_int(start);
+    for (int i = 0; i < 8; i++) {
+      const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x[n] + 4 * i)));
+      sum.low.low = add_product<bits>(sum.low.low, codes[i].low.low, four);
+      sum.low.high = add_product<bits>(sum.low.high, codes[i].low.high, four);
+      sum.high.low = add_product<bits>(sum.high.low, codes[i].high.low, four);
+      sum.high.high = add_product<bits>(sum.high.high, codes[i].high.high, four);
+    }
+    sums[n] = sum;
   }
-  return sum;
 }
 
 // A tile's sums take 16 of the 32 registers.

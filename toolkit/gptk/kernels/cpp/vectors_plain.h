@@ -234,14 +234,15 @@ inline void transpose(Ints* x) {
     }
 }
 
-template <int bits>
-inline Ints dot_codes(const Ints* codes, const int8_t* x) {
-  Ints sum{};
-  for (int i = 0; i < 8; i++)
-    for (int lane = 0; lane < 16; lane++)
+template <int bits, int count>
+inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+  for (int n = 0; n < count; n++) {
+    sums[n] = {};
+    for (int i = 0; i < 8; i++)
       for (int byte = 0; byte < 4; byte++)
-        sum.v[lane] += (codes[i].v[lane] >> 8 * byte & 255) * x[4 * i + byte];
-  return sum;
+        for (int lane = 0; lane < 16; lane++)
+          sums[n].v[lane] += (codes[i].v[lane] >> 8 * byte & 255) * x[n][4 * i + byte];
+  }
 }
 
 constexpr int64_t TILE_ROWS = 4, TILE_COLUMNS = 16;
