@@ -129,7 +129,9 @@ class Engine:
         if self.has_one_run() and (answer := passes.at_once(run, wanted)) is not None:
             return answer
         answered: torch.Tensor = self._hub.switch((passes, wanted))
-        return answered
+        # Logits are part of a tensor with those of all runs, whose memory it would keep. A copy made
+        # here, rather than of all at once, takes memory that the run before this has just freed.
+        return answered.clone() if isinstance(wanted, LogitsWanted) else answered
 
     def stop(self) -> None:
         """Cancel all runs and end the thread, as at the end of the process: a thread that is within

@@ -91,17 +91,16 @@ class Passes:
 
     def give_logits(self, runs: Sequence[Run[Any]]) -> None:
         """Compute the logits that runs want, together."""
-        wanted = [run.wanted for run in runs if isinstance(run.wanted, LogitsWanted)]
-        flat = [each.states.flatten(0, -2) for each in wanted]
+        wanted = [run.wanted.states for run in runs if isinstance(run.wanted, LogitsWanted)]
+        flat = [states.flatten(0, -2) for states in wanted]
         try:
             logits = self._logits(torch.cat(flat) if len(flat) > 1 else flat[0])
         except Exception as error:
             self._each_alone(runs, error, self.give_logits)
             return
-        parts = torch.split(logits, [len(states) for states in flat])
-        for run, each, part in zip(runs, wanted, parts, strict=True):
-            # A copy: a part would keep the memory of all.
-            run.answer = part.clone().view(*each.states.shape[:-1], -1)
+        parts = logits.split([states.shape[0] for states in flat])
+        for run, states, part in zip(runs, wanted, parts, strict=True):
+            run.answer = part.view(*states.shape[:-1], -1)
 
     def read(self, runs: Sequence[Run[Any]]) -> None:
         """Read tokens that runs want read; those whose tokens are all read have their answer.
@@ -113,7 +112,7 @@ class Passes:
         pool.budget.trim()
         for run in runs:
             _reading(run).use(pool)
-        order = sorted(runs, key=lambda run: (_few(run), run.number))
+        order = sorted(runs, key=_order)
         taken, beyond = self._take(order), False
         while True:
             parts = [part for _, of_run, _ in taken for part in of_run]
@@ -131,14 +130,14 @@ class Passes:
                     _reading(run).start_again()
                 self._each_alone([run for run, _, _ in taken], error, self.read)
                 return
-        first = 0
+        pieces = iter(states.split([part.wanted for part in parts]))
         for run, of_run, rows in taken:
             reading = _reading(run)
             columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
             for part, row in zip(of_run, rows, strict=True):
-                piece = states[first : first + part.wanted]
-                first += part.wanted
-                piece = piece if len(columns) == states.shape[1] else piece[:, columns]
+                piece = next(pieces)
+                if len(columns) <= len(layers):
+                    piece = piece[:, columns]
                 reading.took(row, len(part.tokens), piece)
             run.answer = reading.result()
 
@@ -208,8 +207,9 @@ def _reading(run: Run[Any]) -> Reading:
     return run.wanted
 
 
-def _few(run: Run[Any]) -> bool:
-    return _reading(run).size > 16
+def _order(run: Run[Any]) -> tuple[bool, int]:
+    """Runs with few tokens first, and the oldest of them."""
+    return _reading(run).size > 16, run.number
 
 
 TOKENS, TOKENS_IN_16_BITS = 128, 512

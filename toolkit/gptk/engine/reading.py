@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import lt
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class Reading:
     @property
     def is_lost(self) -> bool:
         """Whether blocks were taken from the cache since its rows were read."""
-        return any(held < had for held, had in zip(self.cache.held, self._before, strict=True))
+        held = self.cache.held
+        return held != self._before and any(map(lt, held, self._before))
 
     @property
     def blocks(self) -> int:
@@ -95,7 +97,7 @@ class Reading:
         """A pass has read the next tokens of a row. states: of those that are wanted, (…, 1 +
         layers, width)."""
         row.unread = row.unread[tokens:]
-        if len(states):
+        if states.shape[0]:
             row.states.append(states)
 
     def use(self, pool: BlockPool) -> None:
@@ -115,22 +117,25 @@ class Reading:
             return None
         if len(rows) == 1:
             pieces = rows[0].states
-            return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None]
+            return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
         each = [torch.cat(row.states) if len(row.states) > 1 else row.states[0] for row in rows]
-        if all(len(states) == self._time for states in each):
+        if all(states.shape[0] == self._time for states in each):
             return torch.stack(each)
         padded = each[0].new_zeros(len(rows), self._time, *each[0].shape[1:])
         for row, states in zip(padded, each, strict=True):
-            row[: len(states)] = states
+            row[: states.shape[0]] = states
         return padded
 
     def _open(self) -> Sequence[PartOfRow]:
         if self._rows is None:
             self._rows = []
-            for number, tokens in enumerate(self._tokens):
-                self.cache.shorten(number, self._before[number])
-                self.cache.recover(number)
-                unread = self.cache.unread(number) + tokens
+            cache = self.cache
+            for number, (tokens, before) in enumerate(zip(self._tokens, self._before, strict=True)):
+                unread = tokens
+                if not cache.held[number] == cache.lengths[number] == before:
+                    cache.shorten(number, before)
+                    cache.recover(number)
+                    unread = cache.unread(number) + tokens
                 wanted = len(tokens) if self._wanted is None else self._wanted
                 self._rows.append(PartOfRow(number, unread, wanted))
         return self._rows
