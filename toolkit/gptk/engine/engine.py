@@ -115,8 +115,11 @@ class Engine:
         """How many rows the runs have that are under way."""
         return sum(run.rows for run in self._active)
 
-    def wait_for(self, passes: Passes, wanted: Wanted) -> torch.Tensor:
-        """Suspend the run that asks until the engine has what it wants of a model."""
+    def wait_for(self, passes: Passes, wanted: Wanted) -> Any:
+        """Suspend the run that asks until the engine has what it wants of a model.
+
+        Returns the states or the logits, or both. Logits may share memory with those of others.
+        """
         if not self.is_inside:  # a model that a run has given away
             return self.call(lambda: self.wait_for(passes, wanted))
         run = self._running
@@ -128,10 +131,7 @@ class Engine:
             raise CancelledError
         if self.has_one_run() and (answer := passes.at_once(run, wanted)) is not None:
             return answer
-        answered: torch.Tensor = self._hub.switch((passes, wanted))
-        # Logits are part of a tensor with those of all runs, whose memory it would keep. A copy made
-        # here, rather than of all at once, takes memory that the run before this has just freed.
-        return answered.clone() if isinstance(wanted, LogitsWanted) else answered
+        return self._hub.switch((passes, wanted))
 
     def stop(self) -> None:
         """Cancel all runs and end the thread, as at the end of the process: a thread that is within

@@ -57,12 +57,34 @@ class JoinedModel:
         layers: Collection[int] = (),
     ) -> Tensor:
         if isinstance(cache, BlockCache):
-            return self._passes.wait_for(Reading(ids, cache, counts, layers))
+            states: Tensor = self._passes.wait_for(Reading(ids, cache, counts, layers))
+            return states
         return self._model.states(ids, cache, counts, layers)
 
-    def last_state(self, ids: Tensor, cache: BlockCache, layers: Collection[int] = ()) -> Tensor:
-        """`states` of each row's last token alone: (rows, 1, 1 + layers, width)."""
-        return self._passes.wait_for(Reading(ids, cache, None, layers, wanted=1))
+    def states_and_logits(
+        self,
+        ids: Tensor,
+        cache: BlockCache,
+        layers: Collection[int] = (),
+        wanted: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`states`, and `logits` of the final ones, for which a run waits once.
+
+        wanted: of how many of each row's tokens, the last ones [all].
+        """
+        reading = Reading(ids, cache, None, layers, wanted, with_logits=True)
+        states, logits = self._passes.wait_for(reading)
+        return states, _copy_of_part(logits)
 
     def logits(self, states: Tensor) -> Tensor:
-        return self._passes.wait_for(LogitsWanted(states))
+        return _copy_of_part(self._passes.wait_for(LogitsWanted(states)))
+
+
+def _copy_of_part(logits: Tensor) -> Tensor:
+    """A copy if they are part of a tensor with those of other runs: they would keep its memory.
+
+    Each run makes its copy when it goes on: this takes memory that the run before has just freed,
+    which a copy for each run as soon as there are logits could not.
+    """
+    is_part = logits.nbytes < logits.untyped_storage().nbytes()
+    return logits.clone() if is_part else logits

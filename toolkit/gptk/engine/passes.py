@@ -29,7 +29,7 @@ class Passes:
     def __init__(
         self,
         model: CausalModel,
-        wait_for: "Callable[[Passes, Wanted], Tensor]",
+        wait_for: "Callable[[Passes, Wanted], Any]",
         has_one_run: Callable[[], bool],
         memory: Memory,
     ) -> None:
@@ -70,11 +70,11 @@ class Passes:
                 return own
         return BlockCache(self.pool, rows)
 
-    def wait_for(self, wanted: Wanted) -> Tensor:
+    def wait_for(self, wanted: Wanted) -> Any:
         """Suspend the run that asks until the engine has what it wants."""
         return self._wait_for(self, wanted)
 
-    def at_once(self, run: Run[Any], wanted: Wanted) -> Tensor | None:
+    def at_once(self, run: Run[Any], wanted: Wanted) -> Any:
         """The answer to the only run there is; None if its tokens are many, and it has to wait."""
         if isinstance(wanted, LogitsWanted):
             return self._logits(wanted.states)
@@ -86,21 +86,21 @@ class Passes:
         answer, run.answer = run.answer, None
         if isinstance(answer, BaseException):
             raise answer
-        assert isinstance(answer, Tensor)
         return answer
 
     def give_logits(self, runs: Sequence[Run[Any]]) -> None:
         """Compute the logits that runs want, together."""
-        wanted = [run.wanted.states for run in runs if isinstance(run.wanted, LogitsWanted)]
-        flat = [states.flatten(0, -2) for states in wanted]
+        wanted = [run.wanted for run in runs if isinstance(run.wanted, LogitsWanted)]
+        flat = [each.states.flatten(0, -2) for each in wanted]
         try:
             logits = self._logits(torch.cat(flat) if len(flat) > 1 else flat[0])
         except Exception as error:
             self._each_alone(runs, error, self.give_logits)
             return
-        parts = logits.split([states.shape[0] for states in flat])
-        for run, states, part in zip(runs, wanted, parts, strict=True):
-            run.answer = part.view(*states.shape[:-1], -1)
+        parts = torch.split(logits, [states.shape[0] for states in flat])
+        for run, each, part in zip(runs, wanted, parts, strict=True):
+            part = part.view(*each.states.shape[:-1], -1)
+            run.answer = part if each.read is None else (each.read, part)
 
     def read(self, runs: Sequence[Run[Any]]) -> None:
         """Read tokens that runs want read; those whose tokens are all read have their answer.
@@ -130,7 +130,7 @@ class Passes:
                     _reading(run).start_again()
                 self._each_alone([run for run, _, _ in taken], error, self.read)
                 return
-        pieces = iter(states.split([part.wanted for part in parts]))
+        pieces = iter(torch.split(states, [part.wanted for part in parts]))
         for run, of_run, rows in taken:
             reading = _reading(run)
             columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
@@ -140,6 +140,16 @@ class Passes:
                     piece = piece[:, columns]
                 reading.took(row, len(part.tokens), piece)
             run.answer = reading.result()
+        self._add_logits([run for run, _, _ in taken if run.answer is not None])
+
+    def _add_logits(self, runs: Sequence[Run[Any]]) -> None:
+        """Of those whose tokens are all read, for those who want logits, too."""
+        wanting = [run for run in runs if _reading(run).with_logits]
+        for run in wanting:
+            states, run.answer = run.answer, None
+            run.wanted = LogitsWanted(states.select(-2, 0), states)
+        if wanting:
+            self.give_logits(wanting)
 
     def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
         """What of each run a pass reads."""

@@ -19,6 +19,8 @@ class LogitsWanted:
     """Next-token logits of these states, (…, width)."""
 
     states: Tensor
+    read: Tensor | None = None
+    """The states that a pass has read, (…, 1 + layers, width), if the run wants these, too."""
 
 
 @dataclass(slots=True)
@@ -36,8 +38,8 @@ class Reading:
     """Tokens that a run wants read after what a cache holds of its rows.
 
     ids, counts, layers: as in `CausalModel.states`. wanted: how many of each row's tokens, the last
-    ones, the states are asked of [all]. Where blocks were taken from the cache, the
-    tokens that they held are read again first.
+    ones, the states are asked of [all]. with_logits: the run wants the logits of these, too. Where
+    blocks were taken from the cache, the tokens that they held are read again first.
     """
 
     def __init__(
@@ -47,8 +49,9 @@ class Reading:
         counts: list[int] | None,
         layers: Collection[int],
         wanted: int | None = None,
+        with_logits: bool = False,
     ) -> None:
-        self._wanted = wanted
+        self._wanted, self.with_logits = wanted, with_logits
         self.cache, self.layers = cache, tuple(layers)
         self._before = list(cache.lengths)
         time = ids.shape[1]

@@ -92,7 +92,7 @@ class DecodeSession:
         """For each row the tokens that the cache holds past its end: guesses, or rewound tokens."""
         self._state_column = [0] * len(prompts)
         with torch.inference_mode():
-            self._store(self._begin())
+            self._store(*self._begin())
             copies = max(samples, groups)
             if copies > 1:
                 self.select([i for i in range(len(prompts)) for _ in range(copies)])
@@ -196,10 +196,8 @@ class DecodeSession:
         n = at_least
         if cache is not None and self._cached and max(rows.lengths) <= self._window:
             # How many of each row's tokens the cache holds, without those past the row's end.
-            cached = [
-                length - len(ahead)
-                for length, ahead in zip(cache.lengths, self._ahead, strict=True)
-            ]
+            lengths = zip(cache.lengths, self._ahead, strict=True)
+            cached = [length - len(ahead) for length, ahead in lengths]
             unread = [length - old for length, old in zip(rows.lengths, cached, strict=True)]
             n = max(n, *unread)
             usable = n <= min(rows.lengths)
@@ -208,28 +206,18 @@ class DecodeSession:
         if guesses is not None and not usable:
             rows.extend(guesses)  # for the pass, which reads the rows' tokens
         if usable and cache is not None:
-            cache.rewind(
-                [
-                    held - length + n
-                    for held, length in zip(cache.lengths, rows.lengths, strict=True)
-                ]
-            )
+            ends = zip(cache.lengths, rows.lengths, strict=True)
+            cache.rewind([held - length + n for held, length in ends])
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
-            step = self.model.step
-            if step is not None and step.fits(ids, cache, self._layers):
-                with evaluating(self.model):
-                    states, logits = step(ids, cache)
-                self._ahead, self._state_column = [[]], [0]
-                return self._store(states, logits)
-            hidden = self._states(ids, cache)
+            hidden, logits = self._states_and_logits(ids, cache)
         else:
-            hidden = self._recompute(n + d)
+            hidden, logits = self._recompute(n + d)
         if guesses is not None and not usable:
             rows.rewind([d] * len(rows))
         self._ahead = [[] for _ in rows.lengths] if guesses is None else guesses.tolist()
         self._state_column = [n - 1] * len(rows)
-        return self._store(hidden)
+        return self._store(hidden, logits)
 
     @torch.inference_mode()
     def select(self, parents: Sequence[int]) -> None:
@@ -293,11 +281,8 @@ class DecodeSession:
         columns = torch.tensor([c or 0 for c in self._state_column], device=states.device)
         return states[torch.tensor(self._state_row, device=states.device), columns]
 
-    def _store(self, hidden: Tensor, logits: Tensor | None = None) -> Tensor:
+    def _store(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """Keep what a pass has computed; returns its logits."""
-        if logits is None:
-            with evaluating(self.model):
-                logits = self.model.logits(hidden[:, :, 0])
         self._hidden, self._logits = hidden, logits
         self._state_row = list(range(len(logits)))
         return logits
@@ -349,19 +334,36 @@ class DecodeSession:
         with evaluating(self.model):
             return self.model.states(ids, cache, counts, self._layers)
 
-    def _begin(self) -> Tensor:
-        """Read the prompts. Returns the hidden state of each one's last token."""
+    def _states_and_logits(
+        self, ids: Tensor, cache: Cache, wanted: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read tokens that follow those in the cache. wanted: how many of each row's tokens, the
+        last ones, the states are asked of, if the cache is in blocks [all]."""
+        if isinstance(cache, BlockCache):
+            assert isinstance(self.model, JoinedModel)  # whose caches are in blocks
+            return self.model.states_and_logits(ids, cache, self._layers, wanted)
+        step = self.model.step
+        if step is not None and step.fits(ids, cache, self._layers):
+            with evaluating(self.model):
+                return step(ids, cache)
+        return self._with_logits(self._states(ids, cache))
+
+    def _with_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        with evaluating(self.model):
+            return hidden, self.model.logits(hidden[:, :, 0])
+
+    def _begin(self) -> tuple[Tensor, Tensor]:
+        """Read the prompts. Returns the states and logits of each one's last token."""
         length = self.rows.lengths[0]
         if isinstance(self._cache, BlockCache) and len(self.rows) == 1 and length <= self._window:
             self._cache.recall(self.rows.session_tokens.tolist())
             self._cached = True
-            assert isinstance(self.model, JoinedModel)  # whose caches are in blocks
             unread = self._last_tokens(length - self._cache.lengths[0])
-            return self.model.last_state(unread, self._cache, self._layers)
+            return self._states_and_logits(unread, self._cache, wanted=1)
         return self._recompute(1)
 
-    def _recompute(self, n: int) -> Tensor:
-        """The hidden states of each row's last n tokens, from the tokens in its window alone.
+    def _recompute(self, n: int) -> tuple[Tensor, Tensor]:
+        """States and logits of each row's last n tokens, from the tokens in its window alone.
 
         This is the first pass over the prompts, every pass without a cache, and every pass once
         a row has outgrown the window.
@@ -378,7 +380,8 @@ class DecodeSession:
         hidden = self._states(ids, self._cache if self._cached else None, counts)
         last = torch.tensor(counts, device=ids.device)[:, None] - n
         last = last + torch.arange(n, device=ids.device)
-        return hidden[torch.arange(len(counts), device=ids.device)[:, None], last]
+        each = torch.arange(len(counts), device=ids.device)[:, None]
+        return self._with_logits(hidden[each, last])
 
     def _ids_in_window(self) -> tuple[Tensor, list[int]]:
         """The last tokens of each row, as many as the window holds, and how many these are.
