@@ -13,6 +13,7 @@ from gptk.decoding.stream import Stream
 from gptk.plugins.registry import provided
 from gptk.records.prompts_file import PromptsFile
 from gptk.records.results_file import ResultsFile
+from gptk.system.interrupts import Interrupts
 from gptk.testing import tiny_lm
 from program import failing
 from program import gptk as run_gptk
@@ -275,6 +276,16 @@ def test_a_prompt_too_long_is_its_error(generate, tmp_path):
 
 
 # --- Going on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_ends_the_command_elsewhere_has_its_code(generate, monkeypatch, number, code):
+    def decode(*args):
+        with Interrupts(at_once=True):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("gptk.cli.many.decode", decode)
+    assert generate(*FEW).returncode == code
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -29,8 +29,8 @@ def main() -> "NoReturn":
         from gptk.cli import main
 
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(getattr(interrupt, "exit_code", 130))
     finally:
         # While Python ends, Ctrl-C would print the traceback of whatever it is doing.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

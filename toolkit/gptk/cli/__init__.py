@@ -96,7 +96,7 @@ def main() -> NoReturn:
     """Run the program.
 
     Exits with 0; with 1 for an error, a fault in gptk itself included; with 2 for a wrong command
-    line; with 130 for Ctrl-C.
+    line; with 130 for Ctrl-C, and 143 for SIGTERM where a command goes on after it.
     """
     try:
         prepare_streams()
@@ -113,8 +113,9 @@ def main() -> NoReturn:
         # The reader has gone, as in `gptk … | head -1`: nothing is left to say.
         discard_output()
         sys.exit(0)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        interrupt = error.__cause__ or error  # click makes Abort of a KeyboardInterrupt
+        sys.exit(getattr(interrupt, "exit_code", 130))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)

@@ -9,8 +9,16 @@ from types import FrameType
 from typing import Any
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised by `Interrupts`; exit_code: that of a program which a signal has ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
 class Interrupts:
-    """Inside `with`, Ctrl-C and SIGTERM set `asked`; a second one raises KeyboardInterrupt.
+    """Inside `with`, Ctrl-C and SIGTERM set `asked`; a second one raises Interrupted.
 
     at_once: the first one raises it, too. Where an exception cannot be raised, as in a destructor,
     Python prints and forgets it: look at `asked` as well. Outside the main thread, which alone
@@ -20,7 +28,7 @@ class Interrupts:
     def __init__(self, *, at_once: bool = False) -> None:
         self.number: int | None = None
         """The first signal that came."""
-        self._at_once = at_once
+        self._at_once, self._is_left = at_once, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -30,6 +38,7 @@ class Interrupts:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._is_left = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -39,10 +48,10 @@ class Interrupts:
         return self.number is not None
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        raises = self._at_once or self.asked
+        raises = not self._is_left if self.asked else self._at_once
         self.number = self.number or number
         if raises:
-            raise KeyboardInterrupt
+            raise Interrupted(self.number)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM as requests to stop."""
+
+import os
+import signal
+
+import pytest
+
+from gptk.system.interrupts import Interrupts
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_second_signal_while_handlers_are_restored_is_no_second_interrupt(monkeypatch, at_once):
+    """It came while the program, which had caught the first one, was about to say so."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    restore = signal.signal
+
+    def signal_and_restore(number, handler):
+        if number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return restore(number, handler)
+
+    with Interrupts(at_once=at_once) as interrupts:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            assert at_once
+        monkeypatch.setattr(signal, "signal", signal_and_restore)
+    assert interrupts.number == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_interrupt_has_the_exit_code_of_its_signal():
+    with Interrupts(at_once=True), pytest.raises(KeyboardInterrupt) as error:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert error.value.exit_code == 143
