@@ -11,11 +11,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 from gptk import kernels
-from gptk.kernels import build
-from gptk.system import notices
+from gptk.errors import DeviceError
+from gptk.kernels import build, compiler
+from gptk.kernels.instructions import INSTRUCTION_SETS
+from gptk.system import notices, processor
 
 NEEDS_KERNELS = pytest.mark.skipif(
     not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
@@ -32,9 +33,10 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(notices, "_told", set())
     monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.delenv("GPTK_KERNELS", raising=False)
     # As on a machine that could run them.
-    has = torch.cpu.get_capabilities() | dict.fromkeys(build._NEEDED, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    has = processor.features() | {name for found in INSTRUCTION_SETS for name in found.needs}
+    monkeypatch.setattr(processor, "features", lambda: has)
     return tmp_path / "cache"
 
 
@@ -61,7 +63,7 @@ def program(body, cache, **environment):
     return done.stdout
 
 
-def compiler(folder, script):
+def fake_compiler(folder, script):
     """The path of a compiler that is a shell script, and keeps its options of outputs in $out."""
     path = folder / "c++"
     find_output = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done\n'
@@ -121,15 +123,15 @@ def test_threads_may_use_them_for_the_first_time_at_once(compiled):
     body = """
         import threading, torch
         from gptk import kernels
-        together, results = threading.Barrier(8), []
+        together, results = threading.Barrier(16), []
         def use():
             together.wait()
             assert kernels.why_not() is None
             with torch.enable_grad():
                 results.append(kernels.gelu(torch.ones(40, requires_grad=True)).sum().item())
-        threads = [threading.Thread(target=use) for _ in range(8)]
+        threads = [threading.Thread(target=use) for _ in range(16)]
         [thread.start() for thread in threads], [thread.join() for thread in threads]
-        assert len(results) == 8 and len(set(results)) == 1, results
+        assert len(results) == 16 and len(set(results)) == 1, results
     """
     program(body, compiled.parents[1])
 
@@ -139,8 +141,8 @@ def test_threads_may_use_them_for_the_first_time_at_once(compiled):
 def test_processes_may_use_them_for_the_first_time_at_once(fresh):
     body = "from gptk import kernels; assert kernels.why_not() is None, kernels.why_not()"
     environment = {**os.environ, "GPTK_CACHE": str(fresh)}
-    processes = [subprocess.Popen([sys.executable, "-c", body], env=environment) for _ in range(4)]
-    assert [process.wait(300) for process in processes] == [0] * 4
+    processes = [subprocess.Popen([sys.executable, "-c", body], env=environment) for _ in range(8)]
+    assert [process.wait(300) for process in processes] == [0] * 8
     assert len(list(fresh.glob("code/*.so"))) == 1
 
 
@@ -180,7 +182,7 @@ COMPILERS = {
 @pytest.mark.parametrize("kind", COMPILERS)
 def test_a_compiler_that_fails_is_the_reason(kind, fresh, monkeypatch, tmp_path):
     script, says = COMPILERS[kind]
-    path = compiler(tmp_path, script)
+    path = fake_compiler(tmp_path, script)
     monkeypatch.setenv("CXX", str(path))
     assert kernels.why_not() == f"{path} cannot compile them: {says}"
     assert not list(fresh.glob("code/*.so"))
@@ -196,8 +198,8 @@ def test_a_compiler_that_fails_is_the_reason(kind, fresh, monkeypatch, tmp_path)
     ],
 )
 def test_a_compiler_that_makes_no_library_is_the_reason(script, says, fresh, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "_PATIENCE", 1.0)
-    monkeypatch.setenv("CXX", str(compiler(tmp_path, script)))
+    monkeypatch.setattr(compiler, "_PATIENCE", 1.0)
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, script)))
     assert says in kernels.why_not()
     assert not list(fresh.glob("code/*.so"))
     assert not list(fresh.glob("code/.*"))
@@ -216,7 +218,7 @@ def test_a_full_disk_is_the_reason(fresh, monkeypatch):
     def run(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(compiler, "run", run)
     monkeypatch.setenv("CXX", "true")
     assert kernels.why_not() == "[Errno 28] No space left on device"
 
@@ -229,10 +231,134 @@ def test_without_a_home_and_a_directory_for_temporary_files_they_run(compiled):
 
 
 def test_without_the_instructions_kernels_are_not_available(fresh, monkeypatch):
-    has = dict.fromkeys(build._NEEDED, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx512_vnni": False})
-    assert kernels.why_not() == "this processor lacks AVX-512 VNNI"
+    monkeypatch.setattr(processor, "machine", lambda: "x86_64")
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"sse4_2"}))
+    assert kernels.why_not() == "this processor lacks AVX2 with FMA and F16C"
     assert not kernels.available()
+    monkeypatch.setattr(build, "_loaded", None)
+    monkeypatch.setattr(processor, "machine", lambda: "riscv64")
+    assert kernels.why_not() == "there are none for riscv64 processors"
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        (("avx512_bf16", "avx512_vnni"), "avx512-bf16"),
+        (("avx512_vnni", "avx_vnni"), "avx512"),
+        (("avx_vnni",), "avx2-vnni"),
+        ((), "avx2"),
+    ],
+)
+def test_the_best_instructions_of_the_processor_are_chosen(features, name, fresh, monkeypatch):
+    found = {"avx2", "fma", "f16c", *features}
+    if "avx512_vnni" in features:
+        found |= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    monkeypatch.setattr(processor, "machine", lambda: "x86_64")
+    monkeypatch.setattr(processor, "features", lambda: frozenset(found))
+    assert build._choose("").name == name
+    assert build._choose("avx2").name == "avx2"
+    assert build._choose("plain").name == "plain"
+    with pytest.raises(DeviceError) as raised:
+        build._choose("neon")
+    assert str(raised.value).startswith(
+        "GPTK_KERNELS is 'neon', which this processor does not run; here it may be "
+    )
+    with pytest.raises(DeviceError, match="'avx3', which is no instruction set; here it may be "):
+        build._choose("avx3")
+
+
+def test_on_arm_neon_is_chosen(fresh, monkeypatch):
+    monkeypatch.setattr(processor, "machine", lambda: "aarch64")
+    for features, name in (({"asimddp"}, "neon"), ({"asimddp", "i8mm"}, "neon-i8mm")):
+        monkeypatch.setattr(processor, "features", lambda features=features: features)
+        assert build._choose("").name == name
+    monkeypatch.setattr(processor, "features", frozenset)
+    assert build._choose("") == "this processor lacks NEON with dot products"
+
+
+def test_all_processors_of_a_machine_must_have_a_feature():
+    text = "processor: 0\nflags\t\t: fma avx2\nprocessor: 1\nflags\t: fma\n"
+    assert processor._of_cpuinfo(text) == {"fma"}
+    assert processor._of_cpuinfo("Features : asimd asimddp\n") == {"asimd", "asimddp"}
+    assert processor._of_cpuinfo("") == frozenset()
+
+
+def test_kernels_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("GPTK_KERNELS", "none")
+    assert kernels.why_not() == "they are switched off by GPTK_KERNELS=none"
+    assert not kernels.available()
+
+
+def test_a_wrong_name_of_instructions_is_a_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptk", "generate", "x"],
+        env={**os.environ, "GPTK_KERNELS": "avx3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("gptk: GPTK_KERNELS is 'avx3', which is no instruction set; ")
+    assert done.stderr.count("\n") == 1
+
+
+def dynamic_symbols(path, *options):
+    out = subprocess.run(["nm", "-D", *options, path], capture_output=True, text=True, check=True)
+    return {line.split()[-1].partition("@")[0] for line in out.stdout.splitlines()}
+
+
+@NEEDS_KERNELS
+def test_the_library_links_neither_pytorch_nor_openmp():
+    """So that one library goes with every PyTorch, and uses its threads."""
+    needed = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True)
+    libraries = [line for line in needed.stdout.splitlines() if "(NEEDED)" in line]
+    assert libraries
+    assert not [line for line in libraries if "torch" in line or "omp" in line or "c10" in line]
+    wanted = dynamic_symbols(LIBRARY, "--undefined-only")
+    assert not {name for name in wanted if "torch" in name or "c10" in name or "kmpc" in name}
+    assert "GOMP_parallel" in wanted
+    exported = dynamic_symbols(LIBRARY, "--defined-only")
+    assert "gptk_linear" in exported
+    assert all(name.startswith("gptk_") for name in exported)
+
+
+@NEEDS_KERNELS
+def test_kernels_share_the_threads_of_pytorch(compiled):
+    body = """
+        import os, torch
+        from gptk import kernels
+        torch.set_num_threads(3)
+        x = torch.randn(600, 600)
+        x @ x, torch.relu(x)
+        alone = len(os.listdir("/proc/self/task"))
+        with torch.no_grad():
+            kernels.gelu(x), kernels.softmax_sums(x)
+        maps = open("/proc/self/maps").read().split()
+        print(len(os.listdir("/proc/self/task")) - alone, len({m for m in maps if "omp" in m}))
+    """
+    assert program(body, compiled.parents[1], OMP_NUM_THREADS="3") == "0 1\n"
+
+
+def test_openmp_is_found_whatever_its_file_is_called(tmp_path):
+    """PyTorch's wheels have had libgomp-24e2ab19.so.1.0.0 and others. Compared with a library of
+    another name that is linked as PyTorch's is."""
+    sources = {"renamed": "void GOMP_parallel() {}", "user": "void use() { GOMP_parallel(); }"}
+    for name, source in sources.items():
+        path = tmp_path / f"{name}.cpp"
+        path.write_text(f'extern "C" void GOMP_parallel(); extern "C" {source}')
+        others = [tmp_path / "renamed-1a2b.so"] if name == "user" else []
+        library = tmp_path / ("user.so" if name == "user" else "renamed-1a2b.so")
+        command = ["g++", "-shared", "-fPIC", path, *others, "-o", library]
+        subprocess.run([*command, f"-Wl,-rpath,{tmp_path}"], check=True)
+    program = f"""
+        from gptk.system.threads import openmp_of
+        print(openmp_of({str(tmp_path / "user.so")!r}, "GOMP_parallel"))
+        print(openmp_of({str(tmp_path / "user.so")!r}, "__kmpc_fork_call"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{tmp_path / 'renamed-1a2b.so'}\nNone\n"
 
 
 @NEEDS_KERNELS

@@ -57,8 +57,7 @@ def command(model: str | None) -> None:
         quantize: Any = chosen.get("--quantize", "auto")
         sizes = bytes_in_memory(checkpoint.config, bits, quantize, dtype)
         click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
-    reason = kernels.why_not()
-    click.echo(f"kernels: {'gptk and PyTorch' if reason is None else f'PyTorch ({reason})'}")
+    click.echo(f"kernels: {kernels.described()}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value

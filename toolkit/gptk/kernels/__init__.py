@@ -4,20 +4,23 @@ Before a kernel is called, `available` or one of the functions `can_run…` and 
 have said yes. Arguments that a kernel cannot take raise ValueError, too little memory MemoryError.
 """
 
+from gptk.kernels.aoti import aoti_shims as aoti_shims
+from gptk.kernels.aoti import load_aoti_shims as load_aoti_shims
 from gptk.kernels.attention import BLOCK as BLOCK
 from gptk.kernels.attention import HEAD_DIMS as HEAD_DIMS
 from gptk.kernels.attention import attend as attend
 from gptk.kernels.attention import attend_blocks as attend_blocks
 from gptk.kernels.attention import attend_causally as attend_causally
-from gptk.kernels.build import FEW_QUERIES as FEW_QUERIES
-from gptk.kernels.checks import aoti_shims as aoti_shims
 from gptk.kernels.checks import available as available
 from gptk.kernels.checks import can_run as can_run
 from gptk.kernels.checks import can_run_cross_entropy as can_run_cross_entropy
+from gptk.kernels.checks import described as described
+from gptk.kernels.checks import instructions as instructions
 from gptk.kernels.checks import should_run_causal_attention as should_run_causal_attention
 from gptk.kernels.checks import should_run_gelu as should_run_gelu
 from gptk.kernels.checks import should_run_product as should_run_product
 from gptk.kernels.checks import why_not as why_not
+from gptk.kernels.compiler import FEW_QUERIES as FEW_QUERIES
 from gptk.kernels.layers import gelu as gelu
 from gptk.kernels.layers import layer_norm as layer_norm
 from gptk.kernels.layers import rms_norm as rms_norm

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gptk.kernels.arguments import BFLOAT16, FLOAT32, INT32, INT64, are, are_floats, fail, refuse
-from gptk.kernels.build import FEW_QUERIES, library
+from gptk.kernels.build import library
+from gptk.kernels.compiler import FEW_QUERIES
 
 HEAD_DIMS = (32, 64, 96, 128)
 """The head sizes that there are kernels for."""

@@ -1,9 +1,8 @@
-"""gptk's own kernels, the C++ code in the folder cpp: compiled once on a machine, then loaded.
+"""gptk's own kernels, the C++ code in the folder cpp: choosing and loading the library.
 
-PyTorch's kernels for quantized weights are bound by arithmetic on CPUs with AVX-512: they read
-SmolLM2's int4 layers at 16 GB/s where the memory gives 31. gptk's read them at 31. They need Linux,
-a processor with AVX-512 and VNNI, and a C++ compiler: g++, or the one that $CXX names. Without
-these, PyTorch's operations are used.
+There is a library for each instruction set. An installed wheel has them compiled; elsewhere the one
+that this machine runs is compiled at the first use, and kept in the cache folder. Where neither is
+possible, PyTorch's operations are used.
 """
 
 import contextlib
@@ -12,44 +11,38 @@ import hashlib
 import logging
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gptk.errors import DeviceError
+from gptk.kernels import compiler
+from gptk.kernels.instructions import INSTRUCTION_SETS, InstructionSet
+from gptk.system import processor
 from gptk.system.compiled_code import Code, load_or_make
-from gptk.system.threads import use_threads_that_start
-
-FEW_QUERIES = 16
-"""The most queries of a key head over a cache that the kernel of `attend` takes. With more,
-PyTorch's attention is faster."""
+from gptk.system.threads import share_openmp, use_threads_that_start
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).with_name("cpp")
-_NEEDED = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "f16c", "fma3")
-_FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx2", "-mfma", "-mf16c"),
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-    *("-ffp-contract=off", "-DGPTK_AVX512"),
-    f"-DGPTK_MAX_QUERIES={FEW_QUERIES}",
-)
-_PATIENCE = 180.0
-"""Seconds that the compiler may take. It takes five to ten."""
+_INSTALLED = Path(__file__).with_name("compiled")
+"""The libraries that a wheel has, each with the name of its instruction set."""
 
-_loaded: ctypes.CDLL | str | None = None
+
+@dataclass(frozen=True)
+class Kernels:
+    """A loaded library."""
+
+    library: ctypes.CDLL
+    instructions: InstructionSet
+    installed: bool
+    """Whether it was installed with gptk; else it was compiled on this machine."""
+
+
+_loaded: Kernels | str | None = None
 """See `load`."""
 _lock = threading.Lock()
-
-
-class _UnusableCompilerError(Exception):
-    """Why the kernels cannot be compiled."""
 
 
 def library() -> ctypes.CDLL:
@@ -57,13 +50,14 @@ def library() -> ctypes.CDLL:
     loaded = _loaded if _loaded is not None else load()
     if isinstance(loaded, str):
         raise RuntimeError(f"gptk's kernels do not run here: {loaded}")
-    return loaded
+    return loaded.library
 
 
-def load() -> ctypes.CDLL | str:
+def load() -> Kernels | str:
     """The kernels, compiled if this machine has not done so yet; or why they cannot run.
 
-    The first call decides. Threads that call at the same time wait for it.
+    The first call decides. Threads that call at the same time wait for it. Raises DeviceError if
+    $GPTK_KERNELS names no instruction set, or one that this processor does not have.
     """
     global _loaded
     if _loaded is None:
@@ -73,34 +67,96 @@ def load() -> ctypes.CDLL | str:
     return _loaded
 
 
-def _load() -> ctypes.CDLL | str:
-    if sys.platform != "linux":
-        return "they need Linux and an x86 processor with AVX-512"
-    capabilities = torch.cpu.get_capabilities()
-    if missing := [name for name in _NEEDED if not capabilities.get(name)]:
-        return f"this processor lacks {', '.join(_words(name) for name in missing)}"
-    flags = (*_FLAGS, "-mavx512bf16") if capabilities.get("avx512_bf16") else _FLAGS
+def _load() -> Kernels | str:
+    chosen = _choose(os.environ.get("GPTK_KERNELS", ""))
+    if isinstance(chosen, str):
+        return chosen
     try:
-        compiler = _compiler()
-        sources = [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
-        origin = {
-            "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
-            "compiler": f"{shlex.join(compiler)}, {_identity(compiler[0])}",
-            "flags": shlex.join(flags),
-            "libraries": f"torch {torch.__version__}, {os.confstr('CS_GNU_LIBC_VERSION')}",
-        }
+        share_openmp()
         use_threads_that_start()
-        code = Code("kernels", ".so", origin, lambda path: _compile([*compiler, *flags], path))
-        return load_or_make(code, _open)
+        return _load_installed(chosen) or Kernels(_compiled(chosen), chosen, installed=False)
     except PermissionError as error:
         return f"{error}; name a folder of your own in $GPTK_CACHE"
-    except (_UnusableCompilerError, OSError, AttributeError) as error:
+    except (compiler.UnusableCompilerError, OSError, AttributeError) as error:
         return _printable(str(error))
 
 
-def _words(capability: str) -> str:
-    """The name that people know a capability of PyTorch's list by: AVX-512 VNNI for avx512_vnni."""
-    return capability.upper().replace("AVX512_F", "AVX-512").replace("AVX512_", "AVX-512 ")
+def _choose(name: str) -> InstructionSet | str:
+    """The instruction set of that name, or if it is empty the best of this processor.
+
+    Returns why there is none, and raises DeviceError as `load` does.
+    """
+    if name == "none":
+        return "they are switched off by GPTK_KERNELS=none"
+    if sys.platform not in ("linux", "darwin"):
+        return "they need Linux or macOS"
+    machine, features = processor.machine(), processor.features()
+    usable = [found for found in INSTRUCTION_SETS if found.runs_on(machine, features)]
+    if not name:
+        automatic = [found for found in usable if found.automatic]
+        return automatic[0] if automatic else _why_none(machine)
+    for found in usable:
+        if found.name == name:
+            return found
+    allowed = ", ".join([found.name for found in usable] + ["none"])
+    known = any(found.name == name for found in INSTRUCTION_SETS)
+    problem = "which this processor does not run" if known else "which is no instruction set"
+    raise DeviceError(f"GPTK_KERNELS is {name!r}, {problem}; here it may be {allowed}")
+
+
+def _why_none(machine: str) -> str:
+    needed = [found.words for found in INSTRUCTION_SETS if found.machine == machine]
+    if not needed:
+        return f"there are none for {machine} processors"
+    return f"this processor lacks {needed[-1]}"
+
+
+def _load_installed(instructions: InstructionSet) -> Kernels | None:
+    """The library that was installed with gptk, if there is one and it can be loaded."""
+    path = _INSTALLED / f"{instructions.name}.so"
+    if not path.exists():
+        return None
+    try:
+        return Kernels(_open(path), instructions, installed=True)
+    except (OSError, AttributeError) as error:
+        _log.warning("%s cannot be loaded, and the kernels are compiled here: %s", path, error)
+        return None
+
+
+def _compiled(instructions: InstructionSet) -> ctypes.CDLL:
+    """The library that is compiled on this machine, now or before."""
+    command = compiler.find_compiler()
+    sources = [path.read_bytes() for path in sorted(compiler.SOURCES.iterdir()) if path.is_file()]
+    origin = {
+        "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
+        "compiler": f"{shlex.join(command)}, {identity(command[0])}",
+        "flags": shlex.join(compiler.flags(instructions.flags)),
+        "libraries": _c_library(),
+    }
+
+    def make(path: Path) -> None:
+        level = logging.INFO
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
+            if sys.stderr and sys.stderr.isatty():
+                level = logging.WARNING  # somebody waits
+        _log.log(level, "compiling gptk's kernels for this machine, once: some ten seconds")
+        compiler.compile_library(command, instructions.flags, path)
+
+    return load_or_make(Code("kernels", ".so", origin, make), _open)
+
+
+def _c_library() -> str:
+    """The C library and its version, where the system tells."""
+    with contextlib.suppress(ValueError, OSError):
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    return ""
+
+
+def identity(program: str) -> str:
+    """A text that changes when a program is replaced by another version."""
+    path = Path(program).resolve()
+    status = path.stat()
+    return f"{path}, {status.st_size} bytes of {status.st_mtime_ns}"
 
 
 def _printable(text: str) -> str:
@@ -108,106 +164,12 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)[:300]
 
 
-def _compiler() -> list[str]:
-    """The compiler's command: that of $CXX, else g++."""
-    named = os.environ.get("CXX", "")
-    try:
-        command = shlex.split(named) or ["g++"]
-    except ValueError as error:  # a quotation without an end
-        message = f"$CXX is {named}, which is no command: {error}"
-        raise _UnusableCompilerError(message) from None
-    program = shutil.which(command[0])
-    if program is None and named.strip():
-        raise _UnusableCompilerError(f"$CXX names a C++ compiler that is not there: {command[0]}")
-    if program is None:
-        raise _UnusableCompilerError(
-            "there is no C++ compiler; install g++, or name another one in $CXX"
-        )
-    return [program, *command[1:]]
-
-
-def _identity(program: str) -> str:
-    """A text that changes when a program is replaced by another version."""
-    path = Path(program).resolve()
-    status = path.stat()
-    return f"{path}, {status.st_size} bytes of {status.st_mtime_ns}"
-
-
-def _compile(compiler: list[str], path: Path) -> None:
-    """Compile the sources into a shared library at `path`, in a folder that has room for more."""
-    level = logging.INFO
-    with contextlib.suppress(OSError, ValueError):  # stderr is closed
-        if sys.stderr and sys.stderr.isatty():
-            level = logging.WARNING  # somebody waits
-    _log.log(level, "compiling gptk's kernels for this machine, once: some ten seconds")
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
-    deadline = time.monotonic() + _PATIENCE
-    _run(
-        [
-            [*compiler, "-c", str(source), "-o", object]
-            for source, object in zip(sources, objects, strict=True)
-        ],
-        path.parent,
-        deadline,
-    )
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    _run([[*compiler, *objects, *libraries, "-o", str(path)]], path.parent, deadline)
-    if not path.is_file():
-        raise _UnusableCompilerError(f"{compiler[0]} writes no file")
-
-
-def _run(commands: list[list[str]], folder: Path, deadline: float) -> None:
-    """Run commands of a compiler at the same time, with their output in a folder.
-
-    Raises _UnusableCompilerError if one fails, or is not done by the deadline.
-    """
-    # Messages in English; temporary files where there is room for the result, too.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
-    output = folder / "output"
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        with output.open("wb") as stream:
-            for command in commands:
-                processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=stream,
-                        env=environment,
-                        start_new_session=True,
-                    )
-                )
-        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
-    except subprocess.TimeoutExpired:
-        message = f"{commands[0][0]} was not done after {_PATIENCE:.0f} s"
-        raise _UnusableCompilerError(message) from None
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the programs that it has started
-                process.wait()
-    if any(codes):
-        ended = next(code for code in codes if code)
-        reason = _first_error(output) or f"it ends with {ended} and says nothing"
-        raise _UnusableCompilerError(f"{commands[0][0]} cannot compile them: {reason}")
-
-
-def _first_error(output: Path) -> str:
-    """The first line of a compiler's output that speaks of an error, else the first line."""
-    with output.open(encoding="utf-8", errors="replace") as stream:
-        lines = [line.strip() for line in stream.read(1 << 20).splitlines()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return next((line for line in (*errors, *lines) if line), "")
-
-
 def _open(path: Path) -> ctypes.CDLL:
     """Load the shared library and declare what its functions take. They return a Status.
 
     Raises OSError if it is none, and AttributeError if it lacks one of them.
     """
-    # With global symbols, so that programs compiled by AOTInductor find them.
+    # With global symbols, for the library of `aoti`.
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     flag, real, double = ctypes.c_int, ctypes.c_float, ctypes.c_double
     data, size = ctypes.c_void_p, ctypes.c_int64

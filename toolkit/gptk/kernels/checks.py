@@ -4,7 +4,6 @@ They should be run where they are the fastest implementation, and exact enough.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from gptk.kernels import operators
 from gptk.kernels.attention import HEAD_DIMS
 from gptk.kernels.build import load
+from gptk.system.processor import features
 
 enabled = True
 """If False, PyTorch's operations are used, as on a machine that cannot run the kernels."""
@@ -36,6 +36,22 @@ def why_not() -> str | None:
         return loaded
     operators.define()
     return None
+
+
+def instructions() -> str | None:
+    """The instruction set that the kernels run with, such as `avx512-bf16`; None if none run."""
+    loaded = load() if enabled else ""
+    return None if isinstance(loaded, str) else loaded.instructions.name
+
+
+def described() -> str:
+    """Which kernels run, for people: those of gptk and their instruction set, or why none do."""
+    if reason := why_not():
+        return f"PyTorch ({reason})"
+    loaded = load()
+    assert not isinstance(loaded, str)
+    origin = "installed with gptk" if loaded.installed else "compiled on this machine"
+    return f"gptk ({loaded.instructions.words}, {origin}) and PyTorch"
 
 
 def can_run(x: Tensor, other: Tensor) -> bool:
@@ -74,21 +90,22 @@ def should_run_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def should_run_product(*operands: Tensor) -> bool:
     """Whether `product` can be run on these, and is the fastest there is.
 
-    It is on processors that have AVX512-BF16 and no AMX. While a compiler traces, only if
+    It is with AVX512-BF16, on processors that have no AMX. While a compiler traces, only if
     `available` was called before.
     """
     return (
         all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in operands)
-        and _has_bfloat16_without_amx()
+        and _products_are_fast()
         and (operators.defined() if torch.compiler.is_compiling() else available())
     )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
-def _has_bfloat16_without_amx() -> bool:
-    capable = torch.cpu.get_capabilities().get
-    return bool(capable("avx512_bf16")) and not capable("amx_bf16") and not capable("amx_tile")
+def _products_are_fast() -> bool:
+    loaded = load()
+    bfloat16 = not isinstance(loaded, str) and loaded.instructions.name == "avx512-bf16"
+    return bfloat16 and not features() & {"amx_bf16", "amx_tile"}
 
 
 def can_run_cross_entropy(logits: Tensor) -> bool:
@@ -109,15 +126,3 @@ def should_run_gelu(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and available()
     )
-
-
-def aoti_shims() -> dict[Any, list[str]]:
-    """For AOTInductor's option `custom_ops_to_c_shims`: C functions that its programs call in place
-    of operators, without PyTorch's dispatcher."""
-    if not available():
-        return {}
-    function = (
-        "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle x, "
-        "AtenTensorHandle weights, int64_t bits, int64_t outputs, AtenTensorHandle* y)"
-    )
-    return {torch.ops.gptk.quantized_linear.default: [function]}

@@ -37,6 +37,7 @@ from gptk.model.gpt import GPT
 from gptk.model.linear import Linear, OneDNNPacked
 from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
+from gptk.system.processor import features
 
 _log = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ def _new_step(model: GPT, announce: Callable[[], None] | None) -> CompiledStep |
             announce()
         _compile(model, path)
 
+    kernels.load_aoti_shims()
     try:
         code = Code("step", ".pt2", _origin(model), make)
         return load_or_make(code, lambda path: CompiledStep(model, _load(path)))
@@ -349,8 +351,8 @@ def _origin(model: GPT) -> dict[str, str]:
     return {
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
         "torch": torch.__version__,
-        "processor": str(torch.cpu.get_capabilities()),
+        "processor": str(sorted(features())),
         "threads": str(torch.get_num_threads()),
-        "kernels": str(kernels.available()),
+        "kernels": str(kernels.instructions()),
         "model": hashlib.sha256(description(model).encode()).hexdigest(),
     }

@@ -211,7 +211,6 @@ def full_spec(plugin: Plugin) -> str:
 
 def environment() -> dict[str, Any]:
     """The versions, and what else results may depend on in their last digits."""
-    reason = kernels.why_not()
     return {
         "gptk": __version__,
         "torch": torch.__version__,
@@ -219,7 +218,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "kernels": "gptk" if reason is None else f"PyTorch ({reason})",
+        "kernels": kernels.described(),
     }
 
 

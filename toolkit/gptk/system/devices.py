@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from gptk.errors import DeviceError
+from gptk.system.processor import features
 
 DTYPES = {
     "float32": torch.float32,
@@ -70,9 +71,8 @@ def has_fast_products(dtype: torch.dtype) -> bool:
 @functools.cache
 def has_bfloat16_instructions() -> bool:
     """Whether this CPU has instructions that multiply bfloat16 numbers, faster than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return native and has_fast_products(torch.bfloat16)
+    native = features() & {"avx512_bf16", "amx_bf16", "bf16"}
+    return bool(native) and has_fast_products(torch.bfloat16)
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:

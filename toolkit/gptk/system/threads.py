@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -33,6 +35,47 @@ def use_threads_that_start() -> None:
         done.set()
         for thread in threads:
             thread.join()
+
+
+def share_openmp() -> None:
+    """Let libraries that are loaded from now on call the OpenMP library that PyTorch uses.
+
+    They leave its functions undefined, whatever file it is: each distribution of PyTorch has its
+    own. A second OpenMP library would start threads of its own, and both would fight for the
+    processors. Raises OSError if PyTorch has no such library.
+    """
+    name = "__kmpc_fork_call" if sys.platform == "darwin" else "GOMP_parallel"
+    everywhere = ctypes.CDLL(None)
+    if hasattr(everywhere, name):
+        return  # PyTorch has made it global itself, as it does on Linux
+    found = openmp_of(torch._C.__file__, name)
+    if found is None:
+        raise OSError("PyTorch has no OpenMP library here whose threads they could share")
+    ctypes.CDLL(found, mode=ctypes.RTLD_GLOBAL)
+
+
+def openmp_of(path: str, name: str) -> str | None:
+    """The file of the loaded library that has a function, among all that a library depends on."""
+    function = getattr(ctypes.CDLL(path), name, None)
+    if function is None:
+        return None
+    found = _Symbol()
+    dladdr = ctypes.CDLL(None).dladdr
+    dladdr.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Symbol)]
+    if not dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found)):
+        return None
+    return os.fsdecode(found.file)
+
+
+class _Symbol(ctypes.Structure):
+    """The C library's Dl_info."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
 
 
 def release_threads() -> None:
