@@ -255,25 +255,25 @@ def test_the_best_instructions_of_the_processor_are_chosen(features, name, fresh
         found |= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     monkeypatch.setattr(processor, "machine", lambda: "x86_64")
     monkeypatch.setattr(processor, "features", lambda: frozenset(found))
-    assert build._choose("").name == name
-    assert build._choose("avx2").name == "avx2"
-    assert build._choose("plain").name == "plain"
+    assert build._allowed("")[0].name == name
+    assert [found.name for found in build._allowed("avx2")] == ["avx2"]
+    assert [found.name for found in build._allowed("plain")] == ["plain"]
     with pytest.raises(DeviceError) as raised:
-        build._choose("neon")
+        build._allowed("neon")
     assert str(raised.value).startswith(
         "GPTK_KERNELS is 'neon', which this processor does not run; here it may be "
     )
     with pytest.raises(DeviceError, match="'avx3', which is no instruction set; here it may be "):
-        build._choose("avx3")
+        build._allowed("avx3")
 
 
 def test_on_arm_neon_is_chosen(fresh, monkeypatch):
     monkeypatch.setattr(processor, "machine", lambda: "aarch64")
     for features, name in (({"asimddp"}, "neon"), ({"asimddp", "i8mm"}, "neon-i8mm")):
         monkeypatch.setattr(processor, "features", lambda features=features: features)
-        assert build._choose("").name == name
+        assert build._allowed("")[0].name == name
     monkeypatch.setattr(processor, "features", frozenset)
-    assert build._choose("") == "this processor lacks NEON with dot products"
+    assert build._allowed("") == "this processor lacks NEON with dot products"
 
 
 def test_all_processors_of_a_machine_must_have_a_feature():

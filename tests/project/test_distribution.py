@@ -1,6 +1,9 @@
 """The distribution: its name, what its wheel has, and what happens beside another `gptk`."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,18 +15,50 @@ import pytest
 import gptk
 from environments import fresh_environment
 from gptk import distribution
+from gptk.kernels.instructions import INSTRUCTION_SETS
+from gptk.system import processor
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from the sources."""
-    folder = tmp_path_factory.mktemp("wheels")
+def build_wheel(folder: Path, machine: str) -> Path:
+    """The wheel, built from the sources for a kind of processor, or `none`."""
     build = ["build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
-    subprocess.run([sys.executable, "-m", *map(str, build)], check=True, capture_output=True)
+    command = [sys.executable, "-m", *map(str, build)]
+    environment = {key: value for key, value in os.environ.items() if key != "CXX"}
+    environment["GPTK_WHEEL"] = machine
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.iterdir()
     return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel without compiled kernels."""
+    return build_wheel(tmp_path_factory.mktemp("wheels"), "none")
+
+
+@pytest.fixture(scope="module")
+def platform_wheel(tmp_path_factory) -> Path:
+    """The wheel for this machine, with compiled kernels."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("needs Linux and g++")
+    return build_wheel(tmp_path_factory.mktemp("platform-wheels"), processor.machine())
+
+
+def libraries_of(wheel: Path, folder: Path) -> dict[str, Path]:
+    """The compiled kernels of a wheel by instruction set, unpacked into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("gptk/kernels/compiled/")]
+        return {Path(name).stem: Path(archive.extract(name, folder)) for name in names}
+
+
+def versions(library: Path, of: str) -> list[tuple[int, ...]]:
+    """The versions that a library needs of another, such as GLIBC, the oldest first."""
+    out = subprocess.run(["objdump", "-T", library], capture_output=True, text=True, check=True)
+    found = re.findall(rf"\({of}_([0-9.]+)\)", out.stdout)
+    return sorted(tuple(map(int, version.split("."))) for version in found)
 
 
 @pytest.fixture
@@ -82,6 +117,72 @@ def test_the_wheel_works_by_itself_in_a_fresh_environment(wheel, tmp_path):
     where = environment.run("pip", "show", "--files", "gptk-decoding").stdout
     assert "gptk_command/__init__.py" in where
     assert "\n  tests/" not in where
+
+
+def test_without_compiled_kernels_a_wheel_is_for_any_machine(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_kernels_of_all_instruction_sets(platform_wheel, tmp_path):
+    """manylinux_2_28, PyTorch's own platform, allows glibc 2.28 and what GCC 8 has (PEP 600)."""
+    libraries = libraries_of(platform_wheel, tmp_path)
+    machines = (None, processor.machine())
+    assert set(libraries) == {found.name for found in INSTRUCTION_SETS if found.machine in machines}
+    newest = max(versions(library, "GLIBC")[-1] for library in libraries.values())
+    assert newest <= (2, 28)
+    tag = f"manylinux_2_{newest[1]}_{processor.machine()}"
+    assert platform_wheel.name.endswith(f"-py3-none-{tag}.whl")
+    for library in libraries.values():
+        assert max(versions(library, "GLIBCXX")) <= (3, 4, 25)
+        assert max(versions(library, "CXXABI")) <= (1, 3, 11)
+        needed = subprocess.run(
+            ["readelf", "--dynamic", library], capture_output=True, text=True, check=True
+        )
+        names = re.findall(r"Shared library: \[([^]]*)\]", needed.stdout)
+        system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+        assert {name for name in names if not name.startswith("ld-linux")} <= system
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_its_kernels_without_a_compiler(
+    platform_wheel, tmp_path, monkeypatch
+):
+    environment = fresh_environment(tmp_path / "environment", with_gptk=False)
+    environment.install(platform_wheel)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("GPTK_CACHE", str(tmp_path / "cache"))
+    features = processor.features()
+    for instructions in INSTRUCTION_SETS:
+        if instructions.runs_on(processor.machine(), features):
+            monkeypatch.setenv("GPTK_KERNELS", instructions.name)
+            told = environment.run("gptk", "info").stdout
+            assert (
+                f"\nkernels: gptk ({instructions.words}, installed with gptk) and PyTorch\n" in told
+            )
+            prompt = ("generate", "The capital of France is", "--max-new-tokens", "6")
+            assert "Paris" in environment.run("gptk", *prompt).stdout
+    assert not (tmp_path / "cache" / "code").exists()
+    monkeypatch.delenv("GPTK_KERNELS")
+    best = next(found for found in INSTRUCTION_SETS if found.runs_on(processor.machine(), features))
+    assert f"gptk ({best.words}, installed" in environment.run("gptk", "info").stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_is_built_for_arm_on_another_machine(tmp_path):
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("needs the Debian package g++-aarch64-linux-gnu")
+    wheel = build_wheel(tmp_path / "wheel", "aarch64")
+    libraries = libraries_of(wheel, tmp_path)
+    assert set(libraries) == {"neon", "neon-i8mm", "plain"}
+    for library in libraries.values():
+        header = subprocess.run(
+            ["readelf", "--file-header", library], capture_output=True, text=True, check=True
+        )
+        assert re.search(r"Machine: +AArch64", header.stdout)
+        assert versions(library, "GLIBC")[-1] <= (2, 28)
+    assert re.search(r"-py3-none-manylinux_2_(17|2[0-8])_aarch64\.whl$", wheel.name)
 
 
 @pytest.mark.slow

@@ -68,21 +68,23 @@ def load() -> Kernels | str:
 
 
 def _load() -> Kernels | str:
-    chosen = _choose(os.environ.get("GPTK_KERNELS", ""))
-    if isinstance(chosen, str):
-        return chosen
+    allowed = _allowed(os.environ.get("GPTK_KERNELS", ""))
+    if isinstance(allowed, str):
+        return allowed
     try:
         share_openmp()
         use_threads_that_start()
-        return _load_installed(chosen) or Kernels(_compiled(chosen), chosen, installed=False)
+        installed = (_load_installed(instructions) for instructions in allowed)
+        best = next((found for found in installed if found), None)
+        return best or Kernels(_compiled(allowed[0]), allowed[0], installed=False)
     except PermissionError as error:
         return f"{error}; name a folder of your own in $GPTK_CACHE"
     except (compiler.UnusableCompilerError, OSError, AttributeError) as error:
         return _printable(str(error))
 
 
-def _choose(name: str) -> InstructionSet | str:
-    """The instruction set of that name, or if it is empty the best of this processor.
+def _allowed(name: str) -> list[InstructionSet] | str:
+    """The instruction set of that name, or if it is empty those of this processor, the best first.
 
     Returns why there is none, and raises DeviceError as `load` does.
     """
@@ -94,10 +96,9 @@ def _choose(name: str) -> InstructionSet | str:
     usable = [found for found in INSTRUCTION_SETS if found.runs_on(machine, features)]
     if not name:
         automatic = [found for found in usable if found.automatic]
-        return automatic[0] if automatic else _why_none(machine)
-    for found in usable:
-        if found.name == name:
-            return found
+        return automatic or _why_none(machine)
+    if named := [found for found in usable if found.name == name]:
+        return named
     allowed = ", ".join([found.name for found in usable] + ["none"])
     known = any(found.name == name for found in INSTRUCTION_SETS)
     problem = "which this processor does not run" if known else "which is no instruction set"

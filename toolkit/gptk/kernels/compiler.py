@@ -65,20 +65,23 @@ def compile_library(
     """Compile the kernels into a shared library at `path`, whose folder has room for more files.
 
     compiler: its command. instructions: see `flags`. portable: for other machines than this one,
-    so that the library has its own copy of what it needs of the compiler's C++ library.
+    which may have older C and C++ libraries.
 
     Raises UnusableCompilerError if that fails, or takes more than three minutes.
     """
     deadline = time.monotonic() + _PATIENCE
     sources = sorted(SOURCES.glob("*.cpp"))
+    chosen = flags(instructions)
+    if portable:
+        chosen += ["-include", str(SOURCES / "glibc.h")]
     objects = [str(path.with_name(f"{path.stem}-{source.stem}.o")) for source in sources]
     compilations = [
-        [*compiler, *flags(instructions), "-c", str(source), "-o", compiled]
+        [*compiler, *chosen, "-c", str(source), "-o", compiled]
         for source, compiled in zip(sources, objects, strict=True)
     ]
     run(compilations, path.parent, deadline)
     link = [*compiler, "-shared", *_link_flags(path.parent), *objects, "-o", str(path)]
-    run([[*link, "-static-libstdc++"] if portable else link], path.parent, deadline)
+    run([[*link, "-s"] if portable else link], path.parent, deadline)
     if not path.is_file():
         raise UnusableCompilerError(f"{compiler[0]} writes no file")
 
