@@ -56,7 +56,7 @@ def flags(instructions: Sequence[str]) -> list[str]:
     # Apple's compiler knows OpenMP, but not the usual option for it.
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
     maximum = f"-DGPTK_MAX_QUERIES={FEW_QUERIES}"
-    return ["-O3", "-std=c++17", "-fPIC", *openmp, *instructions, maximum]
+    return ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", *openmp, *instructions, maximum]
 
 
 def compile_library(
