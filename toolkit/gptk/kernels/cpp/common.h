@@ -3,7 +3,6 @@
 // Numbers in memory are float32, or bfloat16 held as uint16_t; sums are float32.
 #pragma once
 
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,8 +13,8 @@
 #include <new>
 #include <type_traits>
 
-#include "vectors.h"
 #include "openmp.h"
+#include "vectors.h"
 
 // Runs a statement with the type T set to uint16_t (bfloat16) or float.
 #define DISPATCH_DTYPE(is_bfloat16, ...) \
