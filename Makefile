@@ -30,12 +30,16 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+# Fails with the reason if the kernels do not run, where their tests would be skipped.
+KERNELS_RUN := .venv/bin/python -c "import sys; from gptk import kernels; sys.exit(kernels.why_not())"
+
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
 # cannot run them, and with those in plain C++.
 test-slow: $(ADAPTERS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 GPTK_KERNELS=none .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)
+	GPTK_KERNELS=plain $(KERNELS_RUN)
 	OMP_NUM_THREADS=1 GPTK_KERNELS=plain .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,kernels model engine session decoding)
 
@@ -44,15 +48,16 @@ test-slow: $(ADAPTERS)
 # must come first in the process; they know nothing of the memory that Python never frees.
 SANITIZED := tests/kernels/test_kernels.py tests/kernels/test_vocabulary.py tests/kernels/test_arguments.py
 library = $(shell g++ -print-file-name=$(1))
+ADDRESSES := CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2
+THREADS := CXX="g++ -g -fsanitize=thread -include $(CURDIR)/tests/kernels/standard_threads.h" \
+	LD_PRELOAD="$(call library,libtsan.so)" TSAN_OPTIONS=exitcode=66 OMP_NUM_THREADS=1
 test-sanitized: setup
-	OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
-		CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-		LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
-		.venv/bin/python -m pytest $(SANITIZED)
-	OMP_NUM_THREADS=1 TSAN_OPTIONS=exitcode=66 \
-		CXX="g++ -g -fsanitize=thread -include $(CURDIR)/tests/kernels/standard_threads.h" \
-		LD_PRELOAD="$(call library,libtsan.so)" \
-		.venv/bin/python -m pytest $(SANITIZED)
+	$(ADDRESSES) $(KERNELS_RUN)
+	$(ADDRESSES) .venv/bin/python -m pytest $(SANITIZED)
+	$(THREADS) $(KERNELS_RUN)
+	$(THREADS) .venv/bin/python -m pytest $(SANITIZED)
 
 # Ray and lm-evaluation-harness: 170 MB to fetch, 700 MB installed, so that `make setup` leaves
 # them out.
