@@ -92,17 +92,22 @@ def _allowed(name: str) -> list[InstructionSet] | str:
         return "they are switched off by GPTK_KERNELS=none"
     if sys.platform not in ("linux", "darwin"):
         return "they need Linux or macOS"
-    machine, features = processor.machine(), processor.features()
-    usable = [found for found in INSTRUCTION_SETS if found.runs_on(machine, features)]
+    usable = runnable()
     if not name:
         automatic = [found for found in usable if found.automatic]
-        return automatic or _why_none(machine)
+        return automatic or _why_none(processor.machine())
     if named := [found for found in usable if found.name == name]:
         return named
     allowed = ", ".join([found.name for found in usable] + ["none"])
     known = any(found.name == name for found in INSTRUCTION_SETS)
     problem = "which this processor does not run" if known else "which is no instruction set"
     raise DeviceError(f"GPTK_KERNELS is {name!r}, {problem}; here it may be {allowed}")
+
+
+def runnable() -> list[InstructionSet]:
+    """The instruction sets that this processor has, the best first."""
+    machine, features = processor.machine(), processor.features()
+    return [found for found in INSTRUCTION_SETS if found.runs_on(machine, features)]
 
 
 def _why_none(machine: str) -> str:

@@ -22,9 +22,8 @@ PyTorch's attention is faster."""
 
 SOURCES = Path(__file__).with_name("cpp")
 
-_PATIENCE = 180.0
-"""Seconds that the compiler may take, while somebody waits. It takes ten to twenty."""
-_PATIENCE_WITH_WHEELS = 1800.0
+_PATIENCE = 600.0
+"""Seconds that the compiler may take. It takes ten to twenty on an idle machine."""
 
 
 class UnusableCompilerError(Exception):
@@ -68,10 +67,9 @@ def compile_library(
     compiler: its command. instructions: see `flags`. portable: for other machines than this one,
     which may have older C and C++ libraries.
 
-    Raises UnusableCompilerError if that fails or takes more than three minutes, or half an hour if
-    it is to be portable.
+    Raises UnusableCompilerError if that fails, or takes more than ten minutes.
     """
-    deadline = time.monotonic() + (_PATIENCE_WITH_WHEELS if portable else _PATIENCE)
+    deadline = time.monotonic() + _PATIENCE
     sources = sorted(SOURCES.glob("*.cpp"))
     chosen = flags(instructions)
     if portable:
