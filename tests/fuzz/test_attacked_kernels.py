@@ -323,13 +323,21 @@ def run(made: tuple[Call, bool]) -> None:
     assert (close | same).all(), (call.kernel, got, want)
 
 
+def make(rng: random.Random) -> tuple[Call, bool]:
+    maker = Maker(rng)
+    call = rng.choice(MAKERS)(maker)
+    return call, maker.tame
+
+
 def test_calls_of_every_kernel(attack: Any) -> None:
     if reason := kernels.why_not():
         pytest.skip(f"gptk's kernels do not run here: {reason}")
-
-    def make(rng: random.Random) -> tuple[Call, bool]:
-        maker = Maker(rng)
-        call = rng.choice(MAKERS)(maker)
-        return call, maker.tame
-
     attack(make, run)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_calls_raise_exceptions_at_most() -> None:
+    if reason := kernels.why_not():
+        pytest.skip(f"gptk's kernels do not run here: {reason}")
+    for seed in range(20_000):
+        run(make(random.Random(seed)))

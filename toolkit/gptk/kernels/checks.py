@@ -11,6 +11,7 @@ from torch import Tensor
 from gptk.kernels import operators
 from gptk.kernels.attention import HEAD_DIMS
 from gptk.kernels.build import load
+from gptk.system.devices import has_fast_products
 from gptk.system.processor import features
 
 enabled = True
@@ -90,8 +91,9 @@ def should_run_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def should_run_product(*operands: Tensor) -> bool:
     """Whether `product` can be run on these, and is the fastest there is.
 
-    It is with AVX512-BF16, on processors that have no AMX. While a compiler traces, only if
-    `available` was called before.
+    It is with AVX-512 on processors that have no AMX, and elsewhere where PyTorch has no fast
+    products in bfloat16: a hundred times with AVX2. While a compiler traces, only if `available`
+    was called before.
     """
     return (
         all(x.is_cpu and x.dtype in (torch.bfloat16, torch.float32) for x in operands)
@@ -104,8 +106,11 @@ def should_run_product(*operands: Tensor) -> bool:
 @functools.cache
 def _products_are_fast() -> bool:
     loaded = load()
-    bfloat16 = not isinstance(loaded, str) and loaded.instructions.name == "avx512-bf16"
-    return bfloat16 and not features() & {"amx_bf16", "amx_tile"}
+    if isinstance(loaded, str):
+        return False
+    if loaded.instructions.name.startswith("avx512"):
+        return not features() & {"amx_bf16", "amx_tile"}
+    return not has_fast_products(torch.bfloat16)
 
 
 def can_run_cross_entropy(logits: Tensor) -> bool:

@@ -23,7 +23,7 @@ def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded
                 f"kernels for them do not run on {device.type}{small}",
             )
         return
-    if not has_fast_products(dtype):
+    if not has_fast_products(dtype) and not (dtype == torch.bfloat16 and kernels.available()):
         tell_once(
             _log,
             f"this processor has no instructions for {name}, which is converted to float32 for "
