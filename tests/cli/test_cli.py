@@ -40,6 +40,18 @@ def test_help_loads_neither_torch_nor_plugins():
     assert "generate" in out.stdout
 
 
+def test_a_first_token_needs_no_compiler(model):
+    """torch._dynamo takes a second to import; a decorator of torch.compiler's does it in passing."""
+    code = (
+        "import sys, gptk\n"
+        f"gptk.load({str(model)!r}, device='cpu').generate('abc', max_new_tokens=1)\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'sympy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+
+
 def test_version():
     from gptk import __version__
 

@@ -3,7 +3,6 @@
 They should be run where they are the fastest implementation, and exact enough.
 """
 
-import functools
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ def why_not() -> str | None:
     if isinstance(loaded, str):
         return loaded
     operators.define()
+    _products_are_fast()
     return None
 
 
@@ -102,15 +102,21 @@ def should_run_product(*operands: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _products_are_fast() -> bool:
-    loaded = load()
-    if isinstance(loaded, str):
-        return False
-    if loaded.instructions.name.startswith("avx512"):
-        return not features() & {"amx_bf16", "amx_tile"}
-    return not has_fast_products(torch.bfloat16)
+    """Found out once. `why_not` asks before a compiler traces: by a decorator,
+    torch.compiler.assume_constant_result, torch._dynamo would be imported, which takes a second."""
+    if not _found:
+        loaded = load()
+        if isinstance(loaded, str):
+            return False
+        if loaded.instructions.name.startswith("avx512"):
+            _found.append(not features() & {"amx_bf16", "amx_tile"})
+        else:
+            _found.append(not has_fast_products(torch.bfloat16))
+    return _found[0]
+
+
+_found: list[bool] = []
 
 
 def can_run_cross_entropy(logits: Tensor) -> bool:
