@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import gptk
 from gptk.plugins import shown
@@ -197,7 +197,8 @@ def _stored(
     has_levels = len(shape) == 2 and name in _AS_LEVELS
 
     def read_levels() -> "gptk.Levels":
-        return _levels(file.bytes(start, size).view(shape[0], -1, block_bytes), name)
+        blocks = file.bytes(start, size).view(shape[0], -1, block_bytes)
+        return gptk.Levels.from_blocks(blocks, _AS_LEVELS[name])
 
     def read() -> "Tensor":
         import torch
@@ -212,7 +213,11 @@ def _stored(
     return StoredTensor(shape, name, size, read, read_levels if has_levels else None)
 
 
-_AS_LEVELS = {"Q4_0", "Q4_1", "Q8_0"}
+_AS_LEVELS: dict[str, Literal["Q4_0", "Q4_1", "Q8_0"]] = {
+    "Q4_0": "Q4_0",
+    "Q4_1": "Q4_1",
+    "Q8_0": "Q8_0",
+}
 """The types that can be read without dequantizing them."""
 
 # By ggml's number: the name, the numbers per block and the bytes per block. The package gguf knows
@@ -237,27 +242,6 @@ def _type(kind: int, what: str) -> tuple[str, int, int]:
     except ValueError:
         raise gptk.SourceError(f"{what} is stored as type {kind}, which is unknown") from None
     return ggml_type.name, *GGML_QUANT_SIZES[ggml_type]
-
-
-def _levels(blocks: "Tensor", name: str) -> "gptk.Levels":
-    """The codes, scales and offsets in blocks of 32 numbers: (outputs, groups, bytes per block).
-
-    A block begins with a float16 scale; in Q4_1 the value of code 0 follows. Q4_0 and Q4_1 store
-    the first 16 codes in the low nibbles, the others in the high nibbles.
-    """
-    import torch
-
-    scale = blocks[:, :, :2].contiguous().view(torch.float16)[:, :, 0].float()
-    if name == "Q8_0":
-        codes = blocks[:, :, 2:].contiguous() ^ 128  # from two's complement to 0 … 255
-        return gptk.Levels(codes.flatten(1), scale, -128 * scale, 8)
-    if name == "Q4_0":
-        first, offset = 2, -8 * scale
-    else:
-        first, offset = 4, blocks[:, :, 2:4].contiguous().view(torch.float16)[:, :, 0].float()
-    packed = blocks[:, :, first:]
-    codes = torch.cat((packed & 15, packed >> 4), dim=2)
-    return gptk.Levels(codes.flatten(1), scale, offset, 4)
 
 
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

@@ -41,7 +41,7 @@ def test_help_loads_neither_torch_nor_plugins():
 
 
 def test_a_first_token_needs_no_compiler(model):
-    """torch._dynamo takes a second to import; a decorator of torch.compiler's does it in passing."""
+    """torch._dynamo takes a second to import, which a decorator of torch.compiler's does, too."""
     code = (
         "import sys, gptk\n"
         f"gptk.load({str(model)!r}, device='cpu').generate('abc', max_new_tokens=1)\n"

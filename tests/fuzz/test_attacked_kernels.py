@@ -182,6 +182,24 @@ def make_quantized(m: Maker) -> Call:
     )
 
 
+def make_stored(m: Maker) -> Call:
+    """Rows of blocks in any order; what `pack` writes for their codes is the right result."""
+    format = m.rng.choice([*kernels.BLOCK_BYTES])
+    rows, groups, bits = m.size(), m.size() % 5, 8 if format == "Q8_0" else 4
+    parts = []
+    for _ in range(m.rng.choice([1, 1, 2])):
+        blocks = m.tensor(rows, groups, kernels.BLOCK_BYTES[format], dtype=torch.uint8, high=256)
+        order = m.tensor(m.size(), dtype=torch.int64, high=rows) if rows else None
+        parts.append(kernels.StoredRows(blocks, m.rng.choice([order, None])))
+    size = products.packed_bytes(2 * max(map(_outputs, parts)), 32 * groups, bits)
+    y = torch.zeros(m.number(size, 0, 100) % 2**24, dtype=torch.uint8)
+    return Call("pack_stored", [parts, m.rng.choice(["Q5_0", 4]) if m.spoiled() else format, y])
+
+
+def _outputs(part: kernels.StoredRows) -> int:
+    return part.blocks.shape[0] if part.order is None else part.order.numel()
+
+
 def dense(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The weights that codes stand for."""
     scale, offset = (part.double().repeat_interleave(32, dim=1) for part in (scale, offset))
@@ -288,8 +306,8 @@ def make_attention(m: Maker) -> Call:
 
 
 MAKERS = [
-    make_layer, make_rotation, make_product, make_linear, make_quantized, make_sums, make_loss,
-    make_vocabulary, make_causal, make_attention,
+    make_layer, make_rotation, make_product, make_linear, make_quantized, make_stored, make_sums,
+    make_loss, make_vocabulary, make_causal, make_attention,
 ]  # fmt: skip
 
 

@@ -138,6 +138,7 @@ def ints(*shape, dtype=torch.int32):
 
 
 PACKED = torch.zeros(products.packed_bytes(20, 64, 4), dtype=torch.uint8)
+BLOCKS = kernels.StoredRows(torch.zeros(20, 2, 18, dtype=torch.uint8))
 CODES, SCALE = torch.zeros(20, 64, dtype=torch.uint8), torch.ones(20, 2)
 REFUSED = {
     "a size that is no multiple": lambda: kernels.rms_norm(f32(2, 20), f32(20), 1e-5),
@@ -165,6 +166,13 @@ REFUSED = {
     "too many scales": lambda: kernels.pack(CODES, f32(40, 2), f32(40, 2), 4, PACKED.clone()),
     "too many codes": lambda: kernels.pack(CODES, SCALE, SCALE, 8, PACKED.clone()),
     "codes of 5 bits": lambda: kernels.pack(CODES + 16, SCALE, SCALE, 4, PACKED.clone()),
+    "blocks of another size": lambda: kernels.pack_stored([BLOCKS], "Q4_1", PACKED.clone()),
+    "an unknown format": lambda: kernels.pack_stored([BLOCKS], "Q5_0", PACKED.clone()),
+    "no blocks": lambda: kernels.pack_stored([], "Q4_0", PACKED.clone()),
+    "too many blocks": lambda: kernels.pack_stored([BLOCKS] * 2, "Q4_0", PACKED.clone()),
+    "an order in int32": lambda: kernels.pack_stored(
+        [BLOCKS._replace(order=ints(20))], "Q4_0", PACKED.clone()
+    ),
     "a short result": lambda: kernels.dequantize(CODES, SCALE, SCALE, f32(20, 32)),
     "a result in stripes": lambda: kernels.dequantize(CODES, SCALE, SCALE, f32(64, 20).T),
     "a result in float16": lambda: kernels.dequantize_packed(PACKED, 4, 20, 64, torch.float16),

@@ -17,6 +17,7 @@ from gptk.plugins import parse_json
 from gptk_plugins.mapped_file import MappedFile
 
 State = TypeVar("State", bound=MutableMapping[str, Any])
+Matrix = TypeVar("Matrix", Tensor, gptk.Levels)
 
 
 @contextlib.contextmanager
@@ -37,18 +38,28 @@ def tie_equal_head(config: gptk.GPTConfig, state: State) -> tuple[gptk.GPTConfig
 
 
 def _equal(first: Tensor | gptk.Levels, second: Tensor | gptk.Levels) -> bool:
+    if first.shape != second.shape:
+        return False
     if isinstance(first, gptk.Levels) and isinstance(second, gptk.Levels):
         return first.bits == second.bits and all(
-            torch.equal(a, b)
-            for a, b in (
-                (first.codes, second.codes),
-                (first.scale, second.scale),
-                (first.offset, second.offset),
-            )
+            torch.equal(a.codes, b.codes)
+            and torch.equal(a.scale, b.scale)
+            and torch.equal(a.offset, b.offset)
+            for a, b in _rows_of_both(first, second)
         )
     if isinstance(first, gptk.Levels) or isinstance(second, gptk.Levels):
         return False
-    return torch.equal(first, second)
+    return all(torch.equal(a, b) for a, b in _rows_of_both(first, second))
+
+
+def _rows_of_both(first: Matrix, second: Matrix) -> Iterator[tuple[Matrix, Matrix]]:
+    """Some rows of two matrices at a time: different ones are found out by the first."""
+    for start in range(0, first.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield first[rows], second[rows]
+
+
+_ROWS = 256
 
 
 def safetensors_readers(path: Path) -> dict[str, Callable[[], Tensor]]:

@@ -40,6 +40,10 @@ from gptk.kernels.products import dequantize_rows as dequantize_rows
 from gptk.kernels.products import pack as pack
 from gptk.kernels.products import product as product
 from gptk.kernels.products import quantized_linear as quantized_linear
+from gptk.kernels.stored import BLOCK_BYTES as BLOCK_BYTES
+from gptk.kernels.stored import Format as Format
+from gptk.kernels.stored import StoredRows as StoredRows
+from gptk.kernels.stored import pack_stored as pack_stored
 from gptk.kernels.vocabulary import cross_entropy as cross_entropy
 from gptk.kernels.vocabulary import draw as draw
 from gptk.kernels.vocabulary import exponential as exponential

@@ -183,6 +183,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_quantized_linear": [flag, flag, *[data] * 4, *[size] * 3],
         "gptk_linear": [flag, *[data] * 4, *[size] * 3],
         "gptk_pack": [flag, *[data] * 4, *[size] * 2],
+        "gptk_pack_stored": [flag, data, data, size, size],
         "gptk_dequantize": [flag, *[data] * 4, size],
         "gptk_dequantize_packed": [flag, flag, data, data, size, size],
         "gptk_product": [

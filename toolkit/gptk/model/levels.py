@@ -65,7 +65,17 @@ class Levels:
     @property
     def nbytes(self) -> int:
         """The size with packed codes, and with scales and offsets of two bytes."""
-        return self.codes.numel() * self.bits // 8 + 2 * (self.scale.numel() + self.offset.numel())
+        count = self.shape.numel()
+        return count * self.bits // 8 + 4 * (count // GROUP)
+
+    @staticmethod
+    def from_blocks(blocks: Tensor, format: kernels.Format) -> "Levels":
+        """A quantized matrix as a GGUF file stores it: codes are read from it when they are needed.
+
+        blocks: (outputs, groups, bytes of a block) uint8. format: Q4_0, Q4_1 or Q8_0. Raises
+        ValueError for blocks of another shape or dtype.
+        """
+        return StoredLevels.of(blocks, format)
 
     def __getitem__(self, rows: Tensor | slice) -> "Levels":
         return Levels(self.codes[rows], self.scale[rows], self.offset[rows], self.bits)
@@ -75,12 +85,18 @@ class Levels:
         """Concatenate matrices by outputs. Raises RuntimeError if bits or inputs differ."""
         if len({part.bits for part in parts}) > 1:
             raise RuntimeError("levels of 4 and of 8 bits")
+        if (stacked := parts[0]._stacked(parts)) is not None:
+            return stacked
         return Levels(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.scale for part in parts]),
             torch.cat([part.offset for part in parts]),
             parts[0].bits,
         )
+
+    def _stacked(self, parts: "Sequence[Levels]") -> "Levels | None":
+        """The parts, of which this is the first, concatenated without a copy if that can be."""
+        return None
 
     def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The dequantized weights, (outputs, inputs), in `dtype`; or in `out`, and in its dtype."""
@@ -99,6 +115,120 @@ class Levels:
                 self.offset[part, :, None], codes, self.scale[part, :, None]
             )
         return out
+
+
+class StoredLevels(Levels):
+    """Levels in the blocks of a GGUF file, see Levels.from_blocks.
+
+    Codes in a byte each take twice the memory of a file with 4 bits, and as long as packing itself.
+    So `pack_into` packs straight from the blocks, and other readers take some rows at a time. Rows
+    that are selected or stacked stay where they are in the file.
+    """
+
+    format: kernels.Format
+    parts: Sequence[kernels.StoredRows]
+
+    def __init__(self, parts: Sequence[kernels.StoredRows], format: kernels.Format) -> None:
+        self.__dict__ |= {"parts": parts, "format": format}
+        self.__dict__["bits"] = 8 if format == "Q8_0" else 4
+
+    @classmethod
+    def of(cls, blocks: Tensor, format: kernels.Format) -> "StoredLevels":
+        """See Levels.from_blocks."""
+        size = kernels.BLOCK_BYTES.get(format)
+        if blocks.dtype != torch.uint8 or blocks.dim() != 3 or blocks.shape[2] != size:
+            raise ValueError(
+                f"not the blocks of a matrix in {format}: {blocks.dtype} {tuple(blocks.shape)}"
+            )
+        return cls([kernels.StoredRows(blocks.contiguous())], format)
+
+    @property
+    def shape(self) -> torch.Size:
+        outputs = sum(len(part) for part in self._orders())
+        return torch.Size((outputs, self.parts[0].blocks.shape[1] * GROUP))
+
+    def _orders(self) -> Iterator[Tensor]:
+        for blocks, order in self.parts:
+            yield torch.arange(len(blocks)) if order is None else order
+
+    def __getitem__(self, rows: Tensor | slice) -> "StoredLevels":
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            return self._sliced(*rows.indices(self.shape[0])[:2])
+        selected = torch.arange(self.shape[0])[rows]
+        if len(self.parts) == 1:
+            (part,) = self.parts
+            order = selected if part.order is None else part.order[selected]
+            return StoredLevels([kernels.StoredRows(part.blocks, order)], self.format)
+        return StoredLevels([kernels.StoredRows(self._blocks(), selected)], self.format)
+
+    def _sliced(self, start: int, stop: int) -> "StoredLevels":
+        parts, first = [], 0
+        for blocks, order in self.parts:
+            count = len(blocks) if order is None else len(order)
+            rows = slice(max(0, start - first), max(0, stop - first))
+            if order is None:
+                parts.append(kernels.StoredRows(blocks[rows]))
+            else:
+                parts.append(kernels.StoredRows(blocks, order[rows]))
+            first += count
+        return StoredLevels(parts, self.format)
+
+    def _stacked(self, parts: Sequence[Levels]) -> "StoredLevels | None":
+        stored = [part for part in parts if isinstance(part, StoredLevels)]
+        if len(stored) < len(parts) or len({part.format for part in stored}) > 1:
+            return None
+        if len({part.shape[1] for part in stored}) > 1:
+            raise RuntimeError("levels of different inputs")
+        return StoredLevels([rows for part in stored for rows in part.parts], self.format)
+
+    def _blocks(self) -> Tensor:
+        """The blocks, (outputs, groups, bytes of a block), in one tensor."""
+        selected = [blocks if order is None else blocks[order] for blocks, order in self.parts]
+        return selected[0] if len(selected) == 1 else torch.cat(selected)
+
+    @property
+    def codes(self) -> Tensor:
+        """Computed at each use, as `scale` and `offset`."""
+        packed = self._blocks()[:, :, 4 if self.format == "Q4_1" else 2 :]
+        if self.format == "Q8_0":
+            return (packed ^ 128).flatten(1)  # from two's complement to 0 … 255
+        # The first 16 codes are in the low nibbles, the others in the high nibbles.
+        return torch.cat((packed & 15, packed >> 4), dim=2).flatten(1)
+
+    @property
+    def scale(self) -> Tensor:
+        return _halves(self._blocks(), 0)
+
+    @property
+    def offset(self) -> Tensor:
+        if self.format == "Q4_1":
+            return _halves(self._blocks(), 2)
+        return (-128 if self.format == "Q8_0" else -8) * self.scale
+
+    def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype) if out is None else out
+        if out.shape != self.shape or not out.is_contiguous():
+            raise ValueError(f"weights {tuple(self.shape)} into {tuple(out.shape)}, or with gaps")
+        for rows in self._rows_at_a_time(16 * WEIGHTS_AT_A_TIME):
+            part = self[rows]
+            Levels(part.codes, part.scale, part.offset, self.bits).dense(out=out[rows])
+        return out
+
+    def pack_into(self, y: Tensor) -> None:
+        """Lay the weights out for gptk's kernel. y: uint8, see kernels.packed_bytes."""
+        kernels.pack_stored(self.parts, self.format, y)
+
+    def _rows_at_a_time(self, weights: int) -> Iterator[slice]:
+        """Slices of outputs of about so many weights."""
+        outputs, inputs = self.shape
+        step = max(1, weights // max(1, inputs))
+        return (slice(start, start + step) for start in range(0, outputs, step))
+
+
+def _halves(blocks: Tensor, first: int) -> Tensor:
+    """The float16 number from the byte `first` of each block on, in float32: (outputs, groups)."""
+    halves = blocks[:, :, first : first + 2].contiguous().view(torch.float16)
+    return halves[:, :, 0].float()
 
 
 @dataclass(frozen=True)

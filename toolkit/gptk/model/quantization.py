@@ -23,6 +23,7 @@ from gptk.model.levels import (
     Levels,
     NearestLevels,
     Precision,
+    StoredLevels,
     outputs_at_a_time,
 )
 from gptk.model.packing import Packed
@@ -135,6 +136,9 @@ class KernelGroups:
         groups = self._inputs // GROUP
         blocks = -(-self._outputs // _KERNEL_BLOCK)
         self.weights = new_bytes(blocks, groups, (4 + GROUP * self.bits // 8) * _KERNEL_BLOCK)
+        if isinstance(levels, StoredLevels):
+            levels.pack_into(self.weights)
+            return
         step = max(1, WEIGHTS_AT_A_TIME // (_KERNEL_BLOCK * self._inputs))
         for block in range(0, blocks, step):
             part = levels[block * _KERNEL_BLOCK : (block + step) * _KERNEL_BLOCK]

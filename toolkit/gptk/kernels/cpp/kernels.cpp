@@ -6,6 +6,7 @@
 #include "layers.h"
 #include "matrices.h"
 #include "products.h"
+#include "stored.h"
 #include "vocabulary.h"
 
 extern "C" {
@@ -36,6 +37,18 @@ int32_t gptk_pack(int bits, const void* codes, const float* scale, const float* 
                      return (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset,
                                                             (uint8_t*)weights, outputs, inputs);
                    });
+}
+
+// The same from the blocks of a GGUF file. format: a Format, see stored.h; rows: where the blocks
+// of each output begin.
+int32_t gptk_pack_stored(int32_t format, const uint8_t* const* rows, void* weights, int64_t outputs,
+                         int64_t inputs) {
+  return status_of({{rows, outputs}, {weights, outputs * inputs}}, [&] {
+    const auto run = format == 0   ? pack_stored<Format::Q4_0>
+                     : format == 1 ? pack_stored<Format::Q4_1>
+                                   : pack_stored<Format::Q8_0>;
+    run(rows, (uint8_t*)weights, outputs, inputs);
+  });
 }
 
 // y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
