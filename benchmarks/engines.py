@@ -5,6 +5,7 @@ A test is skipped with the reason if the peer that it needs is not installed.
 
 import copy
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -181,13 +182,14 @@ class LlamaCpp:
         return tokens, time.perf_counter() - start
 
 
-def llama_cpp(context: int) -> dict[str, LlamaCpp]:
-    """SmolLM2's file with and without flash attention: which is faster depends on the machine."""
-    path = smollm2_file()
-    return {
-        name: LlamaCpp(path, context, flash_attn=flash)
-        for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True))
-    }
+FLASH = {"llama.cpp": False, "llama.cpp, flash attention": True}
+"""Which is faster depends on the machine."""
+
+
+def llama_cpp(context: int, path: Path | None = None) -> dict[str, LlamaCpp]:
+    """A file, by default SmolLM2's, with and without flash attention."""
+    path = smollm2_file() if path is None else path
+    return {name: LlamaCpp(path, context, flash_attn=flash) for name, flash in FLASH.items()}
 
 
 # --- CTranslate2
@@ -271,6 +273,17 @@ def book_gpt(context_length: int = 256) -> Any:
     )
     torch.manual_seed(123)
     return chapter.GPTModel({**BOOK_124M, "context_length": context_length})
+
+
+# --- Environments of their own
+
+
+def python_of(variable: str, package: str) -> str:
+    """The Python that an environment variable names. Skips the test if it is not set."""
+    python = os.environ.get(variable)
+    if python is None:
+        pytest.skip(f"${variable} names no Python of an environment with {package}")
+    return python
 
 
 # --- Weights

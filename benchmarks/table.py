@@ -14,7 +14,18 @@ class Comparison:
     peer: str
     goal: float | None = None
     """The least speedup that developers aim at; the page for readers does not show it."""
+    group: str = ""
+    """One of GROUPS: rows of a group have a table of their own."""
 
+
+GROUPS = {
+    "": "",
+    "avx2": "As on a processor with AVX2, without AVX-512",
+    "large": "A Llama of 1.1 billion weights, Q4_0",
+}
+"""Titles of tables."""
+
+_LLAMA, _OPENVINO = "llama.cpp, same file", "OpenVINO GenAI, same file"
 
 ROWS = {
     "q41": Comparison("greedy, the Q4_1 file, bfloat16 activations", "llama.cpp, same file", 1.0),
@@ -89,6 +100,46 @@ ROWS = {
     ),
     "start-q41": Comparison(
         "process start to first token, without options", "transformers, GGUF", 8
+    ),
+    "openvino": Comparison("greedy, the Q4_1 file, without options", _OPENVINO, 2.3),
+    "openvino-bf16": Comparison("greedy, the Q4_1 file, bfloat16 activations", _OPENVINO),
+    "openvino-beams": Comparison("4 beams, the Q4_1 file", f"{_OPENVINO}, 4 beams"),
+    "openvino-prompt": Comparison(
+        "prompt of 512 tokens to first token, Q4_1, without options", _OPENVINO, 1.05
+    ),
+    "openvino-prompt-bf16": Comparison(
+        "prompt of 512 tokens to first token, Q4_1, bfloat16 activations", _OPENVINO, 1.6
+    ),
+    "small-load": Comparison("start of loading to first token, Q4_1, loaded before", _LLAMA),
+    "avx2": Comparison(
+        "greedy, the Q4_1 file, without options", "llama.cpp built for AVX2", 1.3, "avx2"
+    ),
+    "avx2-prompt": Comparison(
+        "prompt of 512 tokens to first token, Q4_1, without options",
+        "llama.cpp built for AVX2",
+        1.5,
+        "avx2",
+    ),
+    "avx2-beams": Comparison("4 beams bfloat16", "transformers bfloat16, 4 beams", 2.5, "avx2"),
+    "avx2-bf16": Comparison("greedy bfloat16", "transformers bfloat16", None, "avx2"),
+    "large": Comparison("greedy, without options", _LLAMA, 1.05, "large"),
+    "large-bf16": Comparison("greedy, bfloat16 activations", _LLAMA, None, "large"),
+    "large-prompt": Comparison("prompt of 256 tokens, without options", _LLAMA, 1.0, "large"),
+    "large-prompt-bf16": Comparison(
+        "prompt of 256 tokens, bfloat16 activations", _LLAMA, 1.2, "large"
+    ),
+    "large-load": Comparison(
+        "start of loading to first token, loaded before", _LLAMA, 0.7, "large"
+    ),
+    "large-beams": Comparison(
+        "beam of 4, sequence positions a second", "gptk's own greedy", 0.85, "large"
+    ),
+    "large-batch": Comparison(
+        "16 prompts at once, all tokens", "gptk, one prompt after the other", 4.0, "large"
+    ),
+    "large-openvino": Comparison("greedy, without options", _OPENVINO, None, "large"),
+    "large-openvino-prompt": Comparison(
+        "prompt of 256 tokens, without options", _OPENVINO, None, "large"
     ),
     # Without a goal
     "greedy-float32": Comparison("greedy, float32", "transformers float32"),
@@ -188,8 +239,13 @@ class Table:
 
     def cells(self) -> list[tuple[str, ...]]:
         """Rows of work, gptk, peer, peer's, ratio or why it is missing, as in ROWS."""
+        return [cells for group in GROUPS for cells in self._cells(group)]
+
+    def _cells(self, group: str) -> list[tuple[str, ...]]:
         rows = []
         for key, row in ROWS.items():
+            if row.group != group:
+                continue
             if (measured := self.measured.get(key)) is not None:
                 ours, theirs = measured.shown(measured.ours), measured.shown(measured.theirs)
                 rows.append((row.work, ours, row.peer, theirs, f"{measured.ratio:.2f}"))
@@ -216,7 +272,11 @@ class Table:
         return lines
 
     def markdown(self) -> str:
-        text = _table(("work", "gptk", "peer", "peer's", "ratio"), self.cells())
+        text = ""
+        for group, title in GROUPS.items():
+            if cells := self._cells(group):
+                text += f"\n### {title}\n\n" if title else ""
+                text += _table(("work", "gptk", "peer", "peer's", "ratio"), cells)
         if self.bounds:
             rows = [(bound.what, bound.value) for bound in self.bounds]
             text += "\n" + _table(("gptk alone", "measured"), rows)
@@ -230,7 +290,14 @@ class Table:
     def plot(self, path: Path) -> None:
         """The ratios as dots on a logarithmic axis; the same results give the same bytes."""
         rows = [(ROWS[key], self.measured[key].ratio) for key in ROWS if key in self.measured]
-        plot_ratios([(f"{row.work}\nbeside {row.peer}", ratio) for row, ratio in rows], path)
+        titles = {"avx2": "AVX2: ", "large": "1.1 billion weights: "}
+        plot_ratios(
+            [
+                (f"{titles.get(row.group, '')}{row.work}\nbeside {row.peer}", ratio)
+                for row, ratio in rows
+            ],
+            path,
+        )
 
 
 FASTER, SLOWER = "#0072B2", "#D55E00"

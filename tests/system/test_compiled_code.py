@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptk.system import compiled_code, notices
+from gptk.system import notices, private_files
 from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs modes and owners of files")
@@ -245,8 +245,8 @@ def test_the_users_private_group_may_write(kept, caplog, monkeypatch):
     for members, is_private in (([], True), ([user.pw_name], True), (["another"], False)):
         theirs = grp.struct_group((user.pw_name, "x", user.pw_gid, members))
         monkeypatch.setattr(grp, "getgrgid", lambda group, theirs=theirs: theirs)
-        assert compiled_code._is_private_group(user.pw_gid) is is_private
-        assert not compiled_code._is_private_group(user.pw_gid + 1)
+        assert private_files._is_private_group(user.pw_gid) is is_private
+        assert not private_files._is_private_group(user.pw_gid + 1)
 
 
 def test_a_folder_of_another_user_is_not_used(kept, caplog, places, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from gptk.hooks.weights import Checkpoint
     from gptk.model.config import GPTConfig
     from gptk.model.quantization import Quantize
 
@@ -57,6 +59,7 @@ def command(model: str | None) -> None:
         quantize: Any = chosen.get("--quantize", "auto")
         sizes = bytes_in_memory(checkpoint.config, bits, quantize, dtype)
         click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
+    _tell_of_kept_weights(checkpoint)
     click.echo(f"kernels: {kernels.described()}")
     for field in dataclasses.fields(checkpoint.config):
         value = getattr(checkpoint.config, field.name)
@@ -76,6 +79,18 @@ def command(model: str | None) -> None:
         for token in tokens:
             if token is not None:
                 click.echo(f"{label}: {token} {encoding.decode([token])!r}")
+
+
+def _tell_of_kept_weights(checkpoint: "Checkpoint") -> None:
+    from gptk.weights.kept import Source, kept_folder, kept_sizes
+
+    sizes, source = kept_sizes(), Source.of(Path(checkpoint.path or checkpoint.source))
+    if source is not None and source.kept in sizes:
+        tell(f"packed weights: kept in {source.kept}")
+    if sizes:
+        total = sum(sizes.values()) / 2**20
+        files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
+        tell(f"all packed weights: {files}, {total:,.1f} MiB, in {kept_folder()}; may be removed")
 
 
 def bytes_in_memory(

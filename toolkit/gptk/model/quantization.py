@@ -144,6 +144,31 @@ class KernelGroups:
             part = levels[block * _KERNEL_BLOCK : (block + step) * _KERNEL_BLOCK]
             kernels.pack(part.codes, part.scale, part.offset, self.bits, self.weights[block:])
 
+    @classmethod
+    def of_packed(cls, weights: Tensor, bits: int, outputs: int, inputs: int) -> "KernelGroups":
+        """Weights that have been packed before. weights: (bytes,) uint8, which are not copied."""
+        packed = cls.__new__(cls)
+        packed.kind = "int8" if bits == 8 else "int4"
+        packed.bits, packed._outputs, packed._inputs = bits, outputs, inputs
+        packed.weights = weights.view(-(-outputs // _KERNEL_BLOCK), inputs // GROUP, -1)
+        return packed
+
+    def packs(self, levels: Levels) -> bool:
+        """Whether this can be the packed matrix: the sizes, and the first and the last outputs."""
+        outputs, inputs = levels.shape
+        if (self.bits, self._outputs, self._inputs) != (levels.bits, outputs, inputs):
+            return False
+        last = (len(self.weights) - 1) * _KERNEL_BLOCK
+        return not self.nbytes or all(
+            torch.equal(self.weights[block : block + 1], KernelGroups(part).weights)
+            for block, part in ((0, levels[:_KERNEL_BLOCK]), (last // _KERNEL_BLOCK, levels[last:]))
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self._outputs, self._inputs
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
             return self.linear(x.flatten(0, -2), bias).view(*x.shape[:-1], self._outputs)

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import TypeVar
 from gptk.system.caches import cache_folder
 from gptk.system.files import sync
 from gptk.system.notices import tell_once
+from gptk.system.private_files import make_private, read_private
 
 Loaded = TypeVar("Loaded")
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def use_private_inductor_folder() -> None:
     # TorchInductor itself sets the variable to its default.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
         return
-    problem = _make_private(Path(default))
+    problem = make_private(Path(default))
     if problem is None:
         return
     problems = [problem]
@@ -111,7 +111,7 @@ def _folders(problems: list[str]) -> Iterator[Path]:
     temporary files. problems: why a folder will not do; it may be added to between the folders.
     """
     folder = cache_folder() / "code"
-    if (problem := _make_private(folder)) is None:
+    if (problem := make_private(folder)) is None:
         yield folder.resolve()
     else:
         problems.append(problem)
@@ -120,7 +120,7 @@ def _folders(problems: list[str]) -> Iterator[Path]:
     except FileNotFoundError:
         problems.append("there is no directory for temporary files")
         return
-    if (problem := _make_private(folder)) is None:
+    if (problem := make_private(folder)) is None:
         tell_once(_log, f"compiled code is kept in {folder}: {problems[0]}")
         yield folder.resolve()
     else:
@@ -140,7 +140,7 @@ def _load(folder: Path, code: Code, load: Callable[[Path], Loaded]) -> "Loaded |
     path = record = _record(folder, code)
     try:
         path = _recorded_file(record, code)
-        if hashlib.sha256(_read_private(path)).hexdigest() != path.stem.rpartition("-")[2]:
+        if hashlib.sha256(read_private(path)).hexdigest() != path.stem.rpartition("-")[2]:
             return _Unusable(path, "it has changed since it was compiled")
         return load(path)
     except (OSError, AttributeError, RuntimeError, ValueError) as error:
@@ -161,7 +161,7 @@ def _record(folder: Path, code: Code) -> Path:
 def _recorded_file(record: Path, code: Code) -> Path:
     """The file that a record names; the name ends with the file's SHA-256."""
     try:
-        fields = json.loads(_read_private(record))
+        fields = json.loads(read_private(record))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("it is damaged") from None
     if not isinstance(fields, dict) or fields.get("origin") != dict(code.origin):
@@ -170,19 +170,6 @@ def _recorded_file(record: Path, code: Code) -> Path:
     if not isinstance(file, str) or not file.startswith(f"{record.stem}-") or "/" in file:
         raise ValueError("it names no file")
     return record.with_name(file)
-
-
-def _read_private(path: Path) -> bytes:
-    """Read a file of the user's own that nobody else can write."""
-    # Without following a link, and without waiting for the other end of a pipe.
-    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a file")
-        if problem := _problem(path, status):
-            raise ValueError(problem)
-        return file.read()
 
 
 def _make(folder: Path, code: Code) -> Path:
@@ -227,60 +214,6 @@ def _locked(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _make_private(folder: Path) -> str | None:
-    """Make a folder if need be. Returns why code cannot be kept in it, or None.
-
-    It must belong to the user, and nobody else may be able to write it, nor to exchange it by
-    writing one of its parents.
-    """
-    try:
-        missing = [place for place in (folder, *folder.parents) if not place.exists()]
-        for place in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                place.mkdir(mode=0o700)
-        resolved = folder.resolve(strict=True)
-        places = [(place, place.lstat()) for place in (resolved, *resolved.parents)]
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        return f"{folder} cannot be made: {getattr(error, 'strerror', None) or error}"
-    if folder.is_symlink() or not stat.S_ISDIR(places[0][1].st_mode):
-        return f"{folder} is not a folder"
-    for place, status in places:
-        # In a directory with the sticky bit, such as /tmp, only its owner can exchange a folder.
-        sticky = place != resolved and bool(status.st_mode & stat.S_ISVTX)
-        if problem := _problem(place, status, sticky=sticky):
-            return problem
-    return None
-
-
-def _problem(place: Path, status: os.stat_result, *, sticky: bool = False) -> str | None:
-    """Why others than the user can write a file or folder, or None. The superuser always can."""
-    if sys.platform == "win32":  # which keeps the folders of users apart by other means
-        return None
-    mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid not in (0, os.geteuid()):
-        return f"{place} belongs to another user"
-    by_group = mode & stat.S_IWGRP and not _is_private_group(status.st_gid)
-    if (mode & stat.S_IWOTH or by_group) and not sticky:
-        return f"others can write to {place} (mode {mode:o})"
-    return None
-
-
-def _is_private_group(group: int) -> bool:
-    """Whether a group is the user's own: it has their name, and no other members.
-
-    Systems that give each user such a group let it write new files (umask 002).
-    """
-    import grp
-    import pwd
-
-    try:
-        user, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
-    except KeyError:  # a user or a group without a name
-        return False
-    is_theirs = user.pw_gid == group and user.pw_name == found.gr_name
-    return is_theirs and set(found.gr_mem) <= {user.pw_name}
 
 
 def _user() -> str:

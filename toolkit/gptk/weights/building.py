@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gptk.model.quantization import pack as pack_levels
 from gptk.model.slow_paths import tell_of_slow_inference
 from gptk.weights.empty import empty_gpt
 from gptk.weights.failures import explaining_load_failures
+from gptk.weights.kept import KeptWeights
 from gptk.weights.kinds import embedding_kind, matrix_kind
 from gptk.weights.tensors import LazyTensors, Tensors
 
@@ -51,13 +53,18 @@ def build_model(
     """
     device, model = torch.device(device), empty_gpt(checkpoint.config)
     state = _checked_state(checkpoint)
-    builder = _Builder(model, state, device, dtype, quantize, pack)
+    kept = None
+    if pack and quantize == "auto" and keeps_levels(device, dtype) and kernels.available():
+        kept = KeptWeights(Path(checkpoint.path or checkpoint.source))
+    builder = _Builder(model, state, device, dtype, quantize, pack, kept)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kind = str(dtype).removeprefix("torch.")
     with explaining_load_failures(checkpoint.source, f"{numbers:,} weights in {kind}"):
         builder.fill()
         if pack:
             model.pack()
+        if kept is not None:
+            kept.keep()
     if pack:
         expanded = quantize == "auto" and bool(builder.expanded)
         tell_of_slow_inference(device, dtype, expanded=expanded)
@@ -89,6 +96,7 @@ class _Builder:
     dtype: torch.dtype
     quantize: Quantize
     pack: bool
+    kept: KeptWeights | None
     expanded: list[str] = field(default_factory=list)
     """The matrices that the checkpoint has as Levels, and that auto does not keep here."""
 
@@ -108,10 +116,10 @@ class _Builder:
         """Read the model's tensor `name`, convert it and put it into `layer`, which has it."""
         tensor = self.state[name]
         if isinstance(layer, Linear) and name.endswith(".weight"):
-            if (packed := self._packed(tensor)) is not None:
+            if (packed := self._packed(name, tensor)) is not None:
                 layer.use_packed(packed, self.dtype)
                 return
-        elif layer is self.model.embed and self._packs_embedding(tensor):
+        elif layer is self.model.embed and self._packs_embedding(name, tensor):
             return
         if isinstance(tensor, Levels) and not keeps_levels(self.device, self.dtype):
             self.expanded.append(name)
@@ -134,11 +142,11 @@ class _Builder:
             head.use_packed(panels, self.dtype)
         return True
 
-    def _packs_embedding(self, tensor: Tensor | Levels) -> bool:
+    def _packs_embedding(self, name: str, tensor: Tensor | Levels) -> bool:
         """Put the embedding into the model if it stays quantized, and a quantized head that is tied
         to it. Whether the embedding is done."""
         model, keep = self.model, embedding_kind(*self._asked(tensor)) is not None
-        if not (model.config.tied_head or keep) or (packed := self._packed(tensor)) is None:
+        if not (model.config.tied_head or keep) or (packed := self._packed(name, tensor)) is None:
             return False
         if model.config.tied_head:
             model.head.use_packed(packed, self.dtype)
@@ -146,12 +154,12 @@ class _Builder:
             model.embed.use_packed(packed, self.dtype)
         return keep
 
-    def _packed(self, weight: Tensor | Levels) -> Packed | None:
+    def _packed(self, name: str, weight: Tensor | Levels) -> Packed | None:
         """The quantized matrix, or None if it is to be dense."""
         if (kind := matrix_kind(*self._asked(weight))) is None:
             return None
         if isinstance(weight, Levels) and self.quantize == "auto":
-            return pack_levels(weight)
+            return pack_levels(weight) if self.kept is None else self.kept.pack(name, weight)
         weight = weight.dense() if isinstance(weight, Levels) else weight
         return quantized(weight.to(self.device), kind)
 
