@@ -3,7 +3,6 @@
 They should be run where they are the fastest implementation, and exact enough.
 """
 
-
 import torch
 from torch import Tensor
 
