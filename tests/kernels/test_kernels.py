@@ -17,7 +17,8 @@ from gptk.model.cache import KVCache
 from gptk.model.gpt import attend, attend_causally, rotate, swiglu
 from gptk.model.levels import GROUP, Levels
 from gptk.model.linear import Linear
-from gptk.model.quantization import KernelGroups, PyTorchInt4, PyTorchInt8Groups, pack
+from gptk.model.quantization import KernelGroups, pack
+from gptk.model.quantized_by_pytorch import PyTorchInt4, PyTorchInt8Groups
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
 

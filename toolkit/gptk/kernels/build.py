@@ -195,7 +195,7 @@ def _open(path: Path) -> ctypes.CDLL:
         "gptk_cross_entropy": [flag, data, data, data, real, *[size] * 3],
         "gptk_rms_norm": [flag, data, data, real, data, size, size],
         "gptk_layer_norm": [flag, *[data] * 3, real, data, size, size],
-        "gptk_linear_in_panels": [flag, *[data] * 4, *[size] * 3],
+        "gptk_linear_in_panels": [flag, flag, *[data] * 4, *[size] * 3],
         "gptk_convert_panels": [flag, flag, data, data, size, size],
         "gptk_walk": [data, data],
         "gptk_swiglu": [flag, data, data, size, size],

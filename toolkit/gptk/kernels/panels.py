@@ -5,7 +5,7 @@ All tensors are on the CPU. All functions raise ValueError for other arguments t
 
 from torch import Tensor
 
-from gptk.kernels.arguments import BFLOAT16, are, are_floats, fail, refuse
+from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
 from gptk.kernels.build import library
 
 PANEL = 16
@@ -35,11 +35,13 @@ def from_panels(panels: Tensor, weight: Tensor) -> None:
         fail(status)
 
 
-def linear_in_panels(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+def linear_in_panels(
+    x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None, *, in_float32: bool = False
+) -> Tensor:
     """x weightᵀ, plus the bias, for any number of rows.
 
     x: (…, inputs); panels: see `to_panels`; bias: (outputs,); all of one dtype. Returns (…,
-    outputs).
+    outputs) in this dtype, or, with in_float32, the same numbers in float32.
     """
     x = x.contiguous()
     inputs = panels.shape[-1]
@@ -58,9 +60,17 @@ def linear_in_panels(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | Non
         or (inputs % 2 and x.dtype is BFLOAT16)
     ):
         refuse("linear_in_panels", x=x, panels=panels, outputs=outputs)
-    y = x.new_empty(*x.shape[:-1], outputs)
+    dtype = FLOAT32 if in_float32 else x.dtype
+    y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
     if status := library().gptk_linear_in_panels(
-        *(x.dtype is BFLOAT16, x.data_ptr(), panels.data_ptr(), bias_address, y.data_ptr()),
+        *(
+            x.dtype is BFLOAT16,
+            in_float32,
+            x.data_ptr(),
+            panels.data_ptr(),
+            bias_address,
+            y.data_ptr(),
+        ),
         *(y.numel() // outputs if outputs else 0, inputs, outputs),
     ):
         fail(status)

@@ -25,6 +25,7 @@ from gptk.model.config import GPTConfig
 from gptk.model.embedding import Embedding
 from gptk.model.layout import PackableModel
 from gptk.model.linear import HooklessModule, Linear
+from gptk.model.panels import Panels
 
 
 class RMSNorm(HooklessModule, nn.RMSNorm):
@@ -321,6 +322,9 @@ class GPT(PackableModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""
+        packed = self.head.packed
+        if isinstance(packed, Panels) and self.head.is_plain(hidden):
+            return packed.linear_in_float32(hidden)  # without a copy in hidden's dtype
         return self.head(hidden).float()  # type: ignore[no-any-return]
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:

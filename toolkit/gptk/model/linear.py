@@ -62,6 +62,20 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
             return _linear_in_float32(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether nothing but the product with its packed weights, in x's dtype, makes its result:
+        no gradients, hooks, bias or compiler."""
+        return not (
+            torch.is_grad_enabled()
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or "forward" in self.__dict__
+            or self.in_use is None
+            or self.bias is not None
+            or x.dtype is not self._packed_dtype
+            or torch.compiler.is_compiling()
+        )
+
     def pack(self) -> None:
         """Pack the weights, on a CPU: in panels for gptk's kernels, or, where these cannot run, for
         oneDNN if they are bfloat16.

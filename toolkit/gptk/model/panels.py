@@ -43,6 +43,10 @@ class Panels:
             return kernels.linear_in_panels(x, self.numbers, self.outputs, bias)
         return F.linear(x, self.dense(x.dtype), bias)
 
+    def linear_in_float32(self, x: Tensor) -> Tensor:
+        """x times the weights, of which x has the dtype; the result is the same, in float32."""
+        return kernels.linear_in_panels(x, self.numbers, self.outputs, None, in_float32=True)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         weight = self.numbers.new_empty(self.outputs, self.numbers.shape[1])
         kernels.from_panels(self.numbers, weight)

@@ -62,15 +62,21 @@ struct Query {
   Partial* result;
 };
 
-// The partial results of R queries with a chunk of keys and values in lanes, see `Blocks`.
+// The partial results of R queries with a chunk of keys and values in lanes, see `Blocks`. next:
+// the keys that will be worked through after these, or null if these are in the cache already.
+// Memory is fetched ahead of its use: values while keys are multiplied, the next keys while values
+// are.
 template <typename T, int vectors, int R>
-void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, float scale) {
+void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, const T* next,
+                     float scale) {
   constexpr int64_t size = 16 * vectors, per_lane = 4 / sizeof(T);
   constexpr int registers = CHUNK / 16;
   Floats scores[R][registers];
   for (auto& row : scores)
     for (auto& lanes : row) lanes = Floats{};
   for (int64_t i = 0; i < size; i += per_lane) {
+    if (next)
+      for (int k = 0; k < registers; k++) prefetch(values + i * CHUNK + 16 * per_lane * k);
     Ints key[registers];
     for (int k = 0; k < registers; k++) key[k] = load_bits(keys + i * CHUNK + 16 * per_lane * k);
     for (int r = 0; r < R; r++) {
@@ -105,6 +111,9 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, fl
     for (auto& row : sums)
       for (auto& lanes : row) lanes = Floats{};
     for (int64_t token = 0; token < seen; token += per_lane) {
+      if (next && first == 0)
+        for (int64_t line = 0; line < size * per_lane; line += 64 / sizeof(T))
+          prefetch(next + token * size + line);
       Ints value[together];
       for (int v = 0; v < together; v++)
         value[v] = load_bits(values + token * size + 16 * per_lane * (first + v));
@@ -122,12 +131,12 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, fl
 
 template <typename T, int vectors>
 void attend_to_chunk(const Query<T>* queries, int64_t count, const T* keys, const T* values,
-                     float scale) {
+                     const T* next, float scale) {
   for (; count >= 4; count -= 4, queries += 4)
-    attend_to_chunk<T, vectors, 4>(queries, keys, values, scale);
-  if (count == 3) attend_to_chunk<T, vectors, 3>(queries, keys, values, scale);
-  if (count == 2) attend_to_chunk<T, vectors, 2>(queries, keys, values, scale);
-  if (count == 1) attend_to_chunk<T, vectors, 1>(queries, keys, values, scale);
+    attend_to_chunk<T, vectors, 4>(queries, keys, values, next, scale);
+  if (count == 3) attend_to_chunk<T, vectors, 3>(queries, keys, values, next, scale);
+  if (count == 2) attend_to_chunk<T, vectors, 2>(queries, keys, values, next, scale);
+  if (count == 1) attend_to_chunk<T, vectors, 1>(queries, keys, values, next, scale);
 }
 
 // The partial results of the chunks so far, merged.
@@ -241,13 +250,18 @@ struct BlockAttention {
       // The last tokens of a text, which see the most keys, come first.
       attend_long(plan.long_tiles[plan.long_tiles.size() - 1 - task / plan.heads],
                   task % plan.heads);
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < plan.tasks; task++) {
-      const auto after =
-          std::upper_bound(plan.tiles.begin(), plan.tiles.end(), task,
-                           [](int64_t t, const BlockPlan::Tile& tile) { return t < tile.task; });
-      attend(*(after - 1), task - (after - 1)->task);
+    const auto [from, to] = share_of_thread(plan.tasks);
+    auto tile = std::upper_bound(
+        plan.tiles.begin(), plan.tiles.end(), from,
+        [](int64_t task, const BlockPlan::Tile& tile) { return task < tile.task; });
+    if (from < to) tile--;
+    for (int64_t task = from; task < to; task++) {
+      const auto now = tile;
+      const int64_t in_tile = task - tile->task;
+      if (in_tile + 1 == plan.kv_heads * tile->chunks) tile++;
+      attend(*now, in_tile, task + 1 < to ? keys_of(*tile, task + 1 - tile->task) : nullptr);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < (int64_t)plan.tiles.size() * plan.heads; t++)
       merge(plan.tiles[t / plan.heads], t % plan.heads);
@@ -258,8 +272,12 @@ struct BlockAttention {
     return tile.sequence->past + tile.start + row + 1 - chunk * CHUNK;
   }
 
-  // A chunk of a key head, for all tokens of a tile.
-  void attend(const BlockPlan::Tile& tile, int64_t task) const {
+  const T* keys_of(const BlockPlan::Tile& tile, int64_t task) const {
+    return blocks.keys(tile.sequence->table[task % tile.chunks], task / tile.chunks);
+  }
+
+  // A chunk of a key head, for all tokens of a tile. next: the keys of the next task.
+  void attend(const BlockPlan::Tile& tile, int64_t task, const T* next) const {
     const int64_t head = task / tile.chunks, chunk = task % tile.chunks;
     Partial* result = partial + tile.partial + task * tile.rows * plan.group;
     Query<T> queries[MAX_QUERIES];
@@ -269,9 +287,8 @@ struct BlockAttention {
             head_of(plan, qkv, size, tile.sequence->first + tile.start + row,
                     head * plan.group + i),
             visible(tile, row, chunk), result + row * plan.group + i};
-    const int32_t block = tile.sequence->table[chunk];
-    attend_to_chunk<T, vectors>(queries, tile.rows * plan.group, blocks.keys(block, head),
-                                blocks.values(block, head), scale);
+    attend_to_chunk<T, vectors>(queries, tile.rows * plan.group, keys_of(tile, task),
+                                blocks.values(tile.sequence->table[chunk], head), next, scale);
   }
 
   void merge(const BlockPlan::Tile& tile, int64_t head) const {
@@ -307,7 +324,7 @@ struct BlockAttention {
         Query<T> queries[ROWS_AT_ONCE];
         for (int64_t r = 0; r < rows; r++)
           queries[r] = {from[row + r], visible(tile, row + r, chunk), parts + r};
-        attend_to_chunk<T, vectors>(queries, rows, keys, values, scale);
+        attend_to_chunk<T, vectors>(queries, rows, keys, values, nullptr, scale);
         for (int64_t r = 0; r < rows; r++) merged[row + r].merge(parts[r]);
       }
     }

@@ -81,9 +81,16 @@ template <typename T, typename Put>
 void multiply_panels(const T* x, int64_t rows, const Panels<T>& weights, int64_t from, int64_t to,
                      const Put& put) {
   alignas(64) TileSums sums;
+  const int64_t lines = weights.steps() * PANELS, tiles = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
   for (int64_t first = from; first < to; first += PANELS) {
     const int64_t panels = std::min(PANELS, to - first);
+    // While these panels are multiplied with many rows, the next ones are fetched.
+    const int64_t next_lines = first + PANELS < to && tiles > 1 ? lines : 0;
+    const int32_t* const next = weights.panel(first + PANELS);
     for (int64_t row = 0; row < rows; row += PANEL_ROWS) {
+      const int64_t tile = row / PANEL_ROWS;
+      for (int64_t i = next_lines * tile / tiles; i < next_lines * (tile + 1) / tiles; i++)
+        prefetch_second(next + i * PANEL);
       const int64_t count = std::min(PANEL_ROWS, rows - row);
       const auto multiply = panels == 3   ? tile_of_rows<T, 3>(count)
                             : panels == 2 ? tile_of_rows<T, 2>(count)
@@ -96,14 +103,23 @@ void multiply_panels(const T* x, int64_t rows, const Panels<T>& weights, int64_t
   }
 }
 
-// y (rows, outputs) = x (rows, inputs) times weights, plus the bias.
-template <typename T>
-void linear_in_panels(const T* x, int64_t rows, const Panels<T>& weights, T* y) {
+// Numbers as the dtype of x holds them.
+inline Floats rounded_as(const float*, Floats numbers) { return numbers; }
+
+inline Floats rounded_as(const uint16_t*, Floats numbers) {
+  return floats_of_bits(to_bfloat16_pairs(Floats{}, numbers));
+}
+
+// y (rows, outputs) = x (rows, inputs) times weights, plus the bias, rounded to x's dtype, and held
+// in this or in float32.
+template <typename T, typename Y>
+void linear_in_panels(const T* x, int64_t rows, const Panels<T>& weights, Y* y) {
 #pragma omp parallel
   {
     const auto [from, to] = share_of_thread(weights.count());
     multiply_panels(x, rows, weights, from, to, [&](int64_t row, int64_t output, Floats sums) {
-      store_first(y + row * weights.outputs + output, weights.outputs - output, sums);
+      store_first(y + row * weights.outputs + output, weights.outputs - output,
+                  rounded_as(x, sums));
     });
   }
 }

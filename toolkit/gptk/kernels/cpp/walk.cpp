@@ -7,13 +7,18 @@
 extern "C" {
 
 // y (rows, outputs) = x (rows, inputs) times weights in panels, plus the bias (outputs) unless it
-// is null; sums are float32. For the layout see `Panels`. inputs: even in bfloat16.
-int32_t gptk_linear_in_panels(int is_bfloat16, const void* x, const void* panels, const void* bias,
-                              void* y, int64_t rows, int64_t inputs, int64_t outputs) {
+// is null; sums are float32. For the layout see `Panels`. inputs: even in bfloat16. in_float32: y
+// is float32, of numbers that are rounded to x's dtype.
+int32_t gptk_linear_in_panels(int is_bfloat16, int in_float32, const void* x, const void* panels,
+                              const void* bias, void* y, int64_t rows, int64_t inputs,
+                              int64_t outputs) {
   return status_of({{x, rows * inputs}, {panels, outputs * inputs}, {y, rows * outputs}}, [&] {
     DISPATCH_DTYPE(is_bfloat16, {
       const Panels<T> weights{(const int32_t*)panels, (const T*)bias, inputs, outputs};
-      linear_in_panels((const T*)x, rows, weights, (T*)y);
+      if (in_float32)
+        linear_in_panels((const T*)x, rows, weights, (float*)y);
+      else
+        linear_in_panels((const T*)x, rows, weights, (T*)y);
     });
   });
 }

@@ -62,13 +62,6 @@ struct Pass {
   bool wants_some() const { return wanted_count >= 0; }
 };
 
-// Numbers as the dtype holds them.
-inline Floats rounded(const float*, Floats x) { return x; }
-
-inline Floats rounded(const uint16_t*, Floats x) {
-  return floats_of_bits(to_bfloat16_pairs(Floats{}, x));
-}
-
 template <typename T>
 void normalize(const Norm& norm, const T* x, T* y, int64_t size) {
   const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
@@ -151,7 +144,7 @@ class Walk {
       }
       const auto add = [&](int64_t row, int64_t output, Floats sums) {
         T* to = rows_x + row * model.width + output;
-        store(to, load(to) + rounded((const T*)nullptr, sums));
+        store(to, load(to) + rounded_as(to, sums));
       };
       multiply(layer.out, prepare(nullptr, rows_y, rows, layer.out), add);
       wait();
