@@ -16,6 +16,12 @@ constexpr int64_t MAX_HEAD_SIZE = 128;  // numbers
 // Of a key head over a cache: FEW_QUERIES in kernels/build.py, which defines it.
 constexpr int64_t MAX_QUERIES = GPTK_MAX_QUERIES;
 
+// Of a row of so many vectors, how many have their sums in registers at a time, for four rows.
+template <int vectors>
+constexpr int TOGETHER = SUMS < 16     ? 1
+                         : vectors % 4 ? 2
+                                       : 4;
+
 // --- Over a cache ---
 
 // What a query gets from a chunk of keys: the highest score and, of the weights exp(score -
@@ -78,17 +84,21 @@ float compute_scores(const T* q, const T* keys, const T* mask, const int32_t* vi
 template <typename T, int vectors, int H>
 void sum_values(const T* values, const float (*weights)[CHUNK], int64_t query_step,
                 const int32_t* visible, int64_t count, Partial* out) {
-  Floats sum[H][vectors];
-  for (auto& query : sum)
-    for (auto& lanes : query) lanes = Floats{};
-  for (int64_t key = 0; key < count; key++)
-    for (int v = 0; v < vectors; v++) {
-      const Floats value = load(values + visible[key] * 16 * vectors + 16 * v);
-      for (int h = 0; h < H; h++)
-        sum[h][v] = fma(broadcast(weights[h * query_step][key]), value, sum[h][v]);
-    }
-  for (int h = 0; h < H; h++)
-    for (int v = 0; v < vectors; v++) store(out[h * query_step].sum + 16 * v, sum[h][v]);
+  constexpr int together = SUMS < 16 ? 1 : vectors;
+  for (int first = 0; first < vectors; first += together) {
+    Floats sum[H][together];
+    for (auto& query : sum)
+      for (auto& lanes : query) lanes = Floats{};
+    for (int64_t key = 0; key < count; key++)
+      for (int v = 0; v < together; v++) {
+        const Floats value = load(values + (visible[key] * vectors + first + v) * 16);
+        for (int h = 0; h < H; h++)
+          sum[h][v] = fma(broadcast(weights[h * query_step][key]), value, sum[h][v]);
+      }
+    for (int h = 0; h < H; h++)
+      for (int v = 0; v < together; v++)
+        store(out[h * query_step].sum + 16 * (first + v), sum[h][v]);
+  }
 }
 
 // The queries of one key head that are worked through together: for `rows` tokens the `group` heads
@@ -290,15 +300,22 @@ using Scores = Floats[ROWS_AT_ONCE][CHUNK / 16];  // (rows, tokens of a chunk)
 template <typename T, int vectors>
 inline void multiply_with_tokens(const T* x, int64_t stride, int64_t count,
                                  const Chunk<T, vectors>& chunk, Scores& y) {
-  for (auto& row : y)
-    for (auto& lanes : row) lanes = Floats{};
-  for (int64_t i = 0; i < chunk.size; i += chunk.per_lane)
-    for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
-      const Ints lane = broadcast_lane(x + std::min(r, count - 1) * stride + i);
-      for (int k = 0; k < CHUNK / 16; k++)
-        y[r][k] = multiply_add(y[r][k], x, lane,
-                               load_bits(&chunk.token_lanes[i / chunk.per_lane][16 * k]));
-    }
+  constexpr int together = TOGETHER<CHUNK / 16>;
+  for (int first = 0; first < CHUNK / 16; first += together) {
+    Floats sums[ROWS_AT_ONCE][together];
+    for (auto& row : sums)
+      for (auto& lanes : row) lanes = Floats{};
+    for (int64_t i = 0; i < chunk.size; i += chunk.per_lane)
+      for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+        const Ints lane = broadcast_lane(x + std::min(r, count - 1) * stride + i);
+        for (int k = 0; k < together; k++)
+          sums[r][k] =
+              multiply_add(sums[r][k], x, lane,
+                           load_bits(&chunk.token_lanes[i / chunk.per_lane][16 * (first + k)]));
+      }
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++)
+      for (int k = 0; k < together; k++) y[r][first + k] = sums[r][k];
+  }
 }
 
 // sum (rows, size) = sum · factor of the row + weights (rows, tokens) times the chunk's first
@@ -306,7 +323,7 @@ inline void multiply_with_tokens(const T* x, int64_t stride, int64_t count,
 template <typename T, int vectors>
 inline void add_weighted_tokens(const T (*weights)[CHUNK], const Chunk<T, vectors>& chunk,
                                 int64_t tokens, const Floats* factors, float (*sum)[16 * vectors]) {
-  constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
+  constexpr int together = TOGETHER<vectors>;
   for (int first = 0; first < vectors; first += together) {
     Floats sums[ROWS_AT_ONCE][together];
     for (int64_t r = 0; r < ROWS_AT_ONCE; r++)

@@ -72,18 +72,26 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, co
   constexpr int64_t size = 16 * vectors, per_lane = 4 / sizeof(T);
   constexpr int registers = CHUNK / 16;
   Floats scores[R][registers];
-  for (auto& row : scores)
-    for (auto& lanes : row) lanes = Floats{};
-  for (int64_t i = 0; i < size; i += per_lane) {
-    if (next)
-      for (int k = 0; k < registers; k++) prefetch(values + i * CHUNK + 16 * per_lane * k);
-    Ints key[registers];
-    for (int k = 0; k < registers; k++) key[k] = load_bits(keys + i * CHUNK + 16 * per_lane * k);
-    for (int r = 0; r < R; r++) {
-      const Ints lane = broadcast_lane(queries[r].q + i);
-      for (int k = 0; k < registers; k++)
-        scores[r][k] = multiply_add(scores[r][k], keys, lane, key[k]);
+  constexpr int keys_together = TOGETHER<registers>;
+  for (int first = 0; first < registers; first += keys_together) {
+    Floats sums[R][keys_together];
+    for (auto& row : sums)
+      for (auto& lanes : row) lanes = Floats{};
+    for (int64_t i = 0; i < size; i += per_lane) {
+      if (next)
+        for (int k = 0; k < keys_together; k++)
+          prefetch(values + i * CHUNK + 16 * per_lane * (first + k));
+      Ints key[keys_together];
+      for (int k = 0; k < keys_together; k++)
+        key[k] = load_bits(keys + i * CHUNK + 16 * per_lane * (first + k));
+      for (int r = 0; r < R; r++) {
+        const Ints lane = broadcast_lane(queries[r].q + i);
+        for (int k = 0; k < keys_together; k++)
+          sums[r][k] = multiply_add(sums[r][k], keys, lane, key[k]);
+      }
     }
+    for (int r = 0; r < R; r++)
+      for (int k = 0; k < keys_together; k++) scores[r][first + k] = sums[r][k];
   }
   alignas(64) T weights[R][CHUNK];
   int64_t seen = 0;
@@ -105,7 +113,7 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, co
     queries[r].result->weight = reduce_add(total);
     seen = std::max(seen, std::min(CHUNK, queries[r].visible));
   }
-  constexpr int together = vectors % 4 ? 2 : 4;  // registers of a row
+  constexpr int together = TOGETHER<vectors>;
   for (int first = 0; first < vectors; first += together) {
     Floats sums[R][together];
     for (auto& row : sums)

@@ -6,6 +6,8 @@
 // the same to the last bit, whatever the other rows are.
 #pragma once
 
+#include <utility>
+
 #include "common.h"
 
 namespace {
@@ -13,7 +15,7 @@ namespace {
 // Outputs of a panel.
 constexpr int64_t PANEL = 16;
 // The tile whose sums are kept in registers: rows times panels.
-constexpr int64_t PANEL_ROWS = 8, PANELS = 3;
+constexpr int64_t PANELS = SUMS < 24 ? 1 : 3, PANEL_ROWS = SUMS / PANELS;
 // Bytes by which weights are fetched ahead of their use, where rows are few.
 constexpr int64_t PANEL_PREFETCH = 1024;
 
@@ -65,14 +67,18 @@ void multiply_tile(const T* x, int64_t stride, const Panels<T>& weights, int64_t
 template <typename T>
 using MultiplyTile = void (*)(const T*, int64_t, const Panels<T>&, int64_t, TileSums&);
 
-// `multiply_tile` for J panels and 1, 2, … rows.
-template <typename T, int J>
-MultiplyTile<T> tile_of_rows(int64_t rows) {
-  static constexpr MultiplyTile<T> OF_ROWS[PANEL_ROWS] = {
-      multiply_tile<T, 1, J>, multiply_tile<T, 2, J>, multiply_tile<T, 3, J>,
-      multiply_tile<T, 4, J>, multiply_tile<T, 5, J>, multiply_tile<T, 6, J>,
-      multiply_tile<T, 7, J>, multiply_tile<T, 8, J>};
+template <typename T, int J, int... R>
+MultiplyTile<T> tile_of_rows(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> OF_ROWS[] = {multiply_tile<T, R + 1, J>...};
   return OF_ROWS[rows - 1];
+}
+
+// `multiply_tile` for so many rows and panels.
+template <typename T, int J = PANELS>
+MultiplyTile<T> tile_of(int64_t rows, int64_t panels) {
+  if constexpr (J > 1)
+    if (panels < J) return tile_of<T, J - 1>(rows, panels);
+  return tile_of_rows<T, J>(rows, std::make_integer_sequence<int, PANEL_ROWS>());
 }
 
 // Calls put(row, output, sums) for all rows of x (rows, inputs) times panels `from` to `to`, 16
@@ -92,9 +98,7 @@ void multiply_panels(const T* x, int64_t rows, const Panels<T>& weights, int64_t
       for (int64_t i = next_lines * tile / tiles; i < next_lines * (tile + 1) / tiles; i++)
         prefetch_second(next + i * PANEL);
       const int64_t count = std::min(PANEL_ROWS, rows - row);
-      const auto multiply = panels == 3   ? tile_of_rows<T, 3>(count)
-                            : panels == 2 ? tile_of_rows<T, 2>(count)
-                                          : tile_of_rows<T, 1>(count);
+      const auto multiply = tile_of<T>(count, panels);
       multiply(x + row * weights.inputs, weights.inputs, weights, first, sums);
       for (int64_t r = 0; r < count; r++)
         for (int64_t j = 0; j < panels; j++)

@@ -99,22 +99,26 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x
     const Floats scale = load_float16(weights), offset = load_float16(weights + 32);
     Ints codes[8];
     load_codes<bits>(weights + 64, codes);
-    // Σ code · part over the group for each row and part, exact in 32 bits.
-    const int8_t* numbers[R * parts];
-    Ints sums[R * parts];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < parts; p++)
-        numbers[r * parts + p] = &x.part[p][((row + r) * x.groups + group) * GROUP];
-    dot_codes<bits, R * parts>(codes, numbers, sums);
-    for (int r = 0; r < R; r++) {
-      const int64_t x_group = (row + r) * x.groups + group;
-      const Ints* sum = sums + r * parts;
-      Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);
-      if constexpr (parts == 3) total = fma(to_floats(sum[0]), broadcast(1 << 14), total);
-      // Σ (code · scale + offset) · x over the group.
-      const Floats scaled = total * scale;
-      y[r] = fma(scaled, broadcast(x.scale[x_group]), y[r]);
-      y[r] = fma(offset, broadcast(x.sum[x_group]), y[r]);
+    constexpr int together = std::min(R, DOT_ROWS);
+#pragma GCC unroll 4
+    for (int first = 0; first < R; first += together) {
+      // Σ code · part over the group for each row and part, exact in 32 bits.
+      const int8_t* numbers[together * parts];
+      Ints sums[together * parts];
+#pragma GCC unroll 12
+      for (int i = 0; i < together * parts; i++)
+        numbers[i] = &x.part[i % parts][((row + first + i / parts) * x.groups + group) * GROUP];
+      dot_codes<bits, together * parts>(codes, numbers, sums);
+#pragma GCC unroll 4
+      for (int r = first; r < first + together; r++) {
+        const int64_t x_group = (row + r) * x.groups + group;
+        const Ints* sum = sums + (r - first) * parts;
+        Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);
+        if constexpr (parts == 3) total = fma(to_floats(sum[0]), broadcast(1 << 14), total);
+        // Σ (code · scale + offset) · x over the group.
+        y[r] = fma(total * scale, broadcast(x.scale[x_group]), y[r]);
+        y[r] = fma(offset, broadcast(x.sum[x_group]), y[r]);
+      }
     }
   }
 }

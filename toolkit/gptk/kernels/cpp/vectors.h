@@ -47,8 +47,10 @@
 //                                   in lane i of each of 8 vectors; exact. bits: of a code, 4 or 8.
 //                                   Numbers of x are above -128
 //
-// TILE_ROWS, a divisor of 16, and TILE_COLUMNS, a multiple, say how many sums of a product its
-// registers hold; store_tile_rows(p, x, i) stores lanes i · TILE_ROWS to (i + 1) · TILE_ROWS.
+// SUMS is how many vectors of sums the registers hold beside what is multiplied, DOT_ROWS for how
+// many rows dot_codes is best called at a time. A tile of a
+// product is TILE_ROWS, a divisor of 16, times TILE_COLUMNS, a multiple; store_tile_rows(p, x, i)
+// stores lanes i · TILE_ROWS to (i + 1) · TILE_ROWS.
 #pragma once
 
 #include <cmath>

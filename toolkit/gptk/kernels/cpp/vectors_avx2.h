@@ -201,7 +201,7 @@ inline void dot_half(Codes codes, const int8_t* const* x, Sums sums) {
 #pragma GCC unroll 3
   for (int n = 0; n < count; n++) {
     const int8_t* from = x[n];
-    if (count > 4) asm("" : "+r"(from));
+    asm("" : "+r"(from));
     __m256i even = _mm256_setzero_si256(), odd = even;
     for (int i = 0; i < 8; i += 2) {
       even = _mm256_dpbusd_avx_epi32(even, half[i], four(from, i));
@@ -219,7 +219,7 @@ inline void dot_half(Codes codes, const int8_t* const* x, Sums sums) {
 #pragma GCC unroll 3
     for (int n = 0; n < count; n++) {
       const int8_t* from = x[n];
-      if (count > 4) asm("" : "+r"(from));
+      asm("" : "+r"(from));
       __m256i even = _mm256_maddubs_epi16(half[0], four(from, 0));
       __m256i odd = _mm256_maddubs_epi16(half[1], four(from, 1));
       for (int i = 2; i < 8; i += 2) {
@@ -242,7 +242,9 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
                         [&](int n) -> Ints8& { return sums[n].high; });
 }
 
-// A tile's sums take 8 of the 16 registers.
+// 12 of 16 registers.
+constexpr int SUMS = 6;
+constexpr int DOT_ROWS = 4;
 constexpr int64_t TILE_ROWS = 4, TILE_COLUMNS = 16;
 
 inline void store_tile_rows(void* y, Ints x, int64_t part) {

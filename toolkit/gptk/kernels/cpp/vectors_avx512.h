@@ -179,6 +179,7 @@ inline void transpose(Ints* x) {
 
 template <int bits, int count>
 inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+#pragma GCC unroll 12
   for (int n = 0; n < count; n++) {
     __m512i even = _mm512_setzero_si512(), odd = even;
     for (int i = 0; i < 8; i += 2) {
@@ -192,7 +193,9 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
 
 // --- Tiles ---
 
-// A tile's sums take 24 of the 32 registers.
+// 24 of 32 registers.
+constexpr int SUMS = 24;
+constexpr int DOT_ROWS = 1;
 constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 48;
 
 inline void store_tile_rows(void* y, Ints x, int64_t part) {
