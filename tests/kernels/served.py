@@ -5,86 +5,49 @@ A program is compiled for each instruction set, and run by qemu if it is for ano
 
 import contextlib
 import ctypes
+import platform
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-import gptk
-from gptk.kernels import build
+from gptk.kernels import build, compiler
+from gptk.kernels.instructions import INSTRUCTION_SETS
+from gptk.system import processor
 
-CPP = Path(gptk.__file__).parent / "kernels" / "cpp"
 PROGRAM = Path(__file__).with_name("cpp") / "served.cpp"
-
-
-@dataclass(frozen=True)
-class InstructionSet:
-    flags: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    """Of the processor, as in /proc/cpuinfo."""
-    compiler: str = "g++"
-    emulator: str | None = None
-
-
-_AVX2 = ("avx2", "fma", "f16c")
-_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
-
-
-def _x86(macro: str, *needs: str) -> InstructionSet:
-    flags = [f"-m{name.replace('_', '')}" for name in needs]
-    return InstructionSet((f"-DGPTK_{macro}", *flags), needs)
-
-
-def _neon(extensions: str) -> InstructionSet:
-    flags = ("-DGPTK_NEON", f"-march=armv8.2-a+{extensions}")
-    return InstructionSet(flags, (), "aarch64-linux-gnu-g++", "qemu-aarch64")
-
-
-INSTRUCTION_SETS = {
-    "plain": InstructionSet(("-DGPTK_PLAIN",)),
-    "avx2": _x86("AVX2", *_AVX2),
-    "avx2-vnni": _x86("AVX2", *_AVX2, "avx_vnni"),
-    "avx512": _x86("AVX512", *_AVX512),
-    "avx512-bf16": _x86("AVX512", *_AVX512, "avx512_bf16"),
-    "neon": _neon("dotprod"),
-    "neon-i8mm": _neon("dotprod+i8mm"),
-}
+NAMES = [instructions.name for instructions in INSTRUCTION_SETS]
 
 
 def compile_program(name: str, folder: Path) -> list[str]:
     """The command that runs the kernels of an instruction set. Skips the test if there is none."""
-    instructions = INSTRUCTION_SETS[name]
-    if instructions.needs and set(instructions.needs) - _features():
-        pytest.skip(f"this processor has not all of {', '.join(instructions.needs)}")
-    for program in (instructions.compiler, instructions.emulator):
-        if program and shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
+    (instructions,) = (found for found in INSTRUCTION_SETS if found.name == name)
+    machine = instructions.machine or processor.machine()
+    prefix, emulator = "", []
+    if machine != processor.machine():
+        prefix, emulator = f"{machine}-linux-gnu-", [f"qemu-{machine}"]
+    elif not instructions.runs_on(machine, processor.features()):
+        pytest.skip(f"this processor does not run {instructions.words}")
+    for program in (f"{prefix}g++", *emulator):
+        if platform.system() != "Linux" or shutil.which(program) is None:
+            pytest.skip(f"{program} for Linux is not installed")
     path = folder / name
-    command = [instructions.compiler, "-O1", "-std=c++17", "-ffp-contract=off", "-static"]
-    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *instructions.flags]
-    command += [f"-DGPTK_MAX_QUERIES={gptk.kernels.FEW_QUERIES}", f"-I{CPP}"]
-    subprocess.run([*command, str(PROGRAM), "-o", str(path)], check=True)
-    return [*([instructions.emulator] if instructions.emulator else []), str(path)]
-
-
-def _features() -> set[str]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.split(":")[1].split())
-    return set()
+    flags = [flag for flag in compiler.flags(instructions.flags) if flag != "-fopenmp"]
+    flags += ["-O1", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command = [f"{prefix}g++", *flags, f"-I{compiler.SOURCES}", str(PROGRAM), "-o", str(path)]
+    subprocess.run(command, check=True)
+    return [*emulator, str(path)]
 
 
 class Served:
     """Stands for a library of kernels: calls its functions in a process.
 
-    Tensors are known by their addresses, which `addresses_of` gathers.
+    Tensors are known by their addresses, which `in_use` gathers.
     """
 
     def __init__(self, command: list[str]) -> None:
@@ -96,7 +59,8 @@ class Served:
         assert self._process.wait(60) == 0
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        types = getattr(build.library(), name).argtypes
+        exported = name.replace("attend_blocks_in_slab", "gptk_attend_blocks")
+        types = getattr(build.library(), exported).argtypes
         return lambda *arguments: self._call(name, types, arguments)
 
     def _call(self, name: str, types: list[type], arguments: tuple[object, ...]) -> int:
@@ -130,8 +94,10 @@ class Served:
 
         def remember(tensor: torch.Tensor) -> int:
             address = data_ptr(tensor)
-            start = tensor.storage_offset() * tensor.element_size()
-            self._bytes_at[address] = tensor.untyped_storage().nbytes() - start
+            last = sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            self._bytes_at[address] = (last + 1) * tensor.element_size() if tensor.numel() else 0
             return address
 
         with pytest.MonkeyPatch.context() as patch:

@@ -4,11 +4,14 @@ The properties are those of test_kernels.py and test_vocabulary.py, which run in
 the instruction set that gptk has chosen.
 """
 
+import math
+
 import pytest
 import test_kernels
 import test_vocabulary
 import torch
-from served import INSTRUCTION_SETS, Served, compile_program
+import torch.nn.functional as F
+from served import NAMES, Served, compile_program
 from test_kernels import NEEDS_KERNELS, numbers
 
 from gptk import kernels
@@ -17,6 +20,9 @@ PROPERTIES = [
     test_kernels.test_products_are_those_with_the_levels,
     test_kernels.test_a_rows_product_does_not_depend_on_other_rows,
     test_kernels.test_packed_weights_are_the_levels,
+    test_kernels.test_products_with_plain_weights,
+    test_kernels.test_products_with_weights_in_panels,
+    test_kernels.test_layer_norm,
     test_kernels.test_small_operations,
     test_kernels.test_gelu_and_its_gradient,
     test_kernels.test_gelu_of_extreme_numbers,
@@ -29,10 +35,8 @@ PROPERTIES = [
     test_vocabulary.test_sums_are_those_of_float64,
     test_vocabulary.test_the_largest_are_found,
 ]
-SETS = [
-    name if name == "avx2" else pytest.param(name, marks=pytest.mark.slow)
-    for name in INSTRUCTION_SETS
-]
+SLOW_SETS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+SETS = [name if name == "avx2" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 pytestmark = NEEDS_KERNELS
 
 
@@ -49,7 +53,7 @@ def no_gradients():
         yield
 
 
-@pytest.mark.parametrize("served", SETS, indirect=True)
+@pytest.mark.parametrize("served", SLOW_SETS, indirect=True)
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda test: test.__name__[5:])
 def test_what_holds_with_each_instruction_set(served, holds):
     with served.in_use():
@@ -91,3 +95,39 @@ def test_results_are_the_same_bit_for_bit(served, bits):
         there = list(results())
     for ours, theirs in zip(here, there, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("served", SETS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [32, 96])
+def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
+    """70 tokens of one text, then one more, and another text of three tokens beside it."""
+    heads, kv_heads, texts = 4, 2, (71, 3)
+    parts = [
+        numbers(seed, count, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        for seed, count in enumerate(texts)
+    ]
+    slab = torch.full((1, 2, 4, kv_heads, 64, head_dim), math.nan, dtype=dtype)
+    tables = torch.tensor([2, 0, 3], dtype=torch.int32)  # two blocks of the first text, and one
+
+    def attend(qkv, sequences):
+        y = qkv.new_empty(len(qkv), heads, head_dim)
+        sequences = torch.tensor(sequences)
+        half = slab.numel() // 2
+        status = served.attend_blocks_in_slab(
+            *(dtype is torch.bfloat16, qkv.data_ptr(), y.data_ptr(), sequences.data_ptr()),
+            *(tables.data_ptr(), slab.data_ptr()),
+            *(len(qkv), len(sequences), heads, kv_heads, head_dim, 2, 0, half),
+        )
+        assert status == 0
+        return y
+
+    with served.in_use():
+        first = attend(parts[0][:70].contiguous(), [[0, 70, 0, 0]])
+        both = attend(torch.cat([parts[0][70:], parts[1]]), [[0, 1, 70, 0], [1, 3, 0, 2]])
+    for got, qkv in zip((torch.cat([first, both[:1]]), both[1:]), parts, strict=True):
+        q, k, v = qkv.double().transpose(0, 1).split((heads, kv_heads, kv_heads))
+        want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # In bfloat16 the weights of the sum are rounded, too.
+        error = 2e-6 if dtype == torch.float32 else 2**-8
+        test_kernels.close(got, want.transpose(0, 1), error)

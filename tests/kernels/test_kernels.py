@@ -17,6 +17,7 @@ from gptk.model.cache import KVCache
 from gptk.model.gpt import attend, attend_causally, rotate, swiglu
 from gptk.model.levels import GROUP, Levels
 from gptk.model.linear import Linear
+from gptk.model.panels import Panels
 from gptk.model.quantization import KernelGroups, pack
 from gptk.model.quantized_by_pytorch import PyTorchInt4, PyTorchInt8Groups
 from gptk.testing import tiny_gpt
@@ -130,6 +131,43 @@ def test_products_with_plain_weights(rows, outputs, pairs, dtype, with_bias, see
         assert torch.equal(packed(x[row : row + 1])[0], got[row])
     packed.unpack()
     assert torch.equal(packed.weight, layer.weight)
+
+
+@NEEDS_KERNELS
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 30), outputs=st.integers(1, 70), inputs=st.integers(1, 60), dtype=DTYPES,
+    with_bias=st.booleans(), seed=SEEDS,
+)  # fmt: skip
+def test_products_with_weights_in_panels(rows, outputs, inputs, dtype, with_bias, seed):
+    weight = numbers(seed, outputs, 2 * inputs, dtype=dtype)
+    bias = numbers(seed + 1, outputs, dtype=dtype) if with_bias else None
+    panels = Panels(weight, dtype)
+    assert torch.equal(panels.dense(dtype), weight)
+    x = numbers(seed + 2, rows, 2 * inputs, dtype=dtype)
+    got = panels.linear(x, bias)
+    exact = [None if part is None else part.double() for part in (x, weight, bias)]
+    size = F.linear(exact[0].abs(), exact[1].abs()) + 1
+    want = F.linear(*exact)
+    bound = 2e-6 * size + (2**-8 * want.abs() if dtype == torch.bfloat16 else 0)
+    assert ((got.double() - want).abs() <= bound).all()
+    for row in range(rows):
+        assert torch.equal(panels.linear(x[row : row + 1], bias)[0], got[row])
+
+
+@NEEDS_KERNELS
+@settings(max_examples=40)
+@given(
+    st.integers(0, 9), st.integers(1, 200), DTYPES, st.sampled_from([1e-3, 1.0, 40.0]),
+    st.booleans(), SEEDS,
+)  # fmt: skip
+def test_layer_norm(rows, size, dtype, scale, with_bias, seed):
+    x = numbers(seed, rows, size, dtype=dtype, size=scale) + scale
+    weight = numbers(seed + 1, size, dtype=dtype)
+    bias = numbers(seed + 2, size, dtype=dtype) if with_bias else None
+    exact = [None if part is None else part.double() for part in (weight, bias)]
+    want = F.layer_norm(x.double(), (size,), *exact, 1e-5)
+    close(kernels.layer_norm(x, weight, bias, 1e-5), want, 2e-6)
 
 
 @NEEDS_KERNELS

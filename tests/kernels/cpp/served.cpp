@@ -16,6 +16,7 @@
 
 #include "attention.cpp"
 #include "kernels.cpp"
+#include "walk.cpp"
 
 // It is compiled without OpenMP, whose functions these are for one thread.
 extern "C" {
@@ -88,6 +89,16 @@ void serve(int32_t (*function)(Types...)) {
 
 }  // namespace
 
+// gptk_attend_blocks with all blocks in one slab, which is among the tensors.
+int32_t attend_blocks_in_slab(int is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
+                              const int32_t* tables, void* slab, int64_t tokens, int64_t count,
+                              int64_t heads, int64_t kv_heads, int64_t size, int64_t slab_bits,
+                              int64_t keys_from, int64_t values_from) {
+  const int64_t slabs[1] = {(int64_t)slab};
+  return gptk_attend_blocks(is_bfloat16, qkv, y, sequences, tables, slabs, tokens, count, heads,
+                            kv_heads, size, slab_bits, keys_from, values_from);
+}
+
 #define KERNEL(name) {#name, [] { serve(name); }}
 
 int main() {
@@ -114,6 +125,10 @@ int main() {
       KERNEL(gptk_attend),
       KERNEL(gptk_attend_causally),
       KERNEL(gptk_attend_causally_backward),
+      KERNEL(attend_blocks_in_slab),
+      KERNEL(gptk_layer_norm),
+      KERNEL(gptk_linear_in_panels),
+      KERNEL(gptk_convert_panels),
   };
   char line[64];
   while (fgets(line, sizeof line, stdin)) {
