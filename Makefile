@@ -48,10 +48,10 @@ test-slow: $(ADAPTERS)
 # must come first in the process; they know nothing of the memory that Python never frees.
 SANITIZED := tests/kernels/test_kernels.py tests/kernels/test_vocabulary.py tests/kernels/test_arguments.py
 library = $(shell g++ -print-file-name=$(1))
-ADDRESSES := CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+ADDRESSES := CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2
-THREADS := CXX="g++ -g -fsanitize=thread -include $(CURDIR)/tests/kernels/standard_threads.h" \
+THREADS := CXX="g++ -g -O1 -fsanitize=thread -include $(CURDIR)/tests/kernels/standard_threads.h" \
 	LD_PRELOAD="$(call library,libtsan.so)" TSAN_OPTIONS=exitcode=66 OMP_NUM_THREADS=1
 test-sanitized: setup
 	$(ADDRESSES) $(KERNELS_RUN)

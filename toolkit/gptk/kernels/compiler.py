@@ -49,14 +49,14 @@ def find_compiler() -> list[str]:
 
 
 def flags(instructions: Sequence[str]) -> list[str]:
-    """The compiler's options for source files.
+    """The compiler's options for source files, besides -O3, which $CXX may replace.
 
     instructions: those of an instruction set, `InstructionSet.flags`.
     """
     # Apple's compiler knows OpenMP, but not the usual option for it.
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
     maximum = f"-DGPTK_MAX_QUERIES={FEW_QUERIES}"
-    return ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", *openmp, *instructions, maximum]
+    return ["-std=c++17", "-ffp-contract=off", "-fPIC", *openmp, *instructions, maximum]
 
 
 def compile_library(
@@ -72,6 +72,8 @@ def compile_library(
     deadline = time.monotonic() + _PATIENCE
     sources = sorted(SOURCES.glob("*.cpp"))
     chosen = flags(instructions)
+    if not any(word.startswith("-O") for word in compiler):
+        chosen.append("-O3")
     if portable:
         chosen += ["-include", str(SOURCES / "glibc.h")]
     objects = [str(path.with_name(f"{path.stem}-{source.stem}.o")) for source in sources]
