@@ -19,7 +19,7 @@ from gptk.kernels.instructions import INSTRUCTION_SETS
 from gptk.system import notices, processor
 
 NEEDS_KERNELS = pytest.mark.skipif(
-    not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
+    not kernels.available(), reason=f"gptk's kernels do not run here: {kernels.why_not()}"
 )
 LIBRARY = Path(build.library()._name if kernels.available() else "")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels need Linux")

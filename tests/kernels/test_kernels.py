@@ -24,7 +24,7 @@ from gptk.testing import tiny_gpt
 from toys import CONFIGS
 
 NEEDS_KERNELS = pytest.mark.skipif(
-    not kernels.available(), reason="needs Linux, AVX-512 with VNNI, and g++"
+    not kernels.available(), reason=f"gptk's kernels do not run here: {kernels.why_not()}"
 )
 NEEDS_PRODUCTS = pytest.mark.skipif(
     not kernels.should_run_product(torch.ones(1)), reason="needs AVX512-BF16, and no AMX"
