@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import gptk
+from gptk.engine.engine import ENGINE
 from gptk_plugins.tokenizers.smollm2 import installed_file
 from machine import THREADS
 from models import GPT2_VOCABULARY, temporary_folder
@@ -45,8 +46,14 @@ def warm_up(function: Callable[[], object]) -> str:
     return f"warm-up {time.perf_counter() - start:.0f} s, not counted"
 
 
+def forget(lm: gptk.LanguageModel) -> None:
+    """Forget the texts that have ended: the next prompt is read as if it were the first."""
+    ENGINE.call(lambda: ENGINE.passes(lm.model).pool.forget_unused())
+
+
 def generate(lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any) -> list[int]:
-    """Generate exactly `new` tokens with gptk."""
+    """Generate exactly `new` tokens with gptk, which does not know the prompt."""
+    forget(lm)
     out = lm.generate(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
     assert len(out.tokens) == new
     return out.tokens
@@ -56,6 +63,7 @@ def decode_seconds(
     lm: gptk.LanguageModel, prompt: Sequence[int], new: int, **settings: Any
 ) -> float:
     """The time of gptk's passes after the prefill."""
+    forget(lm)
     stream = lm.stream(prompt, max_new_tokens=new, ignore_eos=True, seed=0, **settings)
     next(stream)  # the prefill and the pass for the first token
     start = time.perf_counter()

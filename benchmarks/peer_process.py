@@ -19,10 +19,12 @@ Generate = Callable[[list[int], int, int], int]
 
 def gptk_engine(model: str, **settings: str) -> Generate:
     import gptk
+    from gptk.engine.engine import ENGINE
 
     lm = gptk.load(model, device="cpu", **settings)
 
     def generate(ids: list[int], new: int, beams: int) -> int:
+        ENGINE.call(lambda: ENGINE.passes(lm.model).pool.forget_unused())
         sampler = f"beam:width={beams}" if beams > 1 else "greedy"
         out = lm.generate(ids, max_new_tokens=new, ignore_eos=True, sampler=sampler)
         return len(out.tokens)
@@ -60,7 +62,11 @@ def openvino_engine(model: str) -> Generate:
     import openvino
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=thread_count())
+    scheduling = openvino_genai.SchedulerConfig()
+    scheduling.enable_prefix_caching = False  # the next round's prompt is the same
+    pipeline = openvino_genai.LLMPipeline(
+        model, "CPU", scheduler_config=scheduling, INFERENCE_NUM_THREADS=thread_count()
+    )
 
     def generate(ids: list[int], new: int, beams: int) -> int:
         config = openvino_genai.GenerationConfig()

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import gptk
-from engines import FLASH, LlamaCpp, generate, llama_cpp, python_of, smollm2_file
+from engines import FLASH, LlamaCpp, forget, generate, llama_cpp, python_of, smollm2_file
 from llama_1b import llama_1b_file
 from models import prompt
 from programs import Engine, run
@@ -52,7 +52,7 @@ def timed(ours, peers, ids, new):
 def test_beside_llama_cpp(ours, llama, table):
     names = {"default": "large", "bfloat16": "large-bf16"}
     rows(table, names, timed(ours, llama, IDS, NEW), [*llama], NEW)
-    names, ids = {name: f"large-prompt{key[5:]}" for name, key in names.items()}, prompt(256)
+    names = {"default": "large-prompt", "bfloat16": "large-prompt-bf16"}
     ids = prompt(256, vocabulary=40_000)
     rows(table, names, timed(ours, llama, ids, 1), [*llama], len(ids))
 
@@ -63,6 +63,7 @@ def test_beside_its_own_greedy(ours, table):
     prompts = [prompt(8, row, vocabulary=40_000) for row in range(16)]
 
     def together():
+        forget(lm)
         outs = lm.generate_batch(prompts, max_new_tokens=NEW, ignore_eos=True)
         assert [len(out.tokens) for out in outs] == [NEW] * len(prompts)
 

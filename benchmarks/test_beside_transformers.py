@@ -10,6 +10,7 @@ import gptk
 from engines import (
     compiled,
     decode_seconds,
+    forget,
     generate,
     smollm2_file,
     transformers_smollm2,
@@ -120,6 +121,7 @@ def test_batch(table):
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
 
     def batch():
+        forget(lm)
         outs = lm.generate_batch(ids, max_new_tokens=new, ignore_eos=True)
         assert [len(out.tokens) for out in outs] == [new] * len(ids)
 
