@@ -269,10 +269,11 @@ def hooks():
     head = inspect.getdoc(hookspecs).partition("\n")[2].strip()
     head = as_fence(head, "python")
     lines = [HOOKS_HEAD.format(version=hookspecs.API_VERSION, head=head)]
-    lines += ["| hook | for | base class |", "| --- | --- | --- |"]
+    lines += ["| hook | what it provides | base class |", "| --- | --- | --- |"]
     for kind in PLUGIN_KINDS.values():
         anchor = f"[`{kind.hook}`](#{kind.hook})"
-        lines.append(f"| {anchor} | {kind.plural} | `{base_name(kind)}` |")
+        purpose = first_sentence(getattr(hookspecs, kind.hook)).rstrip(".")
+        lines.append(f"| {anchor} | {cell(purpose)} | `{base_name(kind)}` |")
     for name, kind in PLUGIN_KINDS.items():
         lines += ["", *hook(name, kind)]
     return "\n".join(lines) + "\n"
@@ -280,8 +281,7 @@ def hooks():
 
 def hook(name, kind):
     base = kind.base
-    lines = [f"## {kind.hook}", "", inspect.getdoc(getattr(hookspecs, kind.hook)), ""]
-    lines += [f"Returns a list of subclasses of `{base_name(kind)}`."]
+    lines = [f"## {kind.hook}", "", f"Returns a list of subclasses of `{base_name(kind)}`."]
     if name == "command":
         lines[-1] = "Returns a list of click commands: `@click.command()` makes one of a function."
     elif issubclass(base, Options):

@@ -187,7 +187,7 @@ def test_a_text_that_is_too_short_to_judge_is_an_error():
     for options in SETTINGS:
         width = options.get("context_width", 1)
         watermark(**options).detect([1] * (width + 1), 257)
-        with pytest.raises(gptk.DataError, match=rf"{width} tokens is too short .*={width}"):
+        with pytest.raises(gptk.DataError, match=rf"tokens? is too short .*={width}"):
             watermark(**options).detect([1] * width, 257)
     with pytest.raises(gptk.DataError):
         watermark().detect([5, 1], 257, bos=5)
@@ -249,5 +249,5 @@ def test_mistakes_on_the_command_line():
     other = run("text", "--spec", "temperature", "--tokenizer", "bytes")
     assert other.exit_code == 2
     assert "--spec is 'temperature'; it must be the processor watermark" in other.output
-    with pytest.raises(gptk.DataError, match="a text of 1 tokens is too short"):
+    with pytest.raises(gptk.DataError, match="a text of one token is too short"):
         run("x", "--tokenizer", "bytes")

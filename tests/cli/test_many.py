@@ -266,6 +266,15 @@ def test_errors_are_told_in_order_where_results_are_printed(model, tmp_path, mon
     assert f"gptk: {file}, line 2: a line has either" in out.stderr
 
 
+def test_the_closing_line_counts_prompts_and_tokens(generate, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("abc\n")
+    closing = generate("--max-new-tokens", 1, file=file).stderr.splitlines()[-1]
+    assert closing.startswith("1 prompt, 1 new token, ")
+    again = generate("--max-new-tokens", 1, file=file).stderr.splitlines()
+    assert again[0].endswith("has 1 result; going on")
+
+
 def test_a_prompt_too_long_is_its_error(generate, tmp_path):
     file = tmp_path / "p.txt"
     file.write_text("x" * 200 + "\nabc\n")

@@ -43,6 +43,13 @@ def test_without_a_flag_only_the_closing_line_is_said(words):
     assert "finish reason" in line
 
 
+@pytest.mark.parametrize(("new", "tokens"), [(1, "1 token,"), (2, "2 tokens,")])
+def test_the_closing_line_counts_tokens(words, new, tokens):
+    words = [str(new) if word == "3" else word for word in words]
+    (line,) = run(*words).stderr.splitlines()
+    assert line.startswith(tokens)
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_quiet_says_nothing_but_errors(after, words):
     quiet = run(*words, "--quiet") if after else run("--quiet", *words)

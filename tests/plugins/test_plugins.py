@@ -288,6 +288,27 @@ def test_a_default_that_is_no_number_or_text_is_shown_as_json():
     assert shown == ["0.5", "a", '""', "false", '["\\n", "b"]', "null"]
 
 
+def test_bounds_and_defaults_are_written_without_exponents():
+    class Bounded(gptk.LogitsProcessor):
+        """Options with small and large bounds."""
+
+        name = "bounded"
+        ratio: float = Field(1e-6, ge=1e-6, le=1e6)
+        share: float = Field(0.25, gt=-0.5, lt=1.0)
+        count: int = Field(3, ge=0, le=10**6)
+        far: float = Field(1.0, ge=0.0, le=1e300)
+
+    shown = [(allowed, default) for _, allowed, default, _ in gptk.plugins.option_help(Bounded)]
+    assert shown == [
+        ("number ≥ 0.000001, ≤ 1000000", "0.000001"),
+        ("number > -0.5, < 1", "0.25"),
+        ("integer ≥ 0, ≤ 1000000", "3"),
+        ("number ≥ 0, ≤ 1e+300", "1.0"),
+    ]
+    with pytest.raises(gptk.OptionError, match=r"ratio is number ≥ 0\.000001, ≤ 1000000 "):
+        Bounded(ratio=0)
+
+
 HUGE = [10**20, -(10**30), 10**400, 10**5000, "9" * 30, "9" * 400, "9" * 5000, "1e999", "inf"]
 HUGE += [
     float("inf"),

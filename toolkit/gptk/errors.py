@@ -124,6 +124,11 @@ def shown(value: object, most: int = 60) -> str:
         return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 token`, `2 tokens`, `1,000 tokens`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """The text in one line, without characters that cannot be printed.
 

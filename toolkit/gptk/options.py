@@ -250,14 +250,23 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return " or ".join(map(str, schema["enum"]))
     kind = schema.get("type", "any")
     kind = {"boolean": "true or false", "null": "null"}.get(kind, kind)
-    bounds = [form.format(schema[key]) for key, form in _BOUNDS.items() if key in schema]
+    bounds = [form.format(_decimal(schema[key])) for key, form in _BOUNDS.items() if key in schema]
     return " ".join([kind, ", ".join(bounds)]).strip()
 
 
 def _text(value: object) -> str:
     """A default as it may be given: what is no number or text is JSON."""
     is_json = value in (None, "") or isinstance(value, bool | list | tuple | Mapping)
+    if isinstance(value, float) and "e" in str(value):
+        return str(_decimal(value))
     return json.dumps(value, ensure_ascii=False, default=str) if is_json else str(value)
+
+
+def _decimal(value: object) -> object:
+    """A number as people write it, without an exponent, unless that takes too many digits:
+    `0.000001`, `1000000`."""
+    is_written_out = isinstance(value, float) and (not value or 1e-9 <= abs(value) < 1e16)
+    return f"{Decimal(str(value)).normalize():f}" if is_written_out else value
 
 
 def _takes_bool(options_class: type[Options], name: str) -> bool:

@@ -121,8 +121,9 @@ class Watermark(gptk.LogitsProcessor):
         tokens = list(tokens)
         tokens = tokens[1:] if tokens[:1] == [bos] else tokens
         if len(tokens) <= self.context_width:
+            what = "one token" if len(tokens) == 1 else f"{len(tokens)} tokens"
             raise gptk.DataError(
-                f"{self.title()}: a text of {len(tokens)} tokens is too short to judge; it takes "
+                f"{self.title()}: a text of {what} is too short to judge; it takes "
                 f"more than context_width={self.context_width}"
             )
         # For selfhash, the token itself is part of the hashed context.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gptk.cli.many import check_model, decode, open_results, recorded
 from gptk.cli.output import note, say
 from gptk.cli.progress import Progress
+from gptk.errors import counted
 
 if TYPE_CHECKING:
     from gptk.errors import GptkError
@@ -42,8 +43,8 @@ def compare_by_file(
         recorder = Recorder(lm, tokenizer=tokenizer, prompts_file=about)
         check_model(results, recorder)
         if results.done:
-            note(f"{results.path} has {results.done:,} results; going on")
-        progress, clock = Progress(len(runs), "runs"), _Clock()
+            note(f"{results.path} has {counted(results.done, 'result')}; going on")
+        progress, clock = Progress(len(runs), "run"), _Clock()
         progress.go_on(results.done, results.failed)
 
         def write(asked: "Asked", result: "Generation | GptkError") -> "Generation | GptkError":

@@ -22,7 +22,7 @@ from gptk.cli.shared import (
     tokenizer_option,
 )
 from gptk.cli.streams import is_text
-from gptk.errors import DecodingError, OptionError, OutOfMemory
+from gptk.errors import DecodingError, OptionError, OutOfMemory, counted
 from gptk.spec import unescape
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ def _print_closing_line(stream: "Stream", seconds: float, *, seed_given: bool) -
     generations = [stream.result, *stream.result.alternatives]
     tokens = sum(len(g.tokens) for g in generations)
     reasons = ", ".join(sorted({g.finish_reason for g in generations}))
-    line = f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"
+    line = f"{counted(tokens, 'token')}, {tokens / seconds:.1f} tokens/s, finish reason: {reasons}"
     if any(g.complete is False for g in generations):
         line += ", incomplete"
     if stream.acceptance is not None:

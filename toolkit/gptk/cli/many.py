@@ -13,7 +13,7 @@ import click
 from gptk.cli.output import note, say
 from gptk.cli.progress import Progress
 from gptk.cli.shared import print_result
-from gptk.errors import GptkError, shown
+from gptk.errors import GptkError, counted, shown
 
 if TYPE_CHECKING:
     from gptk.hooks.results import Generation
@@ -65,7 +65,7 @@ def generate_many(
         if results is not None:
             check_model(results, recorder)
             if results.done:
-                note(f"{results.path} has {results.done:,} results; going on")
+                note(f"{results.path} has {counted(results.done, 'result')}; going on")
         write = _writer(call, recorder, results, as_json=as_json)
         progress = Progress(_share(prompts.count, processes))
         if results is not None:

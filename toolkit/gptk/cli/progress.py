@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from gptk.cli.output import note, quiet
 from gptk.cli.shared import duration
-from gptk.errors import GptkError
+from gptk.errors import GptkError, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -22,10 +22,10 @@ class Progress:
     """Counts prompts and tokens, and shows them: on a terminal a bar, elsewhere a line every ten
     seconds, with --quiet nothing.
 
-    total: the prompts; None if their number is not known. unit: what they are called.
+    total: the prompts; None if their number is not known. unit: what one of them is called.
     """
 
-    def __init__(self, total: int | None, unit: str = "prompts") -> None:
+    def __init__(self, total: int | None, unit: str = "prompt") -> None:
         self.total, self.done, self.tokens = total, 0, 0
         self._unit = unit
         self.errors = 0
@@ -76,19 +76,21 @@ class Progress:
 
     def done_of_all(self) -> str:
         """How many prompts are done: `3 of 12 prompts`."""
-        return f"{self.done:,}{'' if self.total is None else f' of {self.total:,}'} {self._unit}"
+        if self.total is None:
+            return counted(self.done, self._unit)
+        return f"{self.done:,} of {counted(self.total, self._unit)}"
 
     def summary(self) -> str:
         """The closing line."""
         errors = f", {self.errors:,} with an error" if self.errors else ""
         return (
-            f"{self.done:,} {self._unit}{errors}, {self.tokens:,} new tokens, "
+            f"{counted(self.done, self._unit)}{errors}, {counted(self.tokens, 'new token')}, "
             f"{self.tokens / self._seconds():.1f} tokens/s"
         )
 
     def _rates(self) -> str:
         seconds, done = self._seconds(), self.done - self._done_before
-        line = f"{self.done_of_all()}, {done / seconds:.3g} {self._unit}/s"
+        line = f"{self.done_of_all()}, {done / seconds:.3g} {self._unit}s/s"
         line += f", {self.tokens / seconds:.0f} tokens/s"
         if self.total is not None:
             line += f", {duration((self.total - self.done) * seconds / done)} left"

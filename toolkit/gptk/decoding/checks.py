@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptk.errors import IncompatibleError, PluginError, shown
+from gptk.errors import IncompatibleError, PluginError, counted, shown
 from gptk.hooks.choice import Choice
 from gptk.hooks.sampling import Sampler
 
@@ -65,10 +65,9 @@ def check_choice(choice: object, sampler: Sampler, rows: int) -> None:
             )
     candidates = choice.tokens.shape
     if len(candidates) == 1 and candidates[0] != rows and not sampler.competing:
-        tokens = "1 token" if candidates[0] == 1 else f"{candidates[0]} tokens"
         raise PluginError(
-            f"{who} chose {tokens} for {rows} row{'s' * (rows != 1)}; only competing rows may be "
-            "dropped or forked"
+            f"{who} chose {counted(candidates[0], 'token')} for {counted(rows, 'row')}; only "
+            "competing rows may be dropped or forked"
         )
     shapes = {choice.logprobs.shape, choice.scores.shape, candidates}
     if choice.parents is not None:

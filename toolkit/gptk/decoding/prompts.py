@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Sequence
 
-from gptk.errors import PromptError
+from gptk.errors import PromptError, counted
 from gptk.model.protocol import ModelConfig
 from gptk.session.session import Overflow
 from gptk.text.tokenizer import Tokenizer
@@ -66,8 +66,8 @@ def check_pair(
     check_vocabulary(new, config)
     if len(context) + len(new) - 1 > config.context_length:
         raise PromptError(
-            f"a context of {len(context)} tokens and a continuation of {len(new)} do not fit "
-            f"into the model's window of {config.context_length}"
+            f"a context of {counted(len(context), 'token')} and a continuation of {len(new)} do "
+            f"not fit into the model's window of {config.context_length}"
         )
     return context, new
 
@@ -77,6 +77,6 @@ def check_length(prompt: Sequence[int], config: ModelConfig, overflow: Overflow)
     window = config.context_length
     if len(prompt) >= window and overflow == "stop":
         raise PromptError(
-            f"the prompt has {len(prompt)} tokens and the model's window is {window}, prompt and "
-            "new tokens together; shorten it, or use overflow slide to keep its end"
+            f"the prompt has {counted(len(prompt), 'token')} and the model's window is {window}, "
+            "prompt and new tokens together; shorten it, or use overflow slide to keep its end"
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptk.errors import shown
+from gptk.errors import counted, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +39,10 @@ class Choice:
         if not hasattr(tokens, "is_floating_point"):
             raise TypeError(f"the tokens are {shown(tokens)}; they must be a tensor")
         if tokens.shape != (len(rows),):
-            count = f"{len(tokens)} token{'s' * (len(tokens) != 1)}" if tokens.dim() == 1 else ""
-            count = count or f"tokens of shape {tuple(tokens.shape)}"
-            raise ValueError(f"{count} for {len(rows)} rows; there must be one for each, (rows,)")
+            shape = f"tokens of shape {tuple(tokens.shape)}"
+            what = counted(len(tokens), "token") if tokens.dim() == 1 else shape
+            needed = counted(len(rows), "row")
+            raise ValueError(f"{what} for {needed}; there must be one for each, (rows,)")
         if tokens.is_floating_point() or tokens.dtype.is_complex:
             raise TypeError(f"the tokens are of type {tokens.dtype}; they must be whole numbers")
         tokens = tokens.long()

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
+from gptk.errors import counted
 from gptk.hooks.html import Part, results_as_html
 
 FinishReason = Literal["eos", "stop", "length", "time", "interrupted"]
@@ -123,7 +124,7 @@ class Generation:
     def __repr__(self) -> str:
         others = f", {len(self.alternatives)} alternatives" if self.alternatives else ""
         return (
-            f"Generation({shortened(self.text)}, {len(self.tokens)} tokens, "
+            f"Generation({shortened(self.text)}, {counted(len(self.tokens), 'token')}, "
             f"score {self.score:.4f}, finish_reason={self.finish_reason!r}{others})"
         )
 
@@ -134,7 +135,7 @@ class Generation:
     def _about(self) -> str:
         incomplete = ", incomplete" if self.complete is False else ""
         return (
-            f"{len(self.tokens)} tokens, score {self.score:.4f}, "
+            f"{counted(len(self.tokens), 'token')}, score {self.score:.4f}, "
             f"finish reason: {self.finish_reason}{incomplete}"
         )
 

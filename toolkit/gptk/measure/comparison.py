@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from gptk.errors import counted
 from gptk.hooks.base import Plugin
 from gptk.hooks.measuring import Metric
 from gptk.hooks.results import Generation
@@ -119,8 +120,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         count = len({each.prompt for each in self.measured})
-        prompts = "1 prompt" if count == 1 else f"{count} prompts"
-        results = "1 result" if self.results == 1 else f"{self.results} results"
+        prompts, results = counted(count, "prompt"), counted(self.results, "result")
         known = {**self.metrics, "tokens_per_second": self.tokens_per_second}
         told = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
         return f"Comparison({self.sampler!r}, {prompts}, {results} each, {', '.join(told)})"

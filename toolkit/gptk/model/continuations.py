@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gptk.errors import counted
 from gptk.model.protocol import CausalModel, evaluating
 from gptk.model.scoring import CHUNK, final_states
 
@@ -37,7 +38,8 @@ class ContinuationScore:
 
     def __repr__(self) -> str:
         greedy = ", greedy" if self.is_greedy else ""
-        return f"ContinuationScore({len(self.tokens)} tokens, logprob {self.logprob:.4f}{greedy})"
+        tokens = counted(len(self.tokens), "token")
+        return f"ContinuationScore({tokens}, logprob {self.logprob:.4f}{greedy})"
 
 
 def score_continuations(model: CausalModel, pairs: Iterable[Pair]) -> Iterator[ContinuationScore]:

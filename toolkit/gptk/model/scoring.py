@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptk.errors import counted
 from gptk.model.protocol import CausalModel, evaluating
 
 
@@ -31,7 +32,7 @@ class Score:
 
     def __repr__(self) -> str:
         return (
-            f"Score({len(self.tokens)} tokens, loss {self.loss:.4f}, "
+            f"Score({counted(len(self.tokens), 'token')}, loss {self.loss:.4f}, "
             f"perplexity {self.perplexity:.4f})"
         )
 
