@@ -556,6 +556,23 @@ def test_each_process_of_torchrun_takes_its_share(generate, tmp_path):
     assert sorted(shared, key=key) == comparable(in_order(tmp_path / "all.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("compare", "abc", "--sampler", "greedy"),
+        ("compare", "abc", "--sampler", "greedy", "--out", "out.jsonl"),
+        ("eval", "--data", "text.txt"),
+        ("repeat", "out.jsonl"),
+    ],
+    ids=["compare", "compare-out", "eval", "repeat"],
+)
+def test_commands_that_share_no_work_refuse_several_processes(args):
+    for rank in (0, 1):
+        line = failing(*args, env=as_rank(rank, 2), code=2)
+        assert f"gptk {args[0]} does not share its work" in line
+        assert "2 processes; run it without torchrun" in line
+
+
 def test_processes_share_a_seed(generate):
     line = failing_many(generate, "--sampler", "multinomial", env=as_rank(0, 2), code=2)
     assert "give --seed" in line

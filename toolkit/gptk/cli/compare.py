@@ -14,6 +14,7 @@ from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note
 from gptk.cli.shared import (
+    check_single_process,
     kv_memory_option,
     model_option,
     precision_options,
@@ -143,6 +144,7 @@ def command(
     with _prompts_file(prompt, prompts_file) as file:
         prompts = _read_prompts(prompt, file)
         warn_of_failures()
+        check_single_process("gptk compare")
         from gptk.hooks.sampling import LogitsProcessor
         from gptk.language_model import load
         from gptk.measure.comparison import check_metrics

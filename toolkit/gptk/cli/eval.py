@@ -12,7 +12,13 @@ import click
 
 from gptk.cli import warn_of_failures
 from gptk.cli.command import Command
-from gptk.cli.shared import model_option, precision_options, progress_bar, tokenizer_option
+from gptk.cli.shared import (
+    check_single_process,
+    model_option,
+    precision_options,
+    progress_bar,
+    tokenizer_option,
+)
 
 if TYPE_CHECKING:
     from gptk.measure.evaluation import Evaluation
@@ -66,6 +72,7 @@ def command(
     equal window and stride. Bits per byte compare between tokenizers, too.
     """
     warn_of_failures()
+    check_single_process("gptk eval")
     from gptk.data.sources import find_sources
     from gptk.data.token_files import prepare_tokens
     from gptk.language_model import load

@@ -8,7 +8,7 @@ import click
 from gptk.cli import warn_of_failures
 from gptk.cli.command import Command
 from gptk.cli.output import tell
-from gptk.cli.shared import model_option, tokenizer_option
+from gptk.cli.shared import check_single_process, model_option, tokenizer_option
 
 
 @click.command("repeat", cls=Command)
@@ -25,6 +25,7 @@ def command(file: Path, model: str | None, tokenizer: str | None, device: str | 
     with 1 if not.
     """
     warn_of_failures()
+    check_single_process("gptk repeat")
     from gptk.records.reading import read_records
     from gptk.records.repeating import Models, repeat
 

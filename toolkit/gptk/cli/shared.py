@@ -90,6 +90,21 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def check_single_process(what: str) -> None:
+    """Raise click.UsageError if this is one of several processes: each would do all of the work.
+
+    what: the command.
+    """
+    from gptk.training.processes import Processes
+
+    count = Processes.started().count
+    if count > 1:
+        raise click.UsageError(
+            f"{what} does not share its work, and by WORLD_SIZE it runs in {count} processes; run "
+            "it without torchrun (gptk generate --prompts-file and gptk train share theirs)"
+        )
+
+
 def duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds: 1:05, 2:00:07."""
     minutes, second = divmod(round(seconds), 60)
