@@ -186,6 +186,7 @@ void attend(const T* q, const T* keys, const T* values, const T* mask, T* y,
             const CacheShape& shape) {
   constexpr int64_t size = 16 * vectors;
   const int64_t chunks = (shape.length + CHUNK - 1) / CHUNK, queries = shape.queries();
+  if (queries == 0) return;
   const Memory<Partial> partial(shape.batch() * chunks * queries);
 #pragma omp parallel
   {
