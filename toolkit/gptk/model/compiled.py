@@ -34,7 +34,9 @@ from gptk.model.captured import (
     why_not_capturable,
 )
 from gptk.model.gpt import GPT
-from gptk.model.linear import Linear, OneDNNPacked
+from gptk.model.linear import OneDNNPacked
+from gptk.model.packing import PackableModule
+from gptk.model.panels import Panels
 from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.system.compiled_code import Code, load_or_make, use_private_inductor_folder
 from gptk.system.processor import features
@@ -225,8 +227,8 @@ def _cuda_graph(run: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], tuple[
 def compile_step(model: GPT, announce: Callable[[], None] | None = None) -> GPT:
     """Compile the step that decodes one row, or load it if this machine has compiled it before.
 
-    announce: called before a compilation on a CPU, which takes half a minute or more. Weights in
-    bfloat16 that are packed for oneDNN are unpacked, which is slower for several rows. Sets the
+    announce: called before a compilation on a CPU, which takes half a minute or more. Plain
+    weights that are packed are unpacked, which is slower for several rows. Sets the
     model's `step`, and returns the model.
 
     The step goes on with the new weights if some are replaced by others of their dtype and shape.
@@ -237,7 +239,7 @@ def compile_step(model: GPT, announce: Callable[[], None] | None = None) -> GPT:
     there is no compiler, or if the model is neither on a CPU nor on CUDA.
     """
     for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.packed, OneDNNPacked):
+        if isinstance(module, PackableModule) and isinstance(module.packed, OneDNNPacked | Panels):
             module.unpack()
     model.tie()
     model.step = _new_step(model, announce)

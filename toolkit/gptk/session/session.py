@@ -339,13 +339,13 @@ class DecodeSession:
     ) -> tuple[Tensor, Tensor]:
         """Read tokens that follow those in the cache. wanted: how many of each row's tokens, the
         last ones, the states are asked of, if the cache is in blocks [all]."""
+        step = self.model.step
+        if step is not None and step.fits(ids, cache, self._layers):  # or says why it does not
+            with evaluating(self.model):
+                return step(ids, cache)
         if isinstance(cache, BlockCache):
             assert isinstance(self.model, JoinedModel)  # whose caches are in blocks
             return self.model.states_and_logits(ids, cache, self._layers, wanted)
-        step = self.model.step
-        if step is not None and step.fits(ids, cache, self._layers):
-            with evaluating(self.model):
-                return step(ids, cache)
         return self._with_logits(self._states(ids, cache))
 
     def _with_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
