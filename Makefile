@@ -46,7 +46,7 @@ test-slow: $(ADAPTERS)
 # The kernels' tests with their C++ under sanitizers: those of addresses and of undefined behaviour,
 # then that of threads, with OpenMP's functions by threads that it knows. The sanitizers' libraries
 # must come first in the process; they know nothing of the memory that Python never frees.
-SANITIZED := tests/kernels/test_kernels.py tests/kernels/test_vocabulary.py tests/kernels/test_arguments.py
+SANITIZED := $(addprefix tests/kernels/test_,kernels.py vocabulary.py arguments.py) tests/model/test_walk.py
 library = $(shell g++ -print-file-name=$(1))
 ADDRESSES := CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
