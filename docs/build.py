@@ -230,14 +230,16 @@ the sampler's own included, and equal those of a teacher-forced pass over the te
 | constraints | Every text is a prefix of a valid text, and every text that ends by EOS is valid; \
 `complete` says whether a text is valid itself. |
 | a draft | Exactly the tokens that come without a draft, in sampling with the same seed, too. |
-| a batch | A prompt gives the same text alone, with its `ordinal`, and in any batch, for float32. |
+| a batch | A prompt gives the same text alone, with its `ordinal`, and in any batch: in every \
+precision with gptk's kernels, elsewhere in float32. |
 | no KV cache | The same text, slowly. |
 | `--overflow slide` | The model sees the last window of tokens, at positions from zero, with \
 any sampler; once the window is full a draft guesses no more. |
 
-The last bits of logits depend on the shape of the batch, on the number of guesses, and on the
-cache; a text changes only where two tokens were that close. In float32 that is rare, in bfloat16
-less so.
+With a KV cache on a CPU that runs gptk's [kernels](installing.md#kernels), the logits of a text
+are the same to the last bit in any batch, with any number of guesses, in every precision.
+Elsewhere, and without a cache, their last bits depend on these; a text changes only where two
+tokens were that close. In float32 that is rare, in bfloat16 less so.
 
 ## Samplers
 """
