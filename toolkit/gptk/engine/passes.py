@@ -222,5 +222,5 @@ def _order(run: Run[Any]) -> tuple[bool, int]:
     return _reading(run).size > 16, run.number
 
 
-TOKENS, TOKENS_IN_16_BITS = 128, 512
+TOKENS, TOKENS_IN_16_BITS = 128, 768
 """The most tokens of a pass: with more it takes longer, and no less for each of them."""
