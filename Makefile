@@ -34,14 +34,14 @@ test: setup
 KERNELS_RUN := .venv/bin/python -c "import sys; from gptk import kernels; sys.exit(kernels.why_not())"
 
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
-# cannot run them, and with those in plain C++.
+# cannot run them. And the kernels' own tests with those in plain C++, which are slow.
 test-slow: $(ADAPTERS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 GPTK_KERNELS=none .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)
 	GPTK_KERNELS=plain $(KERNELS_RUN)
 	OMP_NUM_THREADS=1 GPTK_KERNELS=plain .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
-		$(addprefix tests/,kernels model engine session decoding)
+		tests/kernels tests/model/test_walk.py
 
 # The kernels' tests with their C++ under sanitizers: those of addresses and of undefined behaviour,
 # then that of threads, with OpenMP's functions by threads that it knows. The sanitizers' libraries
@@ -57,7 +57,7 @@ test-sanitized: setup
 	$(ADDRESSES) $(KERNELS_RUN)
 	$(ADDRESSES) .venv/bin/python -m pytest $(SANITIZED)
 	$(THREADS) $(KERNELS_RUN)
-	$(THREADS) .venv/bin/python -m pytest $(SANITIZED)
+	$(THREADS) .venv/bin/python -m pytest $(filter-out %test_arguments.py,$(SANITIZED))
 
 # Ray and lm-evaluation-harness: 170 MB to fetch, 700 MB installed, so that `make setup` leaves
 # them out.
