@@ -233,7 +233,7 @@ def make_vocabulary(m: Maker) -> Call:
     streams = m.tensor(m.rng.choice([1, rows]), 2, dtype=torch.int32, high=2**31 - 1)
     streams_of_tokens = m.tensor(count, 2, dtype=torch.int32, high=2**31 - 1)
     permuted = m.number(size, 0, 2**26)
-    return m.rng.choice(
+    call = m.rng.choice(
         [
             Call("softmax_sums", [x], lambda: softmax_sums(x.double())),
             Call(
@@ -254,6 +254,9 @@ def make_vocabulary(m: Maker) -> Call:
             ),
         ]
     )
+    if call.kernel == "draw" and size == 0:
+        m.tame = False  # no token can be drawn
+    return call
 
 
 def softmax_sums(x: Tensor) -> Tensor:
