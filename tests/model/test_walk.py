@@ -1,6 +1,8 @@
 """A pass in one call of gptk's kernels, compared with the modules of gptk.model.gpt."""
 
+import gc
 import random
+import weakref
 from array import array
 from dataclasses import replace
 
@@ -185,3 +187,13 @@ def test_a_head_and_its_embedding_stay_tied_when_their_weight_is_asked_for():
     assert model.head.weight is model.embed.weight
     assert torch.equal(model.embed.weight, values)
     assert model.embed.packed is model.head.packed is None
+
+
+def test_a_plan_keeps_no_model_alive():
+    model = packed_gpt(LLAMA, torch.float32, None, 0)
+    model.step = [model]  # as a compiled step, which holds its model
+    assert plan_in_inference(model) is not None
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None

@@ -95,7 +95,9 @@ def walk(
         or sequences.shape[1:] != (4,)
         or block != BLOCK
         or table.shape[0::2] != (2, d)
-        or (wanted is not None and not are(INT64, wanted))
+        or not (positions.is_contiguous() and sequences.is_contiguous())
+        or not (tables.is_contiguous() and slabs.is_contiguous())
+        or (wanted is not None and not (are(INT64, wanted) and wanted.is_contiguous()))
     ):
         refuse("walk", x=x, table=table, positions=positions, sequences=sequences, sample=sample)
     states = x.new_empty(asked, 1 + len(layers), width)

@@ -39,7 +39,8 @@ class Plan:
         _require(config.head_dim in kernels.HEAD_DIMS and config.width % 16 == 0)
         _require(config.n_heads // config.n_kv_heads <= kernels.FEW_QUERIES)
         _require(config.mlp in ("swiglu", "gelu-tanh") and config.mlp_width % 16 == 0)
-        self._watch(model, GPT)
+        # Not watched itself: no pass calls its `forward`, and what it holds may hold the model.
+        _require(type(model) is GPT and are_found_directly(model))
         self._watch(model.blocks, nn.ModuleList)
         count = len(model.blocks)
         self._layers = (Layer * count)(*(self._layer(block) for block in model.blocks))
@@ -126,6 +127,7 @@ def plan_of(model: GPT) -> Plan | None:
     known = _plans.get(model)
     if known is not None and known.holds:
         return known
+    _plans.pop(model, None)
     try:
         plan = _plans[model] = Plan(model)
     except NoPlanError:
