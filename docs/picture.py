@@ -28,7 +28,7 @@ RUNS = {
         *("--processor", f"json-schema:{SCHEMA}"),
     ],
     "DoLa with a penalty": [
-        *("generate", "The three largest cities of Germany are", "--sampler", "dola"),
+        *("generate", "The sun was setting over the hills, and", "--sampler", "dola"),
         *("--processor", "repetition-penalty:1.1", "--max-new-tokens", "24"),
     ],
     "Sampling with a draft: the same text as without, sooner": [

@@ -1,6 +1,7 @@
 """Fixtures and the fixed Hypothesis profile."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Write token files to a temporary folder."""
-    os.environ["GPTK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep what is cached in a temporary folder, where the kernels are already.
+
+    They are compiled in the folder of whoever runs the tests, and not by each process for itself.
+    """
+    from gptk.kernels import build
+
+    loaded = build.load()
+    folder = tmp_path_factory.mktemp("cache")
+    if isinstance(loaded, build.Kernels) and not loaded.installed:
+        library = Path(loaded.library._name)
+        (folder / "code").mkdir(mode=0o700)
+        for file in library, library.with_name(f"{library.stem.rpartition('-')[0]}.json"):
+            shutil.copy(file, folder / "code")
+    os.environ["GPTK_CACHE"] = str(folder)
 
 
 class _Told(set[str]):

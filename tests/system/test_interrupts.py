@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,22 @@ def test_an_interrupt_has_the_exit_code_of_its_signal():
     with Interrupts(at_once=True), pytest.raises(KeyboardInterrupt) as error:
         os.kill(os.getpid(), signal.SIGTERM)
     assert error.value.exit_code == 143
+
+
+def test_an_interrupt_that_a_library_makes_another_error_ends_the_program_as_one():
+    """As pydantic does while it builds a class: such an error is no fault in gptk."""
+    program = """if True:
+        import os, signal
+        from gptk import cli
+
+        def interrupted(*arguments, **settings):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise RuntimeError("the class cannot be built") from None
+
+        cli.cli.main = interrupted
+        cli.main()
+    """
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (out.returncode, out.stderr) == (130, b"")

@@ -20,6 +20,7 @@ from gptk.cli.output import say, shown
 from gptk.cli.program_options import add_program_options
 from gptk.cli.streams import discard_output, explain, prepare_streams, text_arguments
 from gptk.errors import GptkError, PluginError, UnknownNameError, suggest
+from gptk.system import interrupts
 
 # Name -> its line in `gptk --help`. The command is gptk.cli.NAME.command.
 COMMANDS = {
@@ -98,6 +99,7 @@ def main() -> NoReturn:
     Exits with 0; with 1 for an error, a fault in gptk itself included; with 2 for a wrong command
     line; with 130 for Ctrl-C, and 143 for SIGTERM where a command goes on after it.
     """
+    interrupts.remember()
     try:
         prepare_streams()
         ended = cli.main(text_arguments(sys.argv[1:]), prog_name="gptk", standalone_mode=False)
@@ -120,6 +122,8 @@ def main() -> NoReturn:
         click.echo(error.format_message(), err=True)
         sys.exit(error.exit_code)
     except Exception as error:
+        if (number := interrupts.raised()) and not isinstance(error, OSError):
+            sys.exit(128 + number)  # a library has made this error of KeyboardInterrupt
         if "--debug" in sys.argv and not isinstance(error, click.ClickException):
             traceback.print_exc()
         message, code = explain(error)
@@ -142,9 +146,8 @@ def warn_of_failures(kinds: Iterable[str] | None = None) -> None:
     from gptk.plugins.kinds import KINDS
     from gptk.plugins.registry import failures, reserve_commands
     from gptk.system import collector
-    from gptk.system.interrupts import exiting
 
     reserve_commands(COMMANDS)
-    with collector.paused(), exiting():  # this is where PyTorch is imported
+    with collector.paused(), interrupts.exiting():  # this is where PyTorch is imported
         for line in failures(KINDS if kinds is None else kinds):
             _log.warning("skipped %s", line)

@@ -6,15 +6,38 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised by `Interrupts`; exit_code: that of a program which a signal has ended."""
+    """Raised for a signal; exit_code: that of a program which a signal has ended."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
+
+
+_raised: int | None = None
+
+
+def raised() -> int | None:
+    """The first signal of which KeyboardInterrupt was raised.
+
+    Also one of which some library made another error, as pydantic does while it builds a class.
+    """
+    return _raised
+
+
+def remember() -> None:
+    """Have Ctrl-C raise Interrupted, which `raised` remembers. Call it in the main thread."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _raise)
+
+
+def _raise(number: int, _frame: FrameType | None = None) -> NoReturn:
+    global _raised
+    _raised = _raised or number
+    raise Interrupted(number)
 
 
 class Interrupts:
@@ -51,7 +74,7 @@ class Interrupts:
         raises = not self._is_left if self.asked else self._at_once
         self.number = self.number or number
         if raises:
-            raise Interrupted(self.number)
+            _raise(self.number)
 
 
 @contextlib.contextmanager
@@ -62,11 +85,12 @@ def exiting() -> Iterator[None]:
     another error in others. Does nothing outside the main thread, or where somebody handles Ctrl-C.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if not is_main or before not in (signal.default_int_handler, _raise):
         yield
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
