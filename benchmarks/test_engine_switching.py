@@ -1,7 +1,7 @@
 """The engine's own time beside its passes: switching among 1,000 runs costs under 5 % of a pass.
 
 A run here reads one token after another and does nothing with their logits, so that no sampler's
-work is counted. What they take together beyond `GPT.states_at` and `GPT.logits` is the engine's
+work is counted. What they take together beyond `read_parts` and `GPT.logits` is the engine's
 time: greenlets, choosing what a pass takes, blocks, and handing out states and logits. Measured is
 the processor time of the engine's thread, which other programs on the machine do not change much.
 """
@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from gptk.engine import engine
+from gptk.engine import passes as passes_of_engine
 from gptk.engine.engine import ENGINE
 from gptk.engine.run import Run
+from gptk.model.passes import read_parts
 from models import load
 
-RUNS, STEPS = 1000, 4
+RUNS, STEPS = 1000, 32
 
 
 def read_tokens(model):
@@ -32,9 +34,9 @@ def read_tokens(model):
 def timed(function, seconds):
     """The function, whose time is added to a list."""
 
-    def run(*args):
+    def run(*args, **settings):
         start = time.thread_time()
-        result = function(*args)
+        result = function(*args, **settings)
         seconds.append(time.thread_time() - start)
         return result
 
@@ -51,7 +53,7 @@ def test_switching(dtype, rows, report, request, monkeypatch):
     for _ in range(5 if request.config.option.full else 2):
         in_model = []
         with monkeypatch.context() as patch:
-            patch.setattr(model, "states_at", timed(model.states_at, in_model))
+            patch.setattr(passes_of_engine, "read_parts", timed(read_parts, in_model))
             patch.setattr(model, "logits", timed(model.logits, in_model))
             runs = [Run(lambda: read_tokens(model), 1) for _ in range(RUNS)]
             count, start = passes.count, ENGINE.call(time.thread_time)

@@ -20,6 +20,7 @@ from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver, DecodingStep
 from gptk.hooks.results import Hypothesis
 from gptk.hooks.sampling import LogitsProcessor, Sampler
+from gptk.model.protocol import inferring
 from gptk.plugins.blame import blaming
 from gptk.plugins.returned import check_state
 from gptk.session.rows import Follower
@@ -111,7 +112,7 @@ class Decoding:
             self._guess()
         self._listeners.start(self, observers)
 
-    @torch.inference_mode()
+    @inferring
     def step(self) -> None:
         """Extend every live row by the sampler's choice; with a draft, at least one row.
 

@@ -51,6 +51,8 @@ class Engine:
         self._count = 0
         self._inbox: queue.SimpleQueue[Sequence[Run[Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._number: int | None = None
+        """The thread's, while it works."""
         self._hub: Any = None
         self._running: Run[Any] | None = None
         self._passes: weakref.WeakKeyDictionary[Any, Passes] = weakref.WeakKeyDictionary()
@@ -104,7 +106,7 @@ class Engine:
     @property
     def is_inside(self) -> bool:
         """Whether the caller is within a run."""
-        return self._thread is threading.current_thread()
+        return self._number == threading.get_ident()
 
     def has_one_run(self) -> bool:
         """Whether there is but one run."""
@@ -125,7 +127,7 @@ class Engine:
         run = self._running
         if run is None:
             raise RuntimeError("a model was asked for a pass by the engine itself")
-        if isinstance(wanted, Reading):
+        if isinstance(wanted, Reading) and wanted.cache is not run.cache:
             self.memory.use(wanted.cache, run)
         if run.is_cancelled:
             raise CancelledError
@@ -155,7 +157,7 @@ class Engine:
 
     def _work(self) -> None:
         """What the engine's thread does."""
-        self._hub = getcurrent()
+        self._hub, self._number = getcurrent(), threading.get_ident()
         with torch.inference_mode():
             while not self._stopping:
                 try:
@@ -172,6 +174,7 @@ class Engine:
                     self._active, self._waiting = [], deque()
                     for run in runs:
                         run.end(error)
+        self._number = None
 
     def _serve(self) -> None:
         """Take all runs to their ends."""

@@ -52,6 +52,7 @@ class Memory:
     def use(self, cache: BlockCache, run: Run[Any]) -> None:
         """A run reads with a cache. It is as old as the run that did so first: the steps of a
         stream, each of which is a run, are not newer than what began after the stream."""
+        run.cache = cache
         use = self._uses.get(cache)
         if use is None:
             self._uses[cache] = Use(run.number, next(self._orders), weakref.ref(run))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptk.engine.memory import Memory
-from gptk.engine.reading import LogitsWanted, PartOfRow, Reading
+from gptk.engine.reading import LogitsWanted, Reading
 from gptk.engine.run import Run, Wanted
 from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
@@ -16,8 +16,8 @@ from gptk.model.passes import Part, read_parts
 from gptk.model.pool import BlockPool, OutOfBlocks
 from gptk.model.protocol import Cache, CausalModel, evaluating
 
-Taken = tuple[Run[Any], list[Part], list[PartOfRow]]
-"""A run, what of it a pass reads, and of which of its rows."""
+Taken = tuple[Run[Any], Reading, list[Part]]
+"""A run, what it wants read, and what of that a pass reads."""
 
 
 class Passes:
@@ -89,18 +89,15 @@ class Passes:
         return answer
 
     def give_logits(self, runs: Sequence[Run[Any]]) -> None:
-        """Compute the logits that runs want, together."""
-        wanted = [run.wanted for run in runs if isinstance(run.wanted, LogitsWanted)]
-        flat = [each.states.flatten(0, -2) for each in wanted]
+        """Compute the logits that runs want of states, together."""
+        wanted = [run.wanted.states for run in runs if isinstance(run.wanted, LogitsWanted)]
         try:
-            logits = self._logits(torch.cat(flat) if len(flat) > 1 else flat[0])
+            logits = self._logits_of_each(wanted)
         except Exception as error:
             self._each_alone(runs, error, self.give_logits)
             return
-        parts = torch.split(logits, [states.shape[0] for states in flat])
-        for run, each, part in zip(runs, wanted, parts, strict=True):
-            part = part.view(*each.states.shape[:-1], -1)
-            run.answer = part if each.read is None else (each.read, part)
+        for run, part in zip(runs, logits, strict=True):
+            run.answer = part
 
     def read(self, runs: Sequence[Run[Any]]) -> None:
         """Read tokens that runs want read; those whose tokens are all read have their answer.
@@ -115,8 +112,8 @@ class Passes:
         order = sorted(runs, key=_order)
         taken, beyond = self._take(order), False
         while True:
-            parts = [part for _, of_run, _ in taken for part in of_run]
-            layers = sorted({layer for run, _, _ in taken for layer in _reading(run).layers})
+            parts = [part for _, _, of_run in taken for part in of_run]
+            layers = sorted({layer for _, reading, _ in taken for layer in reading.layers})
             try:
                 states = self._states(parts, layers, beyond=beyond)
                 break
@@ -126,30 +123,46 @@ class Passes:
                     return
                 taken = self._take(order)
             except Exception as error:
-                for run, _, _ in taken:
-                    _reading(run).start_again()
+                for _, reading, _ in taken:
+                    reading.start_again()
                 self._each_alone([run for run, _, _ in taken], error, self.read)
                 return
-        pieces = iter(torch.split(states, [part.wanted for part in parts]))
-        for run, of_run, rows in taken:
-            reading = _reading(run)
+        pieces = iter(torch.split(states[None], [part.wanted for part in parts], dim=1))
+        for run, reading, of_run in taken:
             columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
-            for part, row in zip(of_run, rows, strict=True):
+            for part in of_run:
                 piece = next(pieces)
-                if len(columns) <= len(layers):
-                    piece = piece[:, columns]
-                reading.took(row, len(part.tokens), piece)
+                has_others = len(columns) <= len(layers)
+                reading.took(part, piece[:, :, columns] if has_others else piece)
             run.answer = reading.result()
-        self._add_logits([run for run, _, _ in taken if run.answer is not None])
+        with_logits = [
+            run for run, reading, _ in taken if reading.with_logits and run.answer is not None
+        ]
+        if with_logits:
+            self._add_logits(with_logits)
 
     def _add_logits(self, runs: Sequence[Run[Any]]) -> None:
-        """Of those whose tokens are all read, for those who want logits, too."""
-        wanting = [run for run in runs if _reading(run).with_logits]
-        for run in wanting:
-            states, run.answer = run.answer, None
-            run.wanted = LogitsWanted(states.select(-2, 0), states)
-        if wanting:
-            self.give_logits(wanting)
+        """To the answers of runs, which are states, the logits of these."""
+        try:
+            logits = self._logits_of_each([run.answer.select(-2, 0) for run in runs])
+        except Exception as error:
+            self._each_alone(runs, error, self._add_logits)
+            return
+        for run, part in zip(runs, logits, strict=True):
+            run.answer = run.answer, part
+
+    def _logits_of_each(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The logits of several tensors of states, (…, width) each, together."""
+        if len(states) == 1:
+            return [self._logits(states[0])]
+        # Those of one row, as most are, take as few operations as can be.
+        rows = [each if _is_row(each) else each.flatten(0, -2)[None] for each in states]
+        logits = self._logits(torch.cat(rows, dim=1))
+        parts = torch.split(logits, [row.shape[1] for row in rows], dim=1)
+        return [
+            part if each is row else part.view(*each.shape[:-1], -1)
+            for part, each, row in zip(parts, states, rows, strict=True)
+        ]
 
     def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
         """What of each run a pass reads."""
@@ -161,9 +174,10 @@ class Passes:
             reading = _reading(run)
             if taken and reading.is_lost and self.pool.available < reading.blocks + len(taken):
                 continue
-            parts, rows = reading.parts(room)
-            room -= sum(len(part.tokens) for part in parts)
-            taken.append((run, parts, rows))
+            parts = reading.parts(room)
+            for part in parts:
+                room -= len(part.tokens)
+            taken.append((run, reading, parts))
         return taken
 
     @property
@@ -210,6 +224,10 @@ class Passes:
             return
         for run in runs:
             answer([run])
+
+
+def _is_row(states: Tensor) -> bool:
+    return states.dim() == 3 and states.shape[0] == 1
 
 
 def _reading(run: Run[Any]) -> Reading:

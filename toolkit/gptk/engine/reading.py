@@ -2,8 +2,8 @@
 
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from operator import lt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,24 +14,22 @@ from gptk.model.passes import Part
 from gptk.model.pool import BlockPool
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsWanted:
+class LogitsWanted(NamedTuple):
     """Next-token logits of these states, (…, width)."""
 
     states: Tensor
-    read: Tensor | None = None
-    """The states that a pass has read, (…, 1 + layers, width), if the run wants these, too."""
 
 
-@dataclass(slots=True)
-class PartOfRow:
+class _Row:
     """What is to be read of a row, in several passes if it is long."""
 
-    row: int
-    unread: "array[int]"
-    wanted: int
-    """How many of its last tokens the run wants the states of."""
-    states: list[Tensor] = field(default_factory=list)
+    __slots__ = ("states", "unread", "wanted")
+
+    def __init__(self, unread: "array[int]", wanted: int) -> None:
+        """wanted: how many of its last tokens the run wants the states of."""
+        self.unread, self.wanted = unread, wanted
+        self.states: list[Tensor] = []
+        """(1, tokens, 1 + layers, width) of each pass that had some of these."""
 
 
 class Reading:
@@ -41,6 +39,17 @@ class Reading:
     ones, the states are asked of [all]. with_logits: the run wants the logits of these, too. Where
     blocks were taken from the cache, the tokens that they held are read again first.
     """
+
+    __slots__ = (
+        "_before",
+        "_rows",
+        "_time",
+        "_tokens",
+        "_wanted",
+        "cache",
+        "layers",
+        "with_logits",
+    )
 
     def __init__(
         self,
@@ -60,7 +69,7 @@ class Reading:
         self._tokens = [
             array("q", row[:count]) for row, count in zip(ids.tolist(), counts, strict=True)
         ]
-        self._rows: list[PartOfRow] | None = None
+        self._rows: list[_Row] | None = None
 
     @property
     def size(self) -> int:
@@ -83,24 +92,26 @@ class Reading:
         """About how many blocks the cache's rows will have after this."""
         return sum(length // BLOCK + 2 for length in self._before) + len(self._tokens[0]) // BLOCK
 
-    def parts(self, room: int) -> tuple[list[Part], list[PartOfRow]]:
-        """Up to `room` of its tokens, for a pass, and the rows that they are of."""
-        parts, rows = [], []
-        for row in self._open():
-            if room > 0 and row.unread:
-                tokens = row.unread[:room]
-                room -= len(tokens)
-                left = len(row.unread) - len(tokens)
-                wanted = min(max(row.wanted - left, 0), len(tokens))
-                parts.append(Part(self.cache, row.row, tokens, wanted))
-                rows.append(row)
-        return parts, rows
+    def parts(self, room: int) -> list[Part]:
+        """Up to `room` of its tokens, for a pass."""
+        parts = []
+        for number, row in enumerate(self._rows or self._open()):
+            count = min(room, len(row.unread))
+            if count > 0:
+                room -= count
+                left = len(row.unread) - count
+                tokens = row.unread[:count] if left else row.unread
+                wanted = min(max(row.wanted - left, 0), count)
+                parts.append(Part(self.cache, number, tokens, wanted))
+        return parts
 
-    def took(self, row: PartOfRow, tokens: int, states: Tensor) -> None:
-        """A pass has read the next tokens of a row. states: of those that are wanted, (…, 1 +
-        layers, width)."""
-        row.unread = row.unread[tokens:]
-        if states.shape[0]:
+    def took(self, part: Part, states: Tensor) -> None:
+        """A pass has read a part of it. states: of the tokens that are wanted, (1, …, 1 + layers,
+        width)."""
+        assert self._rows is not None
+        row = self._rows[part.row]
+        row.unread = row.unread[len(part.tokens) :]
+        if part.wanted:
             row.states.append(states)
 
     def use(self, pool: BlockPool) -> None:
@@ -115,21 +126,21 @@ class Reading:
 
     def result(self) -> Tensor | None:
         """(rows, time, 1 + layers, width), once all is read."""
-        rows = self._open()
-        if any(row.unread for row in rows):
-            return None
+        rows = self._rows or self._open()
+        for row in rows:
+            if row.unread:
+                return None
+        each = [row.states[0] if len(row.states) == 1 else torch.cat(row.states, 1) for row in rows]
         if len(rows) == 1:
-            pieces = rows[0].states
-            return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).unsqueeze(0)
-        each = [torch.cat(row.states) if len(row.states) > 1 else row.states[0] for row in rows]
-        if all(states.shape[0] == self._time for states in each):
-            return torch.stack(each)
-        padded = each[0].new_zeros(len(rows), self._time, *each[0].shape[1:])
+            return each[0]
+        if all(states.shape[1] == self._time for states in each):
+            return torch.cat(each)
+        padded = each[0].new_zeros(len(rows), self._time, *each[0].shape[2:])
         for row, states in zip(padded, each, strict=True):
-            row[: states.shape[0]] = states
+            row[: states.shape[1]] = states[0]
         return padded
 
-    def _open(self) -> Sequence[PartOfRow]:
+    def _open(self) -> Sequence[_Row]:
         if self._rows is None:
             self._rows = []
             cache = self.cache
@@ -140,5 +151,5 @@ class Reading:
                     cache.recover(number)
                     unread = cache.unread(number) + tokens
                 wanted = len(tokens) if self._wanted is None else self._wanted
-                self._rows.append(PartOfRow(number, unread, wanted))
+                self._rows.append(_Row(unread, wanted))
         return self._rows

@@ -9,6 +9,7 @@ import torch
 from greenlet import GreenletExit, greenlet
 
 from gptk.engine.reading import LogitsWanted, Reading
+from gptk.model.blocks import BlockCache
 
 T = TypeVar("T")
 Wanted = Reading | LogitsWanted
@@ -36,6 +37,8 @@ class Run(Generic[T]):
         """The passes of all models that it has wanted something of."""
         self.answer: Any = None
         """What it wanted, or an exception, once it is there."""
+        self.cache: BlockCache | None = None
+        """The last one that it has read with."""
         self.number = -1
         """Counts the engine's runs in the order in which they began; where memory is short, those
         with higher numbers wait for those with lower ones."""
@@ -120,7 +123,7 @@ class Run(Generic[T]):
     def end(self, error: BaseException | None = None) -> None:
         """Tell who waits for it. error: that of the engine, if this ends it."""
         self._error = error or self._error
-        self._greenlet = self._function = self.wanted = None
+        self._greenlet = self._function = self.wanted = self.cache = None
         self._ended.set()
         done, self._done = self._done, None
         if done is not None:

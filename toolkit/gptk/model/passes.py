@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,7 @@ from gptk.model.pool import BlockPool
 from gptk.model.walk import Plan, plan_of
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Tokens of a row that a pass reads: those that follow what its blocks hold."""
 
     cache: BlockCache

@@ -1,13 +1,17 @@
 """What decoding needs of a model. `gptk.GPT` implements it; decoding uses nothing else of it."""
 
 import contextlib
+import functools
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
 
 class ModelConfig(Protocol):
@@ -127,6 +131,19 @@ class CausalModel(Protocol):
     def logits(self, states: Tensor) -> Tensor:
         """Next-token logits, float32. states: (…, width), from `states`. Returns (…, vocab)."""
         raise NotImplementedError
+
+
+def inferring(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """`torch.inference_mode` for a function. Where it is on, as in all runs, that takes no time."""
+
+    @functools.wraps(function)
+    def inferred(*args: Arguments.args, **settings: Arguments.kwargs) -> Returned:
+        if torch.is_inference_mode_enabled():
+            return function(*args, **settings)
+        with torch.inference_mode():
+            return function(*args, **settings)
+
+    return inferred
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from gptk.engine.engine import ENGINE
 from gptk.engine.model import JoinedModel
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model.blocks import BlockCache
-from gptk.model.protocol import Cache, CausalModel, evaluating
+from gptk.model.protocol import Cache, CausalModel, evaluating, inferring
 from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.session.rows import Follower, Rows
 
@@ -122,7 +122,7 @@ class DecodeSession:
         """(rows, layers, width): that token's state after each of `layers`, not normalized."""
         return self._of_last_tokens(self._hidden)[:, 1:]
 
-    @torch.inference_mode()
+    @inferring
     def all_hidden(self) -> Tensor:
         """(rows, longest, width): the final hidden state of each token, computed by an extra pass.
 
@@ -136,7 +136,7 @@ class DecodeSession:
         """Tell `follower` from now on whenever the rows move."""
         self._followers.append(follower)
 
-    @torch.inference_mode()
+    @inferring
     def extend(self, tokens: Tensor) -> Tensor:
         """Append tokens[i] to row i and run the model on them.
 
@@ -151,7 +151,7 @@ class DecodeSession:
         self.move(tokens)
         return self.read(at_least=n)[:, -n:]
 
-    @torch.inference_mode()
+    @inferring
     def move(self, tokens: Tensor) -> None:
         """Append tokens[i] to row i and tell the followers; the model does not read them yet.
 
@@ -183,7 +183,7 @@ class DecodeSession:
                 self._ahead[row] = []
                 self._state_column[row] = None
 
-    @torch.inference_mode()
+    @inferring
     def read(self, guesses: Tensor | None = None, *, at_least: int = 1) -> Tensor:
         """Run the model on the tokens it has not read, and on guesses of what follows them.
 
@@ -219,7 +219,7 @@ class DecodeSession:
         self._state_column = [n - 1] * len(rows)
         return self._store(hidden, logits)
 
-    @torch.inference_mode()
+    @inferring
     def select(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of row parents[i]: reorder, fork, prune. `logits` follow."""
         if list(parents) == list(range(len(self.rows))):
@@ -235,7 +235,7 @@ class DecodeSession:
         self._state_column = [self._state_column[p] for p in parents]
         self._state_row = [self._state_row[p] for p in parents]
 
-    @torch.inference_mode()
+    @inferring
     def rewind(self, counts: int | Sequence[int]) -> None:
         """Drop the last tokens of each row, as many of row i as counts[i] says.
 
