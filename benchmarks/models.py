@@ -28,6 +28,14 @@ DTYPES = tuple(_PRECISIONS)
 """The precisions of weights; kept: as in SmolLM2's file, mostly Q4_1, with activations in float32,
 which is gptk's default, or in bfloat16."""
 
+AVX2 = {
+    "GPTK_KERNELS": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""The environment of a process that takes the processor for one with AVX2 and no more."""
+
 
 def gpt2_config(name: str) -> gptk.GPTConfig:
     width, layers, heads = _GPT2[name]

@@ -72,11 +72,17 @@ class Engine:
 
 
 @contextmanager
-def served(script: str) -> Iterator[Callable[[], None]]:
+def served(
+    script: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], None]]:
     """A function that makes a script in its own process do its work once; see `serve`."""
     path = Path(__file__).with_name(script)
     with subprocess.Popen(
-        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(path), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
     ) as program:
         assert program.stdin is not None
         assert program.stdout is not None

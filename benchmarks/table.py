@@ -122,6 +122,9 @@ ROWS = {
     ),
     "avx2-beams": Comparison("4 beams bfloat16", "transformers bfloat16, 4 beams", 2.5, "avx2"),
     "avx2-bf16": Comparison("greedy bfloat16", "transformers bfloat16", None, "avx2"),
+    "avx2-training": Comparison(
+        "training step, 124M, 2 by 256, float32", "the book's code, float32", 1.3, "avx2"
+    ),
     "large": Comparison("greedy, without options", _LLAMA, 1.05, "large"),
     "large-bf16": Comparison("greedy, bfloat16 activations", _LLAMA, None, "large"),
     "large-prompt": Comparison("prompt of 256 tokens, without options", _LLAMA, 1.0, "large"),

@@ -12,16 +12,10 @@ import contextlib
 import pytest
 
 from engines import FLASH, python_of, smollm2_file
-from models import precision, prompt
+from models import AVX2, precision, prompt
 from programs import Engine
 from turns import in_turns
 
-AVX2 = {
-    "GPTK_KERNELS": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 IDS = [504, 3575, 282, 4649, 314]  # SmolLM2's "The capital of France is"
 NEW = 128
 CONTEXT = 512 + NEW + 1

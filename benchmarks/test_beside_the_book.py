@@ -1,11 +1,14 @@
 """gptk beside the code of *Build a Large Language Model (From Scratch)*, and nanoGPT's step."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 
 import gptk
 from engines import book_gpt, generate
-from models import GPT2_VOCABULARY, precision, prompt
+from models import AVX2, GPT2_VOCABULARY, precision, prompt
 from programs import served
 from training_steps import BATCH, LENGTH, book_step, nanogpt_step, our_step, weights
 from turns import in_turns
@@ -46,23 +49,44 @@ def steps(ours, peers):
     }
 
 
-@pytest.mark.peers("training", "training-shared")
-def test_training_step(table):
-    """gptk in bfloat16, with and without `compile`, beside the book's unchanged code.
+OURS = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, compiled": {"dtype": "bfloat16", "compile": True},
+}
 
-    The book's code runs in a process of its own, and also in gptk's, where glibc keeps freed memory
-    for both.
-    """
-    ours = {
-        "bfloat16": our_step(dtype="bfloat16"),
-        "bfloat16, compiled": our_step(dtype="bfloat16", compile=True),
-    }
-    shared = {"the book": book_step(autocast=False)}
-    with served("training_steps.py") as separate:
-        times = in_turns({**steps(ours, shared), "the book alone": separate})
-    tokens = BATCH * LENGTH
-    table.row("training", times, list(ours), ["the book alone"], tokens=tokens)
-    table.row("training-shared", times, list(ours), ["the book"], tokens=tokens)
+
+@pytest.mark.peers("training")
+def test_training_step(table):
+    """Each in a process of its own; the book's code is unchanged."""
+    compare_processes(table, "training", OURS)
+
+
+@pytest.mark.peers("avx2-training")
+def test_training_step_with_avx2(table):
+    compare_processes(table, "avx2-training", {"float32": {"dtype": "float32"}}, AVX2)
+
+
+def compare_processes(table, key, ours, environment=None):
+    """ours: settings by name."""
+    with contextlib.ExitStack() as stack:
+        functions = {
+            name: stack.enter_context(
+                served("training_steps.py", "gptk", json.dumps(own), environment=environment)
+            )
+            for name, own in ours.items()
+        }
+        peer = stack.enter_context(served("training_steps.py", "book", environment=environment))
+        times = in_turns({**functions, "the book": peer})
+    table.row(key, times, [*ours], ["the book"], tokens=BATCH * LENGTH)
+
+
+@pytest.mark.full
+@pytest.mark.peers("training-shared")
+def test_training_step_in_one_process(table):
+    """glibc keeps freed memory for both."""
+    ours = {name: our_step(**settings) for name, settings in OURS.items()}
+    times = in_turns(steps(ours, {"the book": book_step(autocast=False)}))
+    table.row("training-shared", times, list(ours), ["the book"], tokens=BATCH * LENGTH)
 
 
 @pytest.mark.full

@@ -1,5 +1,8 @@
 """A training step of gptk and of its peers on windows of random tokens."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -96,5 +99,8 @@ def nanogpt_step(*, autocast):
     return step, model
 
 
-if __name__ == "__main__":  # the book's step in its own process
-    serve(book_step(autocast=False)[0])
+if __name__ == "__main__":  # a step in its own process: book, or gptk with settings as JSON
+    if sys.argv[1] == "book":
+        serve(book_step(autocast=False)[0])
+    else:
+        serve(our_step(**json.loads(sys.argv[2])).step)

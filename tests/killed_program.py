@@ -1,5 +1,6 @@
 """The program `gptk` in processes that tests end by signals, each started in milliseconds."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -79,9 +80,11 @@ def _serve() -> None:
         if status is None:
             status = _wait(child, time.monotonic() + _PATIENCE)
         if status is None:
+            os.kill(child, signal.SIGUSR1)  # it writes where its threads are
+            time.sleep(1)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise TimeoutError(f"the program goes on after {_PATIENCE:g} s")
+            raise TimeoutError(f"goes on after {_PATIENCE:g} s\n{Path(stderr).read_text()}")
         print(json.dumps([os.waitstatus_to_exitcode(status), sent]), flush=True)
 
 
@@ -93,6 +96,7 @@ def _run(args: Sequence[str], stderr: str) -> NoReturn:
     for descriptor, replaced in ((nothing, 0), (nothing, 1), (said, 2)):
         os.dup2(descriptor, replaced)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - as new, nothing read of it
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     sys.argv = ["gptk", *args]
     gptk_command.find_problem = _unblock
     gptk_command.main()
