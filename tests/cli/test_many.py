@@ -563,8 +563,9 @@ def test_each_process_of_torchrun_takes_its_share(generate, tmp_path):
         ("compare", "abc", "--sampler", "greedy", "--out", "out.jsonl"),
         ("eval", "--data", "text.txt"),
         ("repeat", "out.jsonl"),
+        ("generate", "abc"),
     ],
-    ids=["compare", "compare-out", "eval", "repeat"],
+    ids=["compare", "compare-out", "eval", "repeat", "generate"],
 )
 def test_commands_that_share_no_work_refuse_several_processes(args):
     for rank in (0, 1):

@@ -14,6 +14,7 @@ from gptk.cli import warn_of_failures
 from gptk.cli.command import DecodingCommand
 from gptk.cli.output import note, quiet
 from gptk.cli.shared import (
+    check_single_process,
     kv_memory_option,
     model_option,
     precision_options,
@@ -253,6 +254,7 @@ def _check_options(
     if prompts_file is None and out is not None:
         raise click.UsageError("--out works with --prompts-file")
     if prompts_file is None:
+        check_single_process("gptk generate PROMPT")
         return
     if prompt is not None:
         raise click.UsageError("give PROMPT or --prompts-file, not both")
