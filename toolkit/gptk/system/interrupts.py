@@ -29,7 +29,9 @@ def raised() -> int | None:
 
 
 def remember() -> None:
-    """Have Ctrl-C raise Interrupted, which `raised` remembers. Call it in the main thread."""
+    """From now on Ctrl-C raises Interrupted, and `raised` remembers it. For the main thread."""
+    global _raised
+    _raised = None
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _raise)
 
