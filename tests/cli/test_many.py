@@ -570,7 +570,8 @@ def test_each_process_of_torchrun_takes_its_share(generate, tmp_path):
 def test_commands_that_share_no_work_refuse_several_processes(args):
     for rank in (0, 1):
         line = failing(*args, env=as_rank(rank, 2), code=2)
-        assert f"gptk {args[0]} does not share its work" in line
+        assert f"gptk {args[0]}" in line
+        assert "does not share its work" in line
         assert "2 processes; run it without torchrun" in line
 
 
