@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,6 @@ BOOK_124M = {
 
 
 # --- gptk
-
-
-def compiled(source: str, **settings: Any) -> gptk.LanguageModel:
-    """A model with compile=True."""
-    return gptk.load(source, device="cpu", compile=True, **settings)
-
-
-def warm_up(function: Callable[[], object]) -> str:
-    """Call a function that compiles, and say how long that took."""
-    start = time.perf_counter()
-    function()
-    return f"warm-up {time.perf_counter() - start:.0f} s, not counted"
 
 
 def forget(lm: gptk.LanguageModel) -> None:

@@ -32,11 +32,7 @@ ROWS = {
     "q41-default": Comparison(
         "greedy, the Q4_1 file, without options", "llama.cpp, same file", 1.0
     ),
-    "q41-compiled": Comparison(
-        "greedy, the Q4_1 file, bfloat16 activations, compiled", "llama.cpp, same file", 1.3
-    ),
-    "bf16": Comparison("greedy bfloat16, eager", "transformers bfloat16", 1.5),
-    "bf16-compiled": Comparison("greedy bfloat16, compiled", "transformers bfloat16", 2.3),
+    "bf16": Comparison("greedy bfloat16", "transformers bfloat16", 1.5),
     "beams-bf16": Comparison("4 beams bfloat16", "transformers bfloat16, 4 beams", 1.7),
     "beams-q41": Comparison(
         "4 beams, the Q4_1 file, bfloat16 activations", "transformers bfloat16, 4 beams", 3.0

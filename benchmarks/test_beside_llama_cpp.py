@@ -3,7 +3,7 @@
 import pytest
 
 import gptk
-from engines import compiled, decode_seconds, generate, llama_cpp, smollm2_file, warm_up
+from engines import decode_seconds, generate, llama_cpp, smollm2_file
 from models import prompt
 from turns import in_turns
 
@@ -21,7 +21,7 @@ def default():
     return gptk.load(str(smollm2_file()), device="cpu")
 
 
-@pytest.mark.peers("q41", "q41-compiled", "q41-default")
+@pytest.mark.peers("q41", "q41-default")
 def test_greedy(lm, default, table):
     ids = lm.encode("The capital of France is")
     peers = llama_cpp(len(ids) + NEW + 1)
@@ -30,13 +30,9 @@ def test_greedy(lm, default, table):
         "default": lambda: generate(default, ids, NEW),
     }
     functions |= {name: lambda peer=peer: peer.generate(ids, NEW) for name, peer in peers.items()}
-    fast = compiled(str(smollm2_file()), dtype="bfloat16")
-    functions["compiled"] = lambda: generate(fast, ids, NEW)
-    warm = warm_up(functions["compiled"])
     times = in_turns(functions)
     table.row("q41", times, ["gptk"], list(peers), tokens=NEW)
     table.row("q41-default", times, ["default"], list(peers), tokens=NEW)
-    table.row("q41-compiled", times, ["compiled"], list(peers), tokens=NEW, note=warm)
 
 
 @pytest.mark.peers("prompt-q41", "prompt-default")

@@ -8,13 +8,11 @@ import torch
 
 import gptk
 from engines import (
-    compiled,
     decode_seconds,
     forget,
     generate,
     smollm2_file,
     transformers_smollm2,
-    warm_up,
 )
 from models import load, precision, prompt
 from programs import GPTK, run
@@ -49,7 +47,7 @@ def ours(dtype):
     return gptk.load(str(smollm2_file()), device="cpu", **precision(dtype))
 
 
-@pytest.mark.peers("bf16", "bf16-compiled")
+@pytest.mark.peers("bf16")
 def test_greedy_bfloat16(table):
     lm, peer = ours("bfloat16"), transformers_smollm2("bfloat16")
     ids = lm.encode(PROMPT)
@@ -57,12 +55,8 @@ def test_greedy_bfloat16(table):
         "gptk": lambda: generate(lm, ids, NEW),
         "transformers": lambda: peer.generate(ids, NEW),
     }
-    fast = compiled(str(smollm2_file()), **precision("bfloat16"))
-    functions["compiled"] = lambda: generate(fast, ids, NEW)
-    warm = warm_up(functions["compiled"])
     times = in_turns(functions)
     table.row("bf16", times, ["gptk"], ["transformers"], tokens=NEW)
-    table.row("bf16-compiled", times, ["compiled"], ["transformers"], tokens=NEW, note=warm)
 
 
 @pytest.mark.peers("beams-bf16", "beams-q41")

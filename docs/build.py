@@ -606,7 +606,7 @@ API = {
         load_tokenizer Tokenizer render_chat compare Comparison evaluate Evaluation""",
     "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
-        ModelConfig compile_step Levels set_kv_memory""",
+        ModelConfig Levels set_kv_memory""",
     "Decoding": """Run Decoding Limits Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins distribution PluginWarning Sampler LogitsProcessor

@@ -89,7 +89,6 @@ class TableModel:
 
     device = torch.device("cpu")
     dtype = torch.float32
-    step = None
 
     def __init__(self, table: Tensor) -> None:
         self.config = TableConfig(vocab_size=table.shape[1])

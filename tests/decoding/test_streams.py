@@ -15,7 +15,6 @@ from test_generation import Dictate
 
 import gptk
 from gptk.model.blocks import BlockCache
-from gptk.model.compiled import RecordedStep
 from gptk.testing import tiny_gpt, tiny_lm
 
 LM = tiny_lm()
@@ -273,21 +272,6 @@ def test_threads_that_share_a_model_get_what_each_would_get_alone():
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda job: work(lm, job), JOBS))
     assert together == [work(LM, job) for job in JOBS]
-
-
-def test_threads_that_share_a_recorded_step_get_what_each_would_get_alone():
-    """As a CUDA graph has it: one set of tensors for all steps."""
-
-    def record(run):
-        time.sleep(0.0005)  # another thread may come in between
-        return run
-
-    lm = tiny_lm()
-    lm.model.step = RecordedStep(lm.model, record)
-    prompts = [f"{number} and more" for number in range(6)]
-    with ThreadPoolExecutor(6) as pool:
-        outs = list(pool.map(lambda prompt: lm.generate(prompt, max_new_tokens=20).tokens, prompts))
-    assert outs == [LM.generate(prompt, max_new_tokens=20).tokens for prompt in prompts]
 
 
 def test_two_streams_in_turns_give_what_each_gives_alone():

@@ -218,7 +218,7 @@ def test_a_full_disk_is_the_reason(fresh, monkeypatch):
     def run(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(compiler, "run", run)
+    monkeypatch.setattr(compiler, "_run", run)
     monkeypatch.setenv("CXX", "true")
     assert kernels.why_not() == "[Errno 28] No space left on device"
 

@@ -191,7 +191,7 @@ def test_a_head_and_its_embedding_stay_tied_when_their_weight_is_asked_for():
 
 def test_a_plan_keeps_no_model_alive():
     model = packed_gpt(LLAMA, torch.float32, None, 0)
-    model.step = [model]  # as a compiled step, which holds its model
+    model.wrapper = [model]  # as of a program that wraps it
     assert plan_in_inference(model) is not None
     reference = weakref.ref(model)
     del model

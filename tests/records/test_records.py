@@ -69,7 +69,7 @@ def test_a_record_has_every_setting_the_model_s_hash_and_the_versions(recorded, 
     } in record["model"]["files"]
     assert record["load"] == {
         "model": str(model), "tokenizer": None, "device": "cpu", "dtype": "float32",
-        "quantize": record["model"]["quantize"], "compile": False,
+        "quantize": record["model"]["quantize"],
     }  # fmt: skip
     assert record["model"]["config"]["n_layers"] == 2
     assert len(record["model"]["tokenizer"]["sha256"]) == 64

@@ -48,7 +48,7 @@ class Maker:
         return path
 
     def get(self, origin="1"):
-        return load_or_make(Code("test", ".so", {"compiler": origin}, self), self.load)
+        return load_or_make(Code("test", {"compiler": origin}, self), self.load)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_code_that_cannot_be_made_leaves_nothing(places):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        load_or_make(Code("test", ".so", {}, make), lambda path: path)
+        load_or_make(Code("test", {}, make), lambda path: path)
     assert [path.name for path in (places / "cache" / "code").iterdir()] == ["test.lock"]
 
 
@@ -330,7 +330,7 @@ def _get(made, ready):
             made.value += 1
         path.write_bytes(CODE)
 
-    load_or_make(Code("test", ".so", {}, make), Maker().load)
+    load_or_make(Code("test", {}, make), Maker().load)
 
 
 def test_processes_wait_for_the_first_to_make_it(places):

@@ -236,7 +236,7 @@ class StaysInTraining(nn.Module):
     def __init__(self):
         super().__init__()
         self.gpt = testing.tiny_gpt()
-        self.config, self.step = self.gpt.config, None
+        self.config = self.gpt.config
         self.device, self.dtype = self.gpt.device, self.gpt.dtype
         self.new_cache, self.logits = self.gpt.new_cache, self.gpt.logits
 

@@ -36,7 +36,6 @@ _HOMES = {
     "Choice": "hooks.choice",
     "compare": "measure.comparison",
     "Comparison": "measure.comparison",
-    "compile_step": "model.compiled",
     "ContinuationScore": "model.continuations",
     "DataError": "errors",
     "DecodeSession": "session.session",
@@ -193,7 +192,6 @@ if TYPE_CHECKING:
     from gptk.measure.evaluation import Evaluation as Evaluation
     from gptk.measure.evaluation import evaluate as evaluate
     from gptk.model.cache import KVCache as KVCache
-    from gptk.model.compiled import compile_step as compile_step
     from gptk.model.config import GPTConfig as GPTConfig
     from gptk.model.continuations import ContinuationScore as ContinuationScore
     from gptk.model.gpt import GPT as GPT

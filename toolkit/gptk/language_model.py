@@ -19,7 +19,6 @@ from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.results import Generation, shortened
 from gptk.hooks.sampling import LogitsProcessor, Sampler
 from gptk.model import scoring
-from gptk.model.compiled import compile_step
 from gptk.model.continuations import ContinuationScore, score_continuations
 from gptk.model.protocol import CausalModel
 from gptk.model.quantization import Quantize, check_quantize
@@ -86,7 +85,6 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: Quantize = "auto",
-    compile: bool = False,
     tokenizer: "str | Tokenizer | None" = None,
 ) -> "LanguageModel":
     """Load a language model.
@@ -96,9 +94,8 @@ def load(
     GPUs that have it, float32 on CPUs), float32, bfloat16 or float16. quantize: auto keeps matrices
     that a GGUF file has as Q4_0, Q4_1 or Q8_0 as they are on a CPU, where gptk's kernels run or
     dtype is bfloat16, and dequantizes them elsewhere; none dequantizes all; int8 and int4 round the
-    linear layers' weights of any model (see GPT.quantize; on CUDA by torchao). compile: the step
-    that decodes one row, on a CPU (half a minute or more the first time) or CUDA, see compile_step.
-    tokenizer: instead of the model's own.
+    linear layers' weights of any model (see GPT.quantize; on CUDA by torchao). tokenizer: instead
+    of the model's own.
 
     Raises SourceError, TokenizerError, DeviceError or OptionError.
     """
@@ -118,7 +115,7 @@ def load(
 
     model = build_model(checkpoint, target_device, target_dtype, quantize=quantize, pack=True)
     log_loading(checkpoint, model, time.perf_counter() - start)
-    return LanguageModel(compile_step(model) if compile else model, tokenizer, origin)
+    return LanguageModel(model, tokenizer, origin)
 
 
 class LanguageModel:
@@ -366,7 +363,6 @@ class LanguageModel:
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantize": None if origin is None else origin.quantize,
             "device": str(model.device),
-            "compiled": model.step is not None,
             "tokenizer": tokenizer
             and {"name": tokenizer.encoding.name, "sha256": fingerprint(tokenizer)},
         }

@@ -48,8 +48,8 @@ class GptkLM(TemplateLM):
     What is between commas in --model_args:
 
     pretrained: smollm2, a path, a hub id or a loader spec, as `gptk.load` takes it, or, in Python,
-    a LanguageModel. tokenizer, device, dtype, quantize, compile: as in `gptk.load`; where there is
-    no CUDA, cuda:0, lm-eval's default, is auto.
+    a LanguageModel. tokenizer, device, dtype, quantize: as in `gptk.load`; where there is no CUDA,
+    cuda:0, lm-eval's default, is auto.
     sampler, processors, draft and other settings of `gptk.LanguageModel.generate`: how texts are
     generated. Without a sampler the task's do_sample, temperature, top_p and so on decide; with
     one, or with processors that are meant for sampling, they do not.
@@ -70,7 +70,6 @@ class GptkLM(TemplateLM):
         device: str = "auto",
         dtype: str = "auto",
         quantize: str = "auto",
-        compile: bool = False,
         max_gen_toks: int = 256,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
@@ -99,7 +98,6 @@ class GptkLM(TemplateLM):
                 device=_device(device),
                 dtype=dtype,
                 quantize=cast(Any, quantize),
-                compile=compile,
                 tokenizer=tokenizer,
             )
         self._source = "a model" if isinstance(pretrained, gptk.LanguageModel) else pretrained

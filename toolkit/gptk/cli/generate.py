@@ -77,13 +77,6 @@ if TYPE_CHECKING:
 @precision_options
 @kv_memory_option
 @click.option(
-    "--compile",
-    "compiled",
-    is_flag=True,
-    help="Compile the step that decodes one row: on a CPU a minute the first time, then a third or "
-    "more faster; on CUDA a graph. For a single text; beams and batches run uncompiled.",
-)
-@click.option(
     "--max-seconds",
     type=click.FloatRange(min=0),
     help="A limit on the time of decoding; what is there then is the result.",
@@ -152,7 +145,6 @@ def command(
     device: str,
     dtype: str,
     quantize: "Quantize",
-    compiled: bool,
     prompts_file: str | None,
     out: Path | None,
     chat: bool,
@@ -188,7 +180,7 @@ def command(
     # Mistakes are told before the model is loaded.
     call = Call(settings, chat=chat, system=system, template=_read_template(chat_template))
     how = {"device": device, "dtype": dtype, "quantize": quantize, "tokenizer": tokenizer}
-    load = partial(_load, model, compiled=compiled, **how)
+    load = partial(_load, model, **how)
     about: dict[str, Any] = {"tokenizer": tokenizer, "seed_given": settings["seed"] is not None}
     if text is None:
         assert prompts_file is not None
@@ -199,13 +191,10 @@ def command(
         _generate(text, call, load(), as_json=as_json, at_the_end=as_json or no_stream, **about)
 
 
-def _load(model: str | None, *, compiled: bool, **how: Any) -> "LanguageModel":
+def _load(model: str | None, **how: Any) -> "LanguageModel":
     from gptk.language_model import load
 
-    lm = load(model, **how)
-    if compiled:
-        _compile(lm)
-    return lm
+    return load(model, **how)
 
 
 def _generate(
@@ -337,24 +326,6 @@ def _trace_observer(path: str) -> "DecodingObserver":
         if observer is not None:
             return observer
     raise OptionError("no decoding observer that writes a trace is installed")
-
-
-def _compile(lm: "LanguageModel") -> None:
-    """Compile the model's step; print a line before and after if that takes time."""
-    from gptk.model.compiled import compile_step
-    from gptk.model.gpt import GPT
-
-    assert isinstance(lm.model, GPT)  # as `load` makes it
-    start = time.perf_counter()
-    announced = []
-
-    def announce() -> None:
-        announced.append(True)
-        note("compiling the step for this model and machine, once …")
-
-    compile_step(lm.model, announce)
-    if announced:
-        note(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
 def _read_template(file: IO[str] | None) -> str | None:

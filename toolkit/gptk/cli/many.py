@@ -123,10 +123,9 @@ def check_model(results: "ResultsFile", recorder: "Recorder") -> None:
     from gptk.errors import DataError
     from gptk.records.repeating import model_differences
 
-    ignored = ("model.device", "model.compiled")  # only last digits depend on them
     for model in results.models:
         for line in model_differences(model, recorder.model):
-            if not line.startswith(ignored):
+            if not line.startswith("model.device"):  # only last digits depend on it
                 raise DataError(
                     f"{results.path} has results of another model ({line}); name another file, or "
                     "remove it"

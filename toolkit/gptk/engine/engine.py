@@ -99,7 +99,7 @@ class Engine:
         """The passes of a model."""
         with self._lock:
             if model not in self._passes:
-                made = Passes(model, self.wait_for, self.has_one_run, self.memory)
+                made = Passes(model, self.wait_for, self.memory)
                 self._passes[model] = made
             return self._passes[model]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptk.engine.passes import Passes
 from gptk.engine.reading import LogitsWanted, Reading
 from gptk.model.blocks import BlockCache
-from gptk.model.protocol import Cache, CausalModel, ModelConfig, Step
+from gptk.model.protocol import Cache, CausalModel, ModelConfig
 
 
 class JoinedModel:
@@ -41,12 +41,8 @@ class JoinedModel:
     def dtype(self) -> torch.dtype:
         return self._model.dtype
 
-    @property
-    def step(self) -> Step | None:
-        return self._model.step
-
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        """A cache in blocks, or the model's own where this or its compiled step needs it."""
+        """A cache in blocks, or the model's own if it is no GPT."""
         return self._passes.new_cache(self._model, rows, capacity)
 
     def states(

@@ -30,13 +30,11 @@ class Passes:
         self,
         model: CausalModel,
         wait_for: "Callable[[Passes, Wanted], Any]",
-        has_one_run: Callable[[], bool],
         memory: Memory,
     ) -> None:
-        """wait_for: suspends a run until it has its answer. has_one_run: whether there is but one
-        run. memory: of all models."""
+        """wait_for: suspends a run until it has its answer. memory: of all models."""
         self._model_of = weakref.ref(model)
-        self._wait_for, self._has_one_run = wait_for, has_one_run
+        self._wait_for = wait_for
         self._memory = memory
         self._pool: BlockPool | None = None
         self.count = 0
@@ -61,13 +59,9 @@ class Passes:
         return pool is None or not pool.used or pool.available >= 2 * rows
 
     def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
-        """A cache in blocks, or the model's own where this or its compiled step needs it."""
+        """A cache in blocks, or the model's own if it is no GPT."""
         if not isinstance(model, GPT):
             return model.new_cache(rows, capacity)
-        if model.step is not None and rows == 1 and self._has_one_run():
-            own = model.new_cache(rows, capacity)
-            if model.step.fits(torch.zeros(1, 1, dtype=torch.int64), own, ()):
-                return own
         return BlockCache(self.pool, rows)
 
     def wait_for(self, wanted: Wanted) -> Any:

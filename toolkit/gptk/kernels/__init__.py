@@ -4,8 +4,6 @@ Before a kernel is called, `available` or one of the functions `can_run…` and 
 have said yes. Arguments that a kernel cannot take raise ValueError, too little memory MemoryError.
 """
 
-from gptk.kernels.aoti import aoti_shims as aoti_shims
-from gptk.kernels.aoti import load_aoti_shims as load_aoti_shims
 from gptk.kernels.attention import BLOCK as BLOCK
 from gptk.kernels.attention import HEAD_DIMS as HEAD_DIMS
 from gptk.kernels.attention import attend as attend

@@ -132,10 +132,10 @@ def _load_installed(instructions: InstructionSet) -> Kernels | None:
 def _compiled(instructions: InstructionSet) -> ctypes.CDLL:
     """The library that is compiled on this machine, now or before."""
     command = compiler.find_compiler()
-    sources = [path.read_bytes() for path in sorted(compiler.SOURCES.iterdir()) if path.is_file()]
+    sources = [path.read_bytes() for path in sorted(compiler.SOURCES.iterdir())]
     origin = {
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
-        "compiler": f"{shlex.join(command)}, {identity(command[0])}",
+        "compiler": f"{shlex.join(command)}, {_identity(command[0])}",
         "flags": shlex.join(compiler.flags(instructions.flags)),
         "libraries": _c_library(),
     }
@@ -148,7 +148,7 @@ def _compiled(instructions: InstructionSet) -> ctypes.CDLL:
         _log.log(level, "compiling gptk's kernels for this machine, once: some ten seconds")
         compiler.compile_library(command, instructions.flags, path)
 
-    return load_or_make(Code("kernels", ".so", origin, make), _open)
+    return load_or_make(Code("kernels", origin, make), _open)
 
 
 def _c_library() -> str:
@@ -158,7 +158,7 @@ def _c_library() -> str:
     return ""
 
 
-def identity(program: str) -> str:
+def _identity(program: str) -> str:
     """A text that changes when a program is replaced by another version."""
     path = Path(program).resolve()
     status = path.stat()
@@ -175,8 +175,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
     Raises OSError if it is none, and AttributeError if it lacks one of them.
     """
-    # With global symbols, for the library of `aoti`.
-    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(path))
     flag, real, double = ctypes.c_int, ctypes.c_float, ctypes.c_double
     data, size = ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, list[Any]] = {

@@ -81,9 +81,9 @@ def compile_library(
         [*compiler, *chosen, "-c", str(source), "-o", compiled]
         for source, compiled in zip(sources, objects, strict=True)
     ]
-    run(compilations, path.parent, deadline)
+    _run(compilations, path.parent, deadline)
     link = [*compiler, "-shared", *_link_flags(path.parent), *objects, "-o", str(path)]
-    run([[*link, "-s"] if portable else link], path.parent, deadline)
+    _run([[*link, "-s"] if portable else link], path.parent, deadline)
     if not path.is_file():
         raise UnusableCompilerError(f"{compiler[0]} writes no file")
 
@@ -97,7 +97,7 @@ def _link_flags(folder: Path) -> list[str]:
     return [f"-Wl,--version-script={exports}"]
 
 
-def run(commands: Sequence[Sequence[str]], folder: Path, deadline: float) -> None:
+def _run(commands: Sequence[Sequence[str]], folder: Path, deadline: float) -> None:
     """Run commands of a compiler at the same time, with their output in a folder.
 
     Raises UnusableCompilerError if one fails, or is not done by the deadline.

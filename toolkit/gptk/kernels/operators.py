@@ -1,4 +1,4 @@
-"""gptk's kernels as operators of PyTorch, `torch.ops.gptk`, for its autograd and its compilers.
+"""gptk's kernels as operators of PyTorch, `torch.ops.gptk`, for its autograd and for torch.compile.
 
 An operator has a schema, an implementation on the CPU, the shapes of its results, and derivatives.
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 from gptk.kernels import attention, layers, products
 
 _SCHEMAS = {
-    "quantized_linear": "(Tensor x, Tensor weights, int bits, int outputs) -> Tensor",
     "product": "(Tensor a, Tensor b, Tensor? bias, bool in_float32) -> Tensor",
     "column_sums": "(Tensor x) -> Tensor",
     "gelu": "(Tensor x) -> Tensor",
@@ -25,9 +24,6 @@ _SCHEMAS = {
     ),
 }
 _ON_CPU: dict[str, Callable[..., Any]] = {
-    "quantized_linear": lambda x, weights, bits, outputs: products.run_quantized_linear(
-        x, weights, None, bits, outputs
-    ),
     "product": products.new_product,
     "column_sums": products.column_sums,
     "gelu": lambda x: layers.gelu_or_gradient(x, None),
@@ -73,7 +69,6 @@ def _like(x: Tensor) -> Tensor:
 
 
 _SHAPES: dict[str, Callable[..., Any]] = {
-    "quantized_linear": lambda x, weights, bits, outputs: x.new_empty(x.shape[0], outputs),
     "product": lambda a, b, bias, in_float32: a.new_empty(
         a.shape[0], b.shape[1], dtype=torch.float32 if in_float32 else torch.bfloat16
     ),

@@ -92,16 +92,6 @@ def quantized_linear(
     x: (rows, inputs); weights: uint8, as `pack` lays them out; bits: 4 or 8. Returns (rows,
     outputs), in x's dtype.
     """
-    if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.gptk.quantized_linear(x.contiguous(), weights, bits, outputs)
-        return y if bias is None else y + bias
-    return run_quantized_linear(x, weights, bias, bits, outputs)
-
-
-def run_quantized_linear(
-    x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: int
-) -> Tensor:
-    """`quantized_linear` by a call of the kernel, which no compiler can trace."""
     x = x.contiguous()
     bias_address = None
     if bias is not None:

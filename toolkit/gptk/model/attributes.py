@@ -12,9 +12,15 @@ from torch import nn
 
 
 def find_directly(module: nn.Module) -> None:
-    """Make attributes of a module's parameters and submodules, also of those it gets later."""
+    """Make attributes of a module's parameters and submodules, also of those it gets later.
+
+    The module gets other dictionaries. The former ones are emptied, as here and in
+    `find_by_getattr`, so that who holds them sees that they are no longer in use.
+    """
     for name in ("_parameters", "_modules"):
-        module.__dict__[name] = _Mirrored(getattr(module, name), module)
+        found = getattr(module, name)
+        module.__dict__[name] = _Mirrored(found, module)
+        found.clear()
 
 
 def find_by_getattr(module: nn.Module) -> None:
@@ -25,6 +31,7 @@ def find_by_getattr(module: nn.Module) -> None:
         for attribute in found:
             module.__dict__.pop(attribute, None)
         module.__dict__[name] = dict(found)
+        found.clear()
 
 
 def are_found_directly(module: nn.Module) -> bool:

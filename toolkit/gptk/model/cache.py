@@ -133,11 +133,6 @@ class KVCache:
         """How many slots each tree has memory for."""
         return self.kv.shape[4]
 
-    @property
-    def slots_are_positions(self) -> bool:
-        """Each row has its own tree, without gaps, and all rows have the same length."""
-        return self._paths is None and len(set(self.lengths)) == 1
-
     def plan(self, time: int, group: int = 1) -> Slots:
         """The slots for `time` new tokens of every row. Reserves memory for them.
 

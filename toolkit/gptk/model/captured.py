@@ -1,8 +1,8 @@
-"""What a compiled or recorded step holds of its model: whether it may, and whether it still does.
+"""What recorded operations hold of their model: whether they may, and whether they still do.
 
-A step holds tensors, and repeats what layers did when it was made. So it must be noticed when a
+They hold tensors, and repeat what layers did when they were recorded. So it must be noticed when a
 weight is replaced, moved or converted, and when a layer is exchanged, quantized or gets a hook.
-Values that are written into the same tensor need no notice: a step reads them.
+Values that are written into the same tensor need no notice: they are read.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Snapshot:
 
 
 def why_not_capturable(model: GPT) -> str | None:
-    """Why no step can be made of a model: something in it that a step would not repeat. Or None."""
+    """Why a model cannot be recorded: something in it that would not be repeated. Or None."""
     for name, module in model.named_modules():
         kind = type(module)
         if not kind.__module__.startswith(("gptk.model.", "torch.nn.modules.")):
@@ -71,16 +71,6 @@ def why_not_capturable(model: GPT) -> str | None:
         if "forward" in module.__dict__:
             return f"the method forward of {name or 'the model'} is replaced"
     return None
-
-
-def description(model: GPT) -> str:
-    """Of two models with the same description, each can be run by the other's program."""
-    modules = [f"{name} {type(module).__qualname__}" for name, module in model.named_modules()]
-    weights = [
-        f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
-        for _, name, tensor in weights_of(model)
-    ]
-    return "\n".join([repr(model.config), str(model.dtype), *modules, *weights])
 
 
 def weights_of(model: GPT) -> list[Weight]:

@@ -13,7 +13,6 @@ from gptk.model.levels import Precision
 from gptk.model.linear import Linear
 from gptk.model.packing import PackableModule
 from gptk.model.panels import Panels
-from gptk.model.protocol import Step
 
 
 class PackableModel(nn.Module):
@@ -22,8 +21,6 @@ class PackableModel(nn.Module):
     config: GPTConfig
     embed: Embedding
     head: Linear
-    step: Step | None = None
-    """A faster pass for one new token of one row, after `compile_step`."""
 
     def pack(self) -> Self:
         """Lay weights out for fast decoding, until `unpack` or `train`. Returns the model."""
@@ -67,8 +64,7 @@ class PackableModel(nn.Module):
         return sizes
 
     def unpack(self) -> None:
-        """Undo `pack` and `compile_step`; make parameters of weights that `quantize` rounded."""
-        self.step = None
+        """Undo `pack`; make parameters of weights that `quantize` rounded."""
         for module in self.modules():
             find_by_getattr(module)
             if isinstance(module, PackableModule):

@@ -47,12 +47,14 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
             if x.requires_grad and torch.is_grad_enabled():
                 return F.linear(x, packed.dense(x.dtype), self.bias)
             return packed.linear(x, self.bias)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()  # for training
+        ):
             if _should_run_autocast_linear(x, self.weight):
                 return kernels.autocast_linear(x, self.weight, self.bias)
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return _linear_for_compiler(x, self.weight, self.bias)
         inputs = self.in_features
         if (inputs % 2 == 0 or x.dtype is torch.float32) and kernels.can_run(x, self.weight):
             return kernels.linear(x, self.weight, self.bias)
@@ -64,7 +66,7 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether nothing but the product with its packed weights, in x's dtype, makes its result:
-        no gradients, hooks, bias or compiler."""
+        no gradients, hooks or bias."""
         return not (
             torch.is_grad_enabled()
             or self._forward_hooks
@@ -73,7 +75,6 @@ class Linear(HooklessModule, PackableModule, nn.Linear):
             or self.in_use is None
             or self.bias is not None
             or x.dtype is not self._packed_dtype
-            or torch.compiler.is_compiling()
         )
 
     def pack(self) -> None:
@@ -160,13 +161,3 @@ def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     for outputs, part in outputs_at_a_time(weight):
         y[..., outputs] = F.linear(inputs, part)
     return y if bias is None else y.add_(bias)
-
-
-def _linear_for_compiler(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear; for one row on a CPU a sum, which TorchInductor compiles to one read of weights."""
-    if x.shape[0] != 1 or x.dim() != 2 or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    # as_strided keeps the computation of x from being fused into, and repeated for, every output.
-    row = x.contiguous().as_strided((x.shape[1],), (1,))
-    y = (weight.float() * row.float()).sum(dim=-1).to(x.dtype)[None]
-    return y if bias is None else y + bias

@@ -70,18 +70,6 @@ class Cache(Protocol):
         raise NotImplementedError
 
 
-class Step(Protocol):
-    """A faster way to read one new token of a single row, such as a compiled program."""
-
-    def fits(self, ids: Tensor, cache: Any, layers: Collection[int]) -> bool:
-        """Whether this step can replace `CausalModel.states` with these arguments."""
-        raise NotImplementedError
-
-    def __call__(self, ids: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """The states, (1, 1, 1, width), and the logits after the token, (1, 1, vocab) float32."""
-        raise NotImplementedError
-
-
 class CausalModel(Protocol):
     """A model that predicts the next token from the tokens before it.
 
@@ -101,11 +89,6 @@ class CausalModel(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the states."""
-        raise NotImplementedError
-
-    @property
-    def step(self) -> Step | None:
-        """A faster implementation of some passes, or None. A session tries it first."""
         raise NotImplementedError
 
     def new_cache(self, rows: int, capacity: int) -> Cache:

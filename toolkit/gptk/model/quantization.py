@@ -189,7 +189,7 @@ class KernelGroups:
         Raises IndexError for numbers of no output.
         """
         one = None
-        if not torch.compiler.is_compiling() and (count := len(outputs)):
+        if count := len(outputs):
             one = outputs.tolist()[0] if count == 1 else None
             low, high = outputs.aminmax() if one is None else (one, one)
             if not 0 <= low <= high < self._outputs:

@@ -43,15 +43,6 @@ def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded
         )
 
 
-def tell_of_uncompiled_passes(why: str) -> None:
-    """why: what keeps a compiled step from being used, such as several rows."""
-    tell_once(
-        _log,
-        f"the compiled step (--compile) is not used here: {why}, and it reads one new token of one "
-        "row at a time. Other passes are as fast without --compile, and faster in bfloat16",
-    )
-
-
 def tell_of_slow_training(device: torch.device, dtype: torch.dtype) -> None:
     """dtype: that of matrix products, by autocast."""
     if device.type != "cpu" or dtype == torch.float32:

@@ -32,7 +32,6 @@ class Load(Part):
     device: str
     dtype: str
     quantize: str | None
-    compile: bool
 
 
 class LikelyToken(Fields):

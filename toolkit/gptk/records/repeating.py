@@ -79,7 +79,6 @@ class Models:
                 device=self.device or wanted.device,
                 dtype=wanted.dtype,
                 quantize=quantize,
-                compile=wanted.compile,
                 tokenizer=self.tokenizer or wanted.tokenizer,
             )
             self._loaded = loaded = wanted, lm

@@ -234,7 +234,6 @@ def _about(lm: LanguageModel, tokenizer: str | None) -> dict[str, Any]:
         "device": model["device"],
         "dtype": model["dtype"],
         "quantize": model["quantize"],
-        "compile": model["compiled"],
     }
     return {"load": load, "model": model, "environment": environment()}
 

@@ -16,7 +16,6 @@ from gptk.engine.model import JoinedModel
 from gptk.errors import DecodingError, GptkError, PromptError
 from gptk.model.blocks import BlockCache
 from gptk.model.protocol import Cache, CausalModel, evaluating, inferring
-from gptk.model.slow_paths import tell_of_uncompiled_passes
 from gptk.session.rows import Follower, Rows
 
 Overflow = Literal["stop", "slide"]
@@ -339,10 +338,6 @@ class DecodeSession:
     ) -> tuple[Tensor, Tensor]:
         """Read tokens that follow those in the cache. wanted: how many of each row's tokens, the
         last ones, the states are asked of, if the cache is in blocks [all]."""
-        step = self.model.step
-        if step is not None and step.fits(ids, cache, self._layers):  # or says why it does not
-            with evaluating(self.model):
-                return step(ids, cache)
         if isinstance(cache, BlockCache):
             assert isinstance(self.model, JoinedModel)  # whose caches are in blocks
             return self.model.states_and_logits(ids, cache, self._layers, wanted)
@@ -371,8 +366,6 @@ class DecodeSession:
         longest = max(self.rows.lengths)
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
-        if longest > self._window and self.model.step is not None:
-            tell_of_uncompiled_passes("each pass reads the whole window once a text has filled it")
         ids, counts = self._ids_in_window()
         self._cached = self._cache is not None and longest <= self._window
         if self._cache is not None:

@@ -34,21 +34,20 @@ class Code:
     """Code that can be made, and what it depends on."""
 
     name: str
-    suffix: str
-    """Its file's name begins and ends with these."""
+    """Its file's name begins with this."""
     origin: Mapping[str, str]
     """All that it depends on; other values are other code."""
     make: Callable[[Path], None]
-    """Writes it to a path, whose name has the suffix, in an empty folder."""
+    """Writes it to a path, which ends with .so, in an empty folder."""
 
 
 def load_or_make(code: Code, load: Callable[[Path], Loaded]) -> Loaded:
     """Load code that was kept; or make, keep and load it.
 
-    load: loads a file, and raises OSError, AttributeError or RuntimeError if it is not what it
-    should be; then it is made again, once. Processes and threads that need the same code at the
-    same time wait for the first to make it. A line in the log says why code that was found is not
-    loaded, and where it is kept if not in the cache folder.
+    load: loads a file, and raises OSError or AttributeError if it is not what it should be; then it
+    is made again, once. Processes and threads that need the same code at the same time wait for the
+    first to make it. A line in the log says why code that was found is not loaded, and where it is
+    kept if not in the cache folder.
 
     Raises what `make` and `load` raise, and PermissionError if there is no folder for the code.
     """
@@ -143,7 +142,7 @@ def _load(folder: Path, code: Code, load: Callable[[Path], Loaded]) -> "Loaded |
         if hashlib.sha256(read_private(path)).hexdigest() != path.stem.rpartition("-")[2]:
             return _Unusable(path, "it has changed since it was compiled")
         return load(path)
-    except (OSError, AttributeError, RuntimeError, ValueError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and path == record:
             return _Unusable(record)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -178,11 +177,11 @@ def _make(folder: Path, code: Code) -> Path:
     for left in folder.glob(f".{code.name}-*"):  # by a process that was killed
         _remove(left)
     with tempfile.TemporaryDirectory(prefix=f".{code.name}-", dir=folder) as new_folder:
-        new, new_record = Path(new_folder, f"new{code.suffix}"), Path(new_folder, "record")
+        new, new_record = Path(new_folder, "new.so"), Path(new_folder, "record")
         code.make(new)
         new.chmod(0o600)
         digest = hashlib.sha256(new.read_bytes()).hexdigest()
-        path = folder / f"{record.stem}-{digest}{code.suffix}"
+        path = folder / f"{record.stem}-{digest}.so"
         new_record.touch(0o600)
         new_record.write_text(json.dumps({"file": path.name, "origin": dict(code.origin)}))
         for written in (new, new_record):

@@ -266,36 +266,6 @@ class ModelContract:
         compare(got, want, f"logits after {texts} in training mode")
 
     @promise
-    @worst_and_drawn(5)
-    def test_a_step_is_a_pass(self, data: st.DataObject | None) -> None:
-        """The model's `step`, if it has one, gives what `states` and `logits` give for a token.
-
-        It adds the token to the cache. `fits` refuses passes of several tokens or with layers.
-        """
-        model, text = self.model, self._texts(data, rows=1)[0]
-        step = model.step
-        if step is None:
-            pytest.skip("the model has no faster step")
-        caches = [model.new_cache(1, 4) for _ in range(2)]
-        for cache in caches:
-            states_of(model, [text], cache)
-        several = padded(model, [text[-1:] * 2])[0]
-        check(not step.fits(several, caches[0], ()), "fits() says that it can read two tokens")
-        if layers := all_layers(model):
-            says = step.fits(several[:, :1], caches[0], layers)
-            check(not says, "fits() says that it can return the states of layers")
-        for token in [*text, text[0]][: longest(self.model) - len(text)]:
-            ids = padded(model, [[token]])[0]
-            if not step.fits(ids, caches[0], ()):
-                continue
-            with torch.inference_mode():
-                states, logits = step(ids, caches[0])
-            want = read(model, ids, caches[1])
-            compare(states, want, "the states of a step")
-            compare(logits, logits_of(model, want[:, :, 0]), "the logits of a step")
-            check_lengths(caches[0], caches[1].lengths, "after a step")
-
-    @promise
     @worst_and_drawn(3)
     def test_it_decodes_the_same_in_every_way(self, data: st.DataObject | None) -> None:
         """The tokens are the same alone or in a batch, with or without a cache or a draft."""
