@@ -12,7 +12,8 @@ from gptk.engine.reading import LogitsWanted, Reading
 from gptk.engine.run import Run, Wanted
 from gptk.model.blocks import BlockCache
 from gptk.model.gpt import GPT
-from gptk.model.passes import Part, read_parts
+from gptk.model.joined import Part
+from gptk.model.passes import read_parts
 from gptk.model.pool import BlockPool, OutOfBlocks
 from gptk.model.protocol import Cache, CausalModel, evaluating
 

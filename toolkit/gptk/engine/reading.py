@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptk.kernels import BLOCK
 from gptk.model.blocks import BlockCache
-from gptk.model.passes import Part
+from gptk.model.joined import Part
 from gptk.model.pool import BlockPool
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptk.model.attributes import are_found_directly, changes
 from gptk.model.gpt import GPT
 from gptk.model.packing import PackableModule
 
@@ -22,20 +23,27 @@ _address, _dtype = Tensor.data_ptr, operator.attrgetter("dtype")
 
 
 class Snapshot:
-    """The layers and weights of a model at a time. The model must be `why_not_capturable` None."""
+    """The layers and weights of a model at a time. The model must be `why_not_capturable` None.
+
+    It does not keep the model alive, but its layers.
+    """
 
     def __init__(self, model: GPT) -> None:
-        held: list[tuple[dict[str, Any], str, object]] = []
+        self._changes = changes()
         modules = list(model.modules())
+        self._tells = all(map(are_found_directly, modules))
+        """Whether `changes` grows if a layer or weight is replaced."""
+        held: list[tuple[dict[str, Any], str, object]] = []
         for module in modules:
             held += [(module._modules, name, child) for name, child in module._modules.items()]
-            held.append((module.__dict__, "forward", None))  # the class's
             if isinstance(module, PackableModule):
                 held.append((module.__dict__, "packed", module.__dict__.get("packed")))
         weights = weights_of(model)
         for holders, name, tensor in weights:
             held += [(holder, name, tensor) for holder in holders]
         self._holders, self._names, self._held = zip(*held, strict=True)
+        # Without the model's own: no pass calls its `forward`, and they may hold the model.
+        self._attributes = [module.__dict__ for module in modules if module is not model]
         self._hooks = [hooks for module in modules for hooks in _hooks(module)]
         self.tensors = [tensor for _, _, tensor in weights]
         self._addresses = list(map(_address, self.tensors))
@@ -44,16 +52,23 @@ class Snapshot:
     def is_current(self) -> bool:
         """Whether the model has the same layers without hooks, and the same weights in memory.
 
-        Everything is compared by functions in C: some 100 µs for a model of 30 layers.
+        Takes some 50 µs for a model of 30 layers, or 100 µs if its layers tell of no changes, as
+        they do after `GPT.pack`. All is compared by functions in C.
         """
-        return (
-            all(map(operator.is_, map(dict.get, self._holders, self._names), self._held))
-            and not any(self._hooks)
-            and self.is_in_place()
-        )
+        if any(self._hooks) or not self.is_in_place():
+            return False
+        if any("forward" in attributes for attributes in self._attributes):
+            return False
+        if self._tells and self._changes == changes():
+            return True
+        before = changes()
+        if not all(map(operator.is_, map(dict.get, self._holders, self._names), self._held)):
+            return False
+        self._changes = before  # they were of other models
+        return True
 
     def is_in_place(self) -> bool:
-        """Whether the tensors of the snapshot were neither moved nor converted: some 20 µs."""
+        """Whether the tensors of the snapshot were neither moved nor converted."""
         return (
             list(map(_address, self.tensors)) == self._addresses
             and list(map(_dtype, self.tensors)) == self._dtypes

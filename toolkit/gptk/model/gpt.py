@@ -62,10 +62,16 @@ heads of queries, keys and values; for values, cosines are 1 and sines 0."""
 class Joined(Protocol):
     """Where the tokens of several rows go and what they see, see gptk.model.passes."""
 
-    positions: Tensor
-    wanted: Tensor | None
-    """Which of the tokens the states are asked of; None: of all. The last block then leaves out
-    what only concerns the others."""
+    @property
+    def positions(self) -> Tensor:
+        """(1, tokens): the position of each token in its row."""
+        raise NotImplementedError
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """Which of the tokens the states are asked of; None: of all. The last block then leaves out
+        what only concerns the others."""
+        raise NotImplementedError
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         """Attention of all tokens. qkv: (1, tokens, heads, d). Returns (tokens, heads · d)."""

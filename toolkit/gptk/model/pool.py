@@ -37,14 +37,15 @@ class BlockPool:
         size = torch.Size(self._shape).numel() * dtype.itemsize
         self.block_bytes = size
         """Bytes of a block."""
-        self._per_lane = 2 if dtype.itemsize == 2 and config.head_dim % 2 == 0 else 1
+        pairs = device.type == "cpu" and dtype.itemsize == 2 and config.head_dim % 2 == 0
+        self._per_lane = 2 if pairs else 1
         self.per_slab = 1
         """Blocks of a slab, a power of two."""
         self.device, self.dtype = device, dtype
         self._slabs: list[Tensor | None] = []
         """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim); None: given back."""
-        self.addresses = torch.empty(0, dtype=torch.int64)
-        """(slabs,): where they are."""
+        self.addresses = torch.empty(0, dtype=torch.int64, device=device)
+        """(slabs,): where they are. Another tensor if they change."""
         self.taken = 0
         """Bytes of all slabs."""
         self.budget = budget
@@ -169,8 +170,8 @@ class BlockPool:
 
     def _lanes(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
         """Keys (kv_heads, d / n, slots, n) and values (kv_heads, slots / n, d, n) of a block, in
-        the order of gptk's kernels: n numbers fill 32 bits, of one slot in keys, of consecutive
-        slots in values."""
+        the order of gptk's kernels: n numbers fill 32 bits on a CPU, of one slot in keys, of
+        consecutive slots in values; on other devices n is 1."""
         _, _, kv_heads, slots, d = self._shape
         keys, values = self._slab_of(block)[layer, :, block % self.per_slab]
         n = self._per_lane
@@ -277,7 +278,7 @@ class BlockPool:
     def _set_slab(self, slab: int, memory: Tensor | None) -> None:
         self._slabs[slab] = memory
         addresses = [0 if slab is None else slab.data_ptr() for slab in self._slabs]
-        self.addresses = torch.tensor(addresses, dtype=torch.int64)
+        self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.taken = self.slab_bytes * sum(slab is not None for slab in self._slabs)
 
 
