@@ -45,7 +45,7 @@ def machine_code(module, capability, dtype, few, d=64, group=3, kv_heads=3):
     tiles = tiling(dtype, few=few)
     kind = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}[dtype]
     head = {"d": d, "d_padded": max(16, gpu.power_of_two(d))}
-    sizes = head | {"kv_heads": kv_heads, "group": group, "tokens": tiles.tokens(group)}
+    sizes = head | {"kv_heads": kv_heads, "group": group}
     sizes |= {"slab_size": 16, "block_size": BLOCK}
     queries = max(tiles.queries, gpu.power_of_two(group))
     more = {"parts": tiles.parts, "group_padded": gpu.power_of_two(group), "queries": queries}
@@ -55,7 +55,10 @@ def machine_code(module, capability, dtype, few, d=64, group=3, kv_heads=3):
     target = GPUTarget("cuda", capability, 32)
     stages = {"num_stages": 1 if dtype == torch.float32 else 2}
     return [
-        compile(ASTSource(module._store, where, constexprs=sizes), target=target),
+        compile(
+            ASTSource(module._store, where, constexprs=sizes | {"tokens": tiles.tokens(group)}),
+            target=target,
+        ),
         compile(
             ASTSource(module._attend, where | {"scale": "fp32"} | sums, constexprs=sizes | more),
             target=target,

@@ -459,6 +459,12 @@ def test_on_other_devices_the_error_says_what_is_missing(monkeypatch):
     with pytest.raises(gptk.DeviceError, match=r"needs torchao; install it: pip .*\[torchao\]"):
         check_quantize("int4", cuda)
     monkeypatch.setattr("gptk.model.torchao.is_installed", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    with pytest.raises(gptk.DeviceError, match=r"T4 has compute capability 7\.5.* needs 8\.0"):
+        check_quantize("int4", cuda)
+    check_quantize("int8", cuda)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     check_quantize("int4", cuda)
     for quantize in ("auto", "none"):
         check_quantize(quantize, torch.device("mps"))
@@ -483,7 +489,7 @@ def test_torchaos_int8_is_near_gptks_own():
     model, same = tiny_gpt(GPT2_LIKE).bfloat16(), tiny_gpt(GPT2_LIKE).bfloat16().quantize("int8")
     for layer in model.modules():
         if isinstance(layer, Linear):
-            layer.use_packed(TorchAO(layer.weight, "int8"))
+            layer.use_packed(TorchAO(layer.weight, "int8"), torch.bfloat16)
     with torch.inference_mode():
         got, want = model.logits(model(ids)), same.logits(same(ids))
     assert (got - want).norm() < 0.03 * want.norm()

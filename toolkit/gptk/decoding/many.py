@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gptk.decoding.requests import Request, Response
-from gptk.engine.engine import ENGINE, MOST_ROWS
+from gptk.engine.engine import ENGINE
 from gptk.engine.run import Run
 from gptk.errors import GptkError
 from gptk.hooks.results import Generation
@@ -45,7 +45,8 @@ def respond(jobs: Iterable[Job], *, ordered: bool, together: bool = False) -> It
     try:
         while under_way or held or not exhausted:
             started: list[Run[Generation]] = []
-            while not exhausted and len(under_way) + len(held) < _AHEAD:
+            ahead = 2 * ENGINE.most_rows  # to be taken before the first of them has ended
+            while not exhausted and len(under_way) + len(held) < ahead:
                 job = next(source, None)
                 if job is None:
                     exhausted = True
@@ -73,7 +74,3 @@ def respond(jobs: Iterable[Job], *, ordered: bool, together: bool = False) -> It
 def _run_of(job: Job, ended: "queue.SimpleQueue[tuple[Job, Run[Generation]]]") -> Run[Generation]:
     assert job.run is not None
     return Run(job.run, job.rows, lambda run: ended.put((job, run)))
-
-
-_AHEAD = 2 * MOST_ROWS
-"""Requests that are taken before the first of them has ended."""

@@ -113,6 +113,12 @@ class Engine:
         return len(self._active) <= 1 and not self._waiting and self._inbox.empty()
 
     @property
+    def most_rows(self) -> int:
+        """How many rows are decoded at the same time, but that one run may have more."""
+        on_gpu = any(passes.is_on_gpu for passes in list(self._passes.values()))
+        return MOST_ROWS_ON_GPU if on_gpu else MOST_ROWS
+
+    @property
     def rows_in_use(self) -> int:
         """How many rows the runs have that are under way."""
         return sum(run.rows for run in self._active)
@@ -204,7 +210,7 @@ class Engine:
 
     def _has_room(self, rows: int) -> bool:
         all_passes = list(self._passes.values())
-        return rows <= MOST_ROWS and all(passes.has_room(rows) for passes in all_passes)
+        return rows <= self.most_rows and all(passes.has_room(rows) for passes in all_passes)
 
     def _go_on(self) -> None:
         """Let every run go on that has what it wanted, until all want tokens to be read."""
@@ -247,8 +253,9 @@ def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
 
 
 MOST_ROWS = 64
-"""Rows that are decoded at the same time, but that one run may have more. More rows in a pass of a
-CPU would make it longer and not faster."""
+"""See `Engine.most_rows`. More rows in a pass of a CPU would make it longer and not faster."""
+MOST_ROWS_ON_GPU = 256
+"""The same where a model is on a GPU: more would be no CUDA graph, see gptk.model.graphs."""
 
 _MOST_WAITING = 32
 """Passes of another model that runs wait for at most, so that a model comes up for them, too."""

@@ -54,6 +54,12 @@ class Passes:
         assert self._pool is not None
         return self._pool
 
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the model is on a CUDA device."""
+        model = self._model_of()
+        return model is not None and model.device.type == "cuda"
+
     def has_room(self, rows: int) -> bool:
         """Whether so many rows will find some blocks, if runs use the model."""
         pool = self._pool
@@ -178,6 +184,8 @@ class Passes:
     @property
     def _most_tokens(self) -> int:
         """The most tokens that a pass reads."""
+        if self.is_on_gpu:
+            return TOKENS_ON_GPU
         return TOKENS_IN_16_BITS if self.pool.dtype.itemsize <= 2 else TOKENS
 
     @property
@@ -237,3 +245,5 @@ def _order(run: Run[Any]) -> tuple[bool, int]:
 
 TOKENS, TOKENS_IN_16_BITS = 128, 768
 """The most tokens of a pass: with more it takes longer, and no less for each of them."""
+TOKENS_ON_GPU = 8192
+"""A GPU takes less time for each of them up to about here, and others do not wait for long."""

@@ -58,7 +58,6 @@ def attend_blocks(
     sizes = head | {
         "kv_heads": kv_heads,
         "group": group,
-        "tokens": tiling.tokens(group),
         "slab_size": blocks,
         "block_size": BLOCK,
     }
@@ -66,7 +65,9 @@ def attend_blocks(
     keys_at, values_at = 2 * layer * half, (2 * layer + 1) * half
     # Triton launches on the current device.
     with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
-        _store[(len(tiles), kv_heads)](*(qkv, tiles, tables, slabs, keys_at, values_at), **sizes)
+        _store[(len(tiles), kv_heads)](
+            *(qkv, tiles, tables, slabs, keys_at, values_at), **sizes, tokens=tiling.tokens(group)
+        )
         _attend[(len(tiles), kv_heads, parts)](
             *(qkv, tiles, tables, slabs, keys_at, values_at, d**-0.5, sums, tops, totals),
             **sizes,
@@ -77,6 +78,12 @@ def attend_blocks(
         )
         _join[(tokens, heads)](sums, tops, totals, y, **head, parts=parts)
     return y
+
+
+@triton.jit
+def _numbers(tile):
+    """The four numbers of a tile."""
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
 
 
 @triton.jit
@@ -104,8 +111,7 @@ def _store(
 ):
     """Store the new keys and values of a tile, of one key head."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    first, count = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    past, table = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    first, count, past, table = _numbers(tiles + 4 * tile)
     token, dim = tl.arange(0, tokens), tl.arange(0, d_padded)
     is_token = token < count
     slot = (past + token) % block_size
@@ -118,6 +124,21 @@ def _store(
     value = tl.load(new + kv_heads * d + dim[None, :], mask=exists)
     tl.store((slab + keys_at + head + slot)[:, None] + dim[None, :] * block_size, key, mask=exists)
     tl.store((slab + values_at + head + slot * d)[:, None] + dim[None, :], value, mask=exists)
+
+
+@triton.jit
+def _keys_and_values(keys, values, used, dim, d: tl.constexpr, block_size: tl.constexpr):
+    """Keys (d, block_size) and values (block_size, d) of a block and a head, with zeros for values
+    of slots from `used` on: these may hold anything, and 0 times NaN is not 0."""
+    slot = tl.arange(0, block_size)
+    is_dim = dim < d
+    keys += dim[:, None] * block_size + slot[None, :]
+    values += slot[:, None] * d + dim[None, :]
+    is_value = (slot < used)[:, None] & is_dim[None, :]
+    return (
+        tl.load(keys, mask=is_dim[:, None], other=0.0),
+        tl.load(values, mask=is_value, other=0.0),
+    )
 
 
 @triton.jit
@@ -134,7 +155,6 @@ def _attend(
     totals,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
-    tokens: tl.constexpr,
     slab_size: tl.constexpr,
     block_size: tl.constexpr,
     d: tl.constexpr,
@@ -143,24 +163,17 @@ def _attend(
     group_padded: tl.constexpr,
     queries: tl.constexpr,
 ):
-    """The queries of a tile that share a key head, over a part of the keys.
-
-    For each query: sums, Σ exp(score - top) · value; tops, the highest score; totals,
-    Σ exp(score - top).
-    """
+    """The queries of a tile that share a key head, over a part of the keys. Of each query: tops,
+    the highest score; totals, Σ exp(score - top); sums, Σ exp(score - top) · value."""
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    past, table = tl.load(tiles + 4 * tile + 2), tl.load(tiles + 4 * tile + 3)
+    first, count, past, table = _numbers(tiles + 4 * tile)
     query, dim, slot = tl.arange(0, queries), tl.arange(0, d_padded), tl.arange(0, block_size)
     token, member = query // group_padded, query % group_padded
-    is_dim = dim < d
     is_query = (token < count) & (member < group)
     head = kv_head * group + member
-    q = tl.load(
-        qkv + ((first + token) * (group + 2) * kv_heads + head)[:, None] * d + dim[None, :],
-        mask=is_query[:, None] & is_dim[None, :],
-        other=0.0,
-    )
+    exists = is_query[:, None] & (dim < d)[None, :]
+    rows = ((first + token) * (group + 2) * kv_heads + head)[:, None]
+    q = tl.load(qkv + rows * d + dim[None, :], mask=exists, other=0.0)
     top = tl.full((queries,), float("-inf"), tl.float32)
     total = tl.zeros((queries,), tl.float32)
     y = tl.zeros((queries, d_padded), tl.float32)
@@ -170,32 +183,22 @@ def _attend(
         block = tl.load(tables + table + number)
         slab = _slab_of(block, slabs, True, slab_size, qkv.dtype.element_ty)
         base = slab + (block % slab_size * kv_heads + kv_head) * block_size * d
-        position = number * block_size + slot
-        keys = tl.load(
-            base + keys_at + dim[:, None] * block_size + slot[None, :],
-            mask=is_dim[:, None],
-            other=0.0,
-        )
-        # A slot that nothing was written to may hold anything, and 0 times NaN is not 0.
-        is_value = (position < past + count)[:, None] & is_dim[None, :]
-        values = tl.load(
-            base + values_at + slot[:, None] * d + dim[None, :], mask=is_value, other=0.0
-        )
+        used = past + count - number * block_size
+        keys, values = _keys_and_values(base + keys_at, base + values_at, used, dim, d, block_size)
         scores = tl.dot(q, keys, input_precision="ieee") * scale
-        is_seen = position[None, :] <= (past + token)[:, None]
+        is_seen = number * block_size + slot[None, :] <= (past + token)[:, None]
         scores = tl.where(is_seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen no key yet
         weights = tl.exp(scores - shift[:, None])
         decay = tl.exp(top - shift)
         total = total * decay + tl.sum(weights, 1)
-        weighted = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        y = y * decay[:, None] + weighted
+        y *= decay[:, None]
+        y += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = higher
     place = ((first + token) * kv_heads * group + head) * parts + part
     tl.store(tops + place, top, mask=is_query)
     tl.store(totals + place, total, mask=is_query)
-    exists = is_query[:, None] & is_dim[None, :]
     tl.store(sums + place[:, None] * d + dim[None, :], y, mask=exists)
 
 

@@ -50,12 +50,14 @@ def check_quantize(quantize: str, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise DeviceError(f"quantize {quantize} needs the device cpu or cuda, not {device.type}")
-    from gptk.model.torchao import is_installed
+    from gptk.model.torchao import is_installed, why_not_int4
 
     if not is_installed():
         raise DeviceError(
             f"quantize {quantize} on cuda needs torchao; install it: {install_command('torchao')}"
         )
+    if quantize == "int4" and (reason := why_not_int4(device)) is not None:
+        raise DeviceError(f"quantize int4 is not possible here: {reason}; int8 is")
 
 
 def keeps_levels(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,7 +1,10 @@
 """Quantized weights on CUDA by torchao: int8 by channel and int4 by groups of 32 inputs.
 
 torchao is an optional dependency: `pip install 'gptk-decoding[torchao]'`. int4 takes PyTorch's own
-tensor-core kernel ("tinygemm"), which torchao packs for, and needs compute capability 8.0.
+tensor-core kernel ("tinygemm"), which torchao packs for, and needs compute capability 8.0; inputs
+are padded to a multiple of 1024. int8 takes half of bfloat16's memory, and more time: torchao's
+product converts the matrix to bfloat16 each time, unless TorchInductor compiles it. Read in version
+0.18 (quantization/quant_api.py, and quantize_/workflows/int4 and int8).
 """
 
 import importlib.util
@@ -14,6 +17,15 @@ from torch import Tensor, nn
 def is_installed() -> bool:
     """Whether torchao can be imported."""
     return importlib.util.find_spec("torchao") is not None
+
+
+def why_not_int4(device: torch.device) -> str | None:
+    """Why a CUDA device cannot multiply by int4 weights, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {capability[0]}.{capability[1]}, and int4 needs 8.0"
 
 
 class TorchAO:
@@ -33,7 +45,8 @@ class TorchAO:
             )
         layer = nn.Linear(self._inputs, len(weight), bias=False, device="meta")
         layer.weight = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
-        quantization.quantize_(layer, config)
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+            quantization.quantize_(layer, config)  # asks what the current device can do
         self._weight = layer.weight.detach()
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
