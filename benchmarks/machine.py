@@ -17,8 +17,8 @@ import gptk
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 """The number of threads of gptk and of every peer."""
-_BYTES = 512 * 2**20  # larger than any CPU cache
-_SIDE = 2048
+_BYTES, _BYTES_ON_GPU = 2**29, 2**31  # larger than any cache
+_SIDE, _SIDE_ON_GPU = 2048, 8192  # a GPU takes less time for smaller ones than to launch them
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Limits:
     """What a device reaches in the best of several runs."""
 
     bandwidth: float
-    """Bytes read from memory per second."""
+    """Bytes read from memory per second, on a GPU bytes read and written by a copy."""
     float32: float
-    """Floating-point operations per second in a 2048³ matrix product."""
+    """Floating-point operations per second in a product of matrices: 2048³, on a GPU 8192³."""
     bfloat16: float
 
     def __str__(self) -> str:
@@ -60,17 +60,20 @@ class Work:
 @functools.cache
 def limits(device: str = "cpu") -> Limits:
     """Measure a device; takes a second or two."""
-    block = torch.ones(_BYTES // 4, device=device)
+    on_gpu = device.startswith("cuda")
+    side = _SIDE_ON_GPU if on_gpu else _SIDE
+    block = torch.ones((_BYTES_ON_GPU if on_gpu else _BYTES) // 4, device=device)
 
     def product(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
-        return 2 * _SIDE**3 / _best(lambda: a @ b, device)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return 2 * side**3 / _best(lambda: a @ b, device)
 
-    return Limits(
-        bandwidth=block.nbytes / _best(block.sum, device),
-        float32=product(torch.float32),
-        bfloat16=product(torch.bfloat16),
-    )
+    if on_gpu:
+        copy = torch.empty_like(block)
+        bandwidth = 2 * block.nbytes / _best(lambda: copy.copy_(block), device)
+    else:
+        bandwidth = block.nbytes / _best(block.sum, device)
+    return Limits(bandwidth, product(torch.float32), product(torch.bfloat16))
 
 
 def describe() -> str:

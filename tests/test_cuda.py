@@ -13,7 +13,6 @@ import blocks_by_address
 import gptk
 from gptk.kernels import gpu
 from gptk.model import graphs, passes
-from gptk.model.graphs import MOST_TOKENS
 from gptk.plugins.registry import provided
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
@@ -120,7 +119,7 @@ def test_prompts_of_many_lengths_write_the_cpus_texts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 64, MOST_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 64, 120])
 @NEEDS_TRITON
 def test_a_graph_is_the_pass_itself(tokens, dtype, monkeypatch):
     """To the last bit: the same kernels with the same division of the work, but for padding, which
@@ -160,13 +159,13 @@ def test_graphs_follow_the_model():
 
 @NEEDS_TRITON
 def test_graphs_share_their_memory():
-    """Of 20 graphs each would have a few MiB of its own."""
+    """Of 15 graphs each would have a few MiB of its own."""
     model = tiny_gpt(config("llama-like")).to(DEVICE).pack()
     lm = gptk.LanguageModel(model)
     lm.generate([1, 2, 3], **SETTINGS)
     torch.cuda.synchronize()
     before = torch.cuda.memory_reserved()
-    for width in range(8, 160, 8):
+    for width in range(8, 121, 8):
         lm.generate([1, 2, 3], sampler=f"beam:{width}", max_new_tokens=4, ignore_eos=True)
     assert torch.cuda.memory_reserved() - before < 200 << 20
 
