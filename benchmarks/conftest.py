@@ -27,6 +27,12 @@ def pytest_addoption(parser):
         "--full", action="store_true", help="run all benchmarks, not only the quick ones"
     )
     group.addoption(
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda"],
+        help="where gptk alone is measured; peers are measured on the CPU",
+    )
+    group.addoption(
         "--write",
         metavar="FOLDER",
         type=Path,
@@ -41,6 +47,7 @@ def pytest_configure(config):
         "peers(*rows): beside other programs, for these rows of table.ROWS; needs -m peers",
     )
     config.stash[_SESSION] = Session()
+    machine.DEVICE = config.option.device
     torch.set_num_threads(machine.THREADS)
 
 
@@ -78,7 +85,8 @@ def measure(benchmark, request):
     called afterwards. setup: called before each round, not timed. Returns the last result.
     """
 
-    def run(function, work=None, *, rounds=5, warmup=1, setup=None, device="cpu"):
+    def run(function, work=None, *, rounds=5, warmup=1, setup=None, device=None):
+        device = device or machine.DEVICE
         gc.collect()
         value = benchmark.pedantic(
             machine.synchronized(function, device),

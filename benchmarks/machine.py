@@ -15,6 +15,8 @@ import torch
 
 import gptk
 
+DEVICE = "cpu"
+"""The device of all benchmarks without `-m peers`: the option --device."""
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 """The number of threads of gptk and of every peer."""
 _BYTES, _BYTES_ON_GPU = 2**29, 2**31  # larger than any cache

@@ -2,6 +2,7 @@
 
 import pytest
 
+import machine
 import models
 from gptk.plugins.registry import provided
 from machine import Work
@@ -11,8 +12,9 @@ SAMPLERS = {
     name: f"{name}:{sampler.item.example}" if sampler.item.example else name
     for name, sampler in provided("sampler").items()
 }
+QUICK = "kept" if machine.DEVICE == "cpu" else "bfloat16"
 DTYPES = [
-    pytest.param(dtype, marks=[] if dtype == "kept" else [pytest.mark.full])
+    pytest.param(dtype, marks=[] if dtype == QUICK else [pytest.mark.full])
     for dtype in models.DTYPES
 ]
 

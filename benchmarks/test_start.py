@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import gptk
+import machine
 import models
 from engines import smollm2_file
 from machine import Work
@@ -34,8 +35,8 @@ def test_load(model, dtype, measure):
     else:
         source = models.saved(model)
         size = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
-    settings = models.precision(dtype)
-    measure(lambda: gptk.load(str(source), device="cpu", **settings), Work(bytes=size), rounds=3)
+    settings = models.precision(dtype) | {"device": machine.DEVICE}
+    measure(lambda: gptk.load(str(source), **settings), Work(bytes=size), rounds=3)
 
 
 def test_empty_python_program(measure):
@@ -55,4 +56,5 @@ def test_gptk_first_token(dtype, measure):
         text for pair in models.precision(dtype).items() for text in (f"--{pair[0]}", pair[1])
     ]
     command = [GPTK, "generate", "The capital of France is", "--max-new-tokens", "1", *options]
+    command += ["--device", machine.DEVICE]
     measure(lambda: run(*command), work, rounds=2, warmup=1)

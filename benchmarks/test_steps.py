@@ -37,6 +37,7 @@ def lm():
 def logits(lm):
     """The logits at 64 positions of an English text: (positions, vocab)."""
     tokens = torch.tensor([lm.encode(pydoc_data.topics.topics["with"])[:120]])
+    tokens = tokens.to(lm.model.device)
     with torch.inference_mode():
         return lm.model.logits(lm.model(tokens))[0, -64:]
 
@@ -50,7 +51,8 @@ def step(measure, lm, logits, count, choose):
     """Time steps of `count` rows. choose: a function that takes the rows, and returns a function
     from logits to tokens and the followers of the chosen tokens."""
     tokenizer = lm.tokenizer
-    rows = gptk.Rows([PROMPT] * count, tokenizer=tokenizer, eos=tokenizer.eos)
+    device = lm.model.device
+    rows = gptk.Rows([PROMPT] * count, device=device, tokenizer=tokenizer, eos=tokenizer.eos)
     decide, followers = choose(rows)
     steps = itertools.cycle(
         [logits[torch.arange(start, start + count) % len(logits)] for start in range(0, 60, 3)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gptk
+import machine
 from engines import book_gpt
 from gptk.data.windows import Windows
 from gptk.system.memory import keep_freed_memory
@@ -35,7 +36,7 @@ def our_step(batch=BATCH, length=LENGTH, vocabulary=GPT2_VOCABULARY, **settings)
         "lr": 4e-4,
         "scheduler": "constant",
         "regularizers": ["weight-decay:strength=0.1"],
-        "device": "cpu",
+        "device": machine.DEVICE,
     }
     config = gptk.TrainConfig(**{**defaults, **settings})
     data = np.random.default_rng(0).integers(0, vocabulary, 40 * batch * length).astype(np.uint16)
