@@ -18,7 +18,7 @@ import torch
 import blocks_by_address
 import gptk
 from gptk.kernels import BLOCK
-from gptk.model import graphs, passes
+from gptk.model import graphs, passes, slow_paths
 from gptk.model.captured import weights_of, weights_replaced
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
@@ -296,3 +296,12 @@ def test_the_recorder_follows_the_documentation(monkeypatch):
     assert replay() is states
     assert calls[-1] == "replay"
     assert not streams
+
+
+def test_where_triton_does_not_run_a_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("gptk.system.notices._told", set())
+    monkeypatch.setattr(slow_paths, "why_not_triton", lambda: "there is no C compiler")
+    for _ in range(2):
+        slow_paths.tell_of_slow_inference(torch.device("cuda"), torch.bfloat16, expanded=False)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "many times slower than it could be: there is no C compiler. " in line

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from gptk import kernels
+from gptk.kernels.gpu import why_not_triton
 from gptk.system.devices import has_fast_products
 from gptk.system.notices import tell_once
 
@@ -21,6 +22,12 @@ def tell_of_slow_inference(device: torch.device, dtype: torch.dtype, *, expanded
                 _log,
                 f"the matrices that the file has quantized are expanded to {name}, since gptk's "
                 f"kernels for them do not run on {device.type}{small}",
+            )
+        if device.type == "cuda" and (reason := why_not_triton()) is not None:
+            tell_once(
+                _log,
+                f"decoding on {device.type} is many times slower than it could be: {reason}. "
+                "PyTorch's operations attend row by row, and no CUDA graphs are made",
             )
         return
     if not has_fast_products(dtype) and not (dtype == torch.bfloat16 and kernels.available()):
