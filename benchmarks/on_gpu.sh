@@ -23,6 +23,6 @@ status=0
 
 "$python" -c "import gptk, torch; print('torch', torch.__version__, 'gptk', gptk.__version__)" ||
     { echo "$python cannot import torch and gptk; name one that can: PYTHON=…" >&2; exit 1; }
-timeout 120 "$python" -m pytest tests/test_cuda.py -q -rs -p no:cacheprovider || status=$?
+timeout 120 "$python" -m pytest tests/model/test_cuda.py -q -rs -p no:cacheprovider || status=$?
 timeout 270 "$python" benchmarks/on_gpu.py --seconds 200 --write "$page" || status=$?
 exit "$status"

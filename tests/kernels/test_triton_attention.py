@@ -18,16 +18,17 @@ MODULE = "gptk.kernels.triton_attention"
 @pytest.fixture
 def compiled(monkeypatch):
     """The kernels as they are compiled."""
-    pytest.importorskip("triton", reason="triton is not installed; it is for Linux")
+    pytest.importorskip("triton", reason="triton is not installed; `make test-slow` installs it")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     yield importlib.import_module(MODULE)
     del sys.modules[MODULE]
 
 
+@pytest.mark.slow
 def test_in_tritons_interpreter():
     """The tests in in_tritons_interpreter.py."""
-    pytest.importorskip("triton", reason="triton is not installed; it is for Linux")
+    pytest.importorskip("triton", reason="triton is not installed; `make test-slow` installs it")
     file = Path(__file__).with_name("in_tritons_interpreter.py")
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Passes on a GPU and their CUDA graphs, on a CPU: a reference attends in the place of Triton's
 kernel, and a recorder goes on with the tensors of its first run, as a CUDA graph does.
 
-tests/test_cuda.py has what needs a GPU.
+tests/model/test_cuda.py has what needs a GPU.
 """
 
 import contextlib

@@ -470,6 +470,7 @@ def test_on_other_devices_the_error_says_what_is_missing(monkeypatch):
         check_quantize(quantize, torch.device("mps"))
 
 
+@pytest.mark.slow  # `make test-slow` installs torchao
 def test_torchaos_int8_is_near_gptks_own():
     pytest.importorskip("torchao", reason="torchao is not installed")
     torch.manual_seed(0)
