@@ -17,6 +17,7 @@ import checkpoints
 import gptk
 from gptk import kernels
 from gptk.cli.info import bytes_in_memory
+from gptk.model.captured import Snapshot
 from gptk.model.levels import GROUP, Levels, to_four_bits
 from gptk.model.linear import Linear
 from gptk.model.quantization import (
@@ -604,3 +605,18 @@ def test_a_single_row_is_looked_up_as_among_others(bits, dtype):
     for row in (-1, 37):
         with pytest.raises(IndexError):
             packed.rows(torch.tensor([row]), dtype)
+
+
+@pytest.mark.slow  # `make test-slow` installs torchao
+def test_a_snapshot_has_the_tensors_that_torchaos_consist_of():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = tiny_gpt(GPT2_LIKE).bfloat16()
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.use_packed(TorchAO(layer.weight, "int8"), torch.bfloat16)
+    snapshot = Snapshot(model)
+    assert torch.int8 in {tensor.dtype for tensor in snapshot.tensors}
+    assert snapshot.is_current()
+    packed = model.head.packed
+    packed._weight.qdata = packed._weight.qdata.clone()
+    assert not snapshot.is_current()

@@ -104,7 +104,7 @@ def weights_of(model: GPT) -> list[Weight]:
     for matrix in {id(matrix): matrix for matrix in packed}.values():
         for attributes in _attributes(matrix):
             tensors = [item for item in attributes.items() if isinstance(item[1], Tensor)]
-            found += [([attributes], name, tensor) for name, tensor in tensors]
+            found += [weight for item in tensors for weight in _stored(attributes, *item)]
     return found
 
 
@@ -121,6 +121,15 @@ def weights_replaced(model: GPT, weights: Sequence[Tensor]) -> Iterator[None]:
         for holders, name, weight in originals:
             for holder in holders:
                 holder[name] = weight
+
+
+def _stored(holder: dict[str, Any], name: str, tensor: Tensor) -> Iterator[Weight]:
+    """A tensor, or those that it consists of, as torchao's do."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield [holder], name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield [vars(tensor)], part, getattr(tensor, part)
 
 
 def _attributes(packed: object) -> Iterator[dict[str, Any]]:

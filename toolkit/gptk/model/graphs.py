@@ -38,33 +38,30 @@ Recorder = Callable[[Replay], Replay]
 same tensor each time."""
 
 
-def graphs_of(model: GPT, pool: BlockPool, tiling: Tiling) -> "Graphs | None":
+def graphs_of(model: GPT, pool: BlockPool, tiling: Tiling, longest: int) -> "Graphs | None":
     """The model's graphs over the blocks of a pool; None if it can have none now.
 
-    tiling: of the passes.
+    tiling: of the passes. longest: the most tokens of a row that they must be able to have.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled(pool.device.type):
         return None
     known = _graphs.get(model)
-    if known is not None and known.hold(pool):
+    if known is not None and known.hold(pool, longest):
         return known
     _graphs.pop(model, None)
     if (reason := why_not_capturable(model)) is not None:
         _log.debug("no CUDA graphs: %s", reason)
         return None
-    made = _graphs[model] = Graphs(model, pool, tiling)
+    made = _graphs[model] = Graphs(model, pool, tiling, longest)
     return made
 
 
 class Graphs:
     """The graphs of a model over the blocks of a pool. They do not keep the model alive."""
 
-    def __init__(
-        self, model: GPT, pool: BlockPool, tiling: Tiling, record: Recorder | None = None
-    ) -> None:
-        """record: by default a `CUDARecorder`."""
+    def __init__(self, model: GPT, pool: BlockPool, tiling: Tiling, longest: int) -> None:
         self._model_of = weakref.ref(model)
-        self._record = CUDARecorder(pool.device) if record is None else record
+        self._record: Recorder = CUDARecorder(pool.device)
         self._snapshot = Snapshot(model)
         self._pool, self._tiling = pool, tiling
         self._blocks_per_slab = pool.per_slab
@@ -75,32 +72,38 @@ class Graphs:
         self._seen: set[tuple[int, tuple[int, ...]]] = set()
         """The sizes of passes there have been."""
         with torch.inference_mode(False):  # to be written to in any mode
-            self._table = model.position_table(min(config.context_length, _POSITIONS))
+            positions = max(longest, min(config.context_length, _POSITIONS))
+            self._table = model.position_table(positions)
             self._addresses = pool.addresses
             self._slabs = torch.zeros(
                 max(_SLABS, 2 * len(pool.addresses)), dtype=torch.int64, device=pool.device
             )
         self._slabs[: len(self._addresses)] = self._addresses
+        learned = model.embed_positions is not None
+        self._longest = config.context_length if learned else self._table.shape[1]
 
-    def hold(self, pool: BlockPool) -> bool:
-        """Whether the model is still what was recorded, and these are its blocks."""
+    def hold(self, pool: BlockPool, longest: int) -> bool:
+        """Whether the model is still what was recorded, and these are its blocks.
+
+        Others need graphs of their own, which share no memory with these: PyTorch does not take
+        a pool of memory again once no graph has it.
+        """
         return (
             pool is self._pool
+            and longest <= self._longest
             and pool.per_slab == self._blocks_per_slab
             and len(pool.addresses) <= len(self._slabs)
             and self._snapshot.is_current()
         )
 
-    def states(self, model: GPT, numbers: Numbers, layers: tuple[int, ...]) -> Tensor | None:
+    def states(self, numbers: Numbers, layers: tuple[int, ...]) -> Tensor | None:
         """The states that a pass is asked for, (tokens, 1 + layers, width).
 
         None if there is no graph for it, and none is to be made: the pass is the first of its size,
-        or has more or longer rows than fit. numbers: with sequences of at most the tiling's tokens.
+        or has too many tokens or blocks. numbers: with sequences of at most the tiling's tokens.
         """
         count = padded(len(numbers.tokens))
         if count is None or len(numbers.tables) > count * self._blocks_of_row:
-            return None
-        if not self._reach(model, numbers.longest):
             return None
         key = count, layers
         graph = self._graphs.get(key)
@@ -116,14 +119,6 @@ class Graphs:
         if len(numbers.wanted) == len(numbers.tokens):
             return states[: len(numbers.tokens)].clone()  # the next replay overwrites it
         return states.index_select(0, as_tensor(numbers.wanted).to(states.device))
-
-    def _reach(self, model: GPT, longest: int) -> bool:
-        """Whether the table of positions is long enough; it is a longer one next time."""
-        if model.embed_positions is not None or longest <= self._table.shape[1]:
-            return True
-        self._table = model.position_table(longest)
-        self._graphs.clear()
-        return False
 
     def _update_slabs(self) -> None:
         if self._addresses is not self._pool.addresses:

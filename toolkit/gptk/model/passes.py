@@ -63,12 +63,13 @@ def _read_on_gpu(
     heads, group = model.config.n_heads, model.config.n_heads // model.config.n_kv_heads
     count = sum(len(part.tokens) for part in parts)
     few = tiling(pool.dtype, few=True)
-    if count <= MOST_TOKENS and (graphs := graphs_of(model, pool, few)) is not None:
-        states = graphs.states(model, Numbers(parts, few.tokens(group)), tuple(layers))
+    division = few if count <= MOST_TOKENS else tiling(pool.dtype, few=False)
+    numbers = Numbers(parts, division.tokens(group))
+    if division is few:
+        graphs = graphs_of(model, pool, few, numbers.longest)
+        states = None if graphs is None else graphs.states(numbers, tuple(layers))
         if states is not None:
             return states
-    division = tiling(pool.dtype, few=count <= MOST_TOKENS)
-    numbers = Numbers(parts, division.tokens(group))
     tables = array("q", numbers.tables)
     each = [numbers.tokens, numbers.positions, numbers.sequences, tables, numbers.wanted]
     together = as_tensor(functools.reduce(operator.add, each)).to(pool.device)  # one copy
