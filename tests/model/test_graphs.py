@@ -17,6 +17,7 @@ import torch
 
 import blocks_by_address
 import gptk
+from gptk.engine.engine import ENGINE
 from gptk.kernels import BLOCK
 from gptk.model import graphs, passes, slow_paths
 from gptk.model.captured import weights_of, weights_replaced
@@ -105,6 +106,22 @@ def test_a_recorded_pass_gives_the_text_of_the_plain_one(name, settings, recorde
     model, plain = two_models(128, CONFIGS[name])
     same_text(model, plain, **settings)
     assert recorded
+
+
+def test_states_stay_when_the_graph_runs_again(recorded):
+    """A replay writes where the last one did, and all graphs share their memory."""
+    model = tiny_gpt(CONFIG)
+
+    def run():
+        sessions = [gptk.DecodeSession(model, [prompt]) for prompt in ([1, 2, 3], [4, 5])]
+        for _ in range(3):
+            kept = sessions[0].extend(torch.tensor([7])), sessions[0].hidden
+            before = sessions[0].hidden.clone()
+            sessions[1].extend(torch.tensor([8]))
+            assert torch.equal(kept[1], before)
+
+    ENGINE.call(run)
+    assert recorded == [1]
 
 
 def test_rows_of_different_texts_share_a_graph(recorded):
@@ -236,7 +253,7 @@ def test_blocks_in_more_slabs_than_there_was_room_for(monkeypatch, recorded):
 def test_blocks_whose_memory_was_given_back(recorded):
     model, plain = tiny_gpt(CONFIG), tiny_gpt(CONFIG)
     same_text(model, plain)
-    gptk.engine.engine.ENGINE.passes(model).pool.forget_unused()
+    ENGINE.passes(model).pool.forget_unused()
     same_text(model, plain)
     same_text(model, plain, prompt=(3, 2, 1))
 
