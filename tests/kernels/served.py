@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from gptk.kernels import build, compiler
+from gptk.kernels.door import Door
 from gptk.kernels.instructions import INSTRUCTION_SETS
+from gptk.kernels.signatures import KERNELS
 from gptk.system import processor
 
 PROGRAM = Path(__file__).with_name("cpp") / "served.cpp"
@@ -45,7 +47,7 @@ def compile_program(name: str, folder: Path) -> list[str]:
 
 
 class Served:
-    """Stands for a library of kernels: calls its functions in a process.
+    """Kernels whose functions are called in a process.
 
     Tensors are known by their addresses, which `in_use` gathers.
     """
@@ -60,9 +62,8 @@ class Served:
         self._process.stdin.close()
         assert self._process.wait(60) == 0
 
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        exported = name.replace("attend_blocks_in_slab", "gptk_attend_blocks")
-        types = getattr(build.library(), exported).argtypes
+    def function(self, name: str, types: list[type]) -> Callable[..., int]:
+        """An exported function, which takes what the library's does."""
         return lambda *arguments: self._call(name, types, arguments)
 
     def _call(self, name: str, types: list[type], arguments: tuple[object, ...]) -> int:
@@ -106,10 +107,11 @@ class Served:
             self._bytes_at[address] = count
             return address
 
+        door = Door(KERNELS, lambda kernel: self.function(f"gptk_{kernel.name}", kernel.ctypes))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "data_ptr", remember)
             for module, loaded in list(sys.modules.items()):
                 is_caller = module.startswith("gptk.kernels.") and loaded is not build
                 if is_caller and getattr(loaded, "library", None) is build.library:
-                    patch.setattr(loaded, "library", lambda: self)
+                    patch.setattr(loaded, "library", lambda: door)
             yield

@@ -244,8 +244,16 @@ def test_the_message_says_what_was_given():
     with pytest.raises(ValueError, match="cannot take") as raised:
         kernels.column_sums(x.half())
     assert str(raised.value) == (
-        "gptk.kernels.column_sums cannot take x: float16 (20, 3) with strides (3, 1) on cpu; its "
-        "docstring says what it takes"
+        "gptk.kernels.column_sums cannot take x: float16 (20, 3) with strides (1, 20) on cpu; it "
+        "must be a tensor on the CPU, of float32 or bfloat16, (rows, columns)"
+    )
+
+
+def test_the_message_says_what_is_needed():
+    with pytest.raises(ValueError, match="cannot take") as raised:
+        kernels.top(torch.ones(2, 5), 6)
+    assert str(raised.value) == (
+        "gptk.kernels.top cannot take k: 6, size: 5; it needs 0 <= k <= size"
     )
 
 
@@ -267,7 +275,7 @@ def test_tensors_without_data_are_refused():
     freed = torch.ones(32)
     freed.untyped_storage().resize_(0)
     for weight in (Wrapper(torch.ones(32)), freed, torch._efficientzerotensor(32)):
-        with pytest.raises(ValueError, match="a tensor has no data"):
+        with pytest.raises(ValueError, match=r"weight: .+ it has no data"):
             kernels.rms_norm(torch.ones(2, 32), weight, 1e-5)
 
 

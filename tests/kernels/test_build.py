@@ -21,7 +21,7 @@ from gptk.system import notices, processor
 NEEDS_KERNELS = pytest.mark.skipif(
     not kernels.available(), reason=f"gptk's kernels do not run here: {kernels.why_not()}"
 )
-LIBRARY = Path(build.library()._name if kernels.available() else "")
+LIBRARY = Path(build.load().library._name if kernels.available() else "")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels need Linux")
 
 

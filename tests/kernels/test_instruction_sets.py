@@ -15,6 +15,7 @@ from served import NAMES, Served, compile_program
 from test_kernels import NEEDS_KERNELS, numbers
 
 from gptk import kernels
+from gptk.kernels.signatures import KERNELS
 
 PROPERTIES = [
     test_kernels.test_products_are_those_with_the_levels,
@@ -114,10 +115,11 @@ def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
         y = qkv.new_empty(len(qkv), heads, head_dim)
         sequences = torch.tensor(sequences)
         half = slab.numel() // 2
-        status = served.attend_blocks_in_slab(
+        types = next(kernel.ctypes for kernel in KERNELS if kernel.name == "attend_blocks")
+        status = served.function("attend_blocks_in_slab", types)(
             *(dtype is torch.bfloat16, qkv.data_ptr(), y.data_ptr(), sequences.data_ptr()),
-            *(tables.data_ptr(), slab.data_ptr()),
-            *(len(qkv), len(sequences), heads, kv_heads, head_dim, 2, 0, half),
+            *(tables.data_ptr(), slab.data_ptr(), len(qkv), len(sequences), len(tables)),
+            *(1, 2, heads, kv_heads, head_dim, 0, half),
         )
         assert status == 0
         return y

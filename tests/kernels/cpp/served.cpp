@@ -90,13 +90,14 @@ void serve(int32_t (*function)(Types...)) {
 }  // namespace
 
 // gptk_attend_blocks with all blocks in one slab, which is among the tensors.
-int32_t attend_blocks_in_slab(int is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
-                              const int32_t* tables, void* slab, int64_t tokens, int64_t count,
-                              int64_t heads, int64_t kv_heads, int64_t size, int64_t slab_bits,
+int32_t attend_blocks_in_slab(int64_t is_bfloat16, const void* qkv, void* y,
+                              const int64_t* sequences, const int32_t* tables, void* slab,
+                              int64_t tokens, int64_t count, int64_t entries, int64_t slab_count,
+                              int64_t slab_bits, int64_t heads, int64_t kv_heads, int64_t size,
                               int64_t keys_from, int64_t values_from) {
   const int64_t slabs[1] = {(int64_t)slab};
-  return gptk_attend_blocks(is_bfloat16, qkv, y, sequences, tables, slabs, tokens, count, heads,
-                            kv_heads, size, slab_bits, keys_from, values_from);
+  return gptk_attend_blocks(is_bfloat16, qkv, y, sequences, tables, slabs, tokens, count, entries,
+                            slab_count, slab_bits, heads, kv_heads, size, keys_from, values_from);
 }
 
 #define KERNEL(name) {#name, [] { serve(name); }}
@@ -128,7 +129,8 @@ int main() {
       KERNEL(attend_blocks_in_slab),
       KERNEL(gptk_layer_norm),
       KERNEL(gptk_linear_in_panels),
-      KERNEL(gptk_convert_panels),
+      KERNEL(gptk_to_panels),
+      KERNEL(gptk_from_panels),
   };
   char line[64];
   while (fgets(line, sizeof line, stdin)) {

@@ -7,6 +7,7 @@ possible, PyTorch's operations are used.
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -15,11 +16,12 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gptk.errors import DeviceError
 from gptk.kernels import compiler
+from gptk.kernels.door import Door
 from gptk.kernels.instructions import INSTRUCTION_SETS, InstructionSet
+from gptk.kernels.signatures import KERNELS
 from gptk.system import processor
 from gptk.system.compiled_code import Code, load_or_make
 from gptk.system.threads import share_openmp, use_threads_that_start
@@ -39,18 +41,23 @@ class Kernels:
     installed: bool
     """Whether it was installed with gptk; else it was compiled on this machine."""
 
+    @functools.cached_property
+    def door(self) -> Door:
+        """What calls its functions."""
+        return Door(KERNELS, lambda kernel: getattr(self.library, f"gptk_{kernel.name}"))
+
 
 _loaded: Kernels | str | None = None
 """See `load`."""
 _lock = threading.Lock()
 
 
-def library() -> ctypes.CDLL:
+def library() -> Door:
     """The kernels. They must be available: see `load`."""
     loaded = _loaded if _loaded is not None else load()
     if isinstance(loaded, str):
         raise RuntimeError(f"gptk's kernels do not run here: {loaded}")
-    return loaded.library
+    return loaded.door
 
 
 def load() -> Kernels | str:
@@ -176,43 +183,7 @@ def _open(path: Path) -> ctypes.CDLL:
     Raises OSError if it is none, and AttributeError if it lacks one of them.
     """
     library = ctypes.CDLL(str(path))
-    flag, real, double = ctypes.c_int, ctypes.c_float, ctypes.c_double
-    data, size = ctypes.c_void_p, ctypes.c_int64
-    signatures: dict[str, list[Any]] = {
-        "gptk_quantized_linear": [flag, flag, *[data] * 4, *[size] * 3],
-        "gptk_linear": [flag, *[data] * 4, *[size] * 3],
-        "gptk_pack": [flag, *[data] * 4, *[size] * 2],
-        "gptk_pack_stored": [flag, data, data, size, size],
-        "gptk_dequantize": [flag, *[data] * 4, size],
-        "gptk_dequantize_packed": [flag, flag, data, data, size, size],
-        "gptk_product": [
-            *(data, size, flag),
-            *(flag, data, size, flag),
-            *(flag, data, size, data, flag, *[size] * 3),
-        ],
-        "gptk_column_sums": [flag, data, data, size, size],
-        "gptk_cross_entropy": [flag, data, data, data, real, *[size] * 3],
-        "gptk_rms_norm": [flag, data, data, real, data, size, size],
-        "gptk_layer_norm": [flag, *[data] * 3, real, data, size, size],
-        "gptk_linear_in_panels": [flag, flag, *[data] * 4, *[size] * 3],
-        "gptk_convert_panels": [flag, flag, data, data, size, size],
-        "gptk_walk": [data, data],
-        "gptk_swiglu": [flag, data, data, size, size],
-        "gptk_gelu": [flag, data, data, data, size],
-        "gptk_rotate": [flag, *[data] * 4, *[size] * 3],
-        "gptk_exponential": [data, flag, data, data, size],
-        "gptk_softmax_sums": [*[data] * 4, size, size],
-        "gptk_last_key": [data, data, double, data, size, size],
-        "gptk_keep_from": [*[data] * 4, size, size],
-        "gptk_top": [*[data] * 4, *[size] * 3],
-        "gptk_draw": [*[data] * 4, size, size],
-        "gptk_permutation": [*[size] * 3, data],
-        "gptk_attend_causally": [flag, *[data] * 5, real, *[size] * 9],
-        "gptk_attend_causally_backward": [*[data] * 9, real, *[size] * 9],
-        "gptk_attend_blocks": [flag, *[data] * 5, *[size] * 8],
-        "gptk_attend": [flag, *[data] * 5, real, *[size] * 10],
-    }
-    for name, types in signatures.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, ctypes.c_int32
+    for kernel in KERNELS:
+        function = getattr(library, f"gptk_{kernel.name}")
+        function.argtypes, function.restype = kernel.ctypes, ctypes.c_int32
     return library

@@ -1,16 +1,14 @@
 """Products of matrices: large ones in bfloat16, for training and for many rows, and those of few
 rows with weights, for decoding.
 
-All tensors are on the CPU. All functions raise ValueError for other arguments than they document.
+All tensors are on the CPU.
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from gptk.kernels.arguments import BFLOAT16, FLOAT32, are, are_floats, fail, refuse
 from gptk.kernels.build import library
 
 _GROUP, _BLOCK = 32, 16
@@ -27,30 +25,8 @@ def product(
     column-major; each row of y is contiguous, and rows do not overlap. With `add` y must be
     float32.
     """
-    if bias is not None:
-        bias = bias.contiguous()
-    if (
-        not a.dim() == b.dim() == y.dim() == 2
-        or a.shape[1] != b.shape[0]
-        or y.shape != (a.shape[0], b.shape[1])
-        or (y.stride(1) != 1 and y.shape[1] > 1)
-        or (y.stride(0) < y.shape[1] and y.shape[0] > 1)
-        or not (are(BFLOAT16, a) and are_floats(b) and are_floats(y))
-        or (bias is not None and not (are(FLOAT32, bias) and bias.shape == y.shape[1:]))
-        or (add and y.dtype is not FLOAT32)
-    ):
-        refuse("product", a=a, b=b, y=y, bias=bias, add=add)
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-    a_contiguous_in_depth, b_contiguous_in_depth = a.stride(1) == 1, b.stride(0) == 1
-    a_stride = a.stride(0 if a_contiguous_in_depth else 1)
-    b_stride = b.stride(1 if b_contiguous_in_depth else 0)
-    if status := library().gptk_product(
-        *(a.data_ptr(), a_stride, a_contiguous_in_depth),
-        *(b.dtype is BFLOAT16, b.data_ptr(), b_stride, b_contiguous_in_depth),
-        *(y.dtype is BFLOAT16, y.data_ptr(), y.stride(0)),
-        *(None if bias is None else bias.data_ptr(), add, *y.shape, a.shape[1]),
-    ):
-        fail(status)
+    library().product(a, b, y, bias, add)
 
 
 def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,14 +49,7 @@ def new_product(a: Tensor, b: Tensor, bias: Tensor | None, in_float32: bool) -> 
 
 def column_sums(x: Tensor) -> Tensor:
     """The sums of the columns of x, (rows, columns): (columns,), float32."""
-    x = x.contiguous()
-    if x.dim() != 2 or not are_floats(x):
-        refuse("column_sums", x=x)
-    y = x.new_empty(x.shape[1], dtype=torch.float32)
-    if status := library().gptk_column_sums(
-        x.dtype is BFLOAT16, x.data_ptr(), y.data_ptr(), *x.shape
-    ):
-        fail(status)
+    y: Tensor = library().column_sums(x)
     return y
 
 
@@ -92,25 +61,9 @@ def quantized_linear(
     x: (rows, inputs); weights: uint8, as `pack` lays them out; bits: 4 or 8. Returns (rows,
     outputs), in x's dtype.
     """
-    x = x.contiguous()
-    bias_address = None
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-        bias_address = bias.data_ptr()
-        if bias.shape != (outputs,) or not bias.is_cpu:
-            refuse("quantized_linear", x=x, bias=bias, outputs=outputs)
-    dtype = x.dtype
-    # are_floats(x), without a call: this runs a hundred times for each token
-    if x.dim() != 2 or not (dtype is FLOAT32 or dtype is BFLOAT16) or not x.is_cpu:
-        refuse("quantized_linear", x=x)
-    rows, inputs = x.shape
-    _check_packed("quantized_linear", weights, bits, outputs, inputs)
-    y = x.new_empty(rows, outputs)
-    if status := library().gptk_quantized_linear(
-        *(dtype is BFLOAT16, bits, x.data_ptr(), weights.data_ptr()),
-        *(bias_address, y.data_ptr(), rows, inputs, outputs),
-    ):
-        fail(status)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    y: Tensor = library().quantized_linear(x, weights, bias, bits, outputs)
     return y
 
 
@@ -120,19 +73,7 @@ def pack(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, y: Tensor) -> 
     codes, scale, offset: as gptk.Levels has them; a code has no more than `bits` bits. y:
     contiguous, with room for all, see `packed_bytes`. The layout is in cpp/products.h.
     """
-    codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
-    _check_levels("pack", codes, scale, offset)
-    if (
-        bits not in (4, 8)
-        or not are(torch.uint8, y)
-        or not y.is_contiguous()
-        or y.numel() < packed_bytes(codes.shape[0], codes.shape[1], bits)
-    ):
-        refuse("pack", codes=codes, bits=bits, y=y)
-    if status := library().gptk_pack(
-        *(bits, codes.data_ptr(), scale.data_ptr(), offset.data_ptr(), y.data_ptr(), *codes.shape)
-    ):
-        fail(status)
+    library().pack(codes, scale, offset, bits, y)
 
 
 def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
@@ -145,15 +86,7 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
 
     y: float32 or bfloat16, contiguous, of codes' shape.
     """
-    codes, scale, offset = codes.contiguous(), scale.contiguous(), offset.contiguous()
-    _check_levels("dequantize", codes, scale, offset)
-    if y.shape != codes.shape or not y.is_contiguous() or not are_floats(y):
-        refuse("dequantize", codes=codes, y=y)
-    if status := library().gptk_dequantize(
-        *(y.dtype is BFLOAT16, codes.data_ptr(), scale.data_ptr(), offset.data_ptr()),
-        *(y.data_ptr(), scale.numel()),
-    ):
-        fail(status)
+    library().dequantize(codes, scale, offset, y)
 
 
 def dequantize_packed(
@@ -163,14 +96,7 @@ def dequantize_packed(
 
     dtype: bfloat16 or float32.
     """
-    _check_packed("dequantize_packed", weights, bits, outputs, inputs)
-    y = weights.new_empty(outputs, inputs, dtype=dtype)
-    if not are_floats(y):
-        refuse("dequantize_packed", weights=weights, dtype=dtype)
-    if status := library().gptk_dequantize_packed(
-        dtype is BFLOAT16, bits, weights.data_ptr(), y.data_ptr(), inputs, outputs
-    ):
-        fail(status)
+    y: Tensor = library().dequantize_packed(weights, bits, outputs, inputs, dtype)
     return y
 
 
@@ -180,7 +106,7 @@ def dequantize_row(weights: Tensor, bits: int, inputs: int, output: int) -> Tens
     weights: (blocks, …) as `pack` lays them out.
     """
     block, lane = divmod(output, _BLOCK)
-    return dequantize_packed(weights[block], bits, _BLOCK, inputs, FLOAT32)[lane : lane + 1]
+    return dequantize_packed(weights[block], bits, _BLOCK, inputs, torch.float32)[lane : lane + 1]
 
 
 def dequantize_rows(weights: Tensor, bits: int, inputs: int, outputs: Tensor) -> Tensor:
@@ -200,34 +126,3 @@ def dequantize_rows(weights: Tensor, bits: int, inputs: int, outputs: Tensor) ->
         codes = torch.cat((codes & 15, codes >> 4), dim=2)
     scale, offset = factors[:, :, :1], factors[:, :, 1:]
     return torch.addcmul(offset, codes.float(), scale).flatten(1)
-
-
-def _check_packed(kernel: str, weights: Tensor, bits: int, outputs: int, inputs: int) -> None:
-    """weights: of just this size, uint8, contiguous."""
-    if (
-        weights.numel() != _packed_size(bits, outputs, inputs)
-        or weights.dtype is not torch.uint8
-        or not weights.is_cpu
-        or not weights.is_contiguous()
-    ):
-        refuse(kernel, weights=weights, bits=bits, outputs=outputs, inputs=inputs)
-
-
-@functools.lru_cache(maxsize=1024)  # decoding asks for each matrix at each step
-def _packed_size(bits: int, outputs: int, inputs: int) -> int:
-    """The bytes of a packed matrix; -1 for sizes that none has."""
-    if (bits != 4 and bits != 8) or inputs % _GROUP or inputs < 0 or outputs < 0:
-        return -1
-    return packed_bytes(outputs, inputs, bits)
-
-
-def _check_levels(kernel: str, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
-    """codes: (outputs, inputs) uint8; scale, offset: (outputs, groups of 32 inputs) float32."""
-    if (
-        codes.dim() != 2
-        or codes.shape[1] % _GROUP
-        or scale.shape != (codes.shape[0], codes.shape[1] // _GROUP)
-        or offset.shape != scale.shape
-        or not (are(torch.uint8, codes) and are(FLOAT32, scale, offset))
-    ):
-        refuse(kernel, codes=codes, scale=scale, offset=offset)

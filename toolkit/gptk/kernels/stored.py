@@ -6,9 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gptk.kernels.arguments import INT64, are, fail, refuse
 from gptk.kernels.build import library
-from gptk.kernels.products import packed_bytes
+from gptk.kernels.structures import STRUCTURES, StoredAddresses
 
 Format = Literal["Q4_0", "Q4_1", "Q8_0"]
 """How a GGUF file stores 32 weights, in a block: a scale, in Q4_1 the value of code 0, and the
@@ -35,35 +34,20 @@ def pack_stored(parts: Sequence[StoredRows], format: Format, y: Tensor) -> None:
     """
     size = BLOCK_BYTES.get(format)
     groups = {part.blocks.shape[1] for part in parts if part.blocks.dim() == 3}
-    if size is None or len(groups) != 1 or not all(_can_pack(part, size) for part in parts):
-        refuse("pack_stored", parts=parts, format=format)
+    if size is None or len(groups) != 1:
+        raise ValueError(
+            f"gptk.kernels.pack_stored cannot take {format!r} with rows of {len(groups)} sizes; it "
+            f"needs one of {', '.join(BLOCK_BYTES)}, and as many groups in all rows"
+        )
     parts = [part._replace(blocks=part.blocks.contiguous()) for part in parts]
-    addresses = torch.cat([_addresses(part) for part in parts])
-    outputs, inputs, bits = len(addresses), 32 * groups.pop(), 8 if format == "Q8_0" else 4
-    if (
-        not are(torch.uint8, y)
-        or not y.is_contiguous()
-        or y.numel() < packed_bytes(outputs, inputs, bits)
-    ):
-        refuse("pack_stored", parts=parts, format=format, y=y)
-    if status := library().gptk_pack_stored(
-        _NUMBERS[format], addresses.data_ptr(), y.data_ptr(), outputs, inputs
-    ):
-        fail(status)
+    addresses = torch.cat([_addresses(part, size, y) for part in parts])
+    bits = 8 if format == "Q8_0" else 4
+    library().pack_stored(StoredAddresses(addresses, _NUMBERS[format], bits, groups.pop()), y)
 
 
-def _can_pack(part: StoredRows, size: int) -> bool:
-    blocks, order = part
-    return (
-        are(torch.uint8, blocks)
-        and blocks.dim() == 3
-        and blocks.shape[2] == size
-        and (order is None or (order.dim() == 1 and are(INT64, order)))
-    )
-
-
-def _addresses(part: StoredRows) -> Tensor:
-    """Where each output's blocks begin. A tensor without data has the address 0."""
-    blocks, order = part
-    first = torch.arange(len(blocks)) * (blocks.shape[1] * blocks.shape[2]) + blocks.data_ptr()
-    return first if order is None else first[order]
+def _addresses(part: StoredRows, size: int, y: Tensor) -> Tensor:
+    """Where each output's blocks begin."""
+    start, rows, groups = STRUCTURES.stored_rows(*part, size, y)
+    first = torch.arange(rows, device="cpu") * (groups * size) + start
+    addresses: Tensor = first if part.order is None else first[part.order]
+    return addresses

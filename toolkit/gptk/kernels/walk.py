@@ -1,62 +1,61 @@
-"""A pass through all blocks of a GPT in one call. See cpp/walk.h, which has the same structures."""
+"""A pass through all blocks of a GPT in one call. See cpp/walk.h."""
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gptk.kernels.arguments import BFLOAT16, INT32, INT64, are, are_floats, fail, refuse
-from gptk.kernels.attention import BLOCK
 from gptk.kernels.build import library
-
-_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-
-
-class Norm(ctypes.Structure):
-    """A normalization; without a weight there is none."""
-
-    _fields_ = (
-        *(("is_layer_norm", _INT), ("weight", _POINTER), ("bias", _POINTER)),
-        ("eps", ctypes.c_double),
-    )
+from gptk.kernels.structures import STRUCTURES, Layer, Matrix, Model, Norm, Slabs
 
 
-class Matrix(ctypes.Structure):
-    """A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones."""
-
-    _fields_ = (
-        *(("bits", _INT), ("weights", _POINTER), ("bias", _POINTER)),
-        *(("inputs", _INT), ("outputs", _INT)),
-    )
-
-
-class Layer(ctypes.Structure):
-    """A block of a GPT."""
-
-    _fields_ = (
-        *((name, Norm) for name in ("attention_norm", "query_norm", "key_norm", "mlp_norm")),
-        *((name, Matrix) for name in ("qkv", "out", "up", "down")),
-    )
+def norm_of(
+    dtype: torch.dtype, weight: Tensor, bias: Tensor | None, eps: float, *, is_layer_norm: bool
+) -> Norm:
+    """A normalization: see `rms_norm` and `layer_norm`."""
+    norm: Norm = STRUCTURES.norm(dtype, is_layer_norm, weight, bias, eps)
+    return norm
 
 
-class Model(ctypes.Structure):
-    """The blocks of a GPT. Who makes it keeps alive what it points to."""
-
-    _fields_ = (
-        *((name, _INT) for name in ("is_bfloat16", "is_swiglu", "layers", "width")),
-        *((name, _INT) for name in ("heads", "kv_heads", "head_size")),
-        *(("layer", ctypes.POINTER(Layer)), ("norm", Norm)),
-    )
+def matrix_in_panels(
+    dtype: torch.dtype, panels: Tensor, outputs: int, bias: Tensor | None
+) -> Matrix:
+    """A linear layer: see `linear_in_panels`."""
+    matrix: Matrix = STRUCTURES.matrix_in_panels(dtype, panels, outputs, bias)
+    return matrix
 
 
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        *(("tokens", _INT), ("x", _POINTER), ("cosines", _POINTER), ("sines", _POINTER)),
-        *(("positions", _POINTER), ("sequences", _POINTER), ("tables", _POINTER)),
-        *(("slabs", _POINTER), ("count", _INT), ("slab_bits", _INT), ("half", _INT)),
-        *(("wanted", _POINTER), ("wanted_count", _INT), ("kept", _POINTER), ("kept_count", _INT)),
-        ("states", _POINTER),
+def quantized_matrix(
+    dtype: torch.dtype, weights: Tensor, bits: int, outputs: int, inputs: int, bias: Tensor | None
+) -> Matrix:
+    """A linear layer: see `quantized_linear`."""
+    matrix: Matrix = STRUCTURES.quantized_matrix(dtype, weights, bits, outputs, inputs, bias)
+    return matrix
+
+
+def model_of(
+    dtype: torch.dtype,
+    layers: Sequence[tuple[Norm | Matrix, ...]],
+    norm: Norm,
+    *,
+    is_swiglu: bool,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+) -> Model:
+    """The blocks of a GPT, all of whose norms and matrices were made for this dtype.
+
+    layers: the norms and matrices of each, in the order of the fields of `Layer`. norm: after the
+    last layer. is_swiglu: else the MLP's activation is GELU.
+    """
+    sizes = width, heads, kv_heads, head_size
+    made = [STRUCTURES.layer(*layer, is_swiglu, *sizes) for layer in layers]
+    if type(norm) is not Norm or norm.size != width:
+        raise ValueError(f"gptk.kernels.model_of needs a last norm of {width} numbers")
+    return Model(
+        *(dtype is torch.bfloat16, is_swiglu, len(made), *sizes),
+        *((Layer * len(made))(*made), norm),
     )
 
 
@@ -67,8 +66,7 @@ def walk(
     positions: Tensor,
     sequences: Tensor,
     tables: Tensor,
-    slabs: Tensor,
-    sample: Tensor,
+    slabs: Slabs,
     wanted: Tensor | None,
     layers: Sequence[int],
 ) -> Tensor:
@@ -76,42 +74,12 @@ def walk(
 
     x: (tokens, width), the embeddings, overwritten. table: (2, positions, head_dim), cosines and
     sines, or without positions where the model has none; positions: (tokens,) int64, below the
-    table's. sequences, tables, slabs, sample: see `attend_blocks`. wanted: (n,) int64, the tokens
-    asked of, in ascending order; None: all. layers: see `GPT.states`. All are contiguous.
+    table's. sequences, tables, slabs: see `attend_blocks`. wanted: (n,) int64, the tokens
+    asked of, in ascending order; None: all. layers: see `GPT.states`. x and
+    table are contiguous.
     """
-    tokens, width = x.shape
-    layer_count, _, blocks, kv_heads, block, d = sample.shape
-    kept = torch.tensor(layers, dtype=torch.int64)
-    asked = tokens if wanted is None else wanted.shape[0]
-    if (
-        (width, d, kv_heads) != (model.width, model.head_size, model.kv_heads)
-        or model.layers > layer_count
-        or (x.dtype is BFLOAT16) != model.is_bfloat16
-        or not are_floats(x, sample, table if table.shape[1] else None)
-        or not are(INT64, positions, sequences, slabs)
-        or not are(INT32, tables)
-        or not (x.is_contiguous() and sample.is_contiguous() and table.is_contiguous())
-        or positions.shape != (tokens,)
-        or sequences.shape[1:] != (4,)
-        or block != BLOCK
-        or table.shape[0::2] != (2, d)
-        or not (positions.is_contiguous() and sequences.is_contiguous())
-        or not (tables.is_contiguous() and slabs.is_contiguous())
-        or (wanted is not None and not (are(INT64, wanted) and wanted.is_contiguous()))
-    ):
-        refuse("walk", x=x, table=table, positions=positions, sequences=sequences, sample=sample)
-    states = x.new_empty(asked, 1 + len(layers), width)
-    rotates = table.shape[1] > 0
-    cosines = table.data_ptr() if rotates else None
-    arguments = _Pass(
-        *(tokens, x.data_ptr(), cosines),
-        table.data_ptr() + table[0].nbytes if rotates else None,
-        *(positions.data_ptr(), sequences.data_ptr(), tables.data_ptr(), slabs.data_ptr()),
-        *(sequences.shape[0], blocks.bit_length() - 1, blocks * kv_heads * block * d),
-        None if wanted is None else wanted.data_ptr(),
-        -1 if wanted is None else asked,
-        *(kept.data_ptr(), len(layers), states.data_ptr()),
+    kept = torch.tensor(layers, dtype=torch.int64, device="cpu")
+    states: Tensor = library().walk(
+        *(model, x, table, positions, sequences, tables, slabs, wanted, kept)
     )
-    if status := library().gptk_walk(ctypes.byref(model), ctypes.byref(arguments)):
-        fail(status)
     return states

@@ -85,7 +85,7 @@ class JoinedSlots:
         """All blocks in one call: see `gptk.kernels.walk.walk`."""
         return walk(
             *(plan.model, x, table, self.positions[0], self.sequences, self.tables),
-            *(self.addresses, self.pool.sample, self.wanted, layers),
+            *(self.pool.for_kernels, self.wanted, layers),
         )
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
@@ -94,15 +94,16 @@ class JoinedSlots:
         Returns (tokens, heads · d).
         """
         qkv = qkv[0].contiguous()
-        where = self.sequences, self.tables, self.addresses, self.pool.sample
+        where, sample = (self.sequences, self.tables), self.pool.sample
         if self.tiling is not None:
             from gptk.kernels.triton_attention import attend_blocks  # not on every machine
 
-            return attend_blocks(qkv, *where, layer, self.heads, self.tiling).flatten(1)
-        d, group = qkv.shape[2], self.heads // where[3].shape[3]
+            slabs = self.addresses, sample
+            return attend_blocks(qkv, *where, *slabs, layer, self.heads, self.tiling).flatten(1)
+        d, group = qkv.shape[2], self.heads // sample.shape[3]
         fits = d in kernels.HEAD_DIMS and group <= kernels.FEW_QUERIES
-        if fits and kernels.can_run(qkv, where[3]):
-            y = kernels.attend_blocks(qkv, *where, layer, self.heads)
+        if fits and kernels.can_run(qkv, sample):
+            y = kernels.attend_blocks(qkv, *where, self.pool.for_kernels, layer, self.heads)
         else:
             y = self._attend_by_pytorch(qkv, layer)
         return y.flatten(1)

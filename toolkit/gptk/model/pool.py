@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gptk.errors import OutOfMemory
 from gptk.kernels import BLOCK
+from gptk.kernels.attention import slabs_of
+from gptk.kernels.structures import Slabs
 from gptk.model.budget import Budget
 from gptk.model.config import GPTConfig
 from gptk.system.memory import is_out_of_memory, new_zeros
@@ -46,6 +48,7 @@ class BlockPool:
         """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim); None: given back."""
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         """(slabs,): where they are. Another tensor if they change."""
+        self._for_kernels: Slabs | None = None
         self.taken = 0
         """Bytes of all slabs."""
         self.budget = budget
@@ -91,6 +94,13 @@ class BlockPool:
         """Bytes of the slabs of which no row has a block."""
         self._settle()
         return self.taken - self.slab_bytes * sum(map(bool, self._in_use))
+
+    @property
+    def for_kernels(self) -> Slabs:
+        """The slabs, as gptk's kernels for CPUs take them. There is one."""
+        if self._for_kernels is None:
+            self._for_kernels = slabs_of(self._slabs)
+        return self._for_kernels
 
     @property
     def sample(self) -> Tensor:
@@ -279,6 +289,7 @@ class BlockPool:
         self._slabs[slab] = memory
         addresses = [0 if slab is None else slab.data_ptr() for slab in self._slabs]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self._for_kernels = None
         self.taken = self.slab_bytes * sum(slab is not None for slab in self._slabs)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.kernels.walk import Layer, Matrix, Model, Norm
+from gptk.kernels.structures import Matrix, Norm
+from gptk.kernels.walk import matrix_in_panels, model_of, norm_of, quantized_matrix
 from gptk.model.attributes import are_found_directly, changes
 from gptk.model.gpt import GPT, MLP, Attention, Block, LayerNorm, RMSNorm
 from gptk.model.linear import Linear
@@ -36,19 +37,23 @@ class Plan:
         self._hooks: list[dict[int, Callable[..., Any]]] = []
         config = model.config
         self._dtype = model.dtype
-        _require(config.head_dim in kernels.HEAD_DIMS and config.width % 16 == 0)
-        _require(config.n_heads // config.n_kv_heads <= kernels.FEW_QUERIES)
-        _require(config.mlp in ("swiglu", "gelu-tanh") and config.mlp_width % 16 == 0)
+        _require(config.mlp in ("swiglu", "gelu-tanh"))
         # Not watched itself: no pass calls its `forward`, and what it holds may hold the model.
         _require(type(model) is GPT and are_found_directly(model))
         self._watch(model.blocks, nn.ModuleList)
-        count = len(model.blocks)
-        self._layers = (Layer * count)(*(self._layer(block) for block in model.blocks))
-        self.model = Model(
-            *(self._dtype == torch.bfloat16, config.mlp == "swiglu", count),
-            *(config.width, config.n_heads, config.n_kv_heads, config.head_dim),
-            *(self._layers, self._norm(model.norm)),
-        )
+        try:
+            self.model = model_of(
+                self._dtype,
+                [self._layer(block) for block in model.blocks],
+                self._norm(model.norm),
+                is_swiglu=config.mlp == "swiglu",
+                width=config.width,
+                heads=config.n_heads,
+                kv_heads=config.n_kv_heads,
+                head_size=config.head_dim,
+            )
+        except ValueError as error:
+            raise NoPlanError from error
 
     @property
     def holds(self) -> bool:
@@ -60,12 +65,12 @@ class Plan:
             and all(tensor.data_ptr() == address for tensor, address in self._parameters)
         )
 
-    def _layer(self, block: Any) -> Layer:
+    def _layer(self, block: Any) -> tuple[Norm | Matrix, ...]:
         self._watch(block, Block)
         self._watch(block.attn, Attention)
         self._watch(block.mlp, MLP)
         attention = block.attn
-        return Layer(
+        return (
             *(self._norm(block.attn_norm), self._norm(attention.q_norm)),
             *(self._norm(attention.k_norm), self._norm(block.mlp_norm)),
             *(self._matrix(attention.qkv), self._matrix(attention.out)),
@@ -76,36 +81,30 @@ class Plan:
         if norm is None:
             return Norm()
         self._watch(norm, RMSNorm, LayerNorm)
+        assert isinstance(norm, RMSNorm | LayerNorm)
+        weight, bias = self._parameter(norm, "weight"), self._parameter(norm, "bias")
+        _require(weight is not None)
+        assert weight is not None
         eps = torch.finfo(self._dtype).eps if norm.eps is None else norm.eps
-        bias = norm._parameters.get("bias")
-        return Norm(
-            isinstance(norm, LayerNorm),
-            self._parameter(norm, "weight"),
-            None if bias is None else self._parameter(norm, "bias"),
-            eps,
-        )
+        return norm_of(self._dtype, weight, bias, eps, is_layer_norm=isinstance(norm, LayerNorm))
 
     def _matrix(self, linear: nn.Module) -> Matrix:
         self._watch(linear, Linear)
         assert isinstance(linear, Linear)
-        packed = linear.in_use
+        packed, bias = linear.in_use, self._parameter(linear, "bias")
+        outputs, inputs = linear.out_features, linear.in_features
         if isinstance(packed, Panels):
-            _require(packed.numbers.dtype is self._dtype)
-            bits, weights = 0, packed.numbers
-        else:
-            _require(isinstance(packed, KernelGroups))
-            assert isinstance(packed, KernelGroups)
-            bits, weights = packed.bits, packed.weights
-        bias = None if linear.bias is None else self._parameter(linear, "bias")
-        return Matrix(bits, weights.data_ptr(), bias, linear.in_features, linear.out_features)
+            return matrix_in_panels(self._dtype, packed.numbers, outputs, bias)
+        _require(isinstance(packed, KernelGroups))
+        assert isinstance(packed, KernelGroups)
+        return quantized_matrix(self._dtype, packed.weights, packed.bits, outputs, inputs, bias)
 
-    def _parameter(self, module: nn.Module, name: str) -> int:
-        """The address of a parameter."""
+    def _parameter(self, module: nn.Module, name: str) -> Tensor | None:
+        """A parameter, if there is one; the plan holds as long as its address is the same."""
         tensor = module._parameters.get(name)
-        _require(tensor is not None and tensor.is_contiguous() and tensor.dtype is self._dtype)
-        assert tensor is not None
-        self._parameters.append((tensor, tensor.data_ptr()))
-        return self._parameters[-1][1]
+        if tensor is not None:
+            self._parameters.append((tensor, tensor.data_ptr()))
+        return tensor
 
     def _watch(self, module: nn.Module, *types: type[nn.Module]) -> None:
         """The module does what its class says, and tells of changes."""

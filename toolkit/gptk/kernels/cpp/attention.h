@@ -22,6 +22,9 @@ constexpr int TOGETHER = SUMS < 16     ? 1
                          : vectors % 4 ? 2
                                        : 4;
 
+// What scores of heads of that size are multiplied by.
+inline float scale_of(int64_t size) { return (float)(1 / std::sqrt((double)size)); }
+
 // --- Over a cache ---
 
 // What a query gets from a chunk of keys: the highest score and, of the weights exp(score -

@@ -21,6 +21,22 @@ struct Sequence {
   int64_t chunks() const { return (past + count + CHUNK - 1) / CHUNK; }
 };
 
+// Where the tokens of a pass go, see gptk_attend_blocks: sequences (count, 4), tables (entries),
+// slabs (slab_count).
+struct Places {
+  const int64_t* sequences;
+  int64_t count;
+  const int32_t* tables;
+  int64_t entries;
+  const int64_t* slabs;
+  int64_t slab_count, slab_bits;
+
+  int64_t blocks() const { return slab_count << slab_bits; }
+  bool has(int32_t block) const {
+    return 0 <= block && block < blocks() && slabs[block >> slab_bits];
+  }
+};
+
 // Keys and values of one layer. Memory is in slabs of 2^slab_bits blocks. A block has for each key
 // head the keys and values of CHUNK tokens in lanes of 32 bits, which hold one float32 number, or
 // two bfloat16 numbers: keys (size / numbers in a lane, tokens), a lane's numbers being of one
@@ -193,34 +209,64 @@ class BlockPlan {
   std::vector<Tile> tiles, long_tiles;
   int64_t heads, kv_heads, group, partials = 0, tasks = 0;
 
-  // sequences: (count, 4), see gptk_attend_blocks. Each new token is in one of them.
-  BlockPlan(const int64_t* numbers, const int32_t* tables, int64_t tokens, int64_t count,
-            int64_t heads, int64_t kv_heads)
-      : sequences(count),
-        places(tokens),
+  // Throws a Status if a number is out of range.
+  BlockPlan(const Places& given, int64_t tokens, int64_t heads, int64_t kv_heads)
+      : sequences(given.count),
+        places(tokens, {-1, 0, false}),
         heads(heads),
         kv_heads(kv_heads),
         group(heads / kv_heads) {
-    const int64_t rows_together = std::max<int64_t>(1, MAX_QUERIES / group);
+    const int64_t* numbers = given.sequences;
+    int64_t placed = 0;
     for (Sequence& sequence : sequences) {
-      sequence = {numbers[0], numbers[1], numbers[2], tables + numbers[3]};
+      const int64_t first = numbers[0], count = numbers[1], past = numbers[2], from = numbers[3];
       numbers += 4;
-      for (int64_t i = 0; i < sequence.count; i++) {
-        const int64_t position = sequence.past + i;
-        places[sequence.first + i] = {sequence.table[position / CHUNK], int32_t(position % CHUNK),
-                                      i + 1 == sequence.count};
+      require(0 <= first && first <= tokens && 0 <= count && count <= tokens - first && 0 <= from &&
+                  from <= given.entries && 0 <= past &&
+                  past <= (given.entries - from) * CHUNK - count,
+              BAD_SEQUENCES);
+      sequence = {first, count, past, given.tables + from};
+      for (int64_t i = 0; i < sequence.chunks(); i++)
+        require(given.has(sequence.table[i]), BAD_TABLES);
+      for (int64_t i = 0; i < count; i++) {
+        require(places[first + i].block < 0, BAD_SEQUENCES);
+        places[first + i] = {sequence.table[(past + i) / CHUNK], int32_t((past + i) % CHUNK),
+                             i + 1 == count};
       }
-      const bool is_long = sequence.count * group > MAX_QUERIES;
-      const int64_t step = is_long ? CHUNK : rows_together;
-      for (int64_t start = 0; start < sequence.count; start += step) {
-        const int64_t rows = std::min(step, sequence.count - start);
-        const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK;
-        (is_long ? long_tiles : tiles).push_back({&sequence, start, rows, chunks, partials, tasks});
-        if (is_long) continue;
-        partials += kv_heads * chunks * group * rows;
-        tasks += kv_heads * chunks;
-      }
+      placed += count;
+      divide(sequence);
     }
+    require(placed == tokens, BAD_SEQUENCES);
+    require_writers_alone(given);
+  }
+
+ private:
+  void divide(const Sequence& sequence) {
+    const int64_t rows_together = std::max<int64_t>(1, MAX_QUERIES / group);
+    const bool is_long = sequence.count * group > MAX_QUERIES;
+    const int64_t step = is_long ? CHUNK : rows_together;
+    for (int64_t start = 0; start < sequence.count; start += step) {
+      const int64_t rows = std::min(step, sequence.count - start);
+      const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK;
+      (is_long ? long_tiles : tiles).push_back({&sequence, start, rows, chunks, partials, tasks});
+      if (is_long) continue;
+      partials += kv_heads * chunks * group * rows;
+      tasks += kv_heads * chunks;
+    }
+  }
+
+  // Throws BAD_TABLES if a block that a sequence writes to is once more in a table. Any may read
+  // the others.
+  void require_writers_alone(const Places& given) const {
+    std::vector<bool> written(given.blocks());
+    for (const Sequence& sequence : sequences)
+      for (int64_t i = sequence.past / CHUNK; sequence.count && i < sequence.chunks(); i++) {
+        require(!written[sequence.table[i]], BAD_TABLES);
+        written[sequence.table[i]] = true;
+      }
+    for (const Sequence& sequence : sequences)
+      for (int64_t i = 0; i < sequence.past / CHUNK; i++)
+        require(!written[sequence.table[i]], BAD_TABLES);
   }
 };
 

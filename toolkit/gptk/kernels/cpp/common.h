@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 
 #include "openmp.h"
@@ -30,31 +31,39 @@ namespace {
 
 constexpr int64_t PARALLEL_FROM = 1 << 15;  // numbers; with fewer a second thread does not pay
 
-// What an exported function returns; Python raises an exception for all but OK.
-enum Status : int32_t { OK = 0, OUT_OF_MEMORY = 1, BAD_VALUE = 2, NO_DATA = 3 };
-
-// The memory of a tensor: where it is, and how many numbers a kernel reads or writes. PyTorch's
-// tensors without data, such as those of a tracer, have null pointers.
-struct Numbers {
-  const void* data;
-  int64_t count;
+// What an exported function returns; Python raises an exception for all but OK, see
+// kernels/door.py.
+enum Status : int32_t {
+  OK = 0,
+  OUT_OF_MEMORY = 1,
+  // An argument with a number out of range.
+  BAD_CODES = 2,
+  BAD_TARGETS = 3,
+  BAD_SEQUENCES = 4,
+  BAD_TABLES = 5,
+  BAD_POSITIONS = 6,
+  BAD_WANTED = 7,
+  BAD_KEPT = 8,
 };
 
-// Runs a kernel, which returns nothing or a Status, on these numbers. Kernels take memory outside
-// of parallel regions only: an exception that leaves one ends the process.
+// Throws what `status_of` returns unless a condition holds.
+inline void require(bool condition, Status otherwise) {
+  if (!condition) throw otherwise;
+}
+
+// Runs a kernel. Kernels take memory, and throw, outside of parallel regions only: an exception
+// that leaves one ends the process.
 template <typename Run>
-int32_t status_of(std::initializer_list<Numbers> tensors, const Run& run) {
-  for (const Numbers& numbers : tensors)
-    if (numbers.count > 0 && !numbers.data) return NO_DATA;
+int32_t status_of(const Run& run) {
   try {
-    if constexpr (std::is_void<decltype(run())>::value) {
-      run();
-      return OK;
-    } else {
-      return run();
-    }
+    run();
+    return OK;
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
+  } catch (const std::length_error&) {  // of a std::vector
+    return OUT_OF_MEMORY;
+  } catch (Status status) {
+    return status;
   }
 }
 

@@ -1,5 +1,5 @@
 // The exported functions of all kernels except attention, which kernels/build.py compiles and
-// loads. They return a Status. Whoever calls them has checked dtypes and shapes.
+// loads. They return a Status. kernels/door.py has checked dtypes, shapes and addresses.
 //
 // is_bfloat16: matrices passed as void* are bfloat16; else they are float32.
 
@@ -14,10 +14,10 @@ extern "C" {
 // y (rows, outputs) = x (rows, inputs) times quantized weights, as gptk_pack lays them out, plus
 // the bias (outputs) unless it is null. x is rounded to 15 bits and a sign in each group of 32
 // inputs. bits: 4 or 8.
-int32_t gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const void* weights,
+int32_t gptk_quantized_linear(int64_t is_bfloat16, int64_t bits, const void* x, const void* weights,
                               const void* bias, void* y, int64_t rows, int64_t inputs,
                               int64_t outputs) {
-  return status_of({{x, rows * inputs}, {weights, outputs * inputs}, {y, rows * outputs}}, [&] {
+  return status_of([&] {
     DISPATCH_DTYPE(is_bfloat16, {
       const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
       run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
@@ -27,23 +27,19 @@ int32_t gptk_quantized_linear(int is_bfloat16, int bits, const void* x, const vo
 
 // Lays quantized weights out for gptk_quantized_linear. codes: (outputs, inputs), a code in a byte;
 // scale, offset: (outputs, groups of 32 inputs); weights: the result, see `pack`. bits: 4 or 8.
-int32_t gptk_pack(int bits, const void* codes, const float* scale, const float* offset,
+int32_t gptk_pack(int64_t bits, const void* codes, const float* scale, const float* offset,
                   void* weights, int64_t outputs, int64_t inputs) {
-  return status_of({{codes, outputs * inputs},
-                    {scale, outputs * inputs},
-                    {offset, outputs * inputs},
-                    {weights, outputs * inputs}},
-                   [&] {
-                     return (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset,
-                                                            (uint8_t*)weights, outputs, inputs);
-                   });
+  return status_of([&] {
+    (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)weights,
+                                    outputs, inputs);
+  });
 }
 
 // The same from the blocks of a GGUF file. format: a Format, see stored.h; rows: where the blocks
 // of each output begin.
-int32_t gptk_pack_stored(int32_t format, const uint8_t* const* rows, void* weights, int64_t outputs,
+int32_t gptk_pack_stored(int64_t format, const uint8_t* const* rows, void* weights, int64_t outputs,
                          int64_t inputs) {
-  return status_of({{rows, outputs}, {weights, outputs * inputs}}, [&] {
+  return status_of([&] {
     const auto run = format == 0   ? pack_stored<Format::Q4_0>
                      : format == 1 ? pack_stored<Format::Q4_1>
                                    : pack_stored<Format::Q8_0>;
@@ -52,17 +48,17 @@ int32_t gptk_pack_stored(int32_t format, const uint8_t* const* rows, void* weigh
 }
 
 // y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
-int32_t gptk_dequantize(int is_bfloat16, const void* codes, const float* scale, const float* offset,
-                        void* y, int64_t groups) {
-  return status_of({{codes, groups}, {scale, groups}, {offset, groups}, {y, groups}}, [&] {
+int32_t gptk_dequantize(int64_t is_bfloat16, const void* codes, const float* scale,
+                        const float* offset, void* y, int64_t groups) {
+  return status_of([&] {
     DISPATCH_DTYPE(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
   });
 }
 
 // y (outputs, inputs) = the dequantized weights of a matrix that gptk_pack laid out.
-int32_t gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, void* y,
+int32_t gptk_dequantize_packed(int64_t is_bfloat16, int64_t bits, const void* weights, void* y,
                                int64_t inputs, int64_t outputs) {
-  return status_of({{weights, outputs * inputs}, {y, outputs * inputs}}, [&] {
+  return status_of([&] {
     DISPATCH_DTYPE(is_bfloat16, {
       const auto run = bits == 4 ? dequantize_packed<4, T> : dequantize_packed<8, T>;
       run((const uint8_t*)weights, (T*)y, inputs, outputs);
@@ -78,11 +74,12 @@ int32_t gptk_dequantize_packed(int is_bfloat16, int bits, const void* weights, v
 // column-major, and a_stride leads to the next column. b_contiguous_in_depth: b is column-major,
 // and b_stride leads to the next column; else it is row-major, and b_stride leads to the next row.
 // y is row-major, a row every y_stride numbers.
-int32_t gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth, int b_is_bfloat16,
-                     const void* b, int64_t b_stride, int b_contiguous_in_depth, int y_is_bfloat16,
-                     void* y, int64_t y_stride, const float* bias, int add, int64_t rows,
+int32_t gptk_product(const void* a, int64_t a_stride, int64_t a_contiguous_in_depth,
+                     int64_t b_is_bfloat16, const void* b, int64_t b_stride,
+                     int64_t b_contiguous_in_depth, int64_t y_is_bfloat16, void* y,
+                     int64_t y_stride, const float* bias, int64_t add, int64_t rows,
                      int64_t columns, int64_t depth) {
-  return status_of({{a, rows * depth}, {b, depth * columns}, {y, rows * columns}}, [&] {
+  return status_of([&] {
     const Operand<uint16_t> left{(const uint16_t*)a, a_stride, rows, a_contiguous_in_depth != 0};
     DISPATCH_DTYPE(b_is_bfloat16, {
       const Operand<T> right{(const T*)b, b_stride, columns, b_contiguous_in_depth != 0};
@@ -96,31 +93,32 @@ int32_t gptk_product(const void* a, int64_t a_stride, int a_contiguous_in_depth,
 
 // y = x / √(mean x² + eps) · weight for each row. x, y: (rows, size); weight: (size). size: a
 // multiple of 16.
-int32_t gptk_rms_norm(int is_bfloat16, const void* x, const void* weight, float eps, void* y,
+int32_t gptk_rms_norm(int64_t is_bfloat16, const void* x, const void* weight, double eps, void* y,
                       int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {weight, size}, {y, rows * size}}, [&] {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
-      DISPATCH_DTYPE(is_bfloat16, rms_norm_row((const T*)x + row * size, (const T*)weight, eps,
-                                               (T*)y + row * size, size));
+      DISPATCH_DTYPE(is_bfloat16, rms_norm_row((const T*)x + row * size, (const T*)weight,
+                                               (float)eps, (T*)y + row * size, size));
   });
 }
 
 // y = (x - mean x) / √(mean (x - mean x)² + eps) · weight for each row, plus the bias (size) unless
 // it is null. x, y: (rows, size); weight: (size).
-int32_t gptk_layer_norm(int is_bfloat16, const void* x, const void* weight, const void* bias,
-                        float eps, void* y, int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {weight, size}, {y, rows * size}}, [&] {
+int32_t gptk_layer_norm(int64_t is_bfloat16, const void* x, const void* weight, const void* bias,
+                        double eps, void* y, int64_t rows, int64_t size) {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
-      DISPATCH_DTYPE(is_bfloat16, layer_norm_row((const T*)x + row * size, (const T*)weight,
-                                                 (const T*)bias, eps, (T*)y + row * size, size));
+      DISPATCH_DTYPE(is_bfloat16,
+                     layer_norm_row((const T*)x + row * size, (const T*)weight, (const T*)bias,
+                                    (float)eps, (T*)y + row * size, size));
   });
 }
 
 // y (rows, size) = silu(x[:, :size]) · x[:, size:]. size: a multiple of 16.
-int32_t gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {y, rows * size}}, [&] {
+int32_t gptk_swiglu(int64_t is_bfloat16, const void* x, void* y, int64_t rows, int64_t size) {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
       DISPATCH_DTYPE(is_bfloat16, {
@@ -133,8 +131,8 @@ int32_t gptk_swiglu(int is_bfloat16, const void* x, void* y, int64_t rows, int64
 constexpr int64_t GELU_PART = 4096;  // numbers that a thread takes at a time
 
 // y (size) = gelu(x); or, unless dy is null, the gradient of x from dy, that of gelu(x).
-int32_t gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
-  return status_of({{x, size}, {y, size}}, [&] {
+int32_t gptk_gelu(int64_t is_bfloat16, const void* x, const void* dy, void* y, int64_t size) {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (size > PARALLEL_FROM)
     for (int64_t i = 0; i < size; i += GELU_PART)
       DISPATCH_DTYPE(is_bfloat16, {
@@ -147,34 +145,30 @@ int32_t gptk_gelu(int is_bfloat16, const void* x, const void* dy, void* y, int64
 
 // Rotary position embedding of x (heads, size) into y, see `rotate_head`. cosines, sines: (angles,
 // size); head i takes those of i % angles. size: a multiple of 32.
-int32_t gptk_rotate(int is_bfloat16, const void* x, const void* cosines, const void* sines, void* y,
-                    int64_t heads, int64_t angles, int64_t size) {
-  return status_of(
-      {{x, heads * size}, {cosines, angles * size}, {sines, angles * size}, {y, heads * size}},
-      [&] {
+int32_t gptk_rotate(int64_t is_bfloat16, const void* x, const void* cosines, const void* sines,
+                    void* y, int64_t heads, int64_t angles, int64_t size) {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (heads * size > PARALLEL_FROM)
-        for (int64_t head = 0; head < heads; head++) {
-          const int64_t angle = head % angles * size;
-          DISPATCH_DTYPE(is_bfloat16,
-                         rotate_head((const T*)x + head * size, (const T*)cosines + angle,
-                                     (const T*)sines + angle, (T*)y + head * size, size));
-        }
-      });
+    for (int64_t head = 0; head < heads; head++) {
+      const int64_t angle = head % angles * size;
+      DISPATCH_DTYPE(is_bfloat16, rotate_head((const T*)x + head * size, (const T*)cosines + angle,
+                                              (const T*)sines + angle, (T*)y + head * size, size));
+    }
+  });
 }
 
 // y (count): exponential noise for tokens (count), by keys (count, 2), or all by one key (2) unless
 // key_of_each.
-int32_t gptk_exponential(const int32_t* keys, int key_of_each, const int32_t* tokens, float* y,
+int32_t gptk_exponential(const int32_t* keys, int64_t key_of_each, const int32_t* tokens, float* y,
                          int64_t count) {
-  return status_of({{keys, count}, {tokens, count}, {y, count}},
-                   [&] { exponential(keys, key_of_each, tokens, y, count); });
+  return status_of([&] { exponential(keys, key_of_each, tokens, y, count); });
 }
 
 // For each row of x (rows, size): the highest number, the sum of the weights exp(x - highest), and
 // the sum of weight · (x - highest).
 int32_t gptk_softmax_sums(const float* x, float* highest, float* weight, float* weighted,
                           int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {highest, rows}, {weight, rows}, {weighted, rows}}, [&] {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++) {
       const SoftmaxSums sums(x + row * size, size);
@@ -189,7 +183,7 @@ int32_t gptk_softmax_sums(const float* x, float* highest, float* weight, float* 
 // falling keys, reach the probability p.
 int32_t gptk_last_key(const float* keys, const float* logits, double p, float* y, int64_t rows,
                       int64_t size) {
-  return status_of({{keys, rows * size}, {logits, rows * size}, {y, rows}}, [&] {
+  return status_of([&] {
     const bool parallel = rows * size > PARALLEL_FROM;
     const Memory<WeightedKey> scratch(size * (parallel ? omp_get_max_threads() : 1));
 #pragma omp parallel for schedule(static) if (parallel)
@@ -203,7 +197,7 @@ int32_t gptk_last_key(const float* keys, const float* logits, double p, float* y
 // size); least: (rows).
 int32_t gptk_keep_from(const float* x, const float* least, const float* keys, float* y,
                        int64_t rows, int64_t size) {
-  return status_of({{x, rows * size}, {least, rows}, {keys, rows * size}, {y, rows * size}}, [&] {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
       for (int64_t i = row * size; i < (row + 1) * size; i++)
@@ -215,7 +209,7 @@ int32_t gptk_keep_from(const float* x, const float* least, const float* keys, fl
 // found (rows): 0 for a row with a NaN, else 1.
 int32_t gptk_top(const float* x, float* values, int64_t* tokens, int32_t* found, int64_t rows,
                  int64_t size, int64_t k) {
-  return status_of({{x, rows * size}, {values, rows * k}, {tokens, rows * k}, {found, rows}}, [&] {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
       found[row] = top(x + row * size, size, k, values + row * k, tokens + row * k);
@@ -226,7 +220,7 @@ int32_t gptk_top(const float* x, float* values, int64_t* tokens, int32_t* found,
 // softmax(logits) by the row's key, keys (rows, 2); logprobs (rows): its log-probability.
 int32_t gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, float* logprobs,
                   int64_t rows, int64_t size) {
-  return status_of({{logits, rows * size}, {keys, rows}, {tokens, rows}, {logprobs, rows}}, [&] {
+  return status_of([&] {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
     for (int64_t row = 0; row < rows; row++)
       logprobs[row] = draw(logits + row * size, size, keys + 2 * row, tokens + row);
@@ -234,24 +228,24 @@ int32_t gptk_draw(const float* logits, const int32_t* keys, int64_t* tokens, flo
 }
 
 // y (columns) = the sums of the columns of x (rows, columns), float32.
-int32_t gptk_column_sums(int is_bfloat16, const void* x, float* y, int64_t rows, int64_t columns) {
-  return status_of({{x, rows * columns}, {y, columns}}, [&] {
-    DISPATCH_DTYPE(is_bfloat16, column_sums((const T*)x, y, rows, columns));
-  });
+int32_t gptk_column_sums(int64_t is_bfloat16, const void* x, float* y, int64_t rows,
+                         int64_t columns) {
+  return status_of(
+      [&] { DISPATCH_DTYPE(is_bfloat16, column_sums((const T*)x, y, rows, columns)); });
 }
 
 // losses (rows) = -log softmax(logits)[target] for each row of logits (rows, size), a row every
 // `stride` numbers; and, unless scale is 0, logits = scale · (softmax(logits) - 1 at the target).
-int32_t gptk_cross_entropy(int is_bfloat16, void* logits, const int64_t* targets, float* losses,
-                           float scale, int64_t rows, int64_t size, int64_t stride) {
-  return status_of({{logits, rows * size}, {targets, rows}, {losses, rows}}, [&] {
+int32_t gptk_cross_entropy(int64_t is_bfloat16, void* logits, const int64_t* targets, float* losses,
+                           double scale, int64_t rows, int64_t size, int64_t stride) {
+  return status_of([&] {
     DISPATCH_DTYPE(is_bfloat16,
-                   return cross_entropy((T*)logits, targets, losses, scale, rows, size, stride));
+                   cross_entropy((T*)logits, targets, losses, (float)scale, rows, size, stride));
   });
 }
 
 // y (count): the first numbers of a random permutation of 0 to size - 1.
 int32_t gptk_permutation(int64_t seed, int64_t size, int64_t count, int32_t* y) {
-  return status_of({{y, count}}, [&] { permutation((uint32_t)seed, size, count, y); });
+  return status_of([&] { permutation((uint32_t)seed, size, count, y); });
 }
 }

@@ -101,13 +101,13 @@ void column_sums(const T* x, float* y, int64_t rows, int64_t columns) {
 
 // losses (rows) = -log softmax(x)[target] for each row of logits x (rows, size), a row every
 // `stride` numbers; and, unless scale is 0, x = scale · (softmax(x) - 1 at the target), the
-// gradient of scale · loss. Losses and sums are float32. Returns BAD_VALUE, and does nothing, if a
+// gradient of scale · loss. Losses and sums are float32. Throws BAD_TARGETS, and does nothing, if a
 // target is not in a row.
 template <typename T>
-Status cross_entropy(T* x, const int64_t* targets, float* losses, float scale, int64_t rows,
-                     int64_t size, int64_t stride) {
+void cross_entropy(T* x, const int64_t* targets, float* losses, float scale, int64_t rows,
+                   int64_t size, int64_t stride) {
   for (int64_t row = 0; row < rows; row++)
-    if (targets[row] < 0 || targets[row] >= size) return BAD_VALUE;
+    require(0 <= targets[row] && targets[row] < size, BAD_TARGETS);
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL_FROM)
   for (int64_t row = 0; row < rows; row++) {
     T* const logits = x + row * stride;
@@ -137,7 +137,6 @@ Status cross_entropy(T* x, const int64_t* targets, float* losses, float scale, i
     const Floats gradient = broadcast(scale * (probability - 1));
     store_first(logits + targets[row], 1, gradient);
   }
-  return OK;
 }
 
 }  // namespace

@@ -131,8 +131,8 @@ void linear_in_panels(const T* x, int64_t rows, const Panels<T>& weights, Y* y) 
 // A panel = weights (count, inputs) of up to 16 outputs, or the other way round. Their numbers of
 // 32 bits are transposed.
 template <bool PACK, typename T>
-void convert_panel(std::conditional_t<PACK, const T, T>* weights, int32_t* panel, int64_t count,
-                   int64_t inputs) {
+void convert_panel(T* weights, std::conditional_t<PACK, int32_t, const int32_t>* panel,
+                   int64_t count, int64_t inputs) {
   const int64_t steps = inputs * sizeof(T) / 4;
   auto* rows = (std::conditional_t<PACK, const float, float>*)weights;  // only their bits matter
   for (int64_t step = 0; step < steps; step += 16) {
@@ -156,11 +156,12 @@ void convert_panel(std::conditional_t<PACK, const T, T>* weights, int32_t* panel
 
 // panels = weights (outputs, inputs), or the other way round.
 template <bool PACK, typename T>
-void convert_panels(T* weights, int32_t* panels, int64_t outputs, int64_t inputs) {
+void convert_panels(T* weights, std::conditional_t<PACK, int32_t, const int32_t>* panels,
+                    int64_t outputs, int64_t inputs) {
 #pragma omp parallel for schedule(static)
   for (int64_t first = 0; first < outputs; first += PANEL)
-    convert_panel<PACK, T>(weights + first * inputs, panels + first * inputs * sizeof(T) / 4,
-                           std::min(PANEL, outputs - first), inputs);
+    convert_panel<PACK>(weights + first * inputs, panels + first * inputs * sizeof(T) / 4,
+                        std::min(PANEL, outputs - first), inputs);
 }
 
 // y (rows, outputs) = x (rows, inputs) times weights (outputs, inputs), plus the bias (outputs)
@@ -178,8 +179,8 @@ void linear(const T* x, const T* weights, const T* bias, T* y, int64_t rows, int
     for (int64_t first = from * tile; first < std::min(to * tile, outputs); first += tile) {
       const int64_t count = std::min(tile, outputs - first);
       for (int64_t output = 0; output < count; output += PANEL)
-        convert_panel<true, T>(weights + (first + output) * inputs, panels + output * steps,
-                               std::min(PANEL, count - output), inputs);
+        convert_panel<true>(weights + (first + output) * inputs, panels + output * steps,
+                            std::min(PANEL, count - output), inputs);
       const Panels<T> here{panels, bias ? bias + first : nullptr, inputs, count};
       multiply_panels(x, rows, here, 0, here.count(),
                       [&](int64_t row, int64_t output, Floats sums) {

@@ -183,11 +183,11 @@ void quantized_linear(const T* x, const uint8_t* weights, const T* bias, T* y, i
 // y: (blocks, groups), each of `group_bytes`: the scales and the offsets of a group for the block's
 // 16 outputs in float16, then the codes of inputs 0 to 3 for each of the 16 outputs, 64 bytes,
 // those of inputs 4 to 7, and so on. With 4 bits, the low nibbles of these bytes are inputs 0 to 15
-// of the group, the high nibbles 16 to 31. Outputs that the last block lacks are zeros. Returns
-// BAD_VALUE if a code has more bits.
+// of the group, the high nibbles 16 to 31. Outputs that the last block lacks are zeros. Throws
+// BAD_CODES if a code has more bits.
 template <int bits>
-Status pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
-            int64_t outputs, int64_t inputs) {
+void pack(const uint8_t* codes, const float* scale, const float* offset, uint8_t* y,
+          int64_t outputs, int64_t inputs) {
   const int64_t groups = inputs / GROUP;
   uint32_t used = 0;  // the bits that are set in any of four codes
 #pragma omp parallel for schedule(static) reduction(| : used)
@@ -216,7 +216,7 @@ Status pack(const uint8_t* codes, const float* scale, const float* offset, uint8
         store_bits(packed + 64 + 64 * i, line);
       }
     }
-  return bits == 4 && (used & 0xf0f0f0f0) ? BAD_VALUE : OK;
+  require(bits == 8 || !(used & 0xf0f0f0f0), BAD_CODES);
 }
 
 // y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).

@@ -12,13 +12,14 @@
 
 namespace {
 
-// What follows is filled by Python: kernels/walk.py, which has the same structures.
+// A model is filled by Python: kernels/structures.py has the same structures.
 
 // A normalization of `size` numbers; without a weight there is none.
 struct Norm {
   int64_t is_layer_norm;  // else RMS norm
   const void *weight, *bias;
   double eps;
+  int64_t size;
 };
 
 // A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones, see products.h.
@@ -40,35 +41,41 @@ struct Model {
   Norm norm;
 };
 
+// See gptk_walk.
 struct Pass {
   int64_t tokens;
-  void* x;  // (tokens, width): the embeddings, overwritten
-  // (positions, head_size) each, as `rotate` takes them, and which of them each token has; or null.
-  const void *cosines, *sines;
+  void* x;
+  const void* table;
+  int64_t angles;
   const int64_t* positions;
-  // See gptk_attend_blocks. A layer's keys take `half` numbers of a slab, and so do its values.
-  const int64_t* sequences;
-  const int32_t* tables;
-  const int64_t* slabs;
-  int64_t count, slab_bits, half;
-  // The tokens whose states are asked of, in ascending order; a count of -1: all.
+  Places places;
+  int64_t half;
   const int64_t* wanted;
   int64_t wanted_count;
-  // Layers whose states are asked of, too, in ascending order; 0: the embeddings.
   const int64_t* kept;
   int64_t kept_count;
-  void* states;  // (tokens asked of, 1 + kept, width): the normalized last states, then these
+  void* states;
 
   bool wants_some() const { return wanted_count >= 0; }
+
+  // Throws a Status if a number is out of range.
+  void check(const Model& model) const {
+    for (int64_t i = 0; angles && i < tokens; i++)
+      require(0 <= positions[i] && positions[i] < angles, BAD_POSITIONS);
+    for (int64_t i = 0; i < wanted_count; i++)
+      require((i ? wanted[i - 1] + 1 : 0) <= wanted[i] && wanted[i] < tokens, BAD_WANTED);
+    for (int64_t i = 0; i < kept_count; i++)
+      require((i ? kept[i - 1] + 1 : 0) <= kept[i] && kept[i] <= model.layers, BAD_KEPT);
+  }
 };
 
 template <typename T>
-void normalize(const Norm& norm, const T* x, T* y, int64_t size) {
+void normalize(const Norm& norm, const T* x, T* y) {
   const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
   if (norm.is_layer_norm)
-    layer_norm_row(x, weight, bias, (float)norm.eps, y, size);
+    layer_norm_row(x, weight, bias, (float)norm.eps, y, norm.size);
   else
-    rms_norm_row(x, weight, (float)norm.eps, y, size);
+    rms_norm_row(x, weight, (float)norm.eps, y, norm.size);
 }
 
 // Rows of activations as a matrix takes them: plain, or quantized.
@@ -89,7 +96,7 @@ class Walk {
   Walk(const Model& model, const Pass& pass)
       : model(model),
         pass(pass),
-        plan(pass.sequences, pass.tables, pass.tokens, pass.count, model.heads, model.kv_heads),
+        plan(pass.places, pass.tokens, model.heads, model.kv_heads),
         size(model.head_size),
         x((T*)pass.x) {
     const int64_t heads = model.heads + 2 * model.kv_heads, tokens = pass.tokens;
@@ -156,7 +163,7 @@ class Walk {
     const auto [from, to] = share_of_thread(rows);
     for (int64_t row = from; row < to; row++)
       normalize(model.norm, rows_x + row * model.width,
-                (T*)pass.states + row * (1 + pass.kept_count) * model.width, model.width);
+                (T*)pass.states + row * (1 + pass.kept_count) * model.width);
   }
 
  private:
@@ -187,7 +194,7 @@ class Walk {
     if (!norm && !matrix.bits) return result;
     const auto [first, last] = by_each ? Range{0, rows} : share_of_thread(rows);
     for (int64_t row = first; row < last; row++) {
-      if (norm) normalize(*norm, from + row * inputs, to + row * inputs, inputs);
+      if (norm) normalize(*norm, from + row * inputs, to + row * inputs);
       if (matrix.bits)
         for (int64_t group = 0; group < inputs / GROUP; group++)
           result.quantized.quantize(result.x, row * (inputs / GROUP) + group);
@@ -231,22 +238,18 @@ class Walk {
                store_first(qkv + row * outputs + output, outputs - output, sums);
              });
     wait();
-    const Blocks<T> blocks{pass.slabs,
-                           pass.slab_bits,
-                           2 * index * pass.half,
-                           (2 * index + 1) * pass.half,
-                           model.kv_heads,
-                           size};
+    const Blocks<T> blocks{pass.places.slabs,     pass.places.slab_bits,
+                           2 * index * pass.half, (2 * index + 1) * pass.half,
+                           model.kv_heads,        size};
     const auto [from, to] = share_of_thread(pass.tokens);
     for (int64_t token = from; token < to; token++) {
       T* head = qkv + token * outputs;
       for (int64_t i = 0; i < model.heads + model.kv_heads; i++, head += size) {
         const Norm& norm = i < model.heads ? layer.query_norm : layer.key_norm;
-        if (norm.weight) normalize(norm, head, head, size);
-        if (pass.cosines) {
-          const int64_t angle = pass.positions[token] * size;
-          rotate_head(head, (const T*)pass.cosines + angle, (const T*)pass.sines + angle, head,
-                      size);
+        if (norm.weight) normalize(norm, head, head);
+        if (pass.angles) {
+          const T* cosines = (const T*)pass.table + pass.positions[token] * size;
+          rotate_head(head, cosines, cosines + pass.angles * size, head, size);
         }
       }
       store_token(plan, blocks, qkv, token);
@@ -307,6 +310,7 @@ class Walk {
 // Reads the tokens of a pass.
 template <typename T>
 void walk(const Model& model, const Pass& pass) {
+  pass.check(model);
   Walk<T> walk(model, pass);
 #pragma omp parallel
   walk.run();

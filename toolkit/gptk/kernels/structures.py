@@ -1,0 +1,212 @@
+"""What kernels get besides tensors and numbers: slabs of blocks, and the blocks of a GPT.
+
+They are made by `STRUCTURES`, which checks what they point to, once. Who has them made keeps alive
+the tensors that they point to.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptk.kernels.compiler import FEW_QUERIES
+from gptk.kernels.door import Door, Signature
+from gptk.kernels.parameters import INT64, UINT8, Dtype, Input, Int, Made, Real, Written
+
+HEADS = "head_dim in (32, 64, 96, 128)"
+PANELS = "outputs + -outputs % 16, inputs"
+ALIGNED = "panels.data_ptr() % 64 == 0"
+PACKED_BYTES = "(outputs + -outputs % 16) * (inputs // 32) * (4 + 4 * bits)"
+PACKED = (
+    "bits in (4, 8)",
+    "outputs >= 0",
+    "inputs >= 0",
+    "inputs % 32 == 0",
+    f"weights.numel() == {PACKED_BYTES}",
+)
+"""What quantized weights need, as `pack` lays them out."""
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_NORMS = ("attention_norm", "query_norm", "key_norm", "mlp_norm")
+_MATRICES = ("qkv", "out", "up", "down")
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """Memory for keys and values in blocks of 64 tokens."""
+
+    addresses: Tensor
+    """(slabs,) int64: where they are; 0 for those given back."""
+    dtype: torch.dtype
+    layers: int
+    bits: int
+    """A slab has 2 ** bits blocks."""
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def address(self) -> int:
+        return self.addresses.data_ptr()
+
+    @property
+    def count(self) -> int:
+        return self.addresses.shape[0]
+
+    @property
+    def half(self) -> int:
+        """Numbers of a slab that are the keys of a layer, or its values."""
+        return self.kv_heads * 64 * self.head_dim << self.bits
+
+
+@dataclass(frozen=True)
+class StoredAddresses:
+    """Where the blocks of a GGUF file's rows begin."""
+
+    addresses: Tensor
+    """(outputs,) int64."""
+    format: int
+    """As in cpp/stored.h."""
+    bits: int
+    groups: int
+
+    @property
+    def address(self) -> int:
+        return self.addresses.data_ptr()
+
+    @property
+    def outputs(self) -> int:
+        return self.addresses.shape[0]
+
+
+class Norm(ctypes.Structure):
+    """A normalization of `size` numbers; without a weight there is none."""
+
+    _fields_ = (
+        *(("is_layer_norm", _INT), ("weight", _POINTER), ("bias", _POINTER)),
+        *(("eps", ctypes.c_double), ("size", _INT)),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones."""
+
+    _fields_ = (
+        *(("bits", _INT), ("weights", _POINTER), ("bias", _POINTER)),
+        *(("inputs", _INT), ("outputs", _INT)),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A block of a GPT."""
+
+    _fields_ = (
+        *((name, Norm) for name in _NORMS),
+        *((name, Matrix) for name in _MATRICES),
+    )
+
+
+class Model(ctypes.Structure):
+    """The blocks of a GPT."""
+
+    _fields_ = (
+        *((name, _INT) for name in ("is_bfloat16", "is_swiglu", "layers", "width")),
+        *((name, _INT) for name in ("heads", "kv_heads", "head_size")),
+        *(("layer", ctypes.POINTER(Layer)), ("norm", Norm)),
+    )
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
+
+
+def _numbers(*numbers: int) -> tuple[int, ...]:
+    return numbers
+
+
+STRUCTURES = Door(
+    (
+        Signature(
+            "slab",
+            (Input("slab", "layers, 2, blocks, kv_heads, 64, head_dim", copied=False),),
+            "slab, slab.dtype, layers, blocks.bit_length() - 1, kv_heads, head_dim",
+            where=(HEADS, "layers > 0", "blocks > 0", "blocks & (blocks - 1) == 0", "kv_heads > 0"),
+            makes=_numbers,
+        ),
+        Signature(
+            "stored_rows",
+            (
+                Input("blocks", "rows, groups, size", (UINT8,), copied=False),
+                Input("order", "outputs", (INT64,), optional=True),
+                Int("size"),
+                Written("y", None, (UINT8,)),
+            ),
+            "blocks, rows, groups",
+            makes=_numbers,
+        ),
+        Signature(
+            "norm",
+            (
+                Dtype("dtype"),
+                Int("is_layer_norm"),
+                Input("weight", "size", "dtype", copied=False),
+                Input("bias", "size", "dtype", optional=True, copied=False),
+                Real("eps"),
+            ),
+            "is_layer_norm != 0, weight, bias, eps, size",
+            where=("size % 16 == 0 or is_layer_norm",),
+            makes=Norm,
+        ),
+        Signature(
+            "matrix_in_panels",
+            (
+                Dtype("dtype"),
+                Input("panels", PANELS, "dtype", copied=False),
+                Int("outputs"),
+                Input("bias", "outputs", "dtype", optional=True, copied=False),
+            ),
+            "0, panels, bias, inputs, outputs",
+            where=("outputs >= 0", "inputs % 2 == 0 or dtype is FLOAT32", ALIGNED),
+            makes=Matrix,
+        ),
+        Signature(
+            "quantized_matrix",
+            (
+                Dtype("dtype"),
+                Input("weights", None, (UINT8,), copied=False),
+                Int("bits"),
+                Int("outputs"),
+                Int("inputs"),
+                Input("bias", "outputs", "dtype", optional=True, copied=False),
+            ),
+            "bits, weights, bias, inputs, outputs",
+            where=PACKED,
+            makes=Matrix,
+        ),
+        Signature(
+            "layer",
+            (
+                *(Made(name, Norm) for name in _NORMS),
+                *(Made(name, Matrix) for name in _MATRICES),
+                *(Int(name) for name in ("is_swiglu", "width", "heads", "kv_heads", "head_size")),
+            ),
+            ", ".join(_NORMS + _MATRICES),
+            where=(
+                "width > 0 and width % 16 == 0",
+                "head_size in (32, 64, 96, 128)",
+                "kv_heads > 0 and heads > 0 and heads % kv_heads == 0",
+                f"heads <= {FEW_QUERIES} * kv_heads",
+                "attention_norm.size == mlp_norm.size == width",
+                "query_norm.size in (0, head_size)",
+                "key_norm.size in (0, head_size)",
+                "(qkv.inputs, qkv.outputs) == (width, (heads + 2 * kv_heads) * head_size)",
+                "(out.inputs, out.outputs) == (heads * head_size, width)",
+                "down.outputs == width",
+                "down.inputs > 0 and down.inputs % 16 == 0",
+                "(up.inputs, up.outputs) == (width, down.inputs * (2 if is_swiglu else 1))",
+            ),
+            makes=Layer,
+        ),
+    ),
+    lambda signature: signature.makes or tuple,
+)
