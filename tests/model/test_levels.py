@@ -60,7 +60,7 @@ def test_codes_beyond_their_bits_are_refused(either_kernels):
 
     if not kernels.available():
         pytest.skip("PyTorch's kernels take the low bits")
-    with pytest.raises(ValueError, match="a code beyond its bits"):
+    with pytest.raises(ValueError, match="a code has no more than `bits` bits"):
         pack(dataclasses.replace(GOOD, codes=CODES + 1))
 
 

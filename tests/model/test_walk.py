@@ -36,10 +36,10 @@ CONFIGS = {
         mlp="gelu-tanh", qkv_bias=True, out_bias=True, mlp_bias=True, tied_head=True,
     ),
 }  # fmt: skip
-KINDS = st.sampled_from(
-    [(torch.float32, None), (torch.bfloat16, None)]
-    + [(dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in ("int4", "int8")]
-)
+ALL_KINDS = [
+    (dtype, kind) for dtype in (torch.float32, torch.bfloat16) for kind in (None, "int4", "int8")
+]
+KINDS = st.sampled_from(ALL_KINDS)
 
 
 def packed_gpt(config, dtype, quantize, seed):
@@ -124,6 +124,68 @@ def test_states_do_not_depend_on_neighbours_or_parts(name, kind, seed, sizes):
         alone = Texts(model, [text]).read([len(text)])[0]
         assert torch.equal(torch.cat(pieces), alone)
         assert torch.equal(model.logits(alone)[-1:], model.logits(alone[-1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_rows_logits_are_the_same_among_any_number_of_rows(name, kind):
+    """Prompts that begin alike or not, then decoding steps, alone and among up to 256 rows."""
+    model = packed_gpt(CONFIGS[name], *kind, 0)
+    shared = tokens(0, 130)
+    texts = [
+        (shared[: 64 * (i % 3)] if i % 2 else array("q")) + tokens(i + 1, 3 + i % 70) + tokens(i, 3)
+        for i in range(256)
+    ]
+    alone = [logits_of(model, [text], range(1))[0] for text in texts]
+    assert not torch.equal(alone[0], alone[1])
+    for count in (2, 17, 64, 100, 256):
+        first = (37 * count) % (257 - count)
+        rows = range(first, first + count)
+        for row, logits in zip(rows, logits_of(model, texts, rows), strict=True):
+            assert torch.equal(logits, alone[row]), (count, row)
+
+
+def logits_of(model, texts, rows):
+    """The logits of the last four tokens of texts: their beginnings are read in one pass, where
+    blocks that are known are shared, then the last three tokens one by one."""
+    chosen = Texts(model, [texts[row] for row in rows])
+    read = chosen.read([len(text) - 3 for text in chosen.texts], wanted=1)
+    steps = [read, *(chosen.read([1] * len(rows)) for _ in range(3))]
+    with torch.inference_mode():
+        # All rows of a step together, as the engine computes them.
+        together = [model.logits(torch.cat(step).select(1, 0)) for step in steps]
+    return torch.stack(together, dim=1).unbind()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prompts_logits_are_the_same_however_it_is_split_and_shared(name, kind):
+    """By 50 random batches: prompts in parts, beside others, with blocks that others have read."""
+    model, choose = packed_gpt(CONFIGS[name], *kind, 0), random.Random(1)
+    shared = tokens(0, 200)
+    with torch.inference_mode():
+        for _ in range(50):
+            texts = [
+                shared[: choose.choice([0, 63, 64, 128, 200])] + tokens(i, choose.randint(1, 90))
+                for i in range(choose.randint(1, 9))
+            ]
+            rows = Texts(model, texts)
+            while any(map(len, left := rows.left())):
+                # A row begins with what those before it have read of the same text.
+                for cache, text in zip(rows.caches, texts, strict=True):
+                    if not cache.held[0]:
+                        cache.recall([text])
+                left = rows.left()
+                counts = [choose.randint(0, min(len(part), 120)) for part in left]
+                if any(counts):
+                    last = rows.read(counts, wanted=1)
+                    for i, count in enumerate(counts):
+                        if count and count == len(left[i]):
+                            want = Texts(model, [texts[i]]).read([len(texts[i])], wanted=1)[0]
+                            got, want = (model.logits(states) for states in (last[i], want))
+                            assert torch.equal(got, want)
 
 
 def plan_in_inference(model):

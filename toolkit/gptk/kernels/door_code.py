@@ -30,18 +30,23 @@ def code_of(
     for tensor in tensors:
         if isinstance(tensor, Written):
             lines += _check_overlap(tensor, [other for other in tensors if other is not tensor])
-    lines += [_make(result, tensors[0] if tensors else None) for result in results]
-    addresses = {each.name: f"{each.name}_data" for each in tensors}
-    addresses |= {each.name: f"{each.name}.data_ptr()" for each in results}
+    for result in results:
+        lines.append(_make(result, tensors[0] if tensors else None))
+        lines.append(f"{result.name}_data = {result.name}.data_ptr()")
+    outputs = [*results, *(each for each in tensors if isinstance(each, Written))]
+    made = [each for each in parameters if isinstance(each, Made)]
+    returned = f"return {', '.join(each.name for each in results)}"
+    if not makes and not made:  # else slabs may be written
+        written = " or ".join(f"{each.name}_data" for each in outputs)
+        lines.append(f"if not ({written}): {returned}")
+    addresses = {each.name: f"{each.name}_data" for each in (*tensors, *results)}
     if not makes:
-        made = (each for each in parameters if isinstance(each, Made))
         addresses |= {each.name: f"{each.name}.address" for each in made}
     given = ", ".join(addresses.get(text, text) for text in call.split(", "))
     if makes:
         lines.append(f"return function({given})")
     else:
-        lines.append(f"if _status := function({given}): fail(_status, locals())")
-        lines.append(f"return {', '.join(each.name for each in results)}")
+        lines += [f"if _status := function({given}): fail(_status, locals())", returned]
     arguments = ", ".join(each.name for each in parameters if not isinstance(each, Result))
     return f"def {name}({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
 
