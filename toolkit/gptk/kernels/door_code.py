@@ -33,13 +33,13 @@ def code_of(
     for result in results:
         lines.append(_make(result, tensors[0] if tensors else None))
         lines.append(f"{result.name}_data = {result.name}.data_ptr()")
-    outputs = [*results, *(each for each in tensors if isinstance(each, Written))]
+    outputs: list[Parameter] = [*results, *(each for each in tensors if isinstance(each, Written))]
     made = [each for each in parameters if isinstance(each, Made)]
     returned = f"return {', '.join(each.name for each in results)}"
     if not makes and not made:  # else slabs may be written
         written = " or ".join(f"{each.name}_data" for each in outputs)
         lines.append(f"if not ({written}): {returned}")
-    addresses = {each.name: f"{each.name}_data" for each in (*tensors, *results)}
+    addresses = {each.name: f"{each.name}_data" for each in [*tensors, *outputs]}
     if not makes:
         addresses |= {each.name: f"{each.name}.address" for each in made}
     given = ", ".join(addresses.get(text, text) for text in call.split(", "))
