@@ -18,14 +18,15 @@ from gptk.kernels import build
 from gptk.kernels.attention import slabs_of
 from gptk.kernels.parameters import Dtype, Input, Int, Made, Real, Result, Written
 from gptk.kernels.signatures import KERNELS
-from gptk.kernels.structures import Norm, StoredAddresses
+from gptk.kernels.structures import STRUCTURES, Matrix, Norm, StoredAddresses
 from gptk.kernels.walk import matrix_in_panels, model_of, norm_of
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="gptk's kernels do not run here")
 
+SIGNATURES = (*KERNELS, *STRUCTURES.signatures.values())
 CALLS = int(os.environ.get("GPTK_TEST_WRONG_CALLS", "10000"))
 ODD = (0, 1, 2, 3, 5, 15, 17, 31, 33)
-FLAGS = ("add", "in_float32")
+FLAGS = ("add", "in_float32", "is_swiglu", "is_layer_norm")
 """Integers that may be any."""
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 70, 4, 2, 32, 32
 """Of passes over blocks."""
@@ -44,7 +45,7 @@ class Maker:
         self.signature, self.rng = signature, rng
         self.scope = {"FLOAT32": torch.float32, "BFLOAT16": torch.bfloat16}
         self.dtype = rng.choice([torch.float32, torch.bfloat16])
-        self.alive = []
+        self.alive, self.kept_slabs = [], []
         given = [each for each in signature.parameters if not isinstance(each, Result)]
         for each in sorted(given, key=lambda each: isinstance(each, Input)):
             self.scope[each.name] = self.value(each)
@@ -91,6 +92,7 @@ class Maker:
                 "entries": lambda: 3,
                 "add": lambda: int(self.dtype is torch.float32),
                 "in_float32": lambda: choice([0, 1]),
+                "is_layer_norm": lambda: choice([0, 1]),
                 "kept_count": lambda: choice([0, 1, 2]),
             }
             if self.signature.name == "attend":
@@ -98,7 +100,12 @@ class Maker:
                 chosen["heads"] = lambda: choice([0, 2, 4])
             if of_blocks:
                 chosen["tokens"] = lambda: TOKENS
-            if self.signature.name == "rms_norm":
+            if self.signature.name == "layer":
+                sizes = {"is_swiglu": 1, "width": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS}
+                return {**sizes, "head_size": HEAD_DIM}[name]
+            if self.signature.name == "slab":
+                chosen |= {key: lambda: choice([1, 2, 4]) for key in ("layers", "blocks")}
+            if self.signature.name in ("rms_norm", "norm"):
                 chosen["size"] = lambda: choice([0, 16, 48])
             if self.signature.name in ("draw", "cross_entropy"):
                 chosen["size"] = lambda: choice(ODD[1:])
@@ -167,36 +174,56 @@ class Maker:
 
     def slabs(self):
         slab = torch.zeros(2, 2, 2, KV_HEADS, 64, HEAD_DIM, dtype=self.dtype)
-        self.alive = [slab, torch.zeros_like(slab)]
-        return slabs_of(self.alive)
+        self.kept_slabs = [slab, torch.zeros_like(slab)]
+        return slabs_of(self.kept_slabs)
 
     def rows(self):
         format = self.rng.choice(list(kernels.BLOCK_BYTES))
         bits, groups = (8 if format == "Q8_0" else 4), self.rng.choice([0, 1, 2])
         blocks = torch.zeros(5, groups * kernels.BLOCK_BYTES[format], dtype=torch.uint8)
-        self.alive = [blocks]
+        self.alive.append(blocks)
         addresses = torch.arange(5) * blocks.stride(0) + blocks.data_ptr()
         return StoredAddresses(addresses, list(kernels.BLOCK_BYTES).index(format), bits, groups)
 
+    def norm(self, size=WIDTH):
+        weight = torch.ones(size, dtype=self.dtype)
+        self.alive.append(weight)
+        return norm_of(self.dtype, weight, None, 1e-5, is_layer_norm=False)
+
+    def matrix(self, outputs, inputs):
+        panels = aligned((outputs, inputs), self.dtype)
+        self.alive.append(panels)
+        return matrix_in_panels(self.dtype, panels, outputs, None)
+
+    attention_norm = mlp_norm = norm
+
+    def query_norm(self):
+        return self.norm(HEAD_DIM)
+
+    def key_norm(self):
+        return Norm()
+
+    def qkv(self):
+        return self.matrix((HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH)
+
+    def out(self):
+        return self.matrix(WIDTH, HEADS * HEAD_DIM)
+
+    def up(self):
+        return self.matrix(64, WIDTH)
+
+    def down(self):
+        return self.matrix(WIDTH, 32)
+
     def model(self):
-        dtype, wide = self.dtype, (HEADS + 2 * KV_HEADS) * HEAD_DIM
-
-        def matrix(outputs, inputs):
-            panels = aligned((outputs, inputs), dtype)
-            self.weights.append(panels)
-            return matrix_in_panels(dtype, panels, outputs, None)
-
-        weight = torch.ones(WIDTH, dtype=dtype)
-        self.weights = [weight]
-        norm = norm_of(dtype, weight, None, 1e-5, is_layer_norm=False)
         layer = (
-            *(norm, Norm(), Norm(), norm, matrix(wide, WIDTH), matrix(WIDTH, HEADS * HEAD_DIM)),
-            *(matrix(64, WIDTH), matrix(WIDTH, 32)),
+            *(self.norm(), self.query_norm(), self.key_norm(), self.norm()),
+            *(self.qkv(), self.out(), self.up(), self.down()),
         )
         return model_of(
-            dtype,
+            self.dtype,
             [layer, layer],
-            norm,
+            self.norm(),
             is_swiglu=True,
             width=WIDTH,
             heads=HEADS,
@@ -362,8 +389,7 @@ def wrong(rng, maker):
             arguments[place] = rng.choice([None, 1.5, "3", [2]])
         else:
             arguments[place] = rng.choice(NO_INTEGERS)
-            empty = "weights" in maker.scope and not maker.scope["weights"].numel()
-            if (each.name == "seed" or empty) and arguments[place] in (2**31, 2**62):
+            if each.name == "seed" and arguments[place] == 2**31:
                 return None  # it may be
         return f"{each.name} {arguments[place]}", arguments
     if isinstance(each, Real):
@@ -373,7 +399,9 @@ def wrong(rng, maker):
         arguments[place] = rng.choice([None, "float32", torch.float16, torch.int8, 3])
         return each.name, arguments
     if isinstance(each, Made):
-        arguments[place] = rng.choice([None, 3, torch.ones(3), object(), "x", Norm()])
+        others = [None, 3, torch.ones(3), object(), "x"]
+        others.append(Matrix() if each.type is Norm else Norm())
+        arguments[place] = rng.choice(others)
         return each.name, arguments
     if value is None:
         return None
@@ -385,7 +413,8 @@ def wrong(rng, maker):
 
 
 def call(maker, arguments):
-    return getattr(build.library(), maker.signature.name)(*arguments)
+    door = STRUCTURES if maker.signature.makes else build.library()
+    return getattr(door, maker.signature.name)(*arguments)
 
 
 def raised_by(maker, arguments):
@@ -404,9 +433,8 @@ def results_of(maker):
     ]
     if maker.signature.name in ("to_panels", "from_panels"):
         arguments = [aligned(x.shape, x.dtype).copy_(x) for x in maker.arguments]
-    for slab in getattr(maker, "alive", []):
-        if slab.is_floating_point():
-            slab.zero_()
+    for slab in maker.kept_slabs:
+        slab.zero_()
     returned = call(maker, arguments)
     returned = returned if isinstance(returned, tuple) else (returned,)
     return [x for x in (*returned, *arguments) if isinstance(x, Tensor)]
@@ -416,7 +444,7 @@ def results_of(maker):
 def makers():
     torch.manual_seed(0)
     rng = random.Random(0)
-    return [Maker(signature, rng) for signature in KERNELS for _ in range(12)]
+    return [Maker(signature, rng) for signature in SIGNATURES for _ in range(12)]
 
 
 def test_wrong_calls_raise_and_right_ones_stay_right(makers):
@@ -433,7 +461,7 @@ def test_wrong_calls_raise_and_right_ones_stay_right(makers):
         error = raised_by(maker, arguments)
         assert error is not None, f"{maker.signature.name} takes a wrong {what}: {arguments}"
         errors[type(error)] += 1
-    assert set(made) == {signature.name for signature in KERNELS}
+    assert set(made) == {signature.name for signature in SIGNATURES}
     assert errors[TypeError] + errors[ValueError] > 0.9 * CALLS
     for maker, results in zip(makers, before, strict=True):
         for ours, first in zip(results_of(maker), results, strict=True):

@@ -141,12 +141,12 @@ class Door:
         self, signatures: Iterable[Signature], find: Callable[[Signature], Callable[..., Any]]
     ) -> None:
         """find: the exported function of a kernel."""
-        self._signatures, self._find = {each.name: each for each in signatures}, find
+        self.signatures, self._find = {each.name: each for each in signatures}, find
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_") or name not in self._signatures:
+        if name.startswith("_") or name not in self.signatures:
             raise AttributeError(name)
-        signature = self._signatures[name]
+        signature = self.signatures[name]
         function = signature.checked(self._find(signature))
         setattr(self, name, function)  # by whichever thread is last: they are the same
         return function

@@ -20,8 +20,8 @@ ALIGNED = "panels.data_ptr() % 64 == 0"
 PACKED_BYTES = "(outputs + -outputs % 16) * (inputs // 32) * (4 + 4 * bits)"
 PACKED = (
     "bits in (4, 8)",
-    "outputs >= 0",
-    "inputs >= 0",
+    "0 <= outputs < 2**31",
+    "0 <= inputs < 2**31",
     "inputs % 32 == 0",
     f"weights.numel() == {PACKED_BYTES}",
 )
@@ -29,6 +29,7 @@ PACKED = (
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _NORMS = ("attention_norm", "query_norm", "key_norm", "mlp_norm")
+_IS_BFLOAT16 = "dtype is BFLOAT16"
 _MATRICES = ("qkv", "out", "up", "down")
 
 
@@ -83,7 +84,8 @@ class Norm(ctypes.Structure):
     """A normalization of `size` numbers; without a weight there is none."""
 
     _fields_ = (
-        *(("is_layer_norm", _INT), ("weight", _POINTER), ("bias", _POINTER)),
+        *(("is_bfloat16", _INT), ("is_layer_norm", _INT)),
+        *(("weight", _POINTER), ("bias", _POINTER)),
         *(("eps", ctypes.c_double), ("size", _INT)),
     )
 
@@ -92,7 +94,8 @@ class Matrix(ctypes.Structure):
     """A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones."""
 
     _fields_ = (
-        *(("bits", _INT), ("weights", _POINTER), ("bias", _POINTER)),
+        *(("is_bfloat16", _INT), ("bits", _INT)),
+        *(("weights", _POINTER), ("bias", _POINTER)),
         *(("inputs", _INT), ("outputs", _INT)),
     )
 
@@ -153,7 +156,7 @@ STRUCTURES = Door(
                 Input("bias", "size", "dtype", optional=True, copied=False),
                 Real("eps"),
             ),
-            "is_layer_norm != 0, weight, bias, eps, size",
+            f"{_IS_BFLOAT16}, is_layer_norm != 0, weight, bias, eps, size",
             where=("size % 16 == 0 or is_layer_norm",),
             makes=Norm,
         ),
@@ -165,7 +168,7 @@ STRUCTURES = Door(
                 Int("outputs"),
                 Input("bias", "outputs", "dtype", optional=True, copied=False),
             ),
-            "0, panels, bias, inputs, outputs",
+            f"{_IS_BFLOAT16}, 0, panels, bias, inputs, outputs",
             where=("outputs >= 0", "inputs % 2 == 0 or dtype is FLOAT32", ALIGNED),
             makes=Matrix,
         ),
@@ -179,13 +182,14 @@ STRUCTURES = Door(
                 Int("inputs"),
                 Input("bias", "outputs", "dtype", optional=True, copied=False),
             ),
-            "bits, weights, bias, inputs, outputs",
+            f"{_IS_BFLOAT16}, bits, weights, bias, inputs, outputs",
             where=PACKED,
             makes=Matrix,
         ),
         Signature(
             "layer",
             (
+                Dtype("dtype"),
                 *(Made(name, Norm) for name in _NORMS),
                 *(Made(name, Matrix) for name in _MATRICES),
                 *(Int(name) for name in ("is_swiglu", "width", "heads", "kv_heads", "head_size")),
@@ -199,6 +203,8 @@ STRUCTURES = Door(
                 "attention_norm.size == mlp_norm.size == width",
                 "query_norm.size in (0, head_size)",
                 "key_norm.size in (0, head_size)",
+                *(f"{name}.is_bfloat16 == ({_IS_BFLOAT16})" for name in _MATRICES),
+                *(f"{name}.is_bfloat16 == ({_IS_BFLOAT16}) or {name}.size == 0" for name in _NORMS),
                 "(qkv.inputs, qkv.outputs) == (width, (heads + 2 * kv_heads) * head_size)",
                 "(out.inputs, out.outputs) == (heads * head_size, width)",
                 "down.outputs == width",

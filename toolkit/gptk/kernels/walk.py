@@ -44,17 +44,18 @@ def model_of(
     kv_heads: int,
     head_size: int,
 ) -> Model:
-    """The blocks of a GPT, all of whose norms and matrices were made for this dtype.
+    """The blocks of a GPT.
 
-    layers: the norms and matrices of each, in the order of the fields of `Layer`. norm: after the
-    last layer. is_swiglu: else the MLP's activation is GELU.
+    layers: the norms and matrices of each, made for this dtype, in the order of the fields of
+    `Layer`. norm: after the last layer. is_swiglu: else the MLP's activation is GELU.
     """
     sizes = width, heads, kv_heads, head_size
-    made = [STRUCTURES.layer(*layer, is_swiglu, *sizes) for layer in layers]
-    if type(norm) is not Norm or norm.size != width:
-        raise ValueError(f"gptk.kernels.model_of needs a last norm of {width} numbers")
+    made = [STRUCTURES.layer(dtype, *layer, is_swiglu, *sizes) for layer in layers]
+    is_bfloat16 = dtype is torch.bfloat16
+    if type(norm) is not Norm or (norm.size, norm.is_bfloat16) != (width, is_bfloat16):
+        raise ValueError(f"gptk.kernels.model_of needs a last norm of {width} numbers in {dtype}")
     return Model(
-        *(dtype is torch.bfloat16, is_swiglu, len(made), *sizes),
+        *(is_bfloat16, is_swiglu, len(made), *sizes),
         *((Layer * len(made))(*made), norm),
     )
 
@@ -74,9 +75,8 @@ def walk(
 
     x: (tokens, width), the embeddings, overwritten. table: (2, positions, head_dim), cosines and
     sines, or without positions where the model has none; positions: (tokens,) int64, below the
-    table's. sequences, tables, slabs: see `attend_blocks`. wanted: (n,) int64, the tokens
-    asked of, in ascending order; None: all. layers: see `GPT.states`. x and
-    table are contiguous.
+    table's. sequences, tables, slabs: see `attend_blocks`. wanted: (n,) int64, the tokens asked of,
+    in ascending order; None: all. layers: see `GPT.states`. x and table are contiguous.
     """
     kept = torch.tensor(layers, dtype=torch.int64, device="cpu")
     states: Tensor = library().walk(

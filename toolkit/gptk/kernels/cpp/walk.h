@@ -16,7 +16,7 @@ namespace {
 
 // A normalization of `size` numbers; without a weight there is none.
 struct Norm {
-  int64_t is_layer_norm;  // else RMS norm
+  int64_t is_bfloat16, is_layer_norm;  // else RMS norm
   const void *weight, *bias;
   double eps;
   int64_t size;
@@ -24,7 +24,7 @@ struct Norm {
 
 // A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones, see products.h.
 struct Matrix {
-  int64_t bits;
+  int64_t is_bfloat16, bits;
   const void *weights, *bias;
   int64_t inputs, outputs;
 };

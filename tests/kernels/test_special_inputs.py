@@ -1,4 +1,4 @@
-"""NaN and infinity through every kernel of floats: as PyTorch's operations in float64 have them.
+"""NaN and infinity, views, odd sizes and no rows through every kernel of floats.
 
 A special number is in one row. The other rows are the same to the last bit as without it; its own
 is NaN and infinite where PyTorch's is.
@@ -47,24 +47,24 @@ def in_panels(x):
 def over_a_cache(x):
     """Each row is a tree."""
     keys = numbers(2, 2 * len(x), 1, 9, 32, dtype=x.dtype)
-    return kernels.attend(x.view(len(x), 2, 32), keys, keys, None, len(x)).view(len(x), -1)
+    return kernels.attend(x.view(len(x), 2, 32), keys, keys, None, len(x)).flatten(1)
 
 
 def rotated(x):
     angles = [numbers(seed, 1, 1, 2, 32, dtype=x.dtype) for seed in (1, 2)]
-    return kernels.rotate(x.view(len(x), 1, 2, 32), *angles).view(len(x), -1)
+    return kernels.rotate(x.view(len(x), 1, 2, 32), *angles).flatten(1)
 
 
 def theirs_rotated(x):
     cosines, sines = (numbers(seed, 1, 1, 2, 32).double() for seed in (1, 2))
     x = x.view(len(x), 1, 2, 32)
-    return (x * cosines + x.roll(16, dims=-1) * sines).view(len(x), -1)
+    return (x * cosines + x.roll(16, dims=-1) * sines).flatten(1)
 
 
 def theirs_over_a_cache(x):
     keys = numbers(2, 2 * len(x), 1, 9, 32).double().view(len(x), 2, 9, 32)
     q = x.view(len(x), 2, 1, 32)
-    return F.scaled_dot_product_attention(q, keys, keys).view(len(x), -1)
+    return F.scaled_dot_product_attention(q, keys, keys).flatten(1)
 
 
 WEIGHT, BIAS, MATRIX = numbers(5, 64), numbers(6, 64), numbers(1, 17, 64)
@@ -106,6 +106,59 @@ def test_a_special_number_stays_in_its_row_and_is_pytorchs(name, dtype, special)
     finite = want.isfinite()
     error = 2e-6 if dtype == torch.float32 else 2**-5
     assert torch.allclose(got[finite], want[finite], rtol=error, atol=error)
+
+
+VIEWS = {
+    "every other number": lambda x: torch.stack((x, x), dim=-1)[..., 1],
+    "columns": lambda x: x.t().contiguous().t(),
+    "a part": lambda x: F.pad(x, (3, 5, 1, 1), value=math.nan)[1 : len(x) + 1, 3:-5],
+    "one row for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", sorted(set(SAME_AS_PYTORCH) - {"rotate", "attend"}))
+def test_views_are_read_as_copies_of_them(name, dtype, view):
+    x = VIEWS[view](numbers(0, ROWS, 64, dtype=dtype))
+    assert not x.is_contiguous()
+    ours, _ = SAME_AS_PYTORCH[name]
+    assert torch.equal(ours(x), ours(x.clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_vocabularies_that_are_views_are_read_as_copies_of_them(view):
+    x = VIEWS[view](numbers(0, ROWS, 37))
+    keys = torch.arange(2 * ROWS, dtype=torch.int32).view(2, ROWS).t()
+    targets = torch.arange(2 * ROWS)[::2]
+
+    def results(x, keys, targets):
+        yield from kernels.softmax_sums(x)
+        yield kernels.last_key(x, x, 0.5)
+        yield kernels.keep_from(x, x[:, 3:4], x)
+        yield from kernels.top(x, 5)
+        yield from kernels.draw(x, keys)
+        yield kernels.exponential(keys, keys[:, 0])
+        yield kernels.column_sums(x)
+        yield kernels.cross_entropy(x.contiguous(), targets, 0.0)
+
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in (x, keys, targets)]
+    for got, want in zip(results(x, keys, targets), results(*copies), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 17, 31, 33, 37])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SAME_AS_PYTORCH)
+def test_any_number_of_rows_is_pytorchs_result(name, dtype, rows):
+    ours, theirs = SAME_AS_PYTORCH[name]
+    if name == "attend" and not rows:
+        pytest.skip("there is no tree")
+    x = numbers(rows, rows, 64, dtype=dtype)
+    got, want = ours(x), theirs(x.double())
+    assert got.shape == want.shape
+    error = 2e-6 if dtype == torch.float32 else 2**-5
+    assert torch.allclose(got.double(), want, rtol=error, atol=4 * error)
 
 
 @pytest.mark.parametrize("special", SPECIALS)
