@@ -1,7 +1,8 @@
 """gptk's own kernels for CPUs: which there are, and whether they can and should be run.
 
 Before a kernel is called, `available` or one of the functions `can_run…` and `should_run…` must
-have said yes. Arguments that a kernel cannot take raise ValueError, too little memory MemoryError.
+have said yes. Arguments that a kernel cannot take raise TypeError or ValueError, too little memory
+MemoryError.
 """
 
 from gptk.kernels.attention import BLOCK as BLOCK
