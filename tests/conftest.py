@@ -24,8 +24,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gptk")
 
 
-# The script that made the data needs TensorFlow.
-collect_ignore = ["builtins/openai/make_fixture.py"]
+# The script that made the data needs TensorFlow; the tests of a process of their own need Triton.
+collect_ignore = ["builtins/openai/make_fixture.py", "kernels/in_tritons_interpreter.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,11 +10,12 @@ import torch
 
 import as_on_gpu
 
-# Tensors of an inference mode have no versions, which modes and subclasses need.
-torch.inference_mode = lambda mode=True: torch.no_grad()
-torch.tensor, torch.as_tensor = map(as_on_gpu.tensor_function, (torch.tensor, torch.as_tensor))
-of_cpu = torch.is_autocast_enabled
-torch.is_autocast_enabled = lambda device="cpu": of_cpu("cpu")
+if __name__ == "__main__":  # and not where pytest looks for examples in docstrings
+    # Tensors of an inference mode have no versions, which modes and subclasses need.
+    torch.inference_mode = lambda mode=True: torch.no_grad()
+    torch.tensor, torch.as_tensor = map(as_on_gpu.tensor_function, (torch.tensor, torch.as_tensor))
+    of_cpu = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device="cpu": of_cpu("cpu")
 
 import blocks_by_address  # noqa: E402
 import gptk  # noqa: E402
