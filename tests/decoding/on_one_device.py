@@ -17,13 +17,13 @@ if __name__ == "__main__":  # and not where pytest looks for examples in docstri
     of_cpu = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda device="cpu": of_cpu("cpu")
 
-import blocks_by_address  # noqa: E402
-import gptk  # noqa: E402
-from gptk.engine.engine import Engine  # noqa: E402
-from gptk.model import budget, graphs, passes  # noqa: E402
-from gptk.plugins.registry import provided  # noqa: E402
-from gptk.testing import tiny_gpt  # noqa: E402
-from toys import CONFIGS, PROCESSOR_OPTIONS, byte_tokenizer  # noqa: E402
+import blocks_by_address
+import gptk
+from gptk.engine.engine import Engine
+from gptk.model import budget, graphs, passes
+from gptk.plugins.registry import provided
+from gptk.testing import tiny_gpt
+from toys import CONFIGS, PROCESSOR_OPTIONS, byte_tokenizer
 
 
 def as_on_cuda():
