@@ -33,7 +33,7 @@ class TorchAO:
 
     def __init__(self, weight: Tensor, precision: str) -> None:
         """weight: (outputs, inputs). precision: int8 or int4."""
-        from torchao import quantization  # type: ignore[import-not-found, unused-ignore]
+        from torchao import quantization
 
         self.kind = precision
         self._inputs = weight.shape[1]
