@@ -249,39 +249,6 @@ class StaysInTraining(nn.Module):
         return nn.functional.dropout(states, 0.3, training=self.training_seen)
 
 
-class Stepping(Table):
-    """A table with a step that is not broken."""
-
-    @property
-    def step(self):
-        return self
-
-    def fits(self, ids, cache, layers):
-        return ids.shape == (1, 1)
-
-    def __call__(self, ids, cache):
-        states = self.states(ids, cache, None, ())
-        return states, self.logits(states[:, :, 0])
-
-
-class StepLosesTheToken(Stepping):
-    def __call__(self, ids, cache):
-        states, logits = super().__call__(ids, cache)
-        cache.rewind([1])
-        return states, logits
-
-
-class StepGivesOtherLogits(Stepping):
-    def __call__(self, ids, cache):
-        states, logits = super().__call__(ids, cache)
-        return states, logits.roll(1, dims=-1)
-
-
-class StepFitsAnything(Stepping):
-    def fits(self, ids, cache, layers):
-        return True
-
-
 class TestTable(testing.ModelContract):
     make = Table
     breaks = None
@@ -289,11 +256,6 @@ class TestTable(testing.ModelContract):
 
 class TestLayered(testing.ModelContract):
     make = Layered
-    breaks = None
-
-
-class TestStepping(testing.ModelContract):
-    make = Stepping
     breaks = None
 
 
@@ -430,18 +392,3 @@ class TestScalesStatesInPlace(testing.ModelContract):
 class TestStaysInTraining(testing.ModelContract):
     make = StaysInTraining
     breaks = "a session has no dropout"
-
-
-class TestStepLosesTheToken(testing.ModelContract):
-    make = StepLosesTheToken
-    breaks = "a step is a pass"
-
-
-class TestStepGivesOtherLogits(testing.ModelContract):
-    make = StepGivesOtherLogits
-    breaks = "a step is a pass"
-
-
-class TestStepFitsAnything(testing.ModelContract):
-    make = StepFitsAnything
-    breaks = "a step is a pass"

@@ -82,6 +82,9 @@ def _attend_causally(q: Tensor, k: Tensor, v: Tensor, logsums: Tensor | None) ->
 
 def _with_fitting_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make each token contiguous, and the strides of k and v equal; copy where needed."""
+    if not k.numel():  # what has no numbers is contiguous with any strides, for PyTorch
+        k, v = k.new_empty(k.shape), v.new_empty(v.shape)
+    q = q if q.numel() else q.new_empty(q.shape)
     q, k, v = (x if x.stride()[2:] == (x.shape[-1], 1) else x.contiguous() for x in (q, k, v))
     return (q, k, v) if k.stride() == v.stride() else (q, k.contiguous(), v.contiguous())
 
