@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gptk
 from gptk import kernels
 from gptk.model import passes
 from gptk.model.blocks import BlockCache
@@ -19,6 +20,7 @@ from gptk.model.config import GPTConfig
 from gptk.model.pool import BlockPool
 from gptk.model.walk import plan_of
 from gptk.testing import tiny_gpt
+from gptk.weights.empty import empty_gpt
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="gptk's kernels do not run here")
 
@@ -259,3 +261,16 @@ def test_a_plan_keeps_no_model_alive():
     del model
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_was_made_without_memory_decodes_as_another(name):
+    """As loaders and trainers make it."""
+    model = tiny_gpt(CONFIGS[name])
+    other = empty_gpt(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.eval().pack()
+    texts = [
+        gptk.LanguageModel(each).generate([1, 2, 3], max_new_tokens=8) for each in (model, other)
+    ]
+    assert texts[0].tokens == texts[1].tokens

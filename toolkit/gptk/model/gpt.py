@@ -263,7 +263,7 @@ class GPT(PackableModel):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
-        self._rope = torch.empty(2, 0, config.head_dim)
+        self._rope = torch.empty(2, 0, config.head_dim, dtype=torch.float32, device="cpu")
         self._initialize()
 
     def forward(

@@ -83,8 +83,6 @@ class JoinedSlots:
 
     def walk(self, plan: Plan, x: Tensor, table: Tensor, layers: Sequence[int]) -> Tensor:
         """All blocks in one call: see `gptk.kernels.walk.walk`."""
-        if not table.numel():  # without positions; it may be on `meta`, where models are made
-            table = torch.empty(table.shape, dtype=table.dtype)
         return walk(
             *(plan.model, x, table, self.positions[0], self.sequences, self.tables),
             *(self.pool.for_kernels, self.wanted, layers),
