@@ -99,6 +99,17 @@ def test_results_are_the_same_bit_for_bit(served, bits):
 
 
 @pytest.mark.parametrize("served", SETS, indirect=True)
+def test_the_process_gets_no_more_than_a_tensors_bytes(served):
+    """Not those of one that began there earlier, and was given to a kernel with no work."""
+    memory = torch.ones(100)
+    address = memory.data_ptr()
+    with served.in_use():
+        kernels.layer_norm(torch.ones(0, 100), memory, None, 1e-5)
+        kernels.layer_norm(torch.ones(1, 10), memory[:10], None, 1e-5)
+        assert served._bytes_at[address] == 10 * memory.element_size()
+
+
+@pytest.mark.parametrize("served", SETS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [32, 96])
 def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
