@@ -77,13 +77,14 @@ struct QuantizedRows {
 };
 
 // Four inputs of 16 outputs in each of 8 vectors, a code in a byte, from the layout of `pack`.
-template <int bits>
+// split: codes of 8 bits are in 16 vectors, first their lower 4 bits, then the upper ones.
+template <int bits, bool split = false>
 inline void load_codes(const uint8_t* packed, Ints* codes) {
   const Ints nibbles = broadcast_int(0x0f0f0f0f);
   for (int i = 0; i < bits; i++) {
     const Ints line = load_bits(packed + 64 * i);
-    codes[i] = bits == 4 ? line & nibbles : line;
-    if (bits == 4) codes[4 + i] = shift_right_logical(line, 4) & nibbles;
+    codes[i] = bits == 4 || split ? line & nibbles : line;
+    if (bits == 4 || split) codes[bits + i] = shift_right_logical(line, 4) & nibbles;
   }
 }
 
@@ -97,28 +98,22 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x
     for (int64_t line = 0; line < group_bytes(bits); line += 64)
       prefetch(weights + PREFETCH_DISTANCE + line);
     const Floats scale = load_float16(weights), offset = load_float16(weights + 32);
-    Ints codes[8];
-    load_codes<bits>(weights + 64, codes);
-    constexpr int together = std::min(R, DOT_ROWS);
+    constexpr bool split = bits > DOT_BITS;
+    Ints codes[split ? 16 : 8];
+    load_codes<bits, split>(weights + 64, codes);
 #pragma GCC unroll 4
-    for (int first = 0; first < R; first += together) {
-      // Σ code · part over the group for each row and part, exact in 32 bits.
-      const int8_t* numbers[together * parts];
-      Ints sums[together * parts];
-#pragma GCC unroll 12
-      for (int i = 0; i < together * parts; i++)
-        numbers[i] = &x.part[i % parts][((row + first + i / parts) * x.groups + group) * GROUP];
-      dot_codes<bits, together * parts>(codes, numbers, sums);
-#pragma GCC unroll 4
-      for (int r = first; r < first + together; r++) {
-        const int64_t x_group = (row + r) * x.groups + group;
-        const Ints* sum = sums + (r - first) * parts;
-        Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);
-        if constexpr (parts == 3) total = fma(to_floats(sum[0]), broadcast(1 << 14), total);
-        // Σ (code · scale + offset) · x over the group.
-        y[r] = fma(total * scale, broadcast(x.scale[x_group]), y[r]);
-        y[r] = fma(offset, broadcast(x.sum[x_group]), y[r]);
-      }
+    for (int r = 0; r < R; r++) {
+      // Σ code · part over the group for each part, exact in 32 bits.
+      const int64_t x_group = (row + r) * x.groups + group;
+      const int8_t* numbers[parts];
+      Ints sum[parts];
+      for (int p = 0; p < parts; p++) numbers[p] = &x.part[p][x_group * GROUP];
+      dot_codes<bits, parts>(codes, numbers, sum);
+      Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);
+      if constexpr (parts == 3) total = fma(to_floats(sum[0]), broadcast(1 << 14), total);
+      // Σ (code · scale + offset) · x over the group.
+      y[r] = fma(total * scale, broadcast(x.scale[x_group]), y[r]);
+      y[r] = fma(offset, broadcast(x.sum[x_group]), y[r]);
     }
   }
 }

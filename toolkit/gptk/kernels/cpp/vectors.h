@@ -40,15 +40,17 @@
 //                                   over all lanes: lanes i and i + 8 are combined, then i and i +
 //                                   4, i and i + 2, i and i + 1
 //     horizontal_sums(v)            lane i is reduce_add(v[i]), of 16 vectors, which it may
-//     overwrite transpose<16>(v)              a matrix of 16 by 16 lanes, a vector a row, in place
+//                                   overwrite
+//     transpose<16>(v)              a matrix of 16 by 16 lanes, a vector a row, in place
 //     dot_codes<bits, count>(codes, x, sums)
 //                                   for each of `count` vectors x (32) a vector of sums: lane i of
 //                                   it is the product of x and 32 codes without a sign, four bytes
-//                                   in lane i of each of 8 vectors; exact. bits: of a code, 4 or 8.
+//                                   in lane i of each of 8 vectors; exact. bits: of a code, 4 or 8,
+//                                   or 8 in two steps of 4 where DOT_BITS is 4: then 8 vectors with
+//                                   the lower 4 bits of the codes and 8 more with the upper ones.
 //                                   Numbers of x are above -128
 //
-// SUMS is how many vectors of sums the registers hold beside what is multiplied, DOT_ROWS for how
-// many rows dot_codes is best called at a time. A tile of a
+// SUMS is how many vectors of sums the registers hold beside what is multiplied. A tile of a
 // product is TILE_ROWS, a divisor of 16, times TILE_COLUMNS, a multiple; store_tile_rows(p, x, i)
 // stores lanes i · TILE_ROWS to (i + 1) · TILE_ROWS.
 #pragma once

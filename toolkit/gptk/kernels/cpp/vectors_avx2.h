@@ -186,65 +186,51 @@ inline Floats horizontal_sums(Floats* x) {
   return {last(two[0], two[1]), last(two[2], two[3])};
 }
 
-// `dot_codes` for 8 lanes, whose codes stay in registers. codes(i): those of four inputs; sums(n):
-// a reference to a result.
-template <int bits, int count, typename Codes, typename Sums>
-inline void dot_half(Codes codes, const int8_t* const* x, Sums sums) {
-  __m256i half[8];
-  // Bytes of x in every lane. The compiler must not know that both halves load the same, or it
-  // would keep them in memory in between.
-  const auto four = [](const int8_t* from, int i) {
-    return _mm256_set1_epi32(four_bytes(from + 4 * i));
-  };
 #ifdef __AVXVNNI__
-  for (int i = 0; i < 8; i++) half[i] = codes(i);
-#pragma GCC unroll 3
-  for (int n = 0; n < count; n++) {
-    const int8_t* from = x[n];
-    asm("" : "+r"(from));
-    __m256i even = _mm256_setzero_si256(), odd = even;
-    for (int i = 0; i < 8; i += 2) {
-      even = _mm256_dpbusd_avx_epi32(even, half[i], four(from, i));
-      odd = _mm256_dpbusd_avx_epi32(odd, half[i + 1], four(from, i + 1));
-    }
-    sums(n).v = _mm256_add_epi32(even, odd);
-  }
+constexpr int DOT_BITS = 8;
 #else
-  // By 4 bits of the codes at a time: so the sums of 16 products in 16 bits stay below 2¹⁵.
-  for (int shift = 0; shift < bits; shift += 4) {
-    const __m256i nibbles = _mm256_set1_epi8(15);
-    for (int i = 0; i < 8; i++)
-      half[i] =
-          bits == 4 ? codes(i) : _mm256_and_si256(_mm256_srli_epi16(codes(i), shift), nibbles);
-#pragma GCC unroll 3
-    for (int n = 0; n < count; n++) {
-      const int8_t* from = x[n];
-      asm("" : "+r"(from));
-      __m256i even = _mm256_maddubs_epi16(half[0], four(from, 0));
-      __m256i odd = _mm256_maddubs_epi16(half[1], four(from, 1));
-      for (int i = 2; i < 8; i += 2) {
-        even = _mm256_add_epi16(even, _mm256_maddubs_epi16(half[i], four(from, i)));
-        odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(half[i + 1], four(from, i + 1)));
-      }
-      const __m256i sum =
-          _mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1 << shift));
-      sums(n).v = shift == 0 ? sum : _mm256_add_epi32(sums(n).v, sum);
-    }
-  }
+constexpr int DOT_BITS = 4;  // so the sums of 16 products in 16 bits stay below 2¹⁵
 #endif
-}
 
+// The compiler is told to have each sum in a register after each product: in an order of its own it
+// would keep most of them in memory.
 template <int bits, int count>
 inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
-  dot_half<bits, count>([&](int i) { return codes[i].low.v; }, x,
-                        [&](int n) -> Ints8& { return sums[n].low; });
-  dot_half<bits, count>([&](int i) { return codes[i].high.v; }, x,
-                        [&](int n) -> Ints8& { return sums[n].high; });
+  for (int shift = 0; shift < bits; shift += DOT_BITS, codes += 8) {
+    __m256i low[count], high[count];
+#ifdef __AVXVNNI__
+    for (int n = 0; n < count; n++) low[n] = high[n] = _mm256_setzero_si256();
+#endif
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+#pragma GCC unroll 3
+      for (int n = 0; n < count; n++) {
+        const __m256i four = _mm256_set1_epi32(four_bytes(x[n] + 4 * i));
+#ifdef __AVXVNNI__
+        low[n] = _mm256_dpbusd_avx_epi32(low[n], codes[i].low.v, four);
+        high[n] = _mm256_dpbusd_avx_epi32(high[n], codes[i].high.v, four);
+#else
+        const __m256i to_low = _mm256_maddubs_epi16(codes[i].low.v, four);
+        const __m256i to_high = _mm256_maddubs_epi16(codes[i].high.v, four);
+        low[n] = i ? _mm256_add_epi16(low[n], to_low) : to_low;
+        high[n] = i ? _mm256_add_epi16(high[n], to_high) : to_high;
+#endif
+        asm("" : "+x"(low[n]), "+x"(high[n]));
+      }
+    }
+    for (int n = 0; n < count; n++) {
+#ifndef __AVXVNNI__
+      const __m256i factor = _mm256_set1_epi16(1 << shift);
+      low[n] = _mm256_madd_epi16(low[n], factor), high[n] = _mm256_madd_epi16(high[n], factor);
+#endif
+      const Ints sum{low[n], high[n]};
+      sums[n] = shift ? sums[n] + sum : sum;
+    }
+  }
 }
 
 // 12 of 16 registers.
 constexpr int SUMS = 6;
-constexpr int DOT_ROWS = 4;
 constexpr int64_t TILE_ROWS = 4, TILE_COLUMNS = 16;
 
 inline void store_tile_rows(void* y, Ints x, int64_t part) {

@@ -197,7 +197,7 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
 
 // 24 of 32 registers.
 constexpr int SUMS = 24;
-constexpr int DOT_ROWS = 1;
+constexpr int DOT_BITS = 8;
 constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = 48;
 
 inline void store_tile_rows(void* y, Ints x, int64_t part) {

@@ -230,7 +230,7 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
 
 // 24 of 32 registers.
 constexpr int SUMS = 6;
-constexpr int DOT_ROWS = 1;
+constexpr int DOT_BITS = 8;
 constexpr int64_t TILE_ROWS = 4, TILE_COLUMNS = 16;
 
 inline void store_tile_rows(void* y, Ints x, int64_t part) {

@@ -246,7 +246,7 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
 }
 
 constexpr int SUMS = 4;
-constexpr int DOT_ROWS = 1;
+constexpr int DOT_BITS = 8;
 constexpr int64_t TILE_ROWS = 4, TILE_COLUMNS = 16;
 
 inline void store_tile_rows(void* y, const Ints& x, int64_t part) {
