@@ -91,6 +91,10 @@ inline void load_codes(const uint8_t* packed, Ints* codes) {
 // y[r], a lane for each output of a block: the product of row `row` + r of x, for r < R. weights:
 // the block's, in the layout of `pack`.
 template <int bits, int R, int parts>
+#ifdef GPTK_AVX2
+// Else its sums would be in memory where it is inlined, as there are only 16 registers.
+__attribute__((noinline))
+#endif
 inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x, int64_t row,
                            Floats* y) {
   for (int r = 0; r < R; r++) y[r] = Floats{};
