@@ -111,6 +111,7 @@ inline void multiply_block(const uint8_t* weights, const QuantizedRows<parts>& x
       const int64_t x_group = (row + r) * x.groups + group;
       const int8_t* numbers[parts];
       Ints sum[parts];
+#pragma GCC unroll 3
       for (int p = 0; p < parts; p++) numbers[p] = &x.part[p][x_group * GROUP];
       dot_codes<bits, parts>(codes, numbers, sum);
       Floats total = to_floats((sum[parts - 2] << 7) + sum[parts - 1]);

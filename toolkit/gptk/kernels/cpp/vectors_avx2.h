@@ -223,7 +223,7 @@ inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
       const __m256i factor = _mm256_set1_epi16(1 << shift);
       low[n] = _mm256_madd_epi16(low[n], factor), high[n] = _mm256_madd_epi16(high[n], factor);
 #endif
-      const Ints sum{low[n], high[n]};
+      const Ints sum{{low[n]}, {high[n]}};
       sums[n] = shift ? sums[n] + sum : sum;
     }
   }
