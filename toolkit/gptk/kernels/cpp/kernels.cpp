@@ -12,8 +12,8 @@
 extern "C" {
 
 // y (rows, outputs) = x (rows, inputs) times quantized weights, as gptk_pack lays them out, plus
-// the bias (outputs) unless it is null. x is rounded to 15 bits and a sign in each group of 32
-// inputs. bits: 4 or 8.
+// the bias (outputs) unless it is null. x is rounded to integers in each group of 32 inputs, see
+// products.h. bits: 4 or 8.
 int32_t gptk_quantized_linear(int64_t is_bfloat16, int64_t bits, const void* x, const void* weights,
                               const void* bias, void* y, int64_t rows, int64_t inputs,
                               int64_t outputs) {

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t PANEL = 16;
 // The tile whose sums are kept in registers: rows times panels.
 constexpr int64_t PANELS = SUMS < 24 ? 1 : 3, PANEL_ROWS = SUMS / PANELS;
-// Bytes by which weights are fetched ahead of their use, where rows are few.
-constexpr int64_t PANEL_PREFETCH = 1024;
+// Bytes by which the first tile of some panels fetches their weights ahead of their use.
+constexpr int64_t PANEL_PREFETCH = 4096;
 
 // A matrix of weights (outputs, inputs) in panels: (outputs / 16, inputs / numbers in a lane, 16
 // lanes). Outputs that the last panel lacks are zeros. inputs: even in bfloat16.
@@ -37,8 +37,9 @@ struct Panels {
 using TileSums = float[PANEL_ROWS][PANELS * PANEL];
 
 // sums = R rows of x, `stride` numbers apart, times J panels from `first` on, plus the bias.
+// fetch: the weights are fetched ahead of their use.
 template <typename T, int R, int J>
-void multiply_tile(const T* x, int64_t stride, const Panels<T>& weights, int64_t first,
+void multiply_tile(const T* x, int64_t stride, const Panels<T>& weights, int64_t first, bool fetch,
                    TileSums& sums) {
   Floats tile[R][J];
   for (auto& row : tile)
@@ -48,7 +49,7 @@ void multiply_tile(const T* x, int64_t stride, const Panels<T>& weights, int64_t
   for (int64_t step = 0; step < steps; step++, lanes += PANEL, x += weights.per_lane) {
     Ints right[J];
     for (int j = 0; j < J; j++) {
-      if (R < 4) prefetch((const uint8_t*)(lanes + j * next) + PANEL_PREFETCH);
+      if (fetch) prefetch((const uint8_t*)(lanes + j * next) + PANEL_PREFETCH);
       right[j] = load_bits(lanes + j * next);
     }
     for (int r = 0; r < R; r++) {
@@ -65,7 +66,7 @@ void multiply_tile(const T* x, int64_t stride, const Panels<T>& weights, int64_t
 }
 
 template <typename T>
-using MultiplyTile = void (*)(const T*, int64_t, const Panels<T>&, int64_t, TileSums&);
+using MultiplyTile = void (*)(const T*, int64_t, const Panels<T>&, int64_t, bool, TileSums&);
 
 template <typename T, int J, int... R>
 MultiplyTile<T> tile_of_rows(int64_t rows, std::integer_sequence<int, R...>) {
@@ -99,7 +100,7 @@ void multiply_panels(const T* x, int64_t rows, const Panels<T>& weights, int64_t
         prefetch_second(next + i * PANEL);
       const int64_t count = std::min(PANEL_ROWS, rows - row);
       const auto multiply = tile_of<T>(count, panels);
-      multiply(x + row * weights.inputs, weights.inputs, weights, first, sums);
+      multiply(x + row * weights.inputs, weights.inputs, weights, first, tile == 0, sums);
       for (int64_t r = 0; r < count; r++)
         for (int64_t j = 0; j < panels; j++)
           put(row + r, (first + j) * PANEL, load(sums[r] + j * PANEL));

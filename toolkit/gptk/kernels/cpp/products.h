@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t GROUP = 32;                // inputs that share a scale and an offset
 constexpr int64_t BLOCK = 16;                // outputs that are computed together, a lane each
-constexpr int64_t PREFETCH_DISTANCE = 2048;  // bytes that weights are fetched ahead of their use
+constexpr int64_t PREFETCH_DISTANCE = 8192;  // bytes that weights are fetched ahead of their use
 
 // How many blocks hold this many outputs.
 constexpr int64_t blocks_of(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
