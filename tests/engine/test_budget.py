@@ -16,6 +16,7 @@ from mixtures import (
     block_bytes,
     check_as_alone,
     check_equal,
+    forget,
     memory_for,
 )
 
@@ -47,8 +48,7 @@ def used(lm):
 
 @pytest.fixture(autouse=True)
 def _clean():
-    for lm in (LM, OTHER):
-        in_engine(pool(lm).forget_unused)
+    forget(LM, OTHER)
     yield
     gptk.set_kv_memory(None)
 
