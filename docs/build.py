@@ -237,9 +237,10 @@ precision with gptk's kernels, elsewhere in float32. |
 any sampler; once the window is full a draft guesses no more. |
 
 With a KV cache on a CPU that runs gptk's [kernels](installing.md#kernels), the logits of a text
-are the same to the last bit in any batch, with any number of guesses, in every precision.
-Elsewhere, and without a cache, their last bits depend on these; a text changes only where two
-tokens were that close. In float32 that is rare, in bfloat16 less so.
+are the same to the last bit in any batch, with any number of guesses, in every precision. The
+model's heads must have 32, 64, 96 or 128 numbers, and its other widths must be multiples of 16, as
+is usual. Elsewhere, and without a cache, last bits depend on the batch; a text changes only where
+two tokens were that close. In float32 that is rare, in bfloat16 less so.
 
 ## Samplers
 """

@@ -27,7 +27,8 @@ OTHER = tiny_lm(dataclasses.replace(LM.model.config, n_layers=3, n_kv_heads=4), 
 
 def block_bytes(lm):
     config = lm.model.config
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * BLOCK * 4
+    numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim * BLOCK
+    return numbers * lm.model.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -112,14 +113,14 @@ def alike(longest=140):
     )
 
 
-def requests_of(strategies, prompts=prompts):
+def requests_of(strategies, prompts=prompts, most_new=12):
     return st.builds(
         lambda prompt, chosen, new: gptk.Request(
             prompt, settings={**chosen, "max_new_tokens": new}
         ),
         prompts,
         st.sampled_from(strategies),
-        st.integers(1, 12),
+        st.integers(1, most_new),
     )
 
 
@@ -191,7 +192,7 @@ class Mixture:
         first = min(plan.arrival for plan in self._plans)
         ENGINE.call(lambda: self._start_at(first))
         for _ in self.runs:
-            self._ended.get(timeout=30)
+            self._ended.get(timeout=120)
 
     def before_pass(self) -> None:
         """In the engine's thread."""
