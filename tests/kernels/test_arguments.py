@@ -227,6 +227,7 @@ REFUSED = {
     "a mask in float64": lambda: kernels.attend(
         f32(2, 1, 32), *2 * [f32(1, 1, 9, 32)], f32(1, 2, 9).double(), 1
     ),
+    "slabs that share memory": lambda: attention.slabs_of(2 * [f32(1, 2, 1, 1, 64, 32)]),
     "keys in stripes": lambda: kernels.attend(
         f32(2, 1, 32), *2 * [f32(1, 1, 32, 9).transpose(2, 3)], None, 1
     ),

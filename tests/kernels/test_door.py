@@ -287,8 +287,9 @@ OUT_OF_RANGE = {
 }
 
 
-def wrong_tensor(rng, signature, each, x, arguments):
+def wrong_tensor(rng, maker, each, x, arguments):
     """A tensor that is wrong in place of a right one, and what is wrong; None if there is none."""
+    signature = maker.signature
     kinds = ["type", "dtype", "meta", "sparse"]
     if not each.optional:
         kinds.append("none")
@@ -308,6 +309,10 @@ def wrong_tensor(rng, signature, each, x, arguments):
             kinds += ["overlap"] * 4
             if x.dim() > 1 and x.shape[0] > 1:
                 kinds.append("expanded")
+        if maker.kept_slabs:
+            kinds += ["in a slab"] * 2
+            if each.name == "x":
+                kinds += ["in a weight"] * 2
     kind = rng.choice(kinds)
     if kind == "none":
         return kind, None
@@ -334,6 +339,11 @@ def wrong_tensor(rng, signature, each, x, arguments):
         return kind, memory[1 : 1 + x.numel()].view(x.shape)
     if kind == "expanded":
         return kind, x[:1].expand(x.shape)
+    if kind == "in a slab":
+        return kind, within(rng, rng.choice(maker.kept_slabs), x).copy_(x)
+    if kind == "in a weight":
+        y = within(rng, rng.choice(maker.alive), x)
+        return None if y is None else (kind, y)
     if kind == "value":
         x = x.clone()
         x.view(-1)[rng.randrange(x.numel())] = rng.choice(OUT_OF_RANGE[each.name])
@@ -373,6 +383,17 @@ def wrong_tensor(rng, signature, each, x, arguments):
     return kind, x.new_zeros(sizes)
 
 
+def within(rng, memory, x):
+    """A tensor like x in the memory of another one without gaps; None if it is too large."""
+    numbers = torch.tensor([], dtype=torch.uint8).set_(memory.untyped_storage())
+    start = memory.data_ptr() - numbers.data_ptr()
+    room = memory.nbytes - x.nbytes
+    if room < 0:
+        return None
+    start += rng.choice([0, room // 2, room]) // 64 * 64
+    return numbers[start : start + x.nbytes].view(x.dtype).view(x.shape)
+
+
 def given(signature):
     return [each for each in signature.parameters if not isinstance(each, Result)]
 
@@ -405,7 +426,7 @@ def wrong(rng, maker):
         return each.name, arguments
     if value is None:
         return None
-    found = wrong_tensor(rng, signature, each, value, arguments)
+    found = wrong_tensor(rng, maker, each, value, arguments)
     if found is None:
         return None
     kind, arguments[place] = found

@@ -59,7 +59,10 @@ def slabs_of(slabs: Sequence[Tensor | None]) -> Slabs:
     if len(kinds) != 1:
         raise ValueError(f"gptk.kernels.slabs_of cannot take slabs of {len(kinds)} kinds")
     addresses = [0 if numbers is None else numbers[0] for numbers in made]
-    return Slabs(torch.tensor(addresses, dtype=torch.int64, device="cpu"), *kinds.pop())
+    result = Slabs(torch.tensor(addresses, dtype=torch.int64, device="cpu"), *kinds.pop())
+    if result.regions.overlap:
+        raise ValueError("gptk.kernels.slabs_of cannot take slabs that share memory")
+    return result
 
 
 def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ def code_of(
     for tensor in tensors:
         if isinstance(tensor, Written):
             lines += _check_overlap(tensor, [other for other in tensors if other is not tensor])
+    for each in parameters:
+        if isinstance(each, Made) and each.has_regions:
+            lines += _check_regions(each, tensors)
     for result in results:
         lines.append(_make(result, tensors[0] if tensors else None))
         lines.append(f"{result.name}_data = {result.name}.data_ptr()")
@@ -149,6 +152,20 @@ def _check_overlap(written: Written, others: list[Input]) -> list[str]:
         )
     if written.optional:
         lines = [f"if {name} is not None:", *(f"    {line}" for line in lines)]
+    return lines
+
+
+def _check_regions(made: Made, tensors: list[Input]) -> list[str]:
+    lines = []
+    for tensor in tensors:
+        if made.is_written or isinstance(tensor, Written):
+            name = tensor.name
+            there = f"{name} is not None and " if tensor.optional else ""
+            lines.append(
+                f"if {there}{made.name}.regions.share({name}_data, {_end(tensor)}) "
+                f"and {name}.numel(): "
+                f"refuse({name!r}, locals(), 'it shares memory with {made.name}')"
+            )
     return lines
 
 

@@ -78,6 +78,10 @@ class Made:
 
     name: str
     type: type
+    has_regions: bool = False
+    """It has `regions`, see gptk.kernels.regions: no tensor that a kernel writes shares them."""
+    is_written: bool = False
+    """A kernel writes there: no tensor at all shares them."""
 
 
 Parameter = Input | Written | Result | Int | Real | Dtype | Made

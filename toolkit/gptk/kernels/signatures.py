@@ -297,7 +297,7 @@ _LOGSUMS = "rows, heads, time"
 _SEQUENCES = (
     Input("sequences", "count, 4", (INT64,)),
     Input("tables", "entries", (INT32,)),
-    Made("slabs", Slabs),
+    Made("slabs", Slabs, has_regions=True, is_written=True),
 )
 
 _ATTENTION = (
@@ -374,7 +374,7 @@ _ATTENTION = (
 
 _WALK = _kernel(
     "walk",
-    Made("model", Model),
+    Made("model", Model, has_regions=True),
     Written("x", "tokens, width", "slabs.dtype"),
     Input("table", "2, angles, head_dim", copied=False),
     Input("positions", "tokens", (INT64,)),

@@ -6,6 +6,7 @@ the tensors that they point to.
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from gptk.kernels.compiler import FEW_QUERIES
 from gptk.kernels.door import Door, Signature
 from gptk.kernels.parameters import INT64, UINT8, Dtype, Input, Int, Made, Real, Written
+from gptk.kernels.regions import Regions
 
 HEADS = "head_dim in (32, 64, 96, 128)"
 PANELS = "outputs + -outputs % 16, inputs"
@@ -59,6 +61,12 @@ class Slabs:
         """Numbers of a slab that are the keys of a layer, or its values."""
         return self.kv_heads * 64 * self.head_dim << self.bits
 
+    @cached_property
+    def regions(self) -> Regions:
+        """Where all keys and values are."""
+        size = 2 * self.layers * self.half * self.dtype.itemsize
+        return Regions((address, size) for address in self.addresses.tolist() if address)
+
 
 @dataclass(frozen=True)
 class StoredAddresses:
@@ -89,6 +97,12 @@ class Norm(ctypes.Structure):
         *(("eps", ctypes.c_double), ("size", _INT)),
     )
 
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Address and bytes of its weight and bias."""
+        size = self.size * (2 if self.is_bfloat16 else 4)
+        return [(self.weight or 0, size), (self.bias or 0, size if self.bias else 0)]
+
 
 class Matrix(ctypes.Structure):
     """A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones."""
@@ -99,6 +113,15 @@ class Matrix(ctypes.Structure):
         *(("inputs", _INT), ("outputs", _INT)),
     )
 
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Address and bytes of its weights and bias."""
+        width = 2 if self.is_bfloat16 else 4
+        outputs = self.outputs + -self.outputs % 16
+        groups = self.inputs // 32 * (4 + 4 * self.bits)
+        size = outputs * (groups if self.bits else self.inputs * width)
+        return [(self.weights or 0, size), (self.bias or 0, self.outputs * width * bool(self.bias))]
+
 
 class Layer(ctypes.Structure):
     """A block of a GPT."""
@@ -107,6 +130,11 @@ class Layer(ctypes.Structure):
         *((name, Norm) for name in _NORMS),
         *((name, Matrix) for name in _MATRICES),
     )
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Address and bytes of all its weights and biases."""
+        return [part for name in _NORMS + _MATRICES for part in getattr(self, name).parts]
 
 
 class Model(ctypes.Structure):
@@ -121,6 +149,12 @@ class Model(ctypes.Structure):
     @property
     def address(self) -> int:
         return ctypes.addressof(self)
+
+    @cached_property
+    def regions(self) -> Regions:
+        """Where all weights and biases are."""
+        layers = [self.layer[i].parts for i in range(self.layers)]
+        return Regions(part for parts in [*layers, self.norm.parts] for part in parts)
 
 
 def _numbers(*numbers: int) -> tuple[int, ...]:
