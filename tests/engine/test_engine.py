@@ -10,7 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixtures import LM, STRATEGIES, Raises, check_as_alone, memory_for, requests
+from mixtures import (
+    LM,
+    STRATEGIES,
+    Raises,
+    check_as_alone,
+    check_equal,
+    forget,
+    memory_for,
+    requests,
+)
 
 import gptk
 from gptk.engine import passes
@@ -233,6 +242,23 @@ def test_long_prompts_are_read_in_several_passes(monkeypatch):
     monkeypatch.setattr(passes, "TOKENS", 4)
     ENGINE.call(ENGINE.passes(LM.model).pool.forget_unused)
     assert [result.tokens for result in LM.generate_batch(prompts, max_new_tokens=4)] == want
+
+
+def test_a_strategy_that_needs_all_states_of_a_prompt_reads_it_in_several_passes(monkeypatch):
+    """Contrastive search, whose second pass over the prompt is joined with others, too."""
+    prompt = list(range(100))
+    want = LM.generate(prompt, sampler="contrastive", max_new_tokens=4)
+    monkeypatch.setattr(passes, "TOKENS", 16)
+    sizes = []
+    real = LM.model.states_at
+    monkeypatch.setattr(
+        LM.model,
+        "states_at",
+        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
+    )
+    forget(LM)
+    check_equal(LM.generate(prompt, sampler="contrastive", max_new_tokens=4), want, "contrastive")
+    assert max(sizes) == 16
 
 
 def test_an_engine_whose_start_was_interrupted_starts_anew(monkeypatch):

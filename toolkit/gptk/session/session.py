@@ -129,7 +129,14 @@ class DecodeSession:
         nothing.
         """
         ids, counts = self._ids_in_window()
-        return self._states(ids, None, counts)[:, :, 0]
+        cache: Cache | None = None
+        if isinstance(self._cache, BlockCache):  # its passes are joined with those of other runs
+            cache = self.model.new_cache(len(ids), max(counts))
+        try:
+            return self._states(ids, cache, counts)[:, :, 0]
+        finally:
+            if isinstance(cache, BlockCache):
+                cache.drop()
 
     def follow(self, follower: Follower) -> None:
         """Tell `follower` from now on whenever the rows move."""
