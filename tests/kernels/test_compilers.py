@@ -1,7 +1,11 @@
-"""The kernels' C++ compiles without a warning, for each instruction set and with each compiler."""
+"""The kernels' C++ compiles without a warning, for each instruction set and with each compiler; and
+what clang makes of it runs."""
 
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +37,23 @@ def test_there_are_no_warnings(name, instructions, tmp_path, monkeypatch):
     warnings = ["-Wall", "-Wextra", "-Werror"]
     command = [*compiler.find_compiler(), *warnings]
     compiler.compile_library(command, instructions.flags, tmp_path / "k.so", portable=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="on macOS all tests run with clang")
+def test_kernels_of_clang_pass_their_tests(tmp_path):
+    """With two threads: clang's OpenMP is that of cpp/clang_openmp.cpp."""
+    if shutil.which("clang++") is None:
+        pytest.skip("needs clang++")
+    chosen = {"CXX": "clang++", "GPTK_CACHE": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, **chosen}
+    here = Path(__file__).parent
+    files = [here / "test_kernels.py", here.parent / "model/test_walk.py"]
+    for command in (
+        ["-c", "import sys; from gptk import kernels; sys.exit(kernels.why_not())"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
