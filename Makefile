@@ -46,7 +46,8 @@ test-slow: $(ADAPTERS)
 # The kernels' tests with their C++ under sanitizers: those of addresses and of undefined behaviour,
 # then that of threads, with OpenMP's functions by threads that it knows. The sanitizers' libraries
 # must come first in the process; they know nothing of the memory that Python never frees.
-SANITIZED := $(addprefix tests/kernels/test_,kernels.py vocabulary.py arguments.py door.py) tests/model/test_walk.py
+SANITIZED := $(addprefix tests/kernels/test_,kernels.py vocabulary.py arguments.py door.py special_inputs.py) \
+	tests/model/test_walk.py
 library = $(shell g++ -print-file-name=$(1))
 ADDRESSES := CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \
@@ -57,7 +58,7 @@ test-sanitized: setup
 	$(ADDRESSES) $(KERNELS_RUN)
 	$(ADDRESSES) .venv/bin/python -m pytest $(SANITIZED)
 	$(THREADS) $(KERNELS_RUN)
-	$(THREADS) .venv/bin/python -m pytest $(filter-out %test_arguments.py %test_door.py,$(SANITIZED))
+	$(THREADS) .venv/bin/python -m pytest $(filter-out %arguments.py %door.py %inputs.py,$(SANITIZED))
 
 # Ray, lm-evaluation-harness, Triton and torchao: 370 MB to fetch, 1.4 GB installed, so that `make
 # setup` leaves them out.
