@@ -32,7 +32,7 @@ from greenlet import getcurrent
 from gptk.engine.memory import Memory
 from gptk.engine.model import JoinedModel
 from gptk.engine.passes import Passes
-from gptk.engine.reading import LogitsWanted, Reading
+from gptk.engine.reading import Reading
 from gptk.engine.run import CancelledError, Run, Wanted
 from gptk.model.protocol import CausalModel
 from gptk.system.threads import release_threads
@@ -48,6 +48,10 @@ class Engine:
     def __init__(self) -> None:
         self._waiting: deque[Run[Any]] = deque()
         self._active: list[Run[Any]] = []
+        self._ready: list[Run[Any]] = []
+        """Those of them that can go on: they begin, have what they wanted, or have to end."""
+        self._wanting: dict[Passes, list[Run[Any]]] = {}
+        """The others, by the model that they want to read tokens."""
         self._count = 0
         self._inbox: queue.SimpleQueue[Sequence[Run[Any]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -178,6 +182,7 @@ class Engine:
                     _log.exception("the engine failed")
                     runs = [*self._active, *self._waiting]
                     self._active, self._waiting = [], deque()
+                    self._ready, self._wanting = [], {}
                     for run in runs:
                         run.end(error)
         self._number = None
@@ -197,35 +202,63 @@ class Engine:
     def _admit(self) -> None:
         """Begin with those that wait, in their order, while there is room for their rows, and
         nobody was set back, who comes before them."""
-        if not self._waiting or any(run.is_set_back for run in self._active):
-            return
         rows = self.rows_in_use
-        while self._waiting and (not self._active or self._has_room(rows + self._waiting[0].rows)):
+        if not self._may_begin(rows) or any(run.is_set_back for run in self._active):
+            return
+        while self._may_begin(rows):
             run = self._waiting.popleft()
             run.number, self._count = self._count, self._count + 1
             if run.threads != torch.get_num_threads():
                 torch.set_num_threads(run.threads)
             rows += run.rows
             self._active.append(run)
+            self._ready.append(run)
+
+    def _may_begin(self, rows: int) -> bool:
+        """Whether a run waits for which there is room beside so many rows."""
+        waiting = self._waiting
+        return bool(waiting) and (not self._active or self._has_room(rows + waiting[0].rows))
 
     def _has_room(self, rows: int) -> bool:
-        all_passes = list(self._passes.values())
-        return rows <= self.most_rows and all(passes.has_room(rows) for passes in all_passes)
+        if rows > self.most_rows:
+            return False
+        return all(passes.has_room(rows) for passes in list(self._passes.values()))
 
     def _go_on(self) -> None:
-        """Let every run go on that has what it wanted, until all want tokens to be read."""
-        while ready := [run for run in self._active if run.is_ready]:
+        """Let every run go on that can, until all want tokens to be read."""
+        self._find_ready()
+        while ready := self._ready:
+            self._ready = []
+            asking: dict[Passes, list[Run[Any]]] = {}
             for run in ready:
                 self._running = run
                 if not run.go_on():
-                    self._active.remove(run)
-                    if run.has_failed:
-                        self.memory.release(run)
-                    run.end()
+                    self._end(run)
+                elif isinstance(run.wanted, Reading):
+                    self._wanting.setdefault(run.of, []).append(run)
+                else:
+                    asking.setdefault(run.of, []).append(run)
             self._running = None
-            wanting = [run for run in self._active if isinstance(run.wanted, LogitsWanted)]
-            for passes, runs in _by_model(wanting):
+            for passes, runs in asking.items():
                 passes.give_logits(runs)
+                self._ready += runs
+
+    def _find_ready(self) -> None:
+        """Of the runs that wanted tokens to be read, find those that can go on now."""
+        wanting, self._wanting = self._wanting, {}
+        for passes, runs in wanting.items():
+            waiting: list[Run[Any]] = []
+            for run in runs:
+                can_go_on = run.answer is not None or run.is_cancelled
+                (self._ready if can_go_on else waiting).append(run)
+            if waiting:
+                self._wanting[passes] = waiting
+
+    def _end(self, run: Run[Any]) -> None:
+        self._active.remove(run)
+        if run.has_failed:
+            self.memory.release(run)
+        run.end()
 
     def _read(self) -> None:
         """One pass of each model over what runs want read.
@@ -233,8 +266,7 @@ class Engine:
         Where runs use several models, such as a draft's, the one that is read most often goes
         first, until its runs want the others again: so these read for all runs at a time.
         """
-        wanting = [run for run in self._active if isinstance(run.wanted, Reading)]
-        groups = sorted(_by_model(wanting), key=lambda group: -group[0].count)
+        groups = sorted(self._wanting.items(), key=lambda group: -group[0].count)
         for passes, runs in groups:
             first = groups[0][1]
             comes_back = runs is not first and any(passes in run.used for run in first)
@@ -242,14 +274,6 @@ class Engine:
                 passes.waited += 1
             else:
                 passes.read(runs)
-
-
-def _by_model(runs: list[Run[Any]]) -> list[tuple[Passes, list[Run[Any]]]]:
-    """Runs by the model that they want something of."""
-    groups: dict[int, tuple[Passes, list[Run[Any]]]] = {}
-    for run in runs:
-        groups.setdefault(id(run.of), (run.of, []))[1].append(run)
-    return list(groups.values())
 
 
 MOST_ROWS = 64

@@ -50,16 +50,8 @@ class Run(Generic[T]):
         self._ended = threading.Event()
         self._value: T
         self._error: BaseException | None = None
-        self._cancelled = False
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it can go on: it has what it wanted, or has to end."""
-        return self.wanted is None or self.answer is not None or self._cancelled
+        self.is_cancelled = False
+        """See `cancel`."""
 
     @property
     def is_set_back(self) -> bool:
@@ -72,7 +64,7 @@ class Run(Generic[T]):
 
     def cancel(self) -> None:
         """End it where it is suspended, or before it begins. It is then `CancelledError`."""
-        self._cancelled = True
+        self.is_cancelled = True
 
     def result(self) -> T:
         """Wait until it has ended. Raises what it raised; if the wait is interrupted, as by Ctrl-C,
@@ -96,7 +88,7 @@ class Run(Generic[T]):
     def go_on(self) -> bool:
         """Run until it wants something of the model, or to its end; says whether it goes on."""
         answer, self.answer = self.answer, None
-        if self._cancelled:
+        if self.is_cancelled:
             answer = CancelledError()
         if self._greenlet is None:
             if isinstance(answer, BaseException):
