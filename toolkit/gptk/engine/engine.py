@@ -130,7 +130,7 @@ class Engine:
     def wait_for(self, passes: Passes, wanted: Wanted) -> Any:
         """Suspend the run that asks until the engine has what it wants of a model.
 
-        Returns the states or the logits, or both. Logits may share memory with those of others.
+        Returns the states or the logits, or both; they may share memory with those of others.
         """
         if not self.is_inside:  # a model that a run has given away
             return self.call(lambda: self.wait_for(passes, wanted))

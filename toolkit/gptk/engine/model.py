@@ -69,18 +69,9 @@ class JoinedModel:
         wanted: of how many of each row's tokens, the last ones [all].
         """
         reading = Reading(ids, cache, None, layers, wanted, with_logits=True)
-        states, logits = self._passes.wait_for(reading)
-        return states, _copy_of_part(logits)
+        answer: tuple[Tensor, Tensor] = self._passes.wait_for(reading)
+        return answer
 
     def logits(self, states: Tensor) -> Tensor:
-        return _copy_of_part(self._passes.wait_for(LogitsWanted(states)))
-
-
-def _copy_of_part(logits: Tensor) -> Tensor:
-    """A copy if they are part of a tensor with those of other runs: they would keep its memory.
-
-    Each run makes its copy when it goes on: this takes memory that the run before has just freed,
-    which a copy for each run as soon as there are logits could not.
-    """
-    is_part = logits.nbytes < logits.untyped_storage().nbytes()
-    return logits.clone() if is_part else logits
+        logits: Tensor = self._passes.wait_for(LogitsWanted(states))
+        return logits

@@ -1,11 +1,13 @@
 """The passes of an engine: what runs want read, together, within the budget of memory."""
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gptk.engine.memory import Memory
 from gptk.engine.reading import LogitsWanted, Reading
@@ -42,6 +44,8 @@ class Passes:
         """Passes so far."""
         self.waited = 0
         """How often the engine has read another model since the last of them."""
+        self._shared: list[StorageWeakRef] = []
+        """Memory of which several runs have parts."""
 
     @property
     def pool(self) -> BlockPool:
@@ -106,10 +110,7 @@ class Passes:
         First those with few tokens, so that long prompts do not hold them up.
         """
         self.count, self.waited = self.count + 1, 0
-        pool = self.pool
-        pool.budget.trim()
-        for run in runs:
-            _reading(run).use(pool)
+        self.pool.budget.trim()
         order = sorted(runs, key=_order)
         taken, beyond = self._take(order), False
         while True:
@@ -128,24 +129,40 @@ class Passes:
                     reading.start_again()
                 self._each_alone([run for run, _, _ in taken], error, self.read)
                 return
-        pieces = iter(torch.split(states[None], [part.wanted for part in parts], dim=1))
+        self._answer(taken, states, layers)
+
+    def _answer(self, taken: Sequence[Taken], states: Tensor, layers: list[int]) -> None:
+        """Give the runs that a pass has read for what they want of its states, (tokens, 1 + layers,
+        width)."""
+        sizes = [part.wanted for _, _, of_run in taken for part in of_run]
+        pieces = iter(self._split(states[None], sizes))
+        with_logits: list[Run[Any]] = []
+        asked = 0
         for run, reading, of_run in taken:
-            columns = [0, *(1 + layers.index(layer) for layer in reading.layers)]
             for part in of_run:
                 piece = next(pieces)
-                has_others = len(columns) <= len(layers)
-                reading.took(part, piece[:, :, columns] if has_others else piece)
+                if len(reading.layers) < len(layers):
+                    piece = piece[:, :, [0, *(1 + layers.index(n) for n in reading.layers)]]
+                reading.took(part, piece)
             run.answer = reading.result()
-        with_logits = [
-            run for run, reading, _ in taken if reading.with_logits and run.answer is not None
-        ]
+            if reading.with_logits and run.answer is not None:
+                with_logits.append(run)
+                asked += math.prod(reading.asked)
         if with_logits:
-            self._add_logits(with_logits)
+            # If all that they asked for was read just now, it is here side by side.
+            is_all = len(with_logits) == len(taken) and asked == len(states)
+            self._add_logits(with_logits, states[None, :, 0] if is_all else None)
 
-    def _add_logits(self, runs: Sequence[Run[Any]]) -> None:
-        """To the answers of runs, which are states, the logits of these."""
+    def _add_logits(self, runs: Sequence[Run[Any]], together: Tensor | None = None) -> None:
+        """To the answers of runs, which are states, the logits of these.
+
+        together: the final states of them all, (1, tokens, width), if these are at hand.
+        """
         try:
-            logits = self._logits_of_each([run.answer.select(-2, 0) for run in runs])
+            if together is None:
+                logits = self._logits_of_each([run.answer.select(-2, 0) for run in runs])
+            else:
+                logits = self._logits_in_parts(together, [_reading(run).asked for run in runs])
         except Exception as error:
             self._each_alone(runs, error, self._add_logits)
             return
@@ -156,24 +173,44 @@ class Passes:
         """The logits of several tensors of states, (…, width) each, together."""
         if len(states) == 1:
             return [self._logits(states[0])]
-        # Those of one row, as most are, take as few operations as can be.
-        rows = [each if _is_row(each) else each.flatten(0, -2)[None] for each in states]
-        logits = self._logits(torch.cat(rows, dim=1))
-        parts = torch.split(logits, [row.shape[1] for row in rows], dim=1)
+        together = torch.cat([each.flatten(0, -2) for each in states])
+        return self._logits_in_parts(together[None], [each.shape[:-1] for each in states])
+
+    def _logits_in_parts(
+        self, together: Tensor, shapes: Sequence[Sequence[int]]
+    ) -> Sequence[Tensor]:
+        """The logits of states, (1, tokens, width), in parts of these shapes, without vocab."""
+        parts = self._split(self._logits(together), [math.prod(shape) for shape in shapes])
         return [
-            part if each is row else part.view(*each.shape[:-1], -1)
-            for part, each, row in zip(parts, states, rows, strict=True)
+            part if len(shape) == 2 and shape[0] == 1 else part.view(*shape, -1)
+            for part, shape in zip(parts, shapes, strict=True)
         ]
+
+    def _split(self, together: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        """What a pass has computed for several runs, (1, tokens, …), in parts of so many tokens.
+
+        A part that is in use keeps the memory of all. So where much is kept in this way, as by
+        streams that are read slowly, the parts are copies.
+        """
+        parts: Sequence[Tensor] = torch.split(together, sizes, dim=1)
+        if len(parts) == 1:
+            return parts
+        self._shared = [memory for memory in self._shared if not _is_gone(memory)]
+        if len(self._shared) >= _MOST_SHARED:
+            return [part.clone() for part in parts]
+        self._shared.append(_reference(together))
+        return parts
 
     def _take(self, runs: Sequence[Run[Any]]) -> list[Taken]:
         """What of each run a pass reads."""
         taken: list[Taken] = []
-        room = self._most_tokens
+        room, pool = self._most_tokens, self.pool
         for run in runs:
             if room <= 0:
                 break
             reading = _reading(run)
-            if taken and reading.is_lost and self.pool.available < reading.blocks + len(taken):
+            reading.use(pool)
+            if taken and reading.is_lost and pool.available < reading.blocks + len(taken):
                 continue
             parts = reading.parts(room)
             for part in parts:
@@ -229,8 +266,13 @@ class Passes:
             answer([run])
 
 
-def _is_row(states: Tensor) -> bool:
-    return states.dim() == 3 and states.shape[0] == 1
+def _reference(tensor: Tensor) -> StorageWeakRef:
+    """To the memory of a tensor, which it does not keep."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _is_gone(memory: StorageWeakRef) -> bool:
+    return bool(memory.expired())  # type: ignore[no-untyped-call]
 
 
 def _reading(run: Run[Any]) -> Reading:
@@ -247,3 +289,5 @@ TOKENS, TOKENS_IN_16_BITS = 128, 768
 """The most tokens of a pass: with more it takes longer, and no less for each of them."""
 TOKENS_ON_GPU = 8192
 """A GPU takes less time for each of them up to about here, and others do not wait for long."""
+_MOST_SHARED = 8
+"""Tensors whose parts several runs have: the states and logits of four passes."""

@@ -46,8 +46,10 @@ class Reading:
         "_time",
         "_tokens",
         "_wanted",
+        "asked",
         "cache",
         "layers",
+        "size",
         "with_logits",
     )
 
@@ -63,23 +65,22 @@ class Reading:
         self._wanted, self.with_logits = wanted, with_logits
         self.cache, self.layers = cache, tuple(layers)
         self._before = list(cache.lengths)
-        time = ids.shape[1]
-        counts = [time] * len(ids) if counts is None else counts
+        rows, time = ids.tolist(), ids.shape[1]
+        if counts is not None:
+            rows = [row[:count] for row, count in zip(rows, counts, strict=True)]
         self._time = time
-        self._tokens = [
-            array("q", row[:count]) for row, count in zip(ids.tolist(), counts, strict=True)
-        ]
-        self._rows: list[_Row] | None = None
+        self.asked = len(rows), time if wanted is None else wanted
+        """Of how many rows the states of how many tokens each; not for rows with `counts`."""
+        self._tokens = [array("q", row) for row in rows]
+        self.start_again()
 
-    @property
-    def size(self) -> int:
+    def start_again(self) -> None:
+        """Read all, as when the cache has lost its blocks."""
+        self._rows: list[_Row] | None = None
+        self.size = sum(map(len, self._tokens))
         """How many tokens are still to be read: at most, as long as none of them is."""
-        if self._rows is None:  # to open it may take blocks
-            if len(self._before) == 1 and self.cache.held == self._before:
-                return len(self._tokens[0])
-            held = map(min, self.cache.held, self._before)
-            return sum(self._before) - sum(held) + sum(map(len, self._tokens))
-        return sum(len(row.unread) for row in self._rows)
+        if self.is_lost:
+            self.size += sum(self._before) - sum(map(min, self.cache.held, self._before))
 
     @property
     def is_lost(self) -> bool:
@@ -111,6 +112,7 @@ class Reading:
         assert self._rows is not None
         row = self._rows[part.row]
         row.unread = row.unread[len(part.tokens) :]
+        self.size -= len(part.tokens)
         if part.wanted:
             row.states.append(states)
 
@@ -119,10 +121,6 @@ class Reading:
         if self.cache.pool is not pool:
             self.cache.move(pool)
             self.start_again()
-
-    def start_again(self) -> None:
-        """The cache has lost its blocks: read all."""
-        self._rows = None
 
     def result(self) -> Tensor | None:
         """(rows, time, 1 + layers, width), once all is read."""
@@ -152,4 +150,5 @@ class Reading:
                     unread = cache.unread(number) + tokens
                 wanted = len(tokens) if self._wanted is None else self._wanted
                 self._rows.append(_Row(unread, wanted))
+            self.size = sum(len(row.unread) for row in self._rows)
         return self._rows
