@@ -282,11 +282,8 @@ class Decoding:
         if self._speculation is not None:
             self._speculation.select(parents)
         self.session.select(parents)
-        rows = self.session.rows
-        device = self.session.model.device
-        rows.set_scores(
-            torch.tensor([row.score for row in self.live], device=device),
-            torch.tensor([row.total for row in self.live], device=device),
+        self.session.rows.set_scores(
+            [row.score for row in self.live], [row.total for row in self.live]
         )
         if extended:
             return
@@ -295,7 +292,7 @@ class Decoding:
                 placeholders.get(parent, row.token)
                 for parent, row in zip(parents, self.live, strict=True)
             ],
-            device=device,
+            device=self.session.model.device,
         )
         if self._speculation is None:
             self.session.extend(tokens)

@@ -4,7 +4,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gptk.decoding.checks import check_layers
@@ -83,29 +83,37 @@ class Stream:
         return self
 
     def __next__(self) -> str:
+        piece = self._take(self._step)
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def run(self) -> Generation:
+        """Decode to the end."""
+        try:
+            while self._take(self._step_without_text) is not None:
+                pass
+        finally:
+            self._forget()
+        return self.result
+
+    def _take(self, step: Callable[[], str]) -> str | None:
+        """Take a step in a run of the engine. Returns what it returns; None once the stream has
+        ended."""
         if self._stepping and ENGINE.is_inside:
             raise GptkError("a stream cannot be read by what its own steps call")
         with self._lock:
             if self._ended:
-                raise StopIteration
+                return None
             self._stepping = True
             try:
                 with explaining_out_of_memory(self._what(), _LESS):
-                    return ENGINE.call(self._step, rows=self.settings.rows)
+                    return ENGINE.call(step, rows=self.settings.rows)
             except BaseException:
                 self._end()
                 raise
             finally:
                 self._stepping = False
-
-    def run(self) -> Generation:
-        """Decode to the end."""
-        try:
-            for _ in self:
-                pass
-        finally:
-            self._forget()
-        return self.result
 
     def _forget(self) -> None:
         """Let go the session and its memory."""
@@ -195,16 +203,21 @@ class Stream:
 
     def _step(self) -> str:
         """Take a step of decoding, or end. Returns the new piece of text."""
+        rest = self._step_without_text()
+        decoding = self._decoding
+        if decoding is None or not self.live:
+            return rest
+        return self._text.add(decoding.live[0] if decoding.live else decoding.results(0)[0])
+
+    def _step_without_text(self) -> str:
+        """Take a step of decoding, or end. Returns the rest of the text once it ends."""
         if self._decoding is None:
             self._decoding = self._start()
-        decoding = self._decoding
-        if self._interrupted or not decoding.live:
+        if self._interrupted or not self._decoding.live:
             self._end()
             return self._finish()
-        decoding.step()
-        if not self.live:
-            return ""
-        return self._text.add(decoding.live[0] if decoding.live else decoding.results(0)[0])
+        self._decoding.step()
+        return ""
 
     def _what(self) -> str:
         """What is decoded, for messages."""

@@ -52,8 +52,8 @@ class Rows:
         self._lengths = tuple(len(prompt) for prompt in prompts)
         self._prompt_lengths = self.lengths if prompt_lengths is None else tuple(prompt_lengths)
         self._prompts = tuple(range(len(prompts)))
-        self._scores = torch.zeros(len(prompts), device=device)
-        self._logprobs = torch.zeros(len(prompts), device=device)
+        self._scores = [0.0] * len(prompts)
+        self._logprobs = [0.0] * len(prompts)
         self._groups = (0,) * len(prompts)
         self._eos = tuple(eos)
         self._tokenizer = tokenizer
@@ -70,7 +70,7 @@ class Rows:
         self._streams = tuple(RandomStream.of(s, p, ordinal=o) for s, p, o in self._origins)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._lengths)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -95,12 +95,12 @@ class Rows:
     @property
     def scores(self) -> Tensor:
         """(rows,) float32: what the sampler ranks by so far."""
-        return self._scores
+        return torch.tensor(self._scores, dtype=torch.float32, device=self._tokens.device)
 
     @property
     def logprobs(self) -> Tensor:
         """(rows,) float32: the sum of the new tokens' log-probabilities."""
-        return self._logprobs
+        return torch.tensor(self._logprobs, dtype=torch.float32, device=self._tokens.device)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -207,30 +207,31 @@ class Rows:
         """Set what rows of a session lack: the tokenizer, and the tokens that end a row."""
         self._tokenizer, self._eos = tokenizer, tuple(eos)
 
-    def set_scores(self, scores: Tensor, logprobs: Tensor) -> None:
-        """scores, logprobs: (rows,) float32."""
+    def set_scores(self, scores: list[float], logprobs: list[float]) -> None:
+        """scores, logprobs: of each row."""
         self._scores, self._logprobs = scores, logprobs
 
     def extend(self, tokens: Tensor) -> None:
         self._copy = None
-        end = max(self.lengths) + tokens.shape[1]
+        lengths, count = self._lengths, tokens.shape[1]
+        end = max(lengths) + count
         if end > (size := self._tokens.shape[1]):
             room = self._tokens.new_zeros(len(self), max(end - size, size // 2))
             self._tokens = torch.cat((self._tokens, room), dim=1)
-        if min(self.lengths) == max(self.lengths):
-            self._tokens[:, end - tokens.shape[1] : end] = tokens
+        if min(lengths) == max(lengths):
+            self._tokens[:, end - count : end] = tokens
         else:
-            starts = torch.tensor(self.lengths, device=tokens.device)[:, None]
-            positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
+            starts = torch.tensor(lengths, device=tokens.device)[:, None]
+            positions = starts + torch.arange(count, device=tokens.device)
             self._tokens.scatter_(1, positions, tokens)
-        self._lengths = tuple(length + tokens.shape[1] for length in self.lengths)
+        self._lengths = tuple([length + count for length in lengths])
 
     def select(self, parents: Sequence[int]) -> None:
         self._copy = None
         index = torch.tensor(parents, device=self._tokens.device)
         self._tokens = self._tokens[index]
-        self._scores = self.scores[index]
-        self._logprobs = self.logprobs[index]
+        self._scores = [self._scores[p] for p in parents]
+        self._logprobs = [self._logprobs[p] for p in parents]
         self._groups = tuple(self.groups[p] for p in parents)
         self._lengths = tuple(self.lengths[p] for p in parents)
         self._prompt_lengths = tuple(self.prompt_lengths[p] for p in parents)

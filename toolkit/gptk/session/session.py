@@ -154,7 +154,7 @@ class DecodeSession:
         if self.overflow == "slide" and n > 1 and max(self.rows.lengths) + n > self._window:
             # Each token has a window of its own.
             return torch.cat([self.extend(column) for column in tokens.T], dim=1)
-        self.move(tokens)
+        self._move(tokens)
         return self.read(at_least=n)[:, -n:]
 
     @inferring
@@ -164,13 +164,17 @@ class DecodeSession:
         tokens: (rows,) or (rows, n). Tokens that were guessed, or rewound before, are in the cache
         already.
         """
-        tokens = self._checked(tokens)
+        self._move(self._checked(tokens))
+
+    def _move(self, tokens: Tensor) -> None:
+        """`move`, for tokens that are `_checked`."""
         n = tokens.shape[1]
         longest = max(self.rows.lengths) + n
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
         for follower in self._followers:
-            follower.extend(tokens.clone())  # a follower may write into it
+            # a follower may write into them, but the rows do not
+            follower.extend(tokens if follower is self.rows else tokens.clone())
         if not any(self._ahead):
             self._state_column = [None] * len(self.rows)
             return
@@ -216,6 +220,7 @@ class DecodeSession:
             cache.rewind([held - length + n for held, length in ends])
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
+            self._forget_states()
             hidden, logits = self._states_and_logits(ids, cache)
         else:
             hidden, logits = self._recompute(n + d)
@@ -277,7 +282,7 @@ class DecodeSession:
     def _of_last_tokens(self, states: Tensor) -> Tensor:
         """What belongs to each row's last token. states: (rows of the last pass, read, …)."""
         first = self._state_column[0]
-        in_order = self._state_row == list(range(len(states)))
+        in_order = self._state_row == list(range(states.shape[0]))
         if first is not None and in_order and all(c == first for c in self._state_column):
             return states[:, first]
         if not any(self.known):
@@ -290,8 +295,13 @@ class DecodeSession:
     def _store(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """Keep what a pass has computed; returns its logits."""
         self._hidden, self._logits = hidden, logits
-        self._state_row = list(range(len(logits)))
+        self._state_row = list(range(logits.shape[0]))
         return logits
+
+    def _forget_states(self) -> None:
+        """Keep nothing of the last pass, which would be kept during the next one."""
+        self._hidden = self._logits = torch.empty(0)
+        self._state_column = [None] * len(self.rows)
 
     def _drop_from_cache(self, row: int, count: int) -> None:
         """Take the last `count` tokens of a row out of the cache."""
@@ -301,10 +311,12 @@ class DecodeSession:
             self._cache.rewind(counts)
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
-        tokens = tokens[:, None].long() if tokens.dim() == 1 else tokens.long()
-        if tokens.device.type == "cpu" and tokens.numel():  # on a GPU this would wait for it
+        if tokens.dtype is not torch.int64:
+            if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+                raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
+            tokens = tokens.long()
+        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        if tokens.is_cpu and tokens.numel():  # on a GPU this would wait for it
             few = tokens.numel() <= 64  # then a list takes less time than two reductions
             self._check_ids(
                 tokens.flatten().tolist() if few else [int(tokens.min()), int(tokens.max())],
