@@ -1,6 +1,7 @@
 """The budget of memory that all models share, who waits for it, and that nobody keeps it."""
 
 import asyncio
+import functools
 import gc
 import random
 import threading
@@ -281,6 +282,26 @@ def outcome(run):
         return run.result()
     except BaseException as error:
         return error
+
+
+def test_streams_that_are_read_slowly_keep_little_of_the_passes_that_they_shared():
+    """What a pass has computed for several runs is one piece of memory, of which each has a part.
+    Of twelve streams, each of which has shared passes with three others that are gone, few keep
+    what these had."""
+    slow = []
+    for number in range(12):
+        streams = [LM.stream([number, i], max_new_tokens=8, ignore_eos=True) for i in range(4)]
+        runs = [Run(functools.partial(next, stream), 1) for stream in streams]
+        ENGINE.start(runs)
+        for run in runs:
+            run.result()
+        slow.append(streams[0])
+    sessions = [stream._decoding.session for stream in slow]
+    for kept in ([s._logits for s in sessions], [s._hidden for s in sessions]):
+        parts = [part for part in kept if part.untyped_storage().nbytes() > part.nbytes]
+        assert 0 < len(parts) <= 4
+    for number, stream in enumerate(slow):
+        check_equal(stream.run(), LM.generate([number, 0], max_new_tokens=8, ignore_eos=True), "")
 
 
 @pytest.mark.filterwarnings("ignore::gptk.PluginWarning")

@@ -85,6 +85,29 @@ class Nan(gptk.LogitsProcessor):
         return logits * float("nan")
 
 
+class Overwrites(gptk.Sampler):
+    name = "overwrites"
+
+    def step(self, logits, rows):
+        choice = gptk.Choice.one_each(logits.argmax(dim=-1), logits, rows)
+        rows.scores.fill_(1)
+        logits.fill_(float("nan"))
+        return choice
+
+
+def test_a_run_that_writes_into_its_logits_changes_nobody_elses():
+    """Runs have parts of the memory of a pass."""
+    chosen = [
+        gptk.Request([number], settings={"sampler": Overwrites()} if number % 2 else {})
+        for number in range(6)
+    ]
+    responses = list(LM.generate_many(chosen, max_new_tokens=8, ignore_eos=True))
+    for response in responses:
+        prompt = response.request.prompt
+        want = LM.generate(prompt, max_new_tokens=8, ignore_eos=True, sampler="greedy")
+        check_equal(response.generation, want, prompt)
+
+
 def stops(tokens):
     raise ValueError("on purpose")
 
