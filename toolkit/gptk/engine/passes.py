@@ -151,7 +151,7 @@ class Passes:
         if with_logits:
             # If all that they asked for was read just now, it is here side by side.
             is_all = len(with_logits) == len(taken) and asked == len(states)
-            self._add_logits(with_logits, states[None, :, 0] if is_all else None)
+            self._add_logits(with_logits, states[None, :, 0].contiguous() if is_all else None)
 
     def _add_logits(self, runs: Sequence[Run[Any]], together: Tensor | None = None) -> None:
         """To the answers of runs, which are states, the logits of these.
