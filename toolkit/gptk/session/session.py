@@ -311,11 +311,9 @@ class DecodeSession:
             self._cache.rewind(counts)
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        if tokens.dtype is not torch.int64:
-            if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
-                raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
-            tokens = tokens.long()
-        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+            raise DecodingError(f"tokens of type {tokens.dtype} are no token ids")
+        tokens = (tokens[:, None] if tokens.dim() == 1 else tokens).long()
         if tokens.is_cpu and tokens.numel():  # on a GPU this would wait for it
             few = tokens.numel() <= 64  # then a list takes less time than two reductions
             self._check_ids(
