@@ -167,13 +167,12 @@ class DecodeSession:
         self._move(self._checked(tokens))
 
     def _move(self, tokens: Tensor) -> None:
-        """`move`, for tokens that are `_checked`."""
+        """`move`, for tokens that are `_checked`. Followers but `rows` may change theirs."""
         n = tokens.shape[1]
         longest = max(self.rows.lengths) + n
         if longest > self._window and self.overflow == "stop":
             raise self._too_long(longest)
         for follower in self._followers:
-            # a follower may write into them, but the rows do not
             follower.extend(tokens if follower is self.rows else tokens.clone())
         if not any(self._ahead):
             self._state_column = [None] * len(self.rows)
@@ -220,7 +219,8 @@ class DecodeSession:
             cache.rewind([held - length + n for held, length in ends])
             ids = self._last_tokens(n)
             ids = ids if guesses is None else torch.cat((ids, guesses), dim=1)
-            self._forget_states()
+            self._hidden = self._logits = torch.empty(0)  # keep nothing during the pass
+            self._state_column = [None] * len(rows)
             hidden, logits = self._states_and_logits(ids, cache)
         else:
             hidden, logits = self._recompute(n + d)
@@ -298,11 +298,6 @@ class DecodeSession:
         self._state_row = list(range(logits.shape[0]))
         return logits
 
-    def _forget_states(self) -> None:
-        """Keep nothing of the last pass, which would be kept during the next one."""
-        self._hidden = self._logits = torch.empty(0)
-        self._state_column = [None] * len(self.rows)
-
     def _drop_from_cache(self, row: int, count: int) -> None:
         """Take the last `count` tokens of a row out of the cache."""
         if self._cache is not None and self._cached and count:
@@ -316,10 +311,8 @@ class DecodeSession:
         tokens = (tokens[:, None] if tokens.dim() == 1 else tokens).long()
         if tokens.is_cpu and tokens.numel():  # on a GPU this would wait for it
             few = tokens.numel() <= 64  # then a list takes less time than two reductions
-            self._check_ids(
-                tokens.flatten().tolist() if few else [int(tokens.min()), int(tokens.max())],
-                DecodingError,
-            )
+            ids = tokens.flatten().tolist() if few else [int(tokens.min()), int(tokens.max())]
+            self._check_ids(ids, DecodingError)
         if tokens.dim() != 2 or tokens.shape[0] != len(self.rows) or not tokens.shape[1]:
             raise DecodingError(
                 f"tokens of shape {tuple(tokens.shape)} cannot extend {len(self.rows)} rows"
