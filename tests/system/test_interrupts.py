@@ -41,6 +41,7 @@ def test_an_interrupt_that_a_library_makes_another_error_ends_the_program_as_one
     """As pydantic does while it builds a class: such an error is no fault in gptk."""
     program = """if True:
         import os, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
         from gptk import cli
 
         def interrupted(*arguments, **settings):
