@@ -78,19 +78,23 @@ def state_of_the_process():
         "folder": os.getcwd(),
         "warnings": list(warnings.filters),
         "hooks": (sys.excepthook, sys.displayhook, sys.settrace and sys.gettrace()),
-        "collector": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+        "collector": (gc.isenabled(), gc.get_threshold()),
         "limits": sys.getrecursionlimit(),
     }
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}])
-def test_a_trainer_leaves_the_process_as_it_was(settings, tmp_path):
+def test_a_trainer_leaves_the_process_as_it_was(settings, tmp_path, monkeypatch):
+    called = []  # how many objects are frozen says less: those of other tests may end meanwhile
+    monkeypatch.setattr(gc, "freeze", lambda: called.append("freeze"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: called.append("unfreeze"))
     Trainer.start(config(steps=1), tmp_path / "first").train()  # imports what it needs
     before = state_of_the_process()
     trainer = Trainer.start(config(steps=2, **settings), tmp_path / "run")
     methods = [vars(module).get("forward") for module in trainer.model.modules()]
     assert state_of_the_process() == before
     trainer.train()
+    assert not called
     assert state_of_the_process() == before
     assert methods == [None] * len(methods)
     assert [vars(m).get("forward") for m in trainer.model.modules()] == methods
