@@ -47,7 +47,8 @@ def test_so_it_does_when_blocks_run_out(chosen, blocks, seed):
     assert ENGINE.passes(lm.model).pool.used == 0
 
 
-def test_runs_share_passes(monkeypatch):
+def sizes_of_passes(monkeypatch):
+    """A list of how many tokens each pass of LM reads from now on."""
     sizes = []
     real = LM.model.states_at
     monkeypatch.setattr(
@@ -55,6 +56,11 @@ def test_runs_share_passes(monkeypatch):
         "states_at",
         lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
     )
+    return sizes
+
+
+def test_runs_share_passes(monkeypatch):
+    sizes = sizes_of_passes(monkeypatch)
     list(LM.generate_many([[1], [2], [3, 4]], max_new_tokens=4, ignore_eos=True, ordered=True))
     LM.generate_batch([[1], [2], [3, 4]], max_new_tokens=4, ignore_eos=True)
     assert sizes[-4:] == [4, 3, 3, 3]
@@ -272,13 +278,7 @@ def test_a_strategy_that_needs_all_states_of_a_prompt_reads_it_in_several_passes
     prompt = list(range(100))
     want = LM.generate(prompt, sampler="contrastive", max_new_tokens=4)
     monkeypatch.setattr(passes, "TOKENS", 16)
-    sizes = []
-    real = LM.model.states_at
-    monkeypatch.setattr(
-        LM.model,
-        "states_at",
-        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
-    )
+    sizes = sizes_of_passes(monkeypatch)
     forget(LM)
     check_equal(LM.generate(prompt, sampler="contrastive", max_new_tokens=4), want, "contrastive")
     assert max(sizes) == 16

@@ -179,7 +179,10 @@ class Passes:
     def _logits_in_parts(
         self, together: Tensor, shapes: Sequence[Sequence[int]]
     ) -> Sequence[Tensor]:
-        """The logits of states, (1, tokens, width), in parts of these shapes, without vocab."""
+        """The logits of states, (1, tokens, width), in parts.
+
+        shapes: of each part without its last dimension, which is the vocabulary.
+        """
         parts = self._split(self._logits(together), [math.prod(shape) for shape in shapes])
         return [
             part if len(shape) == 2 and shape[0] == 1 else part.view(*shape, -1)
