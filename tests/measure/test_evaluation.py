@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import gptk
 from checkpoints import CONFIGS, random_ids, random_model
 from gptk import Tokenizer, evaluate, prepare_tokens
-from gptk.model.scoring import token_logprobs
+from gptk.measure.evaluation import token_logprobs
 from gptk.testing import tiny_gpt, tiny_lm
 from program import failing
 from program import gptk as program

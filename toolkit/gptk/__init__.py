@@ -36,7 +36,7 @@ _HOMES = {
     "Choice": "hooks.choice",
     "compare": "measure.comparison",
     "Comparison": "measure.comparison",
-    "ContinuationScore": "model.continuations",
+    "ContinuationScore": "engine.scoring",
     "DataError": "errors",
     "DecodeSession": "session.session",
     "Decoding": "decoding.run",
@@ -87,7 +87,7 @@ _HOMES = {
     "Rows": "session.rows",
     "Run": "hooks.run",
     "Sampler": "hooks.sampling",
-    "Score": "model.scoring",
+    "Score": "engine.scoring",
     "set_kv_memory": "system.kv_memory",
     "Scorer": "hooks.sampling",
     "Settings": "language_model",
@@ -145,6 +145,8 @@ if TYPE_CHECKING:
     from gptk.decoding.speculation import Acceptance as Acceptance
     from gptk.decoding.stream import Stream as Stream
     from gptk.decoding.stream import StreamedToken as StreamedToken
+    from gptk.engine.scoring import ContinuationScore as ContinuationScore
+    from gptk.engine.scoring import Score as Score
     from gptk.errors import DataError as DataError
     from gptk.errors import DecodingError as DecodingError
     from gptk.errors import DeviceError as DeviceError
@@ -193,12 +195,10 @@ if TYPE_CHECKING:
     from gptk.measure.evaluation import evaluate as evaluate
     from gptk.model.cache import KVCache as KVCache
     from gptk.model.config import GPTConfig as GPTConfig
-    from gptk.model.continuations import ContinuationScore as ContinuationScore
     from gptk.model.gpt import GPT as GPT
     from gptk.model.levels import Levels as Levels
     from gptk.model.protocol import CausalModel as CausalModel
     from gptk.model.protocol import ModelConfig as ModelConfig
-    from gptk.model.scoring import Score as Score
     from gptk.plugins.registry import PluginWarning as PluginWarning
     from gptk.runs.checkpoints import best_checkpoint as best_checkpoint
     from gptk.runs.checkpoints import check_run_file as check_run_file

@@ -13,16 +13,15 @@ from gptk.decoding.prompts import Prompt, check_pair, check_vocabulary, encode_t
 from gptk.decoding.requests import Request, Response
 from gptk.decoding.settings import CheckedSettings, check_settings
 from gptk.decoding.stream import Stream
+from gptk.engine import scoring
+from gptk.engine.scoring import ContinuationScore, Score
 from gptk.errors import GptkError, PromptError, TokenizerError
 from gptk.hooks.drafting import Drafter
 from gptk.hooks.observing import DecodingObserver
 from gptk.hooks.results import Generation, shortened
 from gptk.hooks.sampling import LogitsProcessor, Sampler
-from gptk.model import scoring
-from gptk.model.continuations import ContinuationScore, score_continuations
 from gptk.model.protocol import CausalModel
 from gptk.model.quantization import Quantize, check_quantize
-from gptk.model.scoring import Score
 from gptk.session.session import Overflow
 from gptk.system import collector
 from gptk.system.devices import resolve_device, resolve_dtype
@@ -311,14 +310,15 @@ class LanguageModel:
     ) -> Iterator[ContinuationScore]:
         """The log-probabilities of continuations: each pair is a context and its continuation.
 
-        Pairs of similar lengths are read together, and a context with several continuations is read
-        once. Scores come in the order of the pairs, which are read some 65,000 tokens ahead. A text
-        as a continuation gets no BOS; an empty text as a context is the model's start token.
+        The passes over many pairs are joined, with those of other calls, too; a context with
+        several continuations is read once, and so is what contexts begin with alike. Scores come in
+        the order of the pairs, which are taken some 65,000 tokens ahead. A text as a continuation
+        gets no BOS; an empty text as a context is the model's start token.
 
         Raises PromptError, when it comes to it, for a pair that is longer than the window, to which
         the last token does not count, and what `encode` raises.
         """
-        return score_continuations(self.model, map(self._encode_pair, pairs))
+        return scoring.score_continuations(self.model, map(self._encode_pair, pairs))
 
     def _encode_pair(self, pair: tuple[Prompt, Prompt]) -> tuple[list[int], list[int]]:
         context, new = pair

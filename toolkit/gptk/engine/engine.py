@@ -227,9 +227,9 @@ class Engine:
     def _go_on(self) -> None:
         """Let every run go on that can, until all want tokens to be read."""
         self._find_ready()
-        while ready := self._ready:
-            self._ready = []
-            asking: dict[Passes, list[Run[Any]]] = {}
+        asking: dict[Passes, deque[Run[Any]]] = {}
+        while self._ready or any(asking.values()):
+            ready, self._ready = self._ready, []
             for run in ready:
                 self._running = run
                 if not run.go_on():
@@ -237,11 +237,10 @@ class Engine:
                 elif isinstance(run.wanted, Reading):
                     self._wanting.setdefault(run.of, []).append(run)
                 else:
-                    asking.setdefault(run.of, []).append(run)
+                    asking.setdefault(run.of, deque()).append(run)
             self._running = None
             for passes, runs in asking.items():
-                passes.give_logits(runs)
-                self._ready += runs
+                self._ready += passes.give_logits(runs)
 
     def _find_ready(self) -> None:
         """Of the runs that wanted tokens to be read, find those that can go on now."""

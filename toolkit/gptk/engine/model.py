@@ -51,11 +51,15 @@ class JoinedModel:
         cache: Any,
         counts: list[int] | None = None,
         layers: Collection[int] = (),
+        wanted: int | None = None,
     ) -> Tensor:
+        """As of any model. wanted: of how many of each row's tokens, the last ones [all]; not
+        together with counts."""
         if isinstance(cache, BlockCache):
-            states: Tensor = self._passes.wait_for(Reading(ids, cache, counts, layers))
+            states: Tensor = self._passes.wait_for(Reading(ids, cache, counts, layers, wanted))
             return states
-        return self._model.states(ids, cache, counts, layers)
+        states = self._model.states(ids, cache, counts, layers)
+        return states if wanted is None else states[:, -wanted:]
 
     def states_and_logits(
         self,

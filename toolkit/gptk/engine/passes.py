@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,13 +94,24 @@ class Passes:
             raise answer
         return answer
 
-    def give_logits(self, runs: Sequence[Run[Any]]) -> None:
-        """Compute the logits that runs want of states, together."""
-        wanted = [run.wanted.states for run in runs if isinstance(run.wanted, LogitsWanted)]
+    def give_logits(self, asking: deque[Run[Any]]) -> list[Run[Any]]:
+        """Compute the logits that runs want of states, together: of the first of those that ask, as
+        many as are allowed in memory. Returns these, which no longer ask."""
+        runs: list[Run[Any]] = []
+        states = 0
+        while asking and (not runs or states + _asked(asking[0]) <= MOST_LOGITS):
+            runs.append(asking.popleft())
+            states += _asked(runs[-1])
+        if runs:
+            self._give_logits(runs)
+        return runs
+
+    def _give_logits(self, runs: Sequence[Run[Any]]) -> None:
+        wanted = [_states_of(run) for run in runs]
         try:
             logits = self._logits_of_each(wanted)
         except Exception as error:
-            self._each_alone(runs, error, self.give_logits)
+            self._each_alone(runs, error, self._give_logits)
             return
         for run, part in zip(runs, logits, strict=True):
             run.answer = part
@@ -283,6 +295,18 @@ def _reading(run: Run[Any]) -> Reading:
     return run.wanted
 
 
+def _states_of(run: Run[Any]) -> Tensor:
+    """Those of which it wants logits."""
+    assert isinstance(run.wanted, LogitsWanted)
+    return run.wanted.states
+
+
+def _asked(run: Run[Any]) -> int:
+    """Of how many states it wants logits."""
+    states = _states_of(run)
+    return states.numel() // states.shape[-1]
+
+
 def _order(run: Run[Any]) -> tuple[bool, int]:
     """Runs with few tokens first, and the oldest of them."""
     return _reading(run).size > 16, run.number
@@ -292,5 +316,8 @@ TOKENS, TOKENS_IN_16_BITS = 128, 768
 """The most tokens of a pass: with more it takes longer, and no less for each of them."""
 TOKENS_ON_GPU = 8192
 """A GPU takes less time for each of them up to about here, and others do not wait for long."""
+MOST_LOGITS = 512
+"""States whose logits are in memory at the same time, but that one run may ask for more: 100 MB
+with GPT-2's vocabulary."""
 _MOST_SHARED = 8
 """Tensors whose parts several runs have: the states and logits of four passes."""

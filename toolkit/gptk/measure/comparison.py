@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from gptk.engine.scoring import score_continuations
 from gptk.errors import counted
 from gptk.hooks.base import Plugin
 from gptk.hooks.measuring import Metric
@@ -30,7 +31,6 @@ from gptk.measure.strategies import (
     runs_of,
     with_strategy,
 )
-from gptk.model.continuations import score_continuations
 from gptk.plugins.blame import blaming, expect
 from gptk.plugins.creating import create
 

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from gptk.data.token_files import TokenFile, prepare_tokens
 from gptk.data.windows import Windows
 from gptk.errors import DataError, DecodingError, OptionError
-from gptk.model.protocol import evaluating
-from gptk.model.scoring import final_states, token_logprobs
+from gptk.model.protocol import CausalModel, evaluating
 
 if TYPE_CHECKING:
     from gptk.language_model import LanguageModel
@@ -113,7 +114,9 @@ def evaluations(
         inputs, targets = windows.batch(np.arange(len(starts)))
         targets = targets[:, -new:].flatten()
         with evaluating(model), torch.inference_mode():
-            hidden = final_states(model, inputs.to(model.device))[:, -new:].flatten(0, 1)
+            hidden = model.states(inputs.to(model.device), None, None, ())[:, -new:, 0].flatten(
+                0, 1
+            )
             logprobs = token_logprobs(model, hidden, targets.to(model.device))
         nats -= float(logprobs.cpu().double().sum())
         scored += len(targets)
@@ -130,6 +133,23 @@ def evaluations(
             stride=stride,
         )
         yield evaluation, len(tokens) - 1
+
+
+def token_logprobs(model: CausalModel, states: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of each target. states: (n, width); targets: (n,). Returns (n,) float32.
+
+    In chunks, so that the logits of a whole text are never in memory at once.
+    """
+    parts = []
+    for start in range(0, len(states), _CHUNK):
+        logits = model.logits(states[start : start + _CHUNK])
+        chunk = targets[start : start + _CHUNK]
+        parts.append(-F.cross_entropy(logits, chunk, reduction="none"))
+    return torch.cat(parts)
+
+
+_CHUNK = 256
+"""Positions whose logits are computed at a time: 50 MB with GPT-2's vocabulary."""
 
 
 def _finite(loss: float) -> float:
