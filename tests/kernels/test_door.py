@@ -468,6 +468,21 @@ def makers():
     return [Maker(signature, rng) for signature in SIGNATURES for _ in range(12)]
 
 
+def test_weights_within_keys_and_values_are_refused():
+    """They would be overwritten while they are read."""
+    walk = next(signature for signature in KERNELS if signature.name == "walk")
+    maker = Maker(walk, random.Random(0))
+    call(maker, maker.arguments)
+    slab = maker.kept_slabs[0]
+    inside = slab.view(-1)[: maker.arguments[0].width].fill_(1)
+    maker.norm = lambda size=WIDTH: norm_of(maker.dtype, inside, None, 1e-5, is_layer_norm=False)
+    model = maker.model()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot take slabs: .*it shares memory with model"):
+            call(maker, [model, *maker.arguments[1:]])
+        call(maker, maker.arguments)
+
+
 def test_wrong_calls_raise_and_right_ones_stay_right(makers):
     rng = random.Random(CALLS)
     with torch.no_grad():

@@ -95,7 +95,8 @@ class Signature:
         value = scope[name]
         problem = why or f"it must be {_wanted(parameter, scope)}"
         is_type = isinstance(parameter, Input) and not isinstance(value, Tensor)
-        kind = TypeError if is_type or isinstance(parameter, Made) else ValueError
+        is_type = is_type or (isinstance(parameter, Made) and not why)
+        kind = TypeError if is_type else ValueError
         raise kind(f"gptk.kernels.{self.name} cannot take {name}: {_described(value)}; {problem}")
 
     def _break(self, rule: str, scope: dict[str, Any]) -> NoReturn:

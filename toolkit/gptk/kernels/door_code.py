@@ -30,21 +30,23 @@ def code_of(
     for tensor in tensors:
         if isinstance(tensor, Written):
             lines += _check_overlap(tensor, [other for other in tensors if other is not tensor])
-    for each in parameters:
-        if isinstance(each, Made) and each.has_regions:
-            lines += _check_regions(each, tensors)
+    with_regions = [each for each in parameters if isinstance(each, Made) and each.has_regions]
+    for made in with_regions:
+        lines += _check_regions(made, tensors)
+        if made.is_written:
+            lines += [_check_apart(made, other) for other in with_regions if other is not made]
     for result in results:
         lines.append(_make(result, tensors[0] if tensors else None))
         lines.append(f"{result.name}_data = {result.name}.data_ptr()")
     outputs: list[Parameter] = [*results, *(each for each in tensors if isinstance(each, Written))]
-    made = [each for each in parameters if isinstance(each, Made)]
+    all_made = [each for each in parameters if isinstance(each, Made)]
     returned = f"return {', '.join(each.name for each in results)}"
-    if not makes and not made:  # else slabs may be written
+    if not makes and not all_made:  # else slabs may be written
         written = " or ".join(f"{each.name}_data" for each in outputs)
         lines.append(f"if not ({written}): {returned}")
     addresses = {each.name: f"{each.name}_data" for each in [*tensors, *outputs]}
     if not makes:
-        addresses |= {each.name: f"{each.name}.address" for each in made}
+        addresses |= {each.name: f"{each.name}.address" for each in all_made}
     given = ", ".join(addresses.get(text, text) for text in call.split(", "))
     if makes:
         lines.append(f"return function({given})")
@@ -167,6 +169,13 @@ def _check_regions(made: Made, tensors: list[Input]) -> list[str]:
                 f"refuse({name!r}, locals(), 'it shares memory with {made.name}')"
             )
     return lines
+
+
+def _check_apart(written: Made, other: Made) -> str:
+    return (
+        f"if {written.name}.regions.meet({other.name}.regions): "
+        f"refuse({written.name!r}, locals(), 'it shares memory with {other.name}')"
+    )
 
 
 def _end(tensor: Input) -> str:

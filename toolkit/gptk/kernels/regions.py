@@ -13,6 +13,8 @@ class Regions:
         """Whether some of them share memory."""
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self._apart_from: Regions | None = None
+        """Those that they were last found to share nothing with."""
         for start, size in sorted(parts):
             if size <= 0:
                 continue
@@ -27,3 +29,12 @@ class Regions:
         """Whether one of them has a byte of those from start to before end."""
         place = bisect_right(self._ends, start)
         return place < len(self._ends) and self._starts[place] < end
+
+    def meet(self, others: "Regions") -> bool:
+        """Whether one of them shares memory with one of the others."""
+        if others is self._apart_from:
+            return False
+        meets = any(map(self.share, others._starts, others._ends))
+        if not meets:
+            self._apart_from = others
+        return meets
