@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gptk
 from gptk.plugins import shown
@@ -37,7 +37,7 @@ class StoredTensor:
     read: "Callable[[], Tensor]"
     """Reads the tensor: in its floating type if stored in one, else dequantized to float32."""
     read_levels: "Callable[[], gptk.Levels] | None"
-    """Reads the quantized tensor; None unless it is a matrix in Q4_0, Q4_1 or Q8_0."""
+    """Reads the quantized tensor; None unless it is a matrix of _AS_LEVELS."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _stored(
 
     def read_levels() -> "gptk.Levels":
         blocks = file.bytes(start, size).view(shape[0], -1, block_bytes)
-        return gptk.Levels.from_blocks(blocks, _AS_LEVELS[name])
+        return gptk.Levels.from_blocks(blocks, name)
 
     def read() -> "Tensor":
         import torch
@@ -213,13 +213,6 @@ def _stored(
     return StoredTensor(shape, name, size, read, read_levels if has_levels else None)
 
 
-_AS_LEVELS: dict[str, Literal["Q4_0", "Q4_1", "Q8_0"]] = {
-    "Q4_0": "Q4_0",
-    "Q4_1": "Q4_1",
-    "Q8_0": "Q8_0",
-}
-"""The types that can be read without dequantizing them."""
-
 # By ggml's number: the name, the numbers per block and the bytes per block. The package gguf knows
 # all types, but is slow to import.
 _TYPES = {
@@ -227,9 +220,21 @@ _TYPES = {
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
     3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
     30: ("BF16", 1, 2),
+    39: ("MXFP4", 32, 17),
 }
+_AS_LEVELS = {name for name, block, _ in _TYPES.values() if block > 1}
+"""The types that can be read without dequantizing them."""
 
 
 def _type(kind: int, what: str) -> tuple[str, int, int]:

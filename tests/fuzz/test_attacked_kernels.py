@@ -1,5 +1,6 @@
 """Random calls of every kernel: right, compared with PyTorch in float64, or a Python exception."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptk import kernels
-from gptk.kernels import attention, products
+from gptk.kernels import attention
 
 FLOATS = (torch.float32, torch.bfloat16)
 DTYPES = (*FLOATS, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool)
@@ -149,7 +150,9 @@ def make_quantized(m: Maker) -> Call:
     outputs, inputs, bits = m.size(), m.size(32), m.rng.choice([4, 8])
     codes = m.tensor(outputs, inputs, dtype=torch.uint8, high=2**bits)
     scale, offset = (m.tensor(outputs, inputs // 32, dtype=torch.float32) for _ in range(2))
-    packed = torch.zeros(products.packed_bytes(outputs, inputs, bits), dtype=torch.uint8)
+    format = kernels.FORMATS[kernels.FORMAT_OF_BITS[bits]]
+    size = kernels.packed_bytes(format.number, outputs, inputs)
+    packed = torch.zeros(size, dtype=torch.uint8)
     if m.spoiled():
         packed = m.tensor(m.size() * 32, dtype=torch.uint8, high=256)
     if m.rng.random() < 0.3:
@@ -165,18 +168,18 @@ def make_quantized(m: Maker) -> Call:
         m.tame = False
     rounded = [part.half() for part in (scale, offset)]
     outputs, inputs = m.number(outputs, 0, 16, 17), m.number(inputs, 0, 32, 33)
-    bits = m.number(bits, 4, 8, 3)
+    format = dataclasses.replace(format, number=m.number(format.number, 0, 2, 13, 14))
     if m.rng.random() < 0.3:
         return Call(
             "dequantize_packed",
-            [packed, bits, outputs, inputs, m.rng.choice(DTYPES) if m.spoiled() else m.dtype],
+            [packed, format, outputs, inputs, m.rng.choice(DTYPES) if m.spoiled() else m.dtype],
             lambda: dense(codes, *rounded),
         )
     x = m.tensor(m.size(), max(0, inputs) % 1000)
     bias = m.tensor(max(0, outputs) % 1000) if m.rng.random() < 0.5 else None
     return Call(
         "quantized_linear",
-        [x, packed, bias, bits, outputs],
+        [x, packed, bias, format, outputs],
         lambda: x.double() @ dense(codes, *rounded).T + (0 if bias is None else bias.double()),
         2e-3,
     )
@@ -184,16 +187,18 @@ def make_quantized(m: Maker) -> Call:
 
 def make_stored(m: Maker) -> Call:
     """Rows of blocks in any order; what `pack` writes for their codes is the right result."""
-    format = m.rng.choice([*kernels.BLOCK_BYTES])
-    rows, groups, bits = m.size(), m.size() % 5, 8 if format == "Q8_0" else 4
+    format = m.rng.choice([found for found in kernels.FORMATS.values() if found.stored])
+    rows, count = m.size(), m.size() % 5
     parts = []
     for _ in range(m.rng.choice([1, 1, 2])):
-        blocks = m.tensor(rows, groups, kernels.BLOCK_BYTES[format], dtype=torch.uint8, high=256)
+        blocks = m.tensor(rows, count, format.stored, dtype=torch.uint8, high=256)
         order = m.tensor(m.size(), dtype=torch.int64, high=rows) if rows else None
         parts.append(kernels.StoredRows(blocks, m.rng.choice([order, None])))
-    size = products.packed_bytes(2 * max(map(_outputs, parts)), 32 * groups, bits)
+    size = kernels.packed_bytes(format.number, 2 * max(map(_outputs, parts)), format.unit * count)
     y = torch.zeros(m.number(size, 0, 100) % 2**24, dtype=torch.uint8)
-    return Call("pack_stored", [parts, m.rng.choice(["Q5_0", 4]) if m.spoiled() else format, y])
+    if m.spoiled():
+        format = m.rng.choice([kernels.FORMATS["Q8_OFFSET"], kernels.FORMATS["Q6_K"]])
+    return Call("pack_stored", [parts, format, y])
 
 
 def _outputs(part: kernels.StoredRows) -> int:

@@ -1,11 +1,13 @@
 """No arguments crash the process: each is computed right, or refused with an exception."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gptk import kernels
-from gptk.kernels import attention, products
+from gptk.kernels import attention
 from gptk.model.linear import Linear
 
 NEEDS_KERNELS = pytest.mark.skipif(
@@ -78,7 +80,7 @@ def test_without_inputs_a_linear_layer_gives_its_bias(dtype):
             want = F.linear(x, weight, b)
             assert torch.equal(kernels.linear(x, weight, b), want)
             weights = torch.empty(0, dtype=torch.uint8)
-            got = kernels.quantized_linear(x.flatten(0, -2), weights, b, 4, 20)
+            got = kernels.quantized_linear(x.flatten(0, -2), weights, b, Q4_1, 20)
             assert torch.equal(got, want.flatten(0, -2))
 
 
@@ -137,7 +139,8 @@ def ints(*shape, dtype=torch.int32):
     return torch.zeros(shape, dtype=dtype)
 
 
-PACKED = torch.zeros(products.packed_bytes(20, 64, 4), dtype=torch.uint8)
+Q4_0, Q4_1, Q8_OFFSET = (kernels.FORMATS[name] for name in ("Q4_0", "Q4_1", "Q8_OFFSET"))
+PACKED = torch.zeros(kernels.packed_bytes(Q4_1.number, 20, 64), dtype=torch.uint8)
 BLOCKS = kernels.StoredRows(torch.zeros(20, 2, 18, dtype=torch.uint8))
 CODES, SCALE = torch.zeros(20, 64, dtype=torch.uint8), torch.ones(20, 2)
 REFUSED = {
@@ -155,28 +158,42 @@ REFUSED = {
     "inputs of another size": lambda: kernels.linear(f32(2, 64), f32(5, 32), None),
     "a bias of another size": lambda: kernels.linear(f32(2, 32), f32(5, 32), f32(4)),
     "a bias of another dtype": lambda: kernels.linear(f32(2, 32), f32(5, 32), f32(5).half()),
-    "x beyond the weights": lambda: kernels.quantized_linear(f32(2, 96), PACKED, None, 4, 20),
-    "more outputs": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, 4, 40),
-    "negative outputs": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, 4, -20),
-    "other bits": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, 3, 20),
-    "weights that are cut": lambda: kernels.quantized_linear(f32(2, 64), PACKED[9:], None, 4, 20),
-    "a short bias": lambda: kernels.quantized_linear(f32(2, 64), PACKED, f32(3), 4, 20),
+    "x beyond the weights": lambda: kernels.quantized_linear(f32(2, 96), PACKED, None, Q4_1, 20),
+    "more outputs": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, Q4_1, 40),
+    "negative outputs": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, Q4_1, -20),
+    "another format": lambda: kernels.quantized_linear(f32(2, 64), PACKED, None, Q4_0, 20),
+    "no format": lambda: kernels.quantized_linear(
+        f32(2, 64), PACKED, None, dataclasses.replace(Q4_1, number=14), 20
+    ),
+    "weights that are cut": lambda: kernels.quantized_linear(
+        f32(2, 64), PACKED[9:], None, Q4_1, 20
+    ),
+    "a short bias": lambda: kernels.quantized_linear(f32(2, 64), PACKED, f32(3), Q4_1, 20),
     "float16 scales": lambda: kernels.pack(CODES, SCALE.half(), SCALE, 4, PACKED.clone()),
     "too few scales": lambda: kernels.pack(CODES, SCALE[:9], SCALE, 4, PACKED.clone()),
     "too many scales": lambda: kernels.pack(CODES, f32(40, 2), f32(40, 2), 4, PACKED.clone()),
     "too many codes": lambda: kernels.pack(CODES, SCALE, SCALE, 8, PACKED.clone()),
     "codes of 5 bits": lambda: kernels.pack(CODES + 16, SCALE, SCALE, 4, PACKED.clone()),
-    "blocks of another size": lambda: kernels.pack_stored([BLOCKS], "Q4_1", PACKED.clone()),
-    "an unknown format": lambda: kernels.pack_stored([BLOCKS], "Q5_0", PACKED.clone()),
-    "no blocks": lambda: kernels.pack_stored([], "Q4_0", PACKED.clone()),
-    "too many blocks": lambda: kernels.pack_stored([BLOCKS] * 2, "Q4_0", PACKED.clone()),
+    "blocks of another size": lambda: kernels.pack_stored([BLOCKS], Q4_1, PACKED.clone()),
+    "a format of no file": lambda: kernels.pack_stored([BLOCKS], Q8_OFFSET, PACKED.clone()),
+    "no blocks": lambda: kernels.pack_stored([], Q4_0, PACKED.clone()),
+    "too many blocks": lambda: kernels.pack_stored([BLOCKS] * 2, Q4_0, PACKED.clone()),
     "an order in int32": lambda: kernels.pack_stored(
-        [BLOCKS._replace(order=ints(20))], "Q4_0", PACKED.clone()
+        [BLOCKS._replace(order=ints(20))], Q4_0, PACKED.clone()
     ),
     "a short result": lambda: kernels.dequantize(CODES, SCALE, SCALE, f32(20, 32)),
     "a result in stripes": lambda: kernels.dequantize(CODES, SCALE, SCALE, f32(64, 20).T),
-    "a result in float16": lambda: kernels.dequantize_packed(PACKED, 4, 20, 64, torch.float16),
-    "other inputs": lambda: kernels.dequantize_packed(PACKED, 4, 20, 96, torch.float32),
+    "a result in float16": lambda: kernels.dequantize_packed(PACKED, Q4_1, 20, 64, torch.float16),
+    "other inputs": lambda: kernels.dequantize_packed(PACKED, Q4_1, 20, 96, torch.float32),
+    "an output that there is not": lambda: kernels.dequantize_rows(
+        PACKED, Q4_1, 20, 64, torch.tensor([0, 20]), torch.float32
+    ),
+    "a negative output": lambda: kernels.dequantize_rows(
+        PACKED, Q4_1, 20, 64, torch.tensor([-1]), torch.float32
+    ),
+    "outputs in int32": lambda: kernels.dequantize_rows(
+        PACKED, Q4_1, 20, 64, ints(1), torch.float32
+    ),
     "other depths": lambda: kernels.product(f32(2, 3).bfloat16(), f32(4, 5), f32(2, 5)),
     "a in float32": lambda: kernels.product(f32(2, 3), f32(3, 5), f32(2, 5)),
     "a small y": lambda: kernels.product(f32(2, 3).bfloat16(), f32(3, 5), f32(2, 4)),

@@ -368,14 +368,15 @@ def test_too_little_memory_is_an_exception(compiled):
         import resource, torch
         from gptk import kernels
         from gptk.system.memory import is_out_of_memory
-        from gptk.kernels import attention, products
+        from gptk.kernels import attention
 
         torch.set_num_threads(2)
         torch.set_grad_enabled(False)
         assert kernels.available()
         bfloat16 = torch.bfloat16
         x, logits = torch.ones(9, 32 * 32768), torch.ones(1, 5_000_000)
-        weights = torch.zeros(products.packed_bytes(16, 32 * 32768, 4), dtype=torch.uint8)
+        q4_1 = kernels.FORMATS["Q4_1"]
+        weights = torch.zeros(kernels.packed_bytes(q4_1.number, 16, 32 * 32768), dtype=torch.uint8)
         a, b = torch.ones(30_000, 1600).to(bfloat16), torch.ones(1600, 96)
         y = torch.empty(30_000, 96, dtype=bfloat16)
         q, long = (torch.ones(*shape, 4, 64, dtype=bfloat16) for shape in ((400, 64), (1, 6000)))
@@ -385,8 +386,8 @@ def test_too_little_memory_is_an_exception(compiled):
         calls = {
             "permutation": (1, lambda: kernels.permutation(2**24, 1, 5)),
             "last_key": (1, lambda: kernels.last_key(logits, logits, 0.5)),
-            "few rows": (1, lambda: kernels.quantized_linear(x[:8], weights, None, 4, 16)),
-            "rows": (1, lambda: kernels.quantized_linear(x, weights, None, 4, 16)),
+            "few rows": (1, lambda: kernels.quantized_linear(x[:8], weights, None, q4_1, 16)),
+            "rows": (1, lambda: kernels.quantized_linear(x, weights, None, q4_1, 16)),
             "product": (1, lambda: kernels.product(a, b, y)),
             "attend": (1, lambda: kernels.attend(few, keys, keys, None, 1)),
             "causal": (17, lambda: kernels.attend_causally(q, q, q)),

@@ -18,7 +18,7 @@ from gptk.kernels import build
 from gptk.kernels.attention import slabs_of
 from gptk.kernels.parameters import Dtype, Input, Int, Made, Real, Result, Written
 from gptk.kernels.signatures import KERNELS
-from gptk.kernels.structures import STRUCTURES, Matrix, Norm, StoredAddresses
+from gptk.kernels.structures import STRUCTURES, Matrix, Norm, Segment, StoredAddresses
 from gptk.kernels.walk import matrix_in_panels, model_of, norm_of
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="gptk's kernels do not run here")
@@ -44,6 +44,7 @@ class Maker:
     def __init__(self, signature, rng):
         self.signature, self.rng = signature, rng
         self.scope = {"FLOAT32": torch.float32, "BFLOAT16": torch.bfloat16}
+        self.has_format = any(each.name == "format" for each in signature.parameters)
         self.dtype = rng.choice([torch.float32, torch.bfloat16])
         self.alive, self.kept_slabs = [], []
         given = [each for each in signature.parameters if not isinstance(each, Result)]
@@ -71,10 +72,11 @@ class Maker:
             of_blocks = self.signature.name in ("attend_blocks", "walk")
             chosen = {
                 "bits": lambda: choice([4, 8]),
+                "format": lambda: choice(range(len(kernels.FORMATS))),
                 "seed": lambda: choice([0, 2**32 - 1]),
                 "layer": lambda: choice([0, 1]),
                 "head_dim": lambda: HEAD_DIM if of_blocks else choice(kernels.HEAD_DIMS),
-                "inputs": lambda: choice([0, 32, 64]),
+                "inputs": lambda: choice([0, 256] if self.has_format else [0, 32, 64]),
                 "both": lambda: choice([0, 32, 64]),
                 "groups": lambda: self.size("inputs") // 32,
                 "k": lambda: min(choice([0, 1, 100]), self.size("size")),
@@ -103,10 +105,15 @@ class Maker:
             if self.signature.name == "layer":
                 sizes = {"is_swiglu": 1, "width": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS}
                 return {**sizes, "head_size": HEAD_DIM}[name]
+            if self.signature.name == "quantized_matrix":
+                parts = (get(part) for part in ("first", "second", "third"))
+                return sum(part.outputs for part in parts)
             if self.signature.name == "slab":
                 chosen |= {key: lambda: choice([1, 2, 4]) for key in ("layers", "blocks")}
             if self.signature.name in ("rms_norm", "norm"):
                 chosen["size"] = lambda: choice([0, 16, 48])
+            if self.signature.name == "dequantize_rows":
+                chosen["outputs"] = lambda: choice(ODD[1:])
             if self.signature.name in ("draw", "cross_entropy"):
                 chosen["size"] = lambda: choice(ODD[1:])
             if self.signature.name == "permutation":
@@ -133,7 +140,7 @@ class Maker:
             dtype = self.dtype if self.dtype in dtype else dtype[0]
         name = each.name
         if name in ("weights", "y") and each.dims is None and dtype == torch.uint8:
-            shape = [kernels.products.packed_bytes(*self.packed_sizes())]
+            shape = [kernels.packed_bytes(*self.packed_sizes())]
         elif name == "keys" and self.signature.name == "exponential":
             shape = [2] if self.rng.random() < 0.5 else [self.size("count"), 2]
         elif name == "dy" and self.signature.name == "gelu":
@@ -151,8 +158,12 @@ class Maker:
     def packed_sizes(self):
         if "rows" in self.scope and isinstance(self.scope["rows"], StoredAddresses):
             rows = self.scope["rows"]
-            return rows.outputs, 32 * rows.groups, rows.bits
-        return self.size("outputs"), self.size("inputs"), self.size("bits")
+            return rows.format, rows.outputs, rows.inputs
+        if self.signature.name == "pack":
+            format = kernels.FORMATS[kernels.FORMAT_OF_BITS[self.size("bits")]].number
+        else:
+            format = self.size("format") if self.has_format else 0
+        return format, self.size("outputs"), self.size("inputs")
 
     def values_of_targets(self, shape):
         return [self.rng.randrange(self.size("size")) for _ in range(shape[0])]
@@ -167,6 +178,8 @@ class Maker:
         return [3, 0, 1]
 
     def values_of_wanted(self, shape):
+        if self.signature.name == "dequantize_rows":
+            return [self.rng.randrange(self.size("outputs")) for _ in range(*shape)]
         return sorted(self.rng.sample(range(TOKENS), shape[0]))
 
     def values_of_kept(self, shape):
@@ -178,12 +191,27 @@ class Maker:
         return slabs_of(self.kept_slabs)
 
     def rows(self):
-        format = self.rng.choice(list(kernels.BLOCK_BYTES))
-        bits, groups = (8 if format == "Q8_0" else 4), self.rng.choice([0, 1, 2])
-        blocks = torch.zeros(5, groups * kernels.BLOCK_BYTES[format], dtype=torch.uint8)
+        format = self.rng.choice([found for found in kernels.FORMATS.values() if found.stored])
+        count = self.rng.choice([0, 1, 2])
+        blocks = torch.zeros(5, count * format.stored, dtype=torch.uint8)
         self.alive.append(blocks)
         addresses = torch.arange(5) * blocks.stride(0) + blocks.data_ptr()
-        return StoredAddresses(addresses, list(kernels.BLOCK_BYTES).index(format), bits, groups)
+        return StoredAddresses(addresses, format.number, count * format.unit)
+
+    def segment(self, outputs):
+        format = self.rng.choice([*kernels.FORMATS.values()])
+        size = kernels.packed_bytes(format.number, outputs, 256)
+        self.alive.append(torch.zeros(size, dtype=torch.uint8))
+        return STRUCTURES.segment(self.alive[-1], format.number, outputs, 256)
+
+    def first(self):
+        return self.segment(32)
+
+    def second(self):
+        return self.segment(16)
+
+    def third(self):
+        return self.rng.choice([Segment(), self.segment(5)])
 
     def norm(self, size=WIDTH):
         weight = torch.ones(size, dtype=self.dtype)

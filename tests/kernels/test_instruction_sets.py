@@ -4,6 +4,7 @@ The properties are those of test_kernels.py and test_vocabulary.py, which run in
 the instruction set that gptk has chosen.
 """
 
+import ctypes
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from test_kernels import NEEDS_KERNELS, numbers
 
 from gptk import kernels
 from gptk.kernels.signatures import KERNELS
+from stored_blocks import FORMATS, random_blocks
 
 PROPERTIES = [
     test_kernels.test_products_are_those_with_the_levels,
@@ -94,6 +96,37 @@ def test_results_are_the_same_bit_for_bit(served, bits):
     here = list(results())
     with served.in_use():
         there = list(results())
+    for ours, theirs in zip(here, there, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("served", SETS, indirect=True)
+@pytest.mark.parametrize("format", FORMATS)
+def test_products_of_every_format_are_the_same_bit_for_bit(served, format):
+    """Laid out there, too, from the blocks of a file; of one row, and of several."""
+    blocks = random_blocks(format, 37, 2, 3)
+    levels = test_kernels.Levels.from_blocks(blocks, format)
+    number, unit = levels.format.number, levels.format.unit
+    x = 3 * numbers(1, 7, 2 * unit)
+    x[:, 5] *= 100
+
+    def results(packed):
+        yield packed.dense(torch.float32)
+        yield packed.rows(torch.tensor([36, 0, 17]), torch.float32)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield packed.linear(x.to(dtype), None)
+            yield packed.linear(x[:1].to(dtype), None)
+
+    packed = test_kernels.KernelGroups(levels)
+    here = list(results(packed))
+    with served.in_use():
+        there = list(results(packed))
+        weights = torch.zeros_like(packed.weights)
+        types = [ctypes.c_int64, ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+        row = blocks[0].nbytes
+        pack = served.function("pack_rows", types)
+        assert pack(number, blocks.data_ptr(), row, weights.data_ptr(), 37, 2 * unit) == 0
+    assert torch.equal(weights, packed.weights)
     for ours, theirs in zip(here, there, strict=True):
         assert torch.equal(ours, theirs)
 

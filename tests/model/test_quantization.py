@@ -18,7 +18,7 @@ import gptk
 from gptk import kernels
 from gptk.cli.info import bytes_in_memory
 from gptk.model.captured import Snapshot
-from gptk.model.levels import GROUP, Levels, to_four_bits
+from gptk.model.levels import GROUP, Levels
 from gptk.model.linear import Linear
 from gptk.model.quantization import (
     KernelGroups,
@@ -29,6 +29,8 @@ from gptk.model.quantization import (
     pack,
     quantized,
 )
+from gptk.model.rounding import to_four_bits
+from gptk.model.segments import Segments
 from gptk.model.torchao import TorchAO
 from gptk.system.devices import DTYPES
 from gptk.testing import tiny_gpt
@@ -445,11 +447,12 @@ def test_eight_bits_by_groups_are_two_matrices_of_four_bits(outputs, groups, row
     assert ((got - product).abs() <= 3 * 2**-8 * size).all()
 
 
-def test_levels_of_different_bits_do_not_stack():
+def test_levels_of_different_bits_are_kept_side_by_side():
     four = Levels(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), 4)
     assert Levels.stack([four, four]).shape == (4, 32)
-    with pytest.raises(RuntimeError, match="4 and of 8"):
-        Levels.stack([four, dataclasses.replace(four, bits=8)])
+    both = Levels.stack([four, dataclasses.replace(four, bits=8)])
+    assert [part.bits for part in both.segments] == [4, 8]
+    assert torch.equal(both.dense(), torch.ones(4, 32))
 
 
 def test_on_other_devices_the_error_says_what_is_missing(monkeypatch):
@@ -571,10 +574,14 @@ def test_info_tells_what_is_in_the_file_and_what_would_be_loaded(
     assert f"MiB {kind}" in next(line for line in out.splitlines() if line.startswith("in the"))
     assert ("--quantize none" in out) is (kind != "F32")
     checkpoint = gptk.load_checkpoint(path, stored=True)
-    bits = {name: m.bits for name, m in checkpoint.state.items() if isinstance(m, gptk.Levels)}
+    stored = {
+        name: Segments.of(matrix)
+        for name, matrix in checkpoint.state.items()
+        if isinstance(matrix, gptk.Levels)
+    }
     for quantize, dtype in itertools.product(("auto", "none", "int8", "int4"), DTYPES):
         lm = gptk.load(path, device="cpu", tokenizer="bytes", quantize=quantize, dtype=dtype)
-        told = bytes_in_memory(checkpoint.config, bits, quantize, DTYPES[dtype])
+        told = bytes_in_memory(checkpoint.config, stored, quantize, DTYPES[dtype])
         assert told == lm.model.bytes_by_kind(), (quantize, dtype)
 
 

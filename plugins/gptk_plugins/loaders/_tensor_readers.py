@@ -41,12 +41,7 @@ def _equal(first: Tensor | gptk.Levels, second: Tensor | gptk.Levels) -> bool:
     if first.shape != second.shape:
         return False
     if isinstance(first, gptk.Levels) and isinstance(second, gptk.Levels):
-        return first.bits == second.bits and all(
-            torch.equal(a.codes, b.codes)
-            and torch.equal(a.scale, b.scale)
-            and torch.equal(a.offset, b.offset)
-            for a, b in _rows_of_both(first, second)
-        )
+        return all(a.equals(b) for a, b in _rows_of_both(first, second))
     if isinstance(first, gptk.Levels) or isinstance(second, gptk.Levels):
         return False
     return all(torch.equal(a, b) for a, b in _rows_of_both(first, second))

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.cpp"
+#include "formats.cpp"
 #include "kernels.cpp"
 #include "walk.cpp"
 
@@ -100,6 +101,14 @@ int32_t attend_blocks_in_slab(int64_t is_bfloat16, const void* qkv, void* y,
                             slab_count, slab_bits, heads, kv_heads, size, keys_from, values_from);
 }
 
+// gptk_pack_stored with the blocks of all outputs in one tensor, row_bytes apart.
+int32_t pack_rows(int64_t format, const uint8_t* blocks, int64_t row_bytes, void* weights,
+                  int64_t outputs, int64_t inputs) {
+  std::vector<const uint8_t*> rows(outputs);
+  for (int64_t i = 0; i < outputs; i++) rows[i] = blocks + i * row_bytes;
+  return gptk_pack_stored(format, rows.data(), weights, outputs, inputs);
+}
+
 #define KERNEL(name) {#name, [] { serve(name); }}
 
 int main() {
@@ -109,6 +118,8 @@ int main() {
       KERNEL(gptk_pack),
       KERNEL(gptk_dequantize),
       KERNEL(gptk_dequantize_packed),
+      KERNEL(gptk_dequantize_rows),
+      KERNEL(pack_rows),
       KERNEL(gptk_product),
       KERNEL(gptk_rms_norm),
       KERNEL(gptk_swiglu),

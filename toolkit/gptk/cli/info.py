@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptk.hooks.weights import Checkpoint
     from gptk.model.config import GPTConfig
     from gptk.model.quantization import Quantize
+    from gptk.model.segments import Segments
 
 
 @click.command("info", cls=Command)
@@ -29,6 +30,7 @@ def command(model: str | None) -> None:
     from gptk import kernels
     from gptk.errors import TokenizerError
     from gptk.model.levels import Levels
+    from gptk.model.segments import Segments
     from gptk.system.devices import DTYPES
     from gptk.weights.loading import default_source, load_checkpoint
 
@@ -38,27 +40,29 @@ def command(model: str | None) -> None:
         tell(f"{key}: {value}")
     parameters = 0
     stored: Counter[str] = Counter()
-    bits: dict[str, int] = {}
+    segments: dict[str, Segments] = {}
     for name, tensor in checkpoint.state.items():
         parameters += tensor.shape.numel()
         if isinstance(tensor, Levels):
-            bits[name] = tensor.bits
-            stored[f"{tensor.bits} bits"] += tensor.nbytes
+            segments[name] = Segments.of(tensor)
+            for part in tensor.segments:
+                stored[f"{part.bits} bits"] += part.nbytes
         else:
             stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     if "in the file" not in (checkpoint.notes or {}):
         click.echo(f"in the file: {_sizes(stored)}")
     click.echo(f"parameters: {parameters:,}")
     click.echo("in memory, on a CPU:")
-    expanded = ["--quantize none", "--quantize none --dtype bfloat16"] if bits else []
+    expanded = ["--quantize none", "--quantize none --dtype bfloat16"] if segments else []
     rounded = ["--quantize int8", "--quantize int4"]
     for options in ("", "--dtype bfloat16", *expanded, *rounded):
         words = options.split()
         chosen = dict(zip(words[::2], words[1::2], strict=True))
         dtype = DTYPES[chosen.get("--dtype", "float32")]
         quantize: Any = chosen.get("--quantize", "auto")
-        sizes = bytes_in_memory(checkpoint.config, bits, quantize, dtype)
+        sizes = bytes_in_memory(checkpoint.config, segments, quantize, dtype)
         click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
+    _tell_of_expanded_matrices(segments)
     _tell_of_kept_weights(checkpoint)
     click.echo(f"kernels: {kernels.described()}")
     for field in dataclasses.fields(checkpoint.config):
@@ -81,6 +85,22 @@ def command(model: str | None) -> None:
                 click.echo(f"{label}: {token} {encoding.decode([token])!r}")
 
 
+def _tell_of_expanded_matrices(segments: "Mapping[str, Segments]") -> None:
+    """The quantized matrices that are expanded by default, and that --quantize none is for."""
+    import torch
+
+    from gptk.model.quantization import keeps_levels
+
+    expanded = [
+        f"{name} ({' and '.join(dict.fromkeys(format.name for format, _ in stored))})"
+        for name, stored in segments.items()
+        if not keeps_levels(stored, torch.device("cpu"), torch.float32)
+    ]
+    if expanded:
+        more = f" and {len(expanded) - 3} more" if len(expanded) > 3 else ""
+        click.echo(f"expanded, without options: {', '.join(expanded[:3])}{more}")
+
+
 def _tell_of_kept_weights(checkpoint: "Checkpoint") -> None:
     from gptk.weights.kept import Source, kept_folder, kept_sizes
 
@@ -94,11 +114,14 @@ def _tell_of_kept_weights(checkpoint: "Checkpoint") -> None:
 
 
 def bytes_in_memory(
-    config: "GPTConfig", bits: "Mapping[str, int]", quantize: "Quantize", dtype: "torch.dtype"
+    config: "GPTConfig",
+    segments: "Mapping[str, Segments]",
+    quantize: "Quantize",
+    dtype: "torch.dtype",
 ) -> "Counter[str]":
     """The bytes of a model's weights by kind after loading, as `gptk.GPT.bytes_by_kind` has them.
 
-    bits: those of the matrices that the file has quantized, by name. quantize: see
+    segments: of the matrices that the file has quantized, by name. quantize: see
     gptk.model.quantization.Quantize.
     """
     import torch
@@ -115,16 +138,16 @@ def bytes_in_memory(
     sizes: Counter[str] = Counter()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind, tied = plain, module is model.head and config.tied_head
+            kind, tied, stored = plain, module is model.head and config.tied_head, None
             if name == "weight" and (isinstance(module, Linear) or module is model.embed):
-                stored = bits.get("embed.weight" if tied else f"{path}.weight")
+                stored = segments.get("embed.weight" if tied else f"{path}.weight")
                 asked = parameter.shape[1], stored, quantize, cpu, dtype
                 of_embedding = embedding_kind(*asked) or plain
                 kind = of_embedding if module is model.embed else matrix_kind(*asked) or plain
                 # A tied head is the embedding itself, unless it has a packed copy for kernels.
                 if tied and kind == of_embedding and not (kind == plain and packs_plain):
                     continue
-            sizes[kind] += bytes_of(parameter.shape, kind, by_groups=quantize == "auto")
+            sizes[kind] += bytes_of(parameter.shape, kind, stored if quantize == "auto" else None)
     return sizes
 
 

@@ -20,6 +20,10 @@ from gptk.kernels.checks import should_run_gelu as should_run_gelu
 from gptk.kernels.checks import should_run_product as should_run_product
 from gptk.kernels.checks import why_not as why_not
 from gptk.kernels.compiler import FEW_QUERIES as FEW_QUERIES
+from gptk.kernels.formats import FORMAT_OF_BITS as FORMAT_OF_BITS
+from gptk.kernels.formats import FORMATS as FORMATS
+from gptk.kernels.formats import Format as Format
+from gptk.kernels.formats import packed_bytes as packed_bytes
 from gptk.kernels.layers import gelu as gelu
 from gptk.kernels.layers import layer_norm as layer_norm
 from gptk.kernels.layers import rms_norm as rms_norm
@@ -34,13 +38,10 @@ from gptk.kernels.products import autocast_linear as autocast_linear
 from gptk.kernels.products import column_sums as column_sums
 from gptk.kernels.products import dequantize as dequantize
 from gptk.kernels.products import dequantize_packed as dequantize_packed
-from gptk.kernels.products import dequantize_row as dequantize_row
 from gptk.kernels.products import dequantize_rows as dequantize_rows
 from gptk.kernels.products import pack as pack
 from gptk.kernels.products import product as product
 from gptk.kernels.products import quantized_linear as quantized_linear
-from gptk.kernels.stored import BLOCK_BYTES as BLOCK_BYTES
-from gptk.kernels.stored import Format as Format
 from gptk.kernels.stored import StoredRows as StoredRows
 from gptk.kernels.stored import pack_stored as pack_stored
 from gptk.kernels.vocabulary import cross_entropy as cross_entropy

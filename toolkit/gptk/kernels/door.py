@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gptk.kernels.door_code import code_of
+from gptk.kernels.formats import packed_bytes
 from gptk.kernels.parameters import (
     BFLOAT16,
     FLOAT32,
@@ -76,6 +77,7 @@ class Signature:
             "break_rule": self._break,
             "fail": self._fail,
             "integer": self._integer,
+            "packed_bytes": packed_bytes,
             "real": self._real,
         }
         for each in self.parameters:
@@ -161,6 +163,7 @@ _REFUSED_BY_CPP = {
     6: ("positions", "they are among those of the table"),
     7: ("wanted", "they are tokens of the pass, in ascending order"),
     8: ("kept", "they are layers of the model, in ascending order"),
+    9: ("wanted", "they are outputs of the matrix"),
 }
 """For each Status of C++ the argument that it could not take, and what is allowed."""
 

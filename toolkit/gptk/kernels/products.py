@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from gptk.kernels.build import library
-
-_GROUP, _BLOCK = 32, 16
-"""Inputs that share a scale and an offset; outputs of a block. As in cpp/products.h."""
+from gptk.kernels.formats import Format
 
 
 def product(
@@ -54,31 +52,26 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, weights: Tensor, bias: Tensor | None, bits: int, outputs: int
+    x: Tensor, weights: Tensor, bias: Tensor | None, format: Format, outputs: int
 ) -> Tensor:
     """x times quantized weights, plus the bias.
 
-    x: (rows, inputs); weights: uint8, as `pack` lays them out; bits: 4 or 8. Returns (rows,
+    x: (rows, inputs); weights: uint8, as `pack` and `pack_stored` lay them out. Returns (rows,
     outputs), in x's dtype.
     """
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
-    y: Tensor = library().quantized_linear(x, weights, bias, bits, outputs)
+    y: Tensor = library().quantized_linear(x, weights, bias, format.number, outputs)
     return y
 
 
 def pack(codes: Tensor, scale: Tensor, offset: Tensor, bits: int, y: Tensor) -> None:
     """Lay quantized weights out for `quantized_linear`, into y: uint8, 16 outputs a block.
 
-    codes, scale, offset: as gptk.Levels has them; a code has no more than `bits` bits. y:
-    contiguous, with room for all, see `packed_bytes`. The layout is in cpp/products.h.
+    codes, scale, offset: as gptk.Levels has them; a code has no more than `bits` bits, 4 or 8. y:
+    contiguous, with room for all, see `packed_bytes`; its format is FORMAT_OF_BITS[bits].
     """
     library().pack(codes, scale, offset, bits, y)
-
-
-def packed_bytes(outputs: int, inputs: int, bits: int) -> int:
-    """The bytes of a matrix as `pack` lays it out: whole blocks of 16 outputs."""
-    return -(-outputs // _BLOCK) * (inputs // _GROUP) * (4 + _GROUP * bits // 8) * _BLOCK
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
@@ -90,39 +83,24 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor, y: Tensor) -> None:
 
 
 def dequantize_packed(
-    weights: Tensor, bits: int, outputs: int, inputs: int, dtype: torch.dtype
+    weights: Tensor, format: Format, outputs: int, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """The dequantized weights of a matrix that `pack` laid out: (outputs, inputs).
+    """The dequantized weights of a matrix that was laid out: (outputs, inputs).
 
     dtype: bfloat16 or float32.
     """
-    y: Tensor = library().dequantize_packed(weights, bits, outputs, inputs, dtype)
+    y: Tensor = library().dequantize_packed(weights, format.number, outputs, inputs, dtype)
     return y
 
 
-def dequantize_row(weights: Tensor, bits: int, inputs: int, output: int) -> Tensor:
-    """The weights of one output, (1, inputs) float32: in a fifth of the time of `dequantize_rows`.
-
-    weights: (blocks, …) as `pack` lays them out.
-    """
-    block, lane = divmod(output, _BLOCK)
-    return dequantize_packed(weights[block], bits, _BLOCK, inputs, torch.float32)[lane : lane + 1]
-
-
-def dequantize_rows(weights: Tensor, bits: int, inputs: int, outputs: Tensor) -> Tensor:
-    """The weights of these outputs, (n,): (n, inputs) float32, by PyTorch's operations.
-
-    weights: (blocks, groups, bytes of a group) as `pack` lays them out.
-    """
-    blocks, lane = weights[outputs // _BLOCK], outputs % _BLOCK
-    count, groups = len(outputs), inputs // _GROUP
-    row = torch.arange(count, device=outputs.device)
-    # (count, groups, 2): the group's scale and offset, of the 16 that a block has of each.
-    factors = blocks[:, :, : 4 * _BLOCK].view(torch.float16)
-    factors = factors.view(count, groups, 2, _BLOCK)[row, :, :, lane].float()
-    codes = blocks[:, :, 4 * _BLOCK :].view(count, groups, bits, _BLOCK, 4)
-    codes = codes[row, :, :, lane].flatten(2)
-    if bits == 4:
-        codes = torch.cat((codes & 15, codes >> 4), dim=2)
-    scale, offset = factors[:, :, :1], factors[:, :, 1:]
-    return torch.addcmul(offset, codes.float(), scale).flatten(1)
+def dequantize_rows(
+    weights: Tensor,
+    format: Format,
+    outputs: int,
+    inputs: int,
+    wanted: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights of some outputs: (n, inputs). wanted: (n,) int64, their numbers."""
+    y: Tensor = library().dequantize_rows(weights, format.number, outputs, inputs, wanted, dtype)
+    return y

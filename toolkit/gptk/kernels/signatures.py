@@ -13,8 +13,6 @@ from gptk.kernels.parameters import (
     FLOATS,
     INT32,
     INT64,
-    UINT8,
-    Dtype,
     Input,
     Int,
     Made,
@@ -23,15 +21,13 @@ from gptk.kernels.parameters import (
     Result,
     Written,
 )
+from gptk.kernels.quantized_signatures import QUANTIZED
 from gptk.kernels.structures import (
     ALIGNED,
     HEADS,
-    PACKED,
-    PACKED_BYTES,
     PANELS,
     Model,
     Slabs,
-    StoredAddresses,
 )
 
 
@@ -128,61 +124,9 @@ _IN_PANELS = (
     ),
 )
 
-# --- Products in bfloat16, and with quantized weights: products.py, stored.py ---
+# --- Products in bfloat16: products.py ---
 
-_LEVELS = (
-    Input("codes", "outputs, inputs", (UINT8,)),
-    Input("scale", "outputs, groups", (FLOAT32,)),
-    Input("offset", "outputs, groups", (FLOAT32,)),
-)
-_GROUPS = "inputs == 32 * groups"
 _PRODUCTS = (
-    _kernel(
-        "quantized_linear",
-        Input("x", "rows, inputs"),
-        Input("weights", None, (UINT8,), copied=False),
-        _BIAS,
-        Int("bits"),
-        Int("outputs"),
-        Result("y", "rows, outputs", "x.dtype"),
-        call=f"{_IS_BFLOAT16}, bits, x, weights, bias, y, rows, inputs, outputs",
-        where=PACKED,
-    ),
-    _kernel(
-        "dequantize_packed",
-        Input("weights", None, (UINT8,), copied=False),
-        Int("bits"),
-        Int("outputs"),
-        Int("inputs"),
-        Dtype("dtype"),
-        Result("y", "outputs, inputs", "dtype"),
-        call="dtype is BFLOAT16, bits, weights, y, inputs, outputs",
-        where=PACKED,
-    ),
-    _kernel(
-        "pack",
-        *_LEVELS,
-        Int("bits"),
-        Written("y", None, (UINT8,)),
-        call="bits, codes, scale, offset, y, outputs, inputs",
-        where=("bits in (4, 8)", _GROUPS, f"y.numel() >= {PACKED_BYTES}"),
-    ),
-    _kernel(
-        "dequantize",
-        *_LEVELS,
-        Written("y", "outputs, inputs"),
-        call="y.dtype is BFLOAT16, codes, scale, offset, y, outputs * groups",
-        where=(_GROUPS,),
-    ),
-    _kernel(
-        "pack_stored",
-        Made("rows", StoredAddresses),
-        Written("y", None, (UINT8,)),
-        call="rows.format, rows, y, rows.outputs, 32 * rows.groups",
-        where=(
-            "y.numel() >= (rows.outputs + -rows.outputs % 16) * rows.groups * (4 + 4 * rows.bits)",
-        ),
-    ),
     _kernel(
         "product",
         Input("a", "rows, depth", (BFLOAT16,), strides="a_row, a_column"),
@@ -395,5 +339,5 @@ _WALK = _kernel(
     ),
 )
 
-KERNELS = (*_LAYERS, *_IN_PANELS, *_PRODUCTS, *_VOCABULARY, *_ATTENTION, _WALK)
+KERNELS = (*_LAYERS, *_IN_PANELS, *QUANTIZED, *_PRODUCTS, *_VOCABULARY, *_ATTENTION, _WALK)
 """The functions that the library exports."""

@@ -13,25 +13,20 @@ from torch import Tensor
 
 from gptk.kernels.compiler import FEW_QUERIES
 from gptk.kernels.door import Door, Signature
+from gptk.kernels.formats import packed_bytes
 from gptk.kernels.parameters import INT64, UINT8, Dtype, Input, Int, Made, Real, Written
 from gptk.kernels.regions import Regions
 
 HEADS = "head_dim in (32, 64, 96, 128)"
 PANELS = "outputs + -outputs % 16, inputs"
 ALIGNED = "panels.data_ptr() % 64 == 0"
-PACKED_BYTES = "(outputs + -outputs % 16) * (inputs // 32) * (4 + 4 * bits)"
-PACKED = (
-    "bits in (4, 8)",
-    "0 <= outputs < 2**31",
-    "0 <= inputs < 2**31",
-    "inputs % 32 == 0",
-    f"weights.numel() == {PACKED_BYTES}",
-)
-"""What quantized weights need, as `pack` lays them out."""
+PACKED = ("weights.numel() == packed_bytes(format, outputs, inputs)",)
+"""What quantized weights need, see `gptk.kernels.formats.packed_bytes`."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _NORMS = ("attention_norm", "query_norm", "key_norm", "mlp_norm")
 _IS_BFLOAT16 = "dtype is BFLOAT16"
+_SEGMENTS = ("first", "second", "third")
 _MATRICES = ("qkv", "out", "up", "down")
 
 
@@ -75,9 +70,8 @@ class StoredAddresses:
     addresses: Tensor
     """(outputs,) int64."""
     format: int
-    """As in cpp/stored.h."""
-    bits: int
-    groups: int
+    """As in cpp/formats.h."""
+    inputs: int
 
     @property
     def address(self) -> int:
@@ -104,23 +98,43 @@ class Norm(ctypes.Structure):
         return [(self.weight or 0, size), (self.bias or 0, size if self.bias else 0)]
 
 
+class Segment(ctypes.Structure):
+    """Consecutive outputs of a matrix whose quantized weights have one format."""
+
+    _fields_ = (("format", _INT), ("weights", _POINTER), ("outputs", _INT), ("inputs", _INT))
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Address and bytes of its weights."""
+        return self.weights or 0, packed_bytes(self.format, self.outputs, self.inputs)
+
+
+SEGMENTS = 3
+"""The most segments of a matrix."""
+
+
 class Matrix(ctypes.Structure):
-    """A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones."""
+    """A linear layer, with plain weights in panels or with quantized ones in segments."""
 
     _fields_ = (
-        *(("is_bfloat16", _INT), ("bits", _INT)),
-        *(("weights", _POINTER), ("bias", _POINTER)),
-        *(("inputs", _INT), ("outputs", _INT)),
+        *(("is_bfloat16", _INT), ("panels", _POINTER), ("bias", _POINTER)),
+        *(("inputs", _INT), ("outputs", _INT), ("segments", Segment * SEGMENTS)),
     )
 
     @property
     def parts(self) -> list[tuple[int, int]]:
         """Address and bytes of its weights and bias."""
         width = 2 if self.is_bfloat16 else 4
-        outputs = self.outputs + -self.outputs % 16
-        groups = self.inputs // 32 * (4 + 4 * self.bits)
-        size = outputs * (groups if self.bits else self.inputs * width)
-        return [(self.weights or 0, size), (self.bias or 0, self.outputs * width * bool(self.bias))]
+        size = (self.outputs + -self.outputs % 16) * self.inputs * width
+        plain = [(self.panels, size)] if self.panels else []
+        segments = [segment.part for segment in self.segments]
+        return [*plain, *segments, (self.bias or 0, self.outputs * width * bool(self.bias))]
+
+
+def _quantized(
+    is_bfloat16: int, bias: int | None, inputs: int, outputs: int, *segments: Segment
+) -> Matrix:
+    return Matrix(is_bfloat16, None, bias, inputs, outputs, (Segment * SEGMENTS)(*segments))
 
 
 class Layer(ctypes.Structure):
@@ -202,23 +216,39 @@ STRUCTURES = Door(
                 Int("outputs"),
                 Input("bias", "outputs", "dtype", optional=True, copied=False),
             ),
-            f"{_IS_BFLOAT16}, 0, panels, bias, inputs, outputs",
+            f"{_IS_BFLOAT16}, panels, bias, inputs, outputs",
             where=("outputs >= 0", "inputs % 2 == 0 or dtype is FLOAT32", ALIGNED),
             makes=Matrix,
+        ),
+        Signature(
+            "segment",
+            (
+                Input("weights", None, (UINT8,), copied=False),
+                Int("format"),
+                Int("outputs"),
+                Int("inputs"),
+            ),
+            "format, weights, outputs, inputs",
+            where=PACKED,
+            makes=Segment,
         ),
         Signature(
             "quantized_matrix",
             (
                 Dtype("dtype"),
-                Input("weights", None, (UINT8,), copied=False),
-                Int("bits"),
+                *(Made(name, Segment) for name in _SEGMENTS),
                 Int("outputs"),
-                Int("inputs"),
                 Input("bias", "outputs", "dtype", optional=True, copied=False),
             ),
-            f"{_IS_BFLOAT16}, bits, weights, bias, inputs, outputs",
-            where=PACKED,
-            makes=Matrix,
+            f"{_IS_BFLOAT16}, bias, first.inputs, outputs, {', '.join(_SEGMENTS)}",
+            where=(
+                "outputs == first.outputs + second.outputs + third.outputs",
+                *(f"{name}.inputs in (first.inputs, 0)" for name in _SEGMENTS[1:]),
+                *(f"{name}.inputs > 0 or {name}.outputs == 0" for name in _SEGMENTS[1:]),
+                "first.outputs % 16 == 0 or second.outputs == third.outputs == 0",
+                "second.outputs % 16 == 0 or third.outputs == 0",
+            ),
+            makes=_quantized,
         ),
         Signature(
             "layer",

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from gptk.kernels.build import library
-from gptk.kernels.structures import STRUCTURES, Layer, Matrix, Model, Norm, Slabs
+from gptk.kernels.formats import Format
+from gptk.kernels.structures import (
+    SEGMENTS,
+    STRUCTURES,
+    Layer,
+    Matrix,
+    Model,
+    Norm,
+    Segment,
+    Slabs,
+)
 
 
 def norm_of(
@@ -26,10 +36,23 @@ def matrix_in_panels(
 
 
 def quantized_matrix(
-    dtype: torch.dtype, weights: Tensor, bits: int, outputs: int, inputs: int, bias: Tensor | None
+    dtype: torch.dtype,
+    segments: Sequence[tuple[Tensor, Format, int]],
+    inputs: int,
+    bias: Tensor | None,
 ) -> Matrix:
-    """A linear layer: see `quantized_linear`."""
-    matrix: Matrix = STRUCTURES.quantized_matrix(dtype, weights, bits, outputs, inputs, bias)
+    """A linear layer: see `quantized_linear`.
+
+    segments: up to three, one after the other by outputs: weights, how they are stored, and how
+    many outputs they have, whole blocks in all but the last one.
+    """
+    made = [
+        STRUCTURES.segment(weights, format.number, outputs, inputs)
+        for weights, format, outputs in segments
+    ]
+    made += [Segment() for _ in range(SEGMENTS - len(made))]
+    outputs = sum(segment.outputs for segment in made)
+    matrix: Matrix = STRUCTURES.quantized_matrix(dtype, *made, outputs, bias)
     return matrix
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from gptk.model.attributes import find_by_getattr, find_directly
 from gptk.model.config import GPTConfig
 from gptk.model.embedding import Embedding
-from gptk.model.levels import Precision
 from gptk.model.linear import Linear
 from gptk.model.packing import PackableModule
 from gptk.model.panels import Panels
+from gptk.model.rounding import Precision
 
 
 class PackableModel(nn.Module):

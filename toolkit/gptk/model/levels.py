@@ -3,18 +3,14 @@
 A weight is code · scale + offset: one of 16 levels of its group with 4 bits, one of 256 with 8.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptk import kernels
-
-Precision = Literal["int8", "int4"]
-"""int8: 127 steps to each side of zero, a scale for each output. int4: 16 levels from the smallest
-to the largest of each 32 weights, a scale and an offset for each such group."""
 
 GROUP = 32
 """Consecutive inputs of an output whose weights share a scale and an offset."""
@@ -22,7 +18,7 @@ WEIGHTS_AT_A_TIME = 1 << 16
 """Weights that are converted at a time, so that intermediate tensors take little memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Levels:
     """A quantized matrix (outputs, inputs): w = code · scale + offset, in groups of 32 inputs.
 
@@ -36,7 +32,8 @@ class Levels:
     """(outputs, groups) float32."""
     offset: Tensor
     """(outputs, groups) float32: the weight whose code is 0."""
-    bits: Literal[4, 8]
+    bits: int
+    """4 or 8."""
 
     def __post_init__(self) -> None:
         groups = (*self.codes.shape[:-1], self.codes.shape[-1] // GROUP) if self.codes.dim() else ()
@@ -62,18 +59,57 @@ class Levels:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    def __repr__(self) -> str:
+        formats = ", ".join(part.format.name for part in self.segments)
+        return f"<Levels {tuple(self.shape)} in {formats}>"
+
     @property
     def nbytes(self) -> int:
         """The size with packed codes, and with scales and offsets of two bytes."""
         count = self.shape.numel()
         return count * self.bits // 8 + 4 * (count // GROUP)
 
+    @property
+    def format(self) -> kernels.Format:
+        """How gptk's kernels store it."""
+        return kernels.FORMATS[kernels.FORMAT_OF_BITS[self.bits]]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Its size as gptk's kernels store it."""
+        return kernels.packed_bytes(self.format.number, *self.shape)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether there are `codes`, `scale` and `offset`: some formats of files have others."""
+        return True
+
+    @property
+    def segments(self) -> "tuple[Levels, ...]":
+        """The matrices in one format each that it consists of, one after the other by outputs."""
+        return (self,)
+
+    def pack_into(self, y: Tensor) -> None:
+        """Lay the weights out for gptk's kernels. y: uint8, `packed_bytes` or more."""
+        kernels.pack(self.codes, self.scale, self.offset, self.bits, y)
+
+    def equals(self, other: "Levels") -> bool:
+        """Whether the other has the same codes, scales and offsets, stored in the same way."""
+        return (
+            type(other) is Levels
+            and self.bits == other.bits
+            and torch.equal(self.codes, other.codes)
+            and torch.equal(self.scale, other.scale)
+            and torch.equal(self.offset, other.offset)
+        )
+
     @staticmethod
-    def from_blocks(blocks: Tensor, format: kernels.Format) -> "Levels":
+    def from_blocks(blocks: Tensor, format: str) -> "Levels":
         """A quantized matrix as a GGUF file stores it: codes are read from it when they are needed.
 
-        blocks: (outputs, groups, bytes of a block) uint8. format: Q4_0, Q4_1 or Q8_0. Raises
-        ValueError for blocks of another shape or dtype.
+        blocks: (outputs, blocks of a row, bytes of a block) uint8. format: ggml's name, of
+        gptk.kernels.FORMATS. Raises ValueError for others, and for blocks of another shape or
+        dtype.
         """
         return StoredLevels.of(blocks, format)
 
@@ -82,11 +118,16 @@ class Levels:
 
     @staticmethod
     def stack(parts: "Sequence[Levels]") -> "Levels":
-        """Concatenate matrices by outputs. Raises RuntimeError if bits or inputs differ."""
-        if len({part.bits for part in parts}) > 1:
-            raise RuntimeError("levels of 4 and of 8 bits")
+        """Concatenate matrices by outputs. Raises RuntimeError if inputs differ."""
+        parts = [segment for part in parts for segment in part.segments]
+        if len({part.shape[1] for part in parts}) > 1:
+            raise RuntimeError("levels of different inputs")
+        parts = [part for part in parts if part.shape[0]] or parts[:1]
         if (stacked := parts[0]._stacked(parts)) is not None:
             return stacked
+        if len({part.bits for part in parts}) > 1 or not all(part.has_codes for part in parts):
+            alike = itertools.groupby(parts, lambda part: (part.bits, part.has_codes, part.format))
+            return JoinedLevels([Levels.stack(list(group)) for _, group in alike])
         return Levels(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.scale for part in parts]),
@@ -125,27 +166,41 @@ class StoredLevels(Levels):
     that are selected or stacked stay where they are in the file.
     """
 
-    format: kernels.Format
     parts: Sequence[kernels.StoredRows]
+    _format: kernels.Format
 
     def __init__(self, parts: Sequence[kernels.StoredRows], format: kernels.Format) -> None:
-        self.__dict__ |= {"parts": parts, "format": format}
-        self.__dict__["bits"] = 8 if format == "Q8_0" else 4
+        self.__dict__ |= {"parts": parts, "_format": format, "bits": format.bits}
+
+    @property
+    def format(self) -> kernels.Format:
+        return self._format
 
     @classmethod
-    def of(cls, blocks: Tensor, format: kernels.Format) -> "StoredLevels":
+    def of(cls, blocks: Tensor, name: str) -> "StoredLevels":
         """See Levels.from_blocks."""
-        size = kernels.BLOCK_BYTES.get(format)
-        if blocks.dtype != torch.uint8 or blocks.dim() != 3 or blocks.shape[2] != size:
+        format = kernels.FORMATS.get(name)
+        if (
+            format is None
+            or not format.stored
+            or blocks.dtype != torch.uint8
+            or blocks.dim() != 3
+            or blocks.shape[2] != format.stored
+        ):
             raise ValueError(
-                f"not the blocks of a matrix in {format}: {blocks.dtype} {tuple(blocks.shape)}"
+                f"not the blocks of a matrix in {name}: {blocks.dtype} {tuple(blocks.shape)}"
             )
         return cls([kernels.StoredRows(blocks.contiguous())], format)
 
     @property
     def shape(self) -> torch.Size:
         outputs = sum(len(part) for part in self._orders())
-        return torch.Size((outputs, self.parts[0].blocks.shape[1] * GROUP))
+        return torch.Size((outputs, self.parts[0].blocks.shape[1] * self.format.unit))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the blocks."""
+        return self.shape.numel() // self.format.unit * self.format.stored
 
     def _orders(self) -> Iterator[Tensor]:
         for blocks, order in self.parts:
@@ -159,7 +214,7 @@ class StoredLevels(Levels):
             (part,) = self.parts
             order = selected if part.order is None else part.order[selected]
             return StoredLevels([kernels.StoredRows(part.blocks, order)], self.format)
-        return StoredLevels([kernels.StoredRows(self._blocks(), selected)], self.format)
+        return StoredLevels([kernels.StoredRows(self.blocks(), selected)], self.format)
 
     def _sliced(self, start: int, stop: int) -> "StoredLevels":
         parts, first = [], 0
@@ -177,111 +232,131 @@ class StoredLevels(Levels):
         stored = [part for part in parts if isinstance(part, StoredLevels)]
         if len(stored) < len(parts) or len({part.format for part in stored}) > 1:
             return None
-        if len({part.shape[1] for part in stored}) > 1:
-            raise RuntimeError("levels of different inputs")
         return StoredLevels([rows for part in stored for rows in part.parts], self.format)
 
-    def _blocks(self) -> Tensor:
-        """The blocks, (outputs, groups, bytes of a block), in one tensor."""
+    def blocks(self) -> Tensor:
+        """The blocks, (outputs, blocks of a row, bytes of a block), in one tensor."""
         selected = [blocks if order is None else blocks[order] for blocks, order in self.parts]
         return selected[0] if len(selected) == 1 else torch.cat(selected)
+
+    def equals(self, other: Levels) -> bool:
+        if not isinstance(other, StoredLevels) or other.format is not self.format:
+            return False
+        return torch.equal(self.blocks(), other.blocks())
+
+    @property
+    def has_codes(self) -> bool:
+        return self.format.name in _WITH_CODES
 
     @property
     def codes(self) -> Tensor:
         """Computed at each use, as `scale` and `offset`."""
-        packed = self._blocks()[:, :, 4 if self.format == "Q4_1" else 2 :]
-        if self.format == "Q8_0":
+        packed = self._coded_blocks()[:, :, 4 if self.format.name == "Q4_1" else 2 :]
+        if self.bits == 8:
             return (packed ^ 128).flatten(1)  # from two's complement to 0 … 255
         # The first 16 codes are in the low nibbles, the others in the high nibbles.
         return torch.cat((packed & 15, packed >> 4), dim=2).flatten(1)
 
     @property
     def scale(self) -> Tensor:
-        return _halves(self._blocks(), 0)
+        return _halves(self._coded_blocks(), 0)
 
     @property
     def offset(self) -> Tensor:
-        if self.format == "Q4_1":
-            return _halves(self._blocks(), 2)
-        return (-128 if self.format == "Q8_0" else -8) * self.scale
+        if self.format.name == "Q4_1":
+            return _halves(self._coded_blocks(), 2)
+        return (-128 if self.bits == 8 else -8) * self.scale
+
+    def _coded_blocks(self) -> Tensor:
+        if not self.has_codes:
+            raise ValueError(f"{self.format.name} has no scale and offset for each {GROUP} inputs")
+        return self.blocks()
 
     def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=dtype) if out is None else out
-        if out.shape != self.shape or not out.is_contiguous():
-            raise ValueError(f"weights {tuple(self.shape)} into {tuple(out.shape)}, or with gaps")
-        for rows in self._rows_at_a_time(16 * WEIGHTS_AT_A_TIME):
-            part = self[rows]
-            Levels(part.codes, part.scale, part.offset, self.bits).dense(out=out[rows])
+        out = _room_for(self.shape, dtype, out)
+        step = max(1, 16 * WEIGHTS_AT_A_TIME // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            part, rows = self[start : start + step], out[start : start + step]
+            rows.copy_(part._numbers(rows.dtype))
         return out
 
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        if kernels.available():
+            packed = torch.empty(self.packed_bytes, dtype=torch.uint8)
+            self.pack_into(packed)
+            kept = dtype if dtype == torch.bfloat16 else torch.float32
+            outputs, inputs = self.shape
+            return kernels.dequantize_packed(packed, self.format, outputs, inputs, kept)
+        import gguf
+
+        row = self.blocks().view(1, -1).numpy()  # gguf takes much longer for many rows
+        numbers = gguf.quants.dequantize(row, gguf.GGMLQuantizationType[self.format.name])
+        return torch.from_numpy(numbers).view(self.shape)
+
     def pack_into(self, y: Tensor) -> None:
-        """Lay the weights out for gptk's kernel. y: uint8, see kernels.packed_bytes."""
         kernels.pack_stored(self.parts, self.format, y)
 
-    def _rows_at_a_time(self, weights: int) -> Iterator[slice]:
-        """Slices of outputs of about so many weights."""
-        outputs, inputs = self.shape
-        step = max(1, weights // max(1, inputs))
-        return (slice(start, start + step) for start in range(0, outputs, step))
+
+_WITH_CODES = ("Q4_0", "Q4_1", "Q8_0")
+
+
+class JoinedLevels(Levels):
+    """Matrices one after the other by outputs, whose codes have different formats."""
+
+    _segments: tuple[Levels, ...]
+
+    def __init__(self, segments: Sequence[Levels]) -> None:
+        self.__dict__["_segments"] = tuple(segments)
+
+    @property
+    def segments(self) -> tuple[Levels, ...]:
+        return self._segments
+
+    @property
+    def has_codes(self) -> bool:
+        return False
+
+    @property
+    def shape(self) -> torch.Size:
+        outputs = sum(segment.shape[0] for segment in self.segments)
+        return torch.Size((outputs, self.segments[0].shape[1]))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+    def __getitem__(self, rows: Tensor | slice) -> Levels:
+        if not isinstance(rows, slice):
+            raise TypeError("rows of matrices in different formats are selected by a slice")
+        start, stop, _ = rows.indices(self.shape[0])
+        parts, first = [], 0
+        for segment in self.segments:
+            parts.append(segment[max(0, start - first) : max(0, stop - first)])
+            first += segment.shape[0]
+        return Levels.stack(parts)
+
+    def equals(self, other: Levels) -> bool:
+        return len(self.segments) == len(other.segments) and all(
+            a.equals(b) for a, b in zip(self.segments, other.segments, strict=True)
+        )
+
+    def dense(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        out = _room_for(self.shape, dtype, out)
+        sizes = [segment.shape[0] for segment in self.segments]
+        for segment, rows in zip(self.segments, torch.split(out, sizes), strict=True):
+            segment.dense(out=rows)
+        return out
+
+
+def _room_for(shape: torch.Size, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """`out`, or a new tensor. Raises ValueError for one of another shape."""
+    out = torch.empty(shape, dtype=dtype) if out is None else out
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"weights {tuple(shape)} into {tuple(out.shape)}, or with gaps")
+    return out
 
 
 def _halves(blocks: Tensor, first: int) -> Tensor:
     """The float16 number from the byte `first` of each block on, in float32: (outputs, groups)."""
     halves = blocks[:, :, first : first + 2].contiguous().view(torch.float16)
     return halves[:, :, 0].float()
-
-
-@dataclass(frozen=True)
-class NearestLevels:
-    """A matrix that is quantized when it is indexed: its codes are never all in memory at once.
-
-    Weights are rounded to the nearest level, see `to_four_bits` and `to_eight_bits`.
-    """
-
-    weight: Tensor
-    bits: Literal[4, 8]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
-
-    def __getitem__(self, rows: slice) -> Levels:
-        weight = self.weight[rows].float()
-        return to_four_bits(weight) if self.bits == 4 else to_eight_bits(weight)
-
-
-def to_four_bits(weight: Tensor) -> Levels:
-    """Round to 16 levels from the smallest to the largest of each 32 weights.
-
-    weight: (outputs, inputs) float32.
-    """
-    dtype = torch.float16 if kernels.available() else torch.bfloat16
-    groups = weight.view(len(weight), -1, GROUP)
-    smallest, largest = groups.amin(dim=2), groups.amax(dim=2)
-    # Rounded to the kernel's dtype before the codes are computed from them.
-    scale = ((largest - smallest) / 15).to(dtype).float()
-    offset = smallest.to(dtype).float()
-    step = scale[:, :, None].clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((groups - offset[:, :, None]) / step).round_().clamp_(0, 15)
-    return Levels(codes.flatten(1).to(torch.uint8), scale, offset, 4)
-
-
-def to_eight_bits(weight: Tensor) -> Levels:
-    """Round to -127 to 127 times a scale for each output. weight: (outputs, inputs) float32."""
-    # The scale is rounded to the kernel's float16 before the codes are computed from it, but never
-    # to less than the largest weight needs: the rounding error is at most 2⁻¹¹, relative to the
-    # scale, or 2⁻²⁵ for the smallest scales.
-    least = weight.abs().amax(dim=1, keepdim=True) / 127
-    scale = (least * (1 + 2**-11) + 2**-25 * (least > 0)).half().float()
-    step = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    codes = ((weight / step).round_().clamp_(-127, 127) + 128).to(torch.uint8)
-    scale = scale.expand(-1, weight.shape[1] // GROUP)
-    return Levels(codes, scale, -128 * scale, 8)
-
-
-def outputs_at_a_time(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of outputs, each with its weights in float32. See WEIGHTS_AT_A_TIME."""
-    step = max(1, WEIGHTS_AT_A_TIME // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        outputs = slice(start, start + step)
-        yield outputs, weight[outputs].float()

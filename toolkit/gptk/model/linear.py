@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.model.levels import Precision, outputs_at_a_time
 from gptk.model.packing import PackableModule
 from gptk.model.panels import Panels, can_be_panels
 from gptk.model.quantization import quantized
+from gptk.model.rounding import Precision, outputs_at_a_time
 from gptk.system.devices import has_fast_products
 
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ time. Weights are packed for gptk's kernel (`KernelGroups`) or, where it cannot 
 See gptk.model.quantized_by_pytorch. On CUDA torchao quantizes, see gptk.model.torchao.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -15,14 +16,8 @@ from torch import Tensor
 from gptk import kernels
 from gptk.distribution import install_command
 from gptk.errors import DeviceError, OptionError
-from gptk.model.levels import (
-    GROUP,
-    WEIGHTS_AT_A_TIME,
-    Levels,
-    NearestLevels,
-    Precision,
-    StoredLevels,
-)
+from gptk.kernels.formats import BLOCK
+from gptk.model.levels import GROUP, WEIGHTS_AT_A_TIME, Levels, StoredLevels
 from gptk.model.packing import Packed
 from gptk.model.quantized_by_pytorch import (
     PYTORCH_BLOCK,
@@ -30,16 +25,13 @@ from gptk.model.quantized_by_pytorch import (
     PyTorchInt8,
     PyTorchInt8Groups,
 )
+from gptk.model.rounding import NearestLevels, Precision
+from gptk.model.segments import Segments
 from gptk.system.memory import new_bytes
 
 Quantize = Literal["auto", "none", "int8", "int4"]
 """What becomes of the matrices of linear layers. auto: those that a file has quantized, as Levels,
 stay so where `keeps_levels`; none: all are dense; int8, int4: all are rounded, see Precision."""
-
-_ROWS_AT_A_TIME = 256
-"""Rows that are looked up at a time, so that the blocks that they are in take little memory."""
-_KERNEL_BLOCK = 16
-"""Outputs are padded to a multiple of this for gptk's kernel."""
 
 
 def check_quantize(quantize: str, device: torch.device) -> None:
@@ -60,17 +52,20 @@ def check_quantize(quantize: str, device: torch.device) -> None:
         raise DeviceError(f"quantize int4 is not possible here: {reason}; int8 is")
 
 
-def keeps_levels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the matrices that a file has quantized stay so, with activations of a dtype.
+def keeps_levels(segments: Segments, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a matrix that a file has quantized stays so, with activations of a dtype.
 
-    They do on a CPU where gptk's kernels run, which compute what the dequantized matrices give.
+    It does on a CPU where gptk's kernels run, which compute what the dequantized matrix gives.
     PyTorch's kernels round activations to bfloat16, so they are used if activations are bfloat16,
-    and the processor has instructions that they are written for.
+    and the processor has instructions that they are written for. They have groups of 32 inputs with
+    4 or 8 bits.
     """
     if device.type != "cpu":
         return False
+    if kernels.available():
+        return segments.can_be_packed
     by_pytorch = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
-    return kernels.available() or (dtype == torch.bfloat16 and by_pytorch)
+    return dtype == torch.bfloat16 and by_pytorch and segments.have_codes
 
 
 def quantized(weight: Tensor, precision: Precision) -> Packed | None:
@@ -89,20 +84,22 @@ def quantized(weight: Tensor, precision: Precision) -> Packed | None:
     return pack(NearestLevels(weight.detach(), 4 if precision == "int4" else 8))
 
 
-def bytes_of(shape: torch.Size, kind: str, *, by_groups: bool = False) -> int:
+def bytes_of(shape: torch.Size, kind: str, stored: Segments | None = None) -> int:
     """The bytes that a matrix of that shape takes in memory, on a CPU.
 
-    kind: float32, bfloat16, int8 or int4. by_groups: int8 has scales and offsets by groups, as in
-    files, and not by channel.
+    kind: float32, bfloat16, or int and a number of bits. stored: how it is stored in a file, if it
+    stays so; else int8 has scales by channel.
     """
     count = shape.numel()
     if not kind.startswith("int"):
         return count * (4 if kind == "float32" else 2)
     outputs, inputs = shape
     if kernels.available():
-        padded = outputs + -outputs % _KERNEL_BLOCK
-        return padded * (inputs * int(kind[3:]) // 8 + 4 * (inputs // GROUP))
-    if kind == "int8" and not by_groups:
+        if stored is None:
+            format = kernels.FORMATS[kernels.FORMAT_OF_BITS[int(kind[3:])]]
+            stored = Segments([(format, outputs)])
+        return stored.packed_bytes(inputs)
+    if kind == "int8" and stored is None:
         return count + 2 * outputs
     halves = 2 if kind == "int8" else 1
     padded = outputs + -outputs % PYTORCH_BLOCK
@@ -121,52 +118,67 @@ def pack(levels: Levels | NearestLevels) -> Packed:
 
 
 class KernelGroups:
-    """w = code · scale + offset by groups of 32 inputs, with 4 or 8 bits, for gptk's kernel.
+    """Weights in the formats of GGUF files, laid out for gptk's kernels.
 
-    The weights are in blocks of 16 outputs. A block has for each group 16 scales, 16 offsets, and
-    the codes: those of four inputs for all 16 outputs, then those of the next four inputs, and so
-    on. With 4 bits, low nibbles are the first 16 inputs of the group, high nibbles the others.
+    See gptk.kernels.formats.
     """
 
     def __init__(self, levels: Levels | NearestLevels) -> None:
-        self.kind = "int8" if levels.bits == 8 else "int4"
-        self.bits: int = levels.bits
-        self._outputs, self._inputs = levels.shape
-        groups = self._inputs // GROUP
-        blocks = -(-self._outputs // _KERNEL_BLOCK)
-        self.weights = new_bytes(blocks, groups, (4 + GROUP * self.bits // 8) * _KERNEL_BLOCK)
-        if isinstance(levels, StoredLevels):
-            levels.pack_into(self.weights)
-            return
-        step = max(1, WEIGHTS_AT_A_TIME // (_KERNEL_BLOCK * self._inputs))
-        for block in range(0, blocks, step):
-            part = levels[block * _KERNEL_BLOCK : (block + step) * _KERNEL_BLOCK]
-            kernels.pack(part.codes, part.scale, part.offset, self.bits, self.weights[block:])
+        """levels: of up to three segments, all but the last with whole blocks of outputs."""
+        parts: Sequence[Levels | NearestLevels] = (
+            levels.segments if isinstance(levels, Levels) else (levels,)
+        )
+        self._set(Segments((part.format, part.shape[0]) for part in parts), levels.shape[1])
+        self.weights = new_bytes(self.segments.packed_bytes(self._inputs))
+        """(bytes,) uint8: the segments one after the other."""
+        for part, weights in zip(parts, self._parts(), strict=True):
+            _pack_segment(part, weights)
 
     @classmethod
-    def of_packed(cls, weights: Tensor, bits: int, outputs: int, inputs: int) -> "KernelGroups":
+    def of_packed(cls, weights: Tensor, segments: "Segments", inputs: int) -> "KernelGroups":
         """Weights that have been packed before. weights: (bytes,) uint8, which are not copied."""
         packed = cls.__new__(cls)
-        packed.kind = "int8" if bits == 8 else "int4"
-        packed.bits, packed._outputs, packed._inputs = bits, outputs, inputs
-        packed.weights = weights.view(-(-outputs // _KERNEL_BLOCK), inputs // GROUP, -1)
+        packed._set(segments, inputs)
+        packed.weights = weights
         return packed
+
+    def _set(self, segments: "Segments", inputs: int) -> None:
+        self.segments, self._inputs = segments, inputs
+        self.kind, self._outputs = segments.kind, segments.outputs
+
+    def _parts(self) -> Sequence[Tensor]:
+        """The weights of each segment."""
+        if len(self.segments) == 1:
+            return (self.weights,)
+        return torch.split(
+            self.weights, [s.packed_bytes(self._inputs) for s in self.segments.each()]
+        )
 
     def packs(self, levels: Levels) -> bool:
         """Whether this can be the packed matrix: the sizes, and the first and the last outputs."""
-        outputs, inputs = levels.shape
-        if (self.bits, self._outputs, self._inputs) != (levels.bits, outputs, inputs):
+        if self.segments != Segments.of(levels) or self._inputs != levels.shape[1]:
             return False
-        last = (len(self.weights) - 1) * _KERNEL_BLOCK
-        return not self.nbytes or all(
-            torch.equal(self.weights[block : block + 1], KernelGroups(part).weights)
-            for block, part in ((0, levels[:_KERNEL_BLOCK]), (last // _KERNEL_BLOCK, levels[last:]))
-        )
+        if not self.nbytes:
+            return True
+        for part, weights in zip(levels.segments, self._parts(), strict=True):
+            blocks = weights.view(-(-part.shape[0] // BLOCK), -1)
+            last = (len(blocks) - 1) * BLOCK
+            for start, block in ((0, blocks[0]), (last, blocks[-1])):
+                if not torch.equal(block, KernelGroups(part[start : start + BLOCK]).weights):
+                    return False
+        return True
 
     @property
     def shape(self) -> tuple[int, int]:
         """(outputs, inputs)."""
         return self._outputs, self._inputs
+
+    def kernel_segments(self) -> list[tuple[Tensor, kernels.Format, int]]:
+        """What gptk.kernels.walk.quantized_matrix takes."""
+        return [
+            (weights, format, outputs)
+            for weights, (format, outputs) in zip(self._parts(), self.segments, strict=True)
+        ]
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
@@ -176,34 +188,45 @@ class KernelGroups:
             return self.linear(x.float(), bias).half()
         if dtype not in (torch.float32, torch.bfloat16):
             return F.linear(x, self.dense(dtype), bias)
-        return kernels.quantized_linear(x, self.weights, bias, self.bits, self._outputs)
+        if len(self.segments) == 1:
+            ((format, outputs),) = self.segments
+            return kernels.quantized_linear(x, self.weights, bias, format, outputs)
+        biases = (
+            [None] * len(self.segments) if bias is None else torch.split(bias, self.segments.sizes)
+        )
+        return torch.cat(
+            [
+                kernels.quantized_linear(x, weights, bias, format, outputs)
+                for (weights, format, outputs), bias in zip(
+                    self.kernel_segments(), biases, strict=True
+                )
+            ],
+            dim=1,
+        )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         if dtype not in (torch.float32, torch.bfloat16):
             return self.dense(torch.float32).to(dtype)
-        return kernels.dequantize_packed(
-            self.weights, self.bits, self._outputs, self._inputs, dtype
-        )
+        parts = [
+            kernels.dequantize_packed(weights, format, outputs, self._inputs, dtype)
+            for weights, format, outputs in self.kernel_segments()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def rows(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized weights of the outputs with these numbers, (n,): (n, inputs).
 
         Raises IndexError for numbers of no output.
         """
-        one = None
-        if count := len(outputs):
-            one = outputs.tolist()[0] if count == 1 else None
-            low, high = outputs.aminmax() if one is None else (one, one)
+        if len(outputs):
+            low, high = outputs.aminmax()
             if not 0 <= low <= high < self._outputs:
                 raise IndexError(f"rows from {low} to {high} of {self._outputs}")
-        if one is not None:  # as at each step of decoding
-            return kernels.dequantize_row(self.weights, self.bits, self._inputs, one).to(dtype)
-        sizes = self.bits, self._inputs
-        parts = [
-            kernels.dequantize_rows(self.weights, *sizes, part).to(dtype)
-            for part in torch.split(outputs, _ROWS_AT_A_TIME)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        ((format, count),) = self.segments  # an embedding is one tensor of its file
+        rows = kernels.dequantize_rows(
+            self.weights, format, count, self._inputs, outputs, torch.float32
+        )
+        return rows.to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -212,3 +235,15 @@ class KernelGroups:
     @property
     def device(self) -> torch.device:
         return self.weights.device
+
+
+def _pack_segment(levels: Levels | NearestLevels, weights: Tensor) -> None:
+    """Lay out a matrix in one format; some outputs at a time, if codes are made for that."""
+    outputs, inputs = levels.shape
+    if isinstance(levels, StoredLevels):
+        levels.pack_into(weights)
+        return
+    step = max(1, WEIGHTS_AT_A_TIME // (BLOCK * max(1, inputs))) * BLOCK
+    bytes_of_output = levels.format.packed * (inputs // levels.format.unit)
+    for start in range(0, outputs, step):
+        levels[start : start + step].pack_into(weights[start * bytes_of_output :])

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptk.model.levels import GROUP, WEIGHTS_AT_A_TIME, Levels, NearestLevels, outputs_at_a_time
+from gptk.model.levels import GROUP, WEIGHTS_AT_A_TIME, Levels
+from gptk.model.rounding import NearestLevels, outputs_at_a_time
 from gptk.system.devices import has_fast_products
 
 _MANY_ROWS = 64

@@ -92,12 +92,11 @@ class Plan:
         self._watch(linear, Linear)
         assert isinstance(linear, Linear)
         packed, bias = linear.in_use, self._parameter(linear, "bias")
-        outputs, inputs = linear.out_features, linear.in_features
         if isinstance(packed, Panels):
-            return matrix_in_panels(self._dtype, packed.numbers, outputs, bias)
+            return matrix_in_panels(self._dtype, packed.numbers, linear.out_features, bias)
         _require(isinstance(packed, KernelGroups))
         assert isinstance(packed, KernelGroups)
-        return quantized_matrix(self._dtype, packed.weights, packed.bits, outputs, inputs, bias)
+        return quantized_matrix(self._dtype, packed.kernel_segments(), packed.shape[1], bias)
 
     def _parameter(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter, if there is one; the plan holds as long as its address is the same."""

@@ -19,6 +19,7 @@ from gptk.model.packing import PackableModule, Packed
 from gptk.model.panels import Panels, can_be_panels
 from gptk.model.quantization import Quantize, keeps_levels, quantized
 from gptk.model.quantization import pack as pack_levels
+from gptk.model.segments import Segments
 from gptk.model.slow_paths import tell_of_slow_inference
 from gptk.weights.empty import empty_gpt
 from gptk.weights.failures import explaining_load_failures
@@ -54,7 +55,7 @@ def build_model(
     device, model = torch.device(device), empty_gpt(checkpoint.config)
     state = _checked_state(checkpoint)
     kept = None
-    if pack and quantize == "auto" and keeps_levels(device, dtype) and kernels.available():
+    if pack and quantize == "auto" and device.type == "cpu" and kernels.available():
         kept = KeptWeights(Path(checkpoint.path or checkpoint.source))
     builder = _Builder(model, state, device, dtype, quantize, pack, kept)
     numbers = sum(parameter.numel() for parameter in model.parameters())
@@ -121,7 +122,9 @@ class _Builder:
                 return
         elif layer is self.model.embed and self._packs_embedding(name, tensor):
             return
-        if isinstance(tensor, Levels) and not keeps_levels(self.device, self.dtype):
+        if isinstance(tensor, Levels) and not keeps_levels(
+            Segments.of(tensor), self.device, self.dtype
+        ):
             self.expanded.append(name)
         if self.pack and self._puts_panels(layer, name, tensor):
             return
@@ -156,19 +159,20 @@ class _Builder:
 
     def _packed(self, name: str, weight: Tensor | Levels) -> Packed | None:
         """The quantized matrix, or None if it is to be dense."""
-        if (kind := matrix_kind(*self._asked(weight))) is None:
+        if matrix_kind(*self._asked(weight)) is None:
             return None
         if isinstance(weight, Levels) and self.quantize == "auto":
             return pack_levels(weight) if self.kept is None else self.kept.pack(name, weight)
         weight = weight.dense() if isinstance(weight, Levels) else weight
-        return quantized(weight.to(self.device), kind)
+        assert self.quantize == "int8" or self.quantize == "int4"
+        return quantized(weight.to(self.device), self.quantize)
 
     def _asked(
         self, weight: Tensor | Levels
-    ) -> tuple[int, int | None, Quantize, torch.device, torch.dtype]:
+    ) -> tuple[int, Segments | None, Quantize, torch.device, torch.dtype]:
         """What `matrix_kind` asks of a matrix."""
-        bits = weight.bits if isinstance(weight, Levels) else None
-        return weight.shape[1], bits, self.quantize, self.device, self.dtype
+        stored = Segments.of(weight) if isinstance(weight, Levels) else None
+        return weight.shape[1], stored, self.quantize, self.device, self.dtype
 
     def _converted(self, weight: Any) -> Tensor:
         """The tensor in the model's dtype, on its device."""

@@ -36,9 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptk.kernels.products import packed_bytes
 from gptk.model.levels import Levels
 from gptk.model.quantization import KernelGroups
+from gptk.model.segments import Segments
 from gptk.system.caches import cache_folder
 from gptk.system.files import lock, new_file, remove_leftovers
 from gptk.system.private_files import make_private, open_private
@@ -178,11 +178,12 @@ def _read(file: IO[bytes], source: Source) -> dict[str, KernelGroups]:
     if checks != about["chunks"]:
         raise ValueError("it is damaged")
     matrices = {}
-    for name, (start, bits, outputs, inputs) in about["matrices"].items():
-        stop = start + packed_bytes(outputs, inputs, bits)
+    for name, (start, stored, inputs) in about["matrices"].items():
+        segments = Segments.from_json(stored)
+        stop = start + segments.packed_bytes(inputs)
         if not 0 <= start <= stop <= data_size:
             raise ValueError("its table is wrong")
-        matrices[name] = KernelGroups.of_packed(data[start:stop], bits, outputs, inputs)
+        matrices[name] = KernelGroups.of_packed(data[start:stop], segments, inputs)
     return matrices
 
 
@@ -239,7 +240,7 @@ def _make_room(path: Path, size: int) -> bool:
 def _write(file: IO[bytes], source: Source, matrices: Mapping[str, KernelGroups]) -> None:
     table, start = {}, 0
     for name, matrix in matrices.items():
-        table[name] = start, matrix.bits, *matrix.shape
+        table[name] = start, matrix.segments.to_json(), matrix.shape[1]
         start += matrix.nbytes
     checks = []
     # In whole chunks, for which the system takes huge pages.

@@ -174,12 +174,12 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:
-    """Concatenate by outputs: Levels if all are, with the same bits; else they are dequantized."""
+    """Concatenate by outputs: Levels if all are; else they are dequantized."""
     import torch
 
     from gptk.model.levels import Levels
 
-    if all(isinstance(part, Levels) for part in parts) and len({p.bits for p in parts}) == 1:
+    if all(isinstance(part, Levels) for part in parts):
         return Levels.stack(parts)
     return torch.cat([part.dense() if isinstance(part, Levels) else part for part in parts])
 

@@ -44,6 +44,7 @@ enum Status : int32_t {
   BAD_POSITIONS = 6,
   BAD_WANTED = 7,
   BAD_KEPT = 8,
+  BAD_OUTPUTS = 9,
 };
 
 // Throws what `status_of` returns unless a condition holds.

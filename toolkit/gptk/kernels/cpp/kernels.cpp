@@ -1,68 +1,24 @@
-// The exported functions of all kernels except attention, which kernels/build.py compiles and
-// loads. They return a Status. kernels/door.py has checked dtypes, shapes and addresses.
+// The exported functions of kernels with a file of their own apart, which kernels/build.py compiles
+// and loads. They return a Status. kernels/door.py has checked dtypes, shapes and addresses.
 //
 // is_bfloat16: matrices passed as void* are bfloat16; else they are float32.
 
 #include "layers.h"
 #include "matrices.h"
 #include "products.h"
-#include "stored.h"
 #include "vocabulary.h"
 
 extern "C" {
 
-// y (rows, outputs) = x (rows, inputs) times quantized weights, as gptk_pack lays them out, plus
+// y (rows, outputs) = x (rows, inputs) times quantized weights, laid out as formats.h says, plus
 // the bias (outputs) unless it is null. x is rounded to integers in each group of 32 inputs, see
-// products.h. bits: 4 or 8.
-int32_t gptk_quantized_linear(int64_t is_bfloat16, int64_t bits, const void* x, const void* weights,
-                              const void* bias, void* y, int64_t rows, int64_t inputs,
-                              int64_t outputs) {
+// products.h.
+int32_t gptk_quantized_linear(int64_t is_bfloat16, int64_t format, const void* x,
+                              const void* weights, const void* bias, void* y, int64_t rows,
+                              int64_t inputs, int64_t outputs) {
   return status_of([&] {
-    DISPATCH_DTYPE(is_bfloat16, {
-      const auto run = bits == 4 ? quantized_linear<4, T> : quantized_linear<8, T>;
-      run((const T*)x, (const uint8_t*)weights, (const T*)bias, (T*)y, rows, inputs, outputs);
-    });
-  });
-}
-
-// Lays quantized weights out for gptk_quantized_linear. codes: (outputs, inputs), a code in a byte;
-// scale, offset: (outputs, groups of 32 inputs); weights: the result, see `pack`. bits: 4 or 8.
-int32_t gptk_pack(int64_t bits, const void* codes, const float* scale, const float* offset,
-                  void* weights, int64_t outputs, int64_t inputs) {
-  return status_of([&] {
-    (bits == 4 ? pack<4> : pack<8>)((const uint8_t*)codes, scale, offset, (uint8_t*)weights,
-                                    outputs, inputs);
-  });
-}
-
-// The same from the blocks of a GGUF file. format: a Format, see stored.h; rows: where the blocks
-// of each output begin.
-int32_t gptk_pack_stored(int64_t format, const uint8_t* const* rows, void* weights, int64_t outputs,
-                         int64_t inputs) {
-  return status_of([&] {
-    const auto run = format == 0   ? pack_stored<Format::Q4_0>
-                     : format == 1 ? pack_stored<Format::Q4_1>
-                                   : pack_stored<Format::Q8_0>;
-    run(rows, (uint8_t*)weights, outputs, inputs);
-  });
-}
-
-// y = code · scale + offset. codes, y: (groups, 32), a code in a byte; scale, offset: (groups).
-int32_t gptk_dequantize(int64_t is_bfloat16, const void* codes, const float* scale,
-                        const float* offset, void* y, int64_t groups) {
-  return status_of([&] {
-    DISPATCH_DTYPE(is_bfloat16, dequantize((const uint8_t*)codes, scale, offset, (T*)y, groups));
-  });
-}
-
-// y (outputs, inputs) = the dequantized weights of a matrix that gptk_pack laid out.
-int32_t gptk_dequantize_packed(int64_t is_bfloat16, int64_t bits, const void* weights, void* y,
-                               int64_t inputs, int64_t outputs) {
-  return status_of([&] {
-    DISPATCH_DTYPE(is_bfloat16, {
-      const auto run = bits == 4 ? dequantize_packed<4, T> : dequantize_packed<8, T>;
-      run((const uint8_t*)weights, (T*)y, inputs, outputs);
-    });
+    DISPATCH_DTYPE(is_bfloat16, quantized_linear(format, (const T*)x, (const uint8_t*)weights,
+                                                 (const T*)bias, (T*)y, rows, inputs, outputs));
   });
 }
 

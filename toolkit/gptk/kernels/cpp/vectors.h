@@ -42,13 +42,14 @@
 //     horizontal_sums(v)            lane i is reduce_add(v[i]), of 16 vectors, which it may
 //                                   overwrite
 //     transpose<16>(v)              a matrix of 16 by 16 lanes, a vector a row, in place
-//     dot_codes<bits, count>(codes, x, sums)
-//                                   for each of `count` vectors x (32) a vector of sums: lane i of
-//                                   it is the product of x and 32 codes without a sign, four bytes
-//                                   in lane i of each of 8 vectors; exact. bits: of a code, 4 or 8,
-//                                   or 8 in two steps of 4 where DOT_BITS is 4: then 8 vectors with
-//                                   the lower 4 bits of the codes and 8 more with the upper ones.
-//                                   Numbers of x are above -128
+//     look_up(table, x)             for each byte of x, below 16, that of the table (16)
+//     dot_values<bits, count, vectors>(values, x, sums)
+//                                   for each of `count` vectors x (4 · vectors) a vector of sums:
+//                                   lane i of it is the product of x and as many values without a
+//                                   sign, four bytes in lane i of each of 4 or 8 vectors; exact.
+//                                   bits: of a value, up to 6, or 8; those of more bits than
+//                                   DOT_BITS are in two parts, the lower 4 bits, and the upper ones
+//                                   8 vectors later. Numbers of x are above -128
 //
 // SUMS is how many vectors of sums the registers hold beside what is multiplied. A tile of a
 // product is TILE_ROWS, a divisor of 16, times TILE_COLUMNS, a multiple; store_tile_rows(p, x, i)

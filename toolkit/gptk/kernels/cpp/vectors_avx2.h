@@ -186,47 +186,63 @@ inline Floats horizontal_sums(Floats* x) {
   return {last(two[0], two[1]), last(two[2], two[3])};
 }
 
+inline Ints look_up(const uint8_t* table, Ints x) {
+  const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+  return {{_mm256_shuffle_epi8(values, x.low.v)}, {_mm256_shuffle_epi8(values, x.high.v)}};
+}
+
 #ifdef __AVXVNNI__
 constexpr int DOT_BITS = 8;
 #else
-constexpr int DOT_BITS = 4;  // so the sums of 16 products in 16 bits stay below 2¹⁵
+constexpr int DOT_BITS = 6;
 #endif
 
 // The compiler is told to have each sum in a register after each product: in an order of its own it
 // would keep most of them in memory.
-template <int bits, int count>
-inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
-  for (int shift = 0; shift < bits; shift += DOT_BITS, codes += 8) {
-    __m256i low[count], high[count];
+template <int bits, int count, int vectors>
+inline void dot_values(const Ints* values, const int8_t* const* x, Ints* sums) {
 #ifdef __AVXVNNI__
-    for (int n = 0; n < count; n++) low[n] = high[n] = _mm256_setzero_si256();
+  constexpr int steps = 1, together = vectors;
+#else
+  // Of 8 bits, the lower 4 and the upper 4. So many vectors of products, each of two values, are
+  // summed in 16 bits: below 2¹⁵.
+  constexpr int steps = bits == 8 ? 2 : 1;
+  constexpr int most = bits <= 4 || bits == 8 ? 8 : bits == 5 ? 4 : 2;
+  constexpr int together = most < vectors ? most : vectors;
+#endif
+  for (int step = 0; step < steps; step++)
+    for (int first = 0; first < vectors; first += together) {
+      __m256i low[count], high[count];
+#ifdef __AVXVNNI__
+      for (int n = 0; n < count; n++) low[n] = high[n] = _mm256_setzero_si256();
 #endif
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
+      for (int i = 0; i < together; i++) {
+        const Ints& value = values[8 * step + first + i];
 #pragma GCC unroll 3
-      for (int n = 0; n < count; n++) {
-        const __m256i four = _mm256_set1_epi32(four_bytes(x[n] + 4 * i));
+        for (int n = 0; n < count; n++) {
+          const __m256i four = _mm256_set1_epi32(four_bytes(x[n] + 4 * (first + i)));
 #ifdef __AVXVNNI__
-        low[n] = _mm256_dpbusd_avx_epi32(low[n], codes[i].low.v, four);
-        high[n] = _mm256_dpbusd_avx_epi32(high[n], codes[i].high.v, four);
+          low[n] = _mm256_dpbusd_avx_epi32(low[n], value.low.v, four);
+          high[n] = _mm256_dpbusd_avx_epi32(high[n], value.high.v, four);
 #else
-        const __m256i to_low = _mm256_maddubs_epi16(codes[i].low.v, four);
-        const __m256i to_high = _mm256_maddubs_epi16(codes[i].high.v, four);
-        low[n] = i ? _mm256_add_epi16(low[n], to_low) : to_low;
-        high[n] = i ? _mm256_add_epi16(high[n], to_high) : to_high;
+          const __m256i to_low = _mm256_maddubs_epi16(value.low.v, four);
+          const __m256i to_high = _mm256_maddubs_epi16(value.high.v, four);
+          low[n] = i ? _mm256_add_epi16(low[n], to_low) : to_low;
+          high[n] = i ? _mm256_add_epi16(high[n], to_high) : to_high;
 #endif
-        asm("" : "+x"(low[n]), "+x"(high[n]));
+          asm("" : "+x"(low[n]), "+x"(high[n]));
+        }
+      }
+      for (int n = 0; n < count; n++) {
+#ifndef __AVXVNNI__
+        const __m256i factor = _mm256_set1_epi16(1 << 4 * step);
+        low[n] = _mm256_madd_epi16(low[n], factor), high[n] = _mm256_madd_epi16(high[n], factor);
+#endif
+        const Ints sum{{low[n]}, {high[n]}};
+        sums[n] = step + first ? sums[n] + sum : sum;
       }
     }
-    for (int n = 0; n < count; n++) {
-#ifndef __AVXVNNI__
-      const __m256i factor = _mm256_set1_epi16(1 << shift);
-      low[n] = _mm256_madd_epi16(low[n], factor), high[n] = _mm256_madd_epi16(high[n], factor);
-#endif
-      const Ints sum{{low[n]}, {high[n]}};
-      sums[n] = shift ? sums[n] + sum : sum;
-    }
-  }
 }
 
 // 12 of 16 registers.

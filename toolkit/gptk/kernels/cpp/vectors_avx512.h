@@ -179,15 +179,20 @@ inline void transpose(Ints* x) {
 
 // --- Products of bytes ---
 
-template <int bits, int count>
-inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+inline Ints look_up(const uint8_t* table, Ints x) {
+  const __m512i tables = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table));
+  return {_mm512_shuffle_epi8(tables, x.v)};
+}
+
+template <int bits, int count, int vectors>
+inline void dot_values(const Ints* values, const int8_t* const* x, Ints* sums) {
 #pragma GCC unroll 12
   for (int n = 0; n < count; n++) {
     __m512i even = _mm512_setzero_si512(), odd = even;
-    for (int i = 0; i < 8; i += 2) {
-      even = _mm512_dpbusd_epi32(even, codes[i].v, _mm512_set1_epi32(four_bytes(x[n] + 4 * i)));
-      odd =
-          _mm512_dpbusd_epi32(odd, codes[i + 1].v, _mm512_set1_epi32(four_bytes(x[n] + 4 * i + 4)));
+    for (int i = 0; i < vectors; i += 2) {
+      even = _mm512_dpbusd_epi32(even, values[i].v, _mm512_set1_epi32(four_bytes(x[n] + 4 * i)));
+      odd = _mm512_dpbusd_epi32(odd, values[i + 1].v,
+                                _mm512_set1_epi32(four_bytes(x[n] + 4 * i + 4)));
     }
     sums[n].v = _mm512_add_epi32(even, odd);
   }

@@ -192,37 +192,46 @@ inline Floats horizontal_sums(Floats* x) {
   });
 }
 
-// sum + the product of four codes and four bytes with a sign, in each lane. Without I8MM codes of 8
-// bits are multiplied as if 128 were subtracted from them.
+inline Ints look_up(const uint8_t* table, Ints x) {
+  const uint8x16_t values = vld1q_u8(table);
+  const auto look = [&](Ints4 four) {
+    return Ints4{vreinterpretq_s32_u8(vqtbl1q_u8(values, vreinterpretq_u8_s32(four.v)))};
+  };
+  return {{look(x.low.low), look(x.low.high)}, {look(x.high.low), look(x.high.high)}};
+}
+
+// sum + the product of four values and four bytes with a sign, in each lane. Without I8MM values of
+// 8 bits are multiplied as if 128 were subtracted from them.
 template <int bits>
-inline Ints4 add_product(Ints4 sum, Ints4 codes, int8x16_t four) {
-  if (bits == 4) return {vdotq_s32(sum.v, vreinterpretq_s8_s32(codes.v), four)};
+inline Ints4 add_product(Ints4 sum, Ints4 values, int8x16_t four) {
+  if (bits < 8) return {vdotq_s32(sum.v, vreinterpretq_s8_s32(values.v), four)};
 #ifdef __ARM_FEATURE_MATMUL_INT8
-  return {vusdotq_s32(sum.v, vreinterpretq_u8_s32(codes.v), four)};
+  return {vusdotq_s32(sum.v, vreinterpretq_u8_s32(values.v), four)};
 #else
-  const uint8x16_t shifted = veorq_u8(vreinterpretq_u8_s32(codes.v), vdupq_n_u8(128));
+  const uint8x16_t shifted = veorq_u8(vreinterpretq_u8_s32(values.v), vdupq_n_u8(128));
   return {vdotq_s32(sum.v, vreinterpretq_s8_u8(shifted), four)};
 #endif
 }
 
-template <int bits, int count>
-inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+template <int bits, int count, int vectors>
+inline void dot_values(const Ints* values, const int8_t* const* x, Ints* sums) {
   for (int n = 0; n < count; n++) {
     int32_t start = 0;
 #ifndef __ARM_FEATURE_MATMUL_INT8
     if (bits == 8) {
       const int8x16_t ones = vdupq_n_s8(1);
-      start = 128 * vaddvq_s32(vdotq_s32(vdotq_s32(vdupq_n_s32(0), vld1q_s8(x[n]), ones),
-                                         vld1q_s8(x[n] + 16), ones));
+      int32x4_t sum = vdotq_s32(vdupq_n_s32(0), vld1q_s8(x[n]), ones);
+      if (vectors == 8) sum = vdotq_s32(sum, vld1q_s8(x[n] + 16), ones);
+      start = 128 * vaddvq_s32(sum);
     }
 #endif
     Ints sum = broadcast_int(start);
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < vectors; i++) {
       const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x[n] + 4 * i)));
-      sum.low.low = add_product<bits>(sum.low.low, codes[i].low.low, four);
-      sum.low.high = add_product<bits>(sum.low.high, codes[i].low.high, four);
-      sum.high.low = add_product<bits>(sum.high.low, codes[i].high.low, four);
-      sum.high.high = add_product<bits>(sum.high.high, codes[i].high.high, four);
+      sum.low.low = add_product<bits>(sum.low.low, values[i].low.low, four);
+      sum.low.high = add_product<bits>(sum.low.high, values[i].low.high, four);
+      sum.high.low = add_product<bits>(sum.high.low, values[i].high.low, four);
+      sum.high.high = add_product<bits>(sum.high.high, values[i].high.high, four);
     }
     sums[n] = sum;
   }

@@ -234,14 +234,22 @@ inline void transpose(Ints* x) {
     }
 }
 
-template <int bits, int count>
-inline void dot_codes(const Ints* codes, const int8_t* const* x, Ints* sums) {
+inline Ints look_up(const uint8_t* table, const Ints& x) {
+  return lanes_of<Ints>([&](int i) {
+    uint32_t y = 0;
+    for (int shift = 0; shift < 32; shift += 8) y |= (uint32_t)table[x.v[i] >> shift & 15] << shift;
+    return y;
+  });
+}
+
+template <int bits, int count, int vectors>
+inline void dot_values(const Ints* values, const int8_t* const* x, Ints* sums) {
   for (int n = 0; n < count; n++) {
     sums[n] = {};
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < vectors; i++)
       for (int byte = 0; byte < 4; byte++)
         for (int lane = 0; lane < 16; lane++)
-          sums[n].v[lane] += (codes[i].v[lane] >> 8 * byte & 255) * x[n][4 * i + byte];
+          sums[n].v[lane] += (values[i].v[lane] >> 8 * byte & 255) * x[n][4 * i + byte];
   }
 }
 

@@ -22,11 +22,13 @@ struct Norm {
   int64_t size;
 };
 
-// A linear layer. bits: 0 for plain weights in panels, 4 or 8 for quantized ones, see products.h.
+// A linear layer: with plain weights in panels, or with quantized ones in up to three segments, of
+// which each but the last has whole blocks.
 struct Matrix {
-  int64_t is_bfloat16, bits;
-  const void *weights, *bias;
+  int64_t is_bfloat16;
+  const void *panels, *bias;  // panels: or null
   int64_t inputs, outputs;
+  Segment segments[3];
 };
 
 struct Layer {
@@ -191,11 +193,11 @@ class Walk {
                           rows,
                           inputs,
                           {rows, inputs, (int8_t*)(quantized + place * quantized_size)}};
-    if (!norm && !matrix.bits) return result;
+    if (!norm && matrix.panels) return result;
     const auto [first, last] = by_each ? Range{0, rows} : share_of_thread(rows);
     for (int64_t row = first; row < last; row++) {
       if (norm) normalize(*norm, from + row * inputs, to + row * inputs);
-      if (matrix.bits)
+      if (!matrix.panels)
         for (int64_t group = 0; group < inputs / GROUP; group++)
           result.quantized.quantize(result.x, row * (inputs / GROUP) + group);
     }
@@ -209,19 +211,25 @@ class Walk {
   static void multiply(const Matrix& matrix, const Activations<T>& x, int64_t from, int64_t to,
                        const Put& put) {
     const T* bias = (const T*)matrix.bias;
-    if (matrix.bits == 0) {
-      const Panels<T> weights{(const int32_t*)matrix.weights, bias, matrix.inputs, matrix.outputs};
+    if (matrix.panels) {
+      const Panels<T> weights{(const int32_t*)matrix.panels, bias, matrix.inputs, matrix.outputs};
       return multiply_panels(x.x, x.rows, weights, from, to, put);
     }
-    const auto by_block = [&](auto bits) {
-      for (int64_t block = from; block < to; block++)
-        multiply_by_block<decltype(bits)::value>(x.quantized, (const uint8_t*)matrix.weights, bias,
-                                                 x.rows, matrix.outputs, block, put);
-    };
-    if (matrix.bits == 4)
-      by_block(std::integral_constant<int, 4>());
-    else
-      by_block(std::integral_constant<int, 8>());
+    const IntegerRows rows = x.quantized.rows();
+    int64_t start = 0;  // the block that a segment begins with
+    for (const Segment& segment : matrix.segments) {
+      const int64_t end = start + blocks_of(segment.outputs);
+      const int64_t first = std::max(from, start), last = std::min(to, end);
+      if (first < last) {
+        const BlockProducts products = block_products(segment.format, PARTS<T>);
+        const int64_t block_bytes = matrix.inputs / products.unit * products.unit_bytes;
+        for (int64_t block = first; block < last; block++)
+          multiply_by_block(products, rows,
+                            (const uint8_t*)segment.weights + (block - start) * block_bytes, bias,
+                            x.rows, block * BLOCK, matrix.outputs, put);
+      }
+      start = end;
+    }
   }
 
   // The same for this thread's share of all outputs.
