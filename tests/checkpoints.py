@@ -1,5 +1,6 @@
 """Random models of transformers, and GGUF files of them, written with the package gguf."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+
+from stored_blocks import small_rows
 
 VOCABULARY = 97
 
@@ -98,8 +101,12 @@ def round_weights(model: nn.Module, kind: str) -> None:
             parameter.copy_(rounded.T if conv1d else rounded)
 
 
-def write_gguf(path: Path, model: Any, kind: str = "F32") -> None:
-    """A GGUF file of a transformers model, laid out as llama.cpp's converter does."""
+def write_gguf(path: Path, model: Any, kind: str | Callable[[str], str] = "F32") -> None:
+    """A GGUF file of a transformers model, laid out as llama.cpp's converter does.
+
+    kind: of the matrices, or a function of their names in the file. Those whose kind the package
+    gguf cannot make are random ones.
+    """
     config = model.config
     architecture: str = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -149,8 +156,13 @@ def write_gguf(path: Path, model: Any, kind: str = "F32") -> None:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         array = np.ascontiguousarray(array)
-        stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        chosen = kind if isinstance(kind, str) else kind(gguf_name)
+        stored = gguf.GGMLQuantizationType[chosen if array.ndim == 2 else "F32"]
+        try:
+            data = gguf.quants.quantize(array, stored)
+        except NotImplementedError:
+            data = small_rows(chosen, (array.shape[0], array.shape[1]), seed=len(gguf_name))
+        writer.add_tensor(gguf_name, data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -90,7 +90,17 @@ def hf_smollm2(smollm2_path: Path) -> Any:
 
 @pytest.fixture(scope="module", params=["gptk's", "PyTorch's"])
 def either_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Once with gptk's own kernels, where they can run, and once without."""
+    """Once with gptk's own kernels, where they can run, and once without: a module's tests."""
+    yield from _with_or_without_kernels(request)
+
+
+@pytest.fixture(params=["gptk's", "PyTorch's"])
+def both_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same for one test; not for those of Hypothesis."""
+    yield from _with_or_without_kernels(request)
+
+
+def _with_or_without_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     from gptk import kernels
 
     if request.param == "PyTorch's":

@@ -31,3 +31,15 @@ def random_blocks(format: str, outputs: int, count: int, seed: int) -> torch.Ten
     if format == "MXFP4":
         blocks[:, :, 0] %= 150
     return torch.from_numpy(blocks)
+
+
+def small_rows(format: str, shape: tuple[int, int], seed: int) -> np.ndarray:
+    """Rows of blocks, (outputs, bytes), with any codes; the weights are about as large as those of
+    a model."""
+    outputs, inputs = shape
+    blocks = random_blocks(format, outputs, inputs // kernels.FORMATS[format].unit, seed).numpy()
+    for at in HALVES[format]:
+        # Scales have 4, 6 or 8 bits, with or without a sign.
+        size = {"Q2_K": 2e-3, "Q3_K": 5e-4, "Q6_K": 3e-5}.get(format, 1e-4)
+        blocks[:, :, at : at + 2] = np.array([size], dtype=np.float16).view(np.uint8)
+    return blocks.reshape(outputs, -1)

@@ -39,6 +39,11 @@ class StoredTensor:
     read_levels: "Callable[[], gptk.Levels] | None"
     """Reads the quantized tensor; None unless it is a matrix of _AS_LEVELS."""
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether it is quantized, and can only be read dequantized."""
+        return self.read_levels is None and self.type not in _PLAIN
+
 
 @dataclass(frozen=True)
 class GGUFFile:

@@ -113,7 +113,7 @@ class Maker:
             if self.signature.name in ("rms_norm", "norm"):
                 chosen["size"] = lambda: choice([0, 16, 48])
             if self.signature.name == "dequantize_rows":
-                chosen["outputs"] = lambda: choice(ODD[1:])
+                chosen |= {"outputs": lambda: choice(ODD[1:]), "inputs": lambda: 256}
             if self.signature.name in ("draw", "cross_entropy"):
                 chosen["size"] = lambda: choice(ODD[1:])
             if self.signature.name == "permutation":

@@ -67,7 +67,7 @@ def test_weights_are_those_that_gguf_reads(matrix):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.usefixtures("either_kernels")
+@pytest.mark.usefixtures("both_kernels")
 def test_expanded_weights_are_those_of_gguf_bit_for_bit(format):
     """With the kernels and without."""
     blocks = random_blocks(format, 37, 3, 5)
@@ -125,7 +125,7 @@ def test_rows_are_looked_up(format):
 
 
 @pytest.mark.parametrize("format", WITH_CODES)
-@pytest.mark.usefixtures("either_kernels")
+@pytest.mark.usefixtures("both_kernels")
 def test_blocks_are_packed_for_every_kernel(format):
     levels = Levels.from_blocks(random_blocks(format, 70, 3, 0), format)
     copied = Levels(levels.codes, levels.scale, levels.offset, levels.bits)

@@ -91,7 +91,7 @@ def load(
     source: `smollm2`, a path, a hub id or a loader spec; by default $GPTK_MODEL, else SmolLM2
     where it is installed. device: auto (cuda, mps or cpu) or a name. dtype: auto (bfloat16 on
     GPUs that have it, float32 on CPUs), float32, bfloat16 or float16. quantize: auto keeps matrices
-    that a GGUF file has as Q4_0, Q4_1 or Q8_0 as they are on a CPU, where gptk's kernels run or
+    that a GGUF file has in one of most formats as they are on a CPU, where gptk's kernels run or
     dtype is bfloat16, and dequantizes them elsewhere; none dequantizes all; int8 and int4 round the
     linear layers' weights of any model (see GPT.quantize; on CUDA by torchao). tokenizer: instead
     of the model's own.

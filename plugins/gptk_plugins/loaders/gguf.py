@@ -239,7 +239,12 @@ def _notes(file: GGUFFile) -> dict[str, str]:
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[tensor.type] += tensor.nbytes
-    return {
+    expanded = [
+        f"{name} ({tensor.type})" for name, tensor in file.tensors.items() if tensor.is_expanded
+    ]
+    more = f" and {len(expanded) - 3} more" if len(expanded) > 3 else ""
+    notes = {"not kept as stored": ", ".join(expanded[:3]) + more} if expanded else {}
+    return notes | {
         "format": "GGUF",
         "stored as": ", ".join(sorted(sizes)),
         "in the file": ", ".join(

@@ -98,7 +98,7 @@ def _tell_of_expanded_matrices(segments: "Mapping[str, Segments]") -> None:
     ]
     if expanded:
         more = f" and {len(expanded) - 3} more" if len(expanded) > 3 else ""
-        click.echo(f"expanded, without options: {', '.join(expanded[:3])}{more}")
+        click.echo(f"not kept as stored, without options: {', '.join(expanded[:3])}{more}")
 
 
 def _tell_of_kept_weights(checkpoint: "Checkpoint") -> None:
