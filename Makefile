@@ -47,7 +47,7 @@ test-slow: $(ADAPTERS)
 # then that of threads, with OpenMP's functions by threads that it knows. The sanitizers' libraries
 # must come first in the process; they know nothing of the memory that Python never frees.
 SANITIZED := $(addprefix tests/kernels/test_,kernels.py vocabulary.py arguments.py door.py special_inputs.py) \
-	tests/model/test_walk.py
+	tests/model/test_stored_levels.py tests/model/test_walk.py
 library = $(shell g++ -print-file-name=$(1))
 ADDRESSES := CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	LD_PRELOAD="$(call library,libasan.so) $(call library,libubsan.so)" \

@@ -121,8 +121,8 @@ inline const uint8_t* table_of() {
   return format == Format::MXFP4 ? FLOAT4 : NONLINEAR;
 }
 
-// Every byte of it, `width` bits wide.
-constexpr int32_t in_every_byte(int bits) { return bits * 0x01010101; }
+// Four bytes with these bits each.
+constexpr int32_t in_every_byte(uint32_t bits) { return (int32_t)(bits * 0x01010101); }
 
 // Bits of a line moved up by `by`, or down.
 inline Ints moved(Ints line, int by) {
