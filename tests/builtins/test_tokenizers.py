@@ -346,7 +346,7 @@ def test_a_token_that_no_merge_makes_is_only_decoded():
 @pytest.mark.parametrize(
     ("merges", "words"),
     [
-        ([("b", "c"), ("a", "b")], ["merge 2", "a b", "order"]),
+        ([("b", "c"), ("a", "b")], ["merge 2", "a b", "after token 5"]),
         ([("a", "c")], ["merge 1", "'ac'", "not in the vocabulary"]),
         ([("a", "x")], ["merge 1", "'x'", "not in the vocabulary"]),
         ([("a", "bc"), ("b", "c")], ["merge 1", "later merge"]),

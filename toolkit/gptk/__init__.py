@@ -56,6 +56,7 @@ _HOMES = {
     "GPT": "model.gpt",
     "GPTConfig": "model.config",
     "GptkError": "errors",
+    "GPT2_ALPHABET": "text.decoders",
     "gradient_norm": "training.gradients",
     "IncompatibleError": "errors",
     "KVCache": "model.cache",
@@ -73,6 +74,7 @@ _HOMES = {
     "ModelConfig": "model.protocol",
     "OptionError": "errors",
     "OutOfMemory": "errors",
+    "PipelineEncoding": "text.pipeline",
     "Plugin": "hooks.base",
     "PluginError": "errors",
     "PluginWarning": "plugins.registry",
@@ -209,9 +211,11 @@ if TYPE_CHECKING:
     from gptk.system.kv_memory import set_kv_memory as set_kv_memory
     from gptk.system.memory import keep_freed_memory as keep_freed_memory
     from gptk.text.chat import render_chat as render_chat
+    from gptk.text.decoders import GPT2_ALPHABET as GPT2_ALPHABET
     from gptk.text.encoding import ByteLevelBPE as ByteLevelBPE
     from gptk.text.patterns import SPLIT_PATTERNS as SPLIT_PATTERNS
     from gptk.text.patterns import SplitPattern as SplitPattern
+    from gptk.text.pipeline import PipelineEncoding as PipelineEncoding
     from gptk.text.tokenizer import Tokenizer as Tokenizer
     from gptk.training.config import TrainConfig as TrainConfig
     from gptk.training.gradients import gradient_norm as gradient_norm

@@ -323,7 +323,7 @@ class LanguageModel:
     def _encode_pair(self, pair: tuple[Prompt, Prompt]) -> tuple[list[int], list[int]]:
         context, new = pair
         if isinstance(new, str):
-            new = self.tokenizer.encode_without_bos(new)
+            new = self.tokenizer.encode_within(new)
         return check_pair(self.encode(context), new, self.model.config)
 
     def encode(self, prompt: Prompt) -> list[int]:

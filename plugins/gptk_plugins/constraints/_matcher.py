@@ -20,7 +20,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 T = TypeVar("T")
+_Encoding: TypeAlias = "tiktoken.Encoding | gptk.PipelineEncoding"
 
 
 class Constraint(gptk.LogitsProcessor):
@@ -294,17 +295,39 @@ class _Wrapper:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, vocabulary: _Vocabulary, encoding: "tiktoken.Encoding") -> None:
+    def __init__(self, vocabulary: _Vocabulary, encoding: _Encoding) -> None:
         self.tokens = [*vocabulary.tokens, b"<end>"]
         self.eos_token_id = len(vocabulary.tokens)
         self.special_token_ids = [*vocabulary.special, self.eos_token_id]  # these are never text
         self._encoding = encoding
 
+        self._longest = max(map(len, vocabulary.tokens), default=0)
+        self._ids: dict[bytes, int] = {}
+
     def __call__(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        ids = self._encoding.encode_ordinary(text)
+        data = text.encode()
+        if b"".join(self.tokens[token] for token in ids) == data:
+            return ids
+        return self._greedily(data)  # a normalizer has changed the text
+
+    def _greedily(self, data: bytes) -> list[int]:
+        """Always the longest token that the bytes begin with; up to where none does."""
+        if not self._ids:
+            special = set(self.special_token_ids)
+            self._ids = {t: i for i, t in enumerate(self.tokens) if t and i not in special}
+        ids: list[int] = []
+        while data:
+            sizes = range(min(self._longest, len(data)), 0, -1)
+            size = next((size for size in sizes if data[:size] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[data[:size]])
+            data = data[size:]
+        return ids
 
 
-def _bytes_of(encoding: "tiktoken.Encoding", token: int) -> bytes:
+def _bytes_of(encoding: _Encoding, token: int) -> bytes:
     try:
         return encoding.decode_single_token_bytes(token)
     except KeyError:  # an id that the vocabulary lacks

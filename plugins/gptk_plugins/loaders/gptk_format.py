@@ -56,8 +56,10 @@ class Gptk(gptk.WeightLoader):
 
         def tokenizer() -> gptk.Tokenizer:
             assert stored is not None
-            gptk.check_run_file(folder / "tokenizer.tiktoken")
-            return _read_tokenizer(folder / "tokenizer.tiktoken", stored)
+            by_pipeline = "splits_special_tokens" in stored
+            file = folder / ("tokenizer-pipeline.json" if by_pipeline else "tokenizer.tiktoken")
+            gptk.check_run_file(file)
+            return _read_pipeline(file, stored) if by_pipeline else _read_tokenizer(file, stored)
 
         notes = {
             "format": f"gptk {about.version}",
@@ -89,6 +91,13 @@ class _Encoding(Fields):
     pattern: str
     special_tokens: dict[str, int]
     decode_only: dict[str, str]
+
+
+class _Pipeline(Fields):
+    """The same of a gptk.PipelineEncoding."""
+
+    name: str
+    splits_special_tokens: bool
 
 
 class _About(Fields):
@@ -143,6 +152,17 @@ def _read_tokenizer(path: Path, stored: dict[str, Any]) -> gptk.Tokenizer:
         raise gptk.TokenizerError(f"{path} is damaged: {error}") from None
     except gptk.TokenizerError as error:
         raise gptk.TokenizerError(f"{where}, tokenizer: {error}") from None
+    return gptk.Tokenizer(encoding, **dict(settings))
+
+
+def _read_pipeline(path: Path, stored: dict[str, Any]) -> gptk.Tokenizer:
+    where = f"{path.with_name('gptk.json')}, tokenizer"
+    about = _Pipeline.parse(stored, where, gptk.TokenizerError)
+    settings = _settings_type().parse(stored, where, gptk.TokenizerError)
+    text = read_text(path, gptk.TokenizerError, max_bytes=_MAX_ABOUT)
+    encoding = gptk.PipelineEncoding.from_json(
+        about.name, text, splits_special_tokens=about.splits_special_tokens
+    )
     return gptk.Tokenizer(encoding, **dict(settings))
 
 

@@ -17,6 +17,10 @@ import gptk
 from gptk.plugins import shown
 
 
+class NotByTiktokenError(gptk.TokenizerError):
+    """tiktoken would give other tokens than the file says."""
+
+
 def byte_level_bpe(
     source: str,
     *,
@@ -33,7 +37,8 @@ def byte_level_bpe(
     vocabulary is that token, without merging; this is for vocabularies converted from tiktoken,
     whose merges are all the ways to split each token in two.
 
-    Raises TokenizerError, naming `source`, if tiktoken would give other tokens than the merges.
+    Raises TokenizerError, naming `source`; NotByTiktokenError if tiktoken would give other tokens
+    than the merges.
     """
     if len(set(vocabulary.values())) < len(vocabulary):
         raise gptk.TokenizerError(f"{source}: two tokens of the vocabulary have the same id")
@@ -94,9 +99,9 @@ def _formed_by_merges(
                 "which is not in the vocabulary"
             ) from None
         if product < last:
-            raise gptk.TokenizerError(
+            raise NotByTiktokenError(
                 f"{source}: merge {index} ({left:.60} {right:.60}) makes token {product} after "
-                f"token {last}; only vocabularies in the order of their merges are supported"
+                f"token {last}"
             )
         last = product
         pairs[halves] = product
@@ -109,7 +114,7 @@ def _formed_by_merges(
             formed.add(product)
     for index, left_id, right_id in early:
         if not keep_all and {left_id, right_id} <= formed:
-            raise gptk.TokenizerError(
+            raise NotByTiktokenError(
                 f"{source}: merge {index} joins a token that only a later merge makes"
             )
     return merged
@@ -139,21 +144,8 @@ def _reach_merge(
     return False
 
 
-def _alphabet() -> dict[str, int]:
-    """GPT-2's alphabet, from characters to bytes: a byte that is a visible character of Latin-1 is
-    that character, the others are the characters from 256 on, in order."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(256 + index): byte for index, byte in enumerate(others)
-    }
-
-
-ALPHABET = _alphabet()
-
-
 def _token_bytes(token: str) -> bytes | None:
     try:
-        return bytes([ALPHABET[character] for character in token])
+        return bytes([gptk.GPT2_ALPHABET[character] for character in token])
     except KeyError:
         return None

@@ -1,11 +1,13 @@
 """The tokenizer in a GGUF file: its metadata under `tokenizer.ggml`.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names in `tokenizer.ggml.pre`
-select the same split patterns as in llama.cpp, in the models' original form where llama.cpp has
-adapted them.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Three kinds are read: `gpt2`
+is byte-level BPE, done by tiktoken; `llama` and `t5` are SentencePiece's, see `_sentencepiece`. Of
+byte-level BPE, names in `tokenizer.ggml.pre` select the same split patterns as in llama.cpp, in the
+models' original form where llama.cpp has adapted them.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +15,8 @@ from pydantic import Field
 
 import gptk
 from gptk.plugins import Fields, shown
-from gptk_plugins.tokenizers import bpe
+from gptk_plugins.tokenizers import _library, _sentencepiece, bpe
+from gptk_plugins.tokenizers._sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 
 
 class GGUFTokenizer(gptk.TokenizerLoader):
@@ -44,12 +47,15 @@ class GGUFTokenizer(gptk.TokenizerLoader):
 
 
 class _Pre(NamedTuple):
-    """How a text is prepared and split before the merges."""
+    """How a text is prepared and split before the merges, and what holds where a file is silent."""
 
     pattern: str
-    """Its name in gptk.SPLIT_PATTERNS."""
+    """Its name in gptk.SPLIT_PATTERNS; unused by SentencePiece."""
     whole_words: bool = False
     add_bos: bool = False
+    add_eos: bool = False
+    ids: Mapping[str, int] = {}
+    """Those of BOS, EOS and the unknown token, by their roles."""
     normalization: Literal["NFC"] | None = None
 
 
@@ -77,7 +83,10 @@ _PRE = {
     "tekken": _Pre("tekken", whole_words=True, add_bos=True),
 }
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+_SENTENCEPIECE = {
+    "llama": _Pre("", add_bos=True, ids={"bos": 1, "eos": 2, "unknown": 0}),
+    "t5": _Pre("", add_eos=True, ids={"eos": 1, "unknown": 2, "padding": 0}),
+}
 
 # Files name only one token that ends a text, and chat models have two. llama.cpp, too, recognizes
 # these by their text.
@@ -100,10 +109,14 @@ class _Fields(Fields):
     pre: str | None = None
     tokens: list[Any] | None = None
     merges: list[Any] | None = None
+    scores: list[float] | None = None
     token_type: list[int] | None = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     add_sep_token: bool | None = None
+    add_space_prefix: bool | None = None
+    remove_extra_whitespaces: bool | None = None
+    precompiled_charsmap: list[int] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     eot_token_id: int | None = None
@@ -138,17 +151,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> gptk.Tokeni
         if key.startswith(prefix)
     }
     fields = _Fields.parse(ours, f"{source}: tokenizer", gptk.TokenizerError)
-    pre = _supported(fields, source)
-    tokens, merges, types = _lists(fields, source)
-    texts = {token: number for number, token in enumerate(tokens) if token}
+    kind = _kind(fields, source)
+    tokens, types = _tokens(fields, source)
     special = {
         token: number
-        for token, number in texts.items()
-        if types[number] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        for number, token in enumerate(tokens)
+        if token and types[number] in (UNKNOWN, CONTROL, USER_DEFINED)
     }
 
     def token_of(role: str) -> int | None:
         number = getattr(fields, f"{role}_token_id")
+        number = kind.ids.get(role) if number is None else number
         return number if number is not None and 0 <= number < len(tokens) else None
 
     ends = [token_of("eos"), token_of("eot"), token_of("eom")]
@@ -157,20 +170,18 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> gptk.Tokeni
     bos = token_of("bos")
     named = {"bos": bos, "eos": eos[0] if eos else None}
     named |= {name: token_of(role) for name, role in _TEMPLATE_NAMES.items()}
+    encoding: gptk.ByteLevelBPE | gptk.PipelineEncoding
+    if fields.model == "gpt2":
+        encoding = _byte_level(fields, tokens, special, source)
+    else:
+        encoding = _by_sentencepiece(fields, tokens, types, token_of("unknown"), source)
     return gptk.Tokenizer(
-        bpe.byte_level_bpe(
-            source,
-            vocabulary=texts,
-            merges=merges,
-            special=special,
-            pattern=gptk.SPLIT_PATTERNS[pre.pattern],
-            whole_words=pre.whole_words,
-        ),
+        encoding,
         bos=bos,
         eos=eos,
-        add_bos=(pre.add_bos if fields.add_bos_token is None else fields.add_bos_token)
-        and bos is not None,
-        normalization=pre.normalization,
+        add_bos=_chosen(fields.add_bos_token, kind.add_bos) and bos is not None,
+        add_eos=_chosen(fields.add_eos_token, kind.add_eos) and token_of("eos") is not None,
+        normalization=kind.normalization,
         chat_template=fields.chat_template,
         template_tokens={
             f"{name}_token": tokens[number] for name, number in named.items() if number is not None
@@ -178,20 +189,27 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> gptk.Tokeni
     )
 
 
-def _supported(fields: _Fields, source: str) -> _Pre:
+def _chosen(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _kind(fields: _Fields, source: str) -> "_Pre":
+    """What the kind of the tokenizer says where the file says nothing."""
     if fields.model is None:
         raise gptk.TokenizerError(f"{source} holds no tokenizer; name one with --tokenizer")
-    if fields.model != "gpt2":
-        kinds = {"llama": " (SentencePiece)", "bert": " (WordPiece)", "t5": " (Unigram)"}
+    if fields.add_sep_token:
         raise gptk.TokenizerError(
-            f"{source}: the tokenizer is of the kind {shown(fields.model)}"
-            f"{kinds.get(fields.model, '')}; only 'gpt2' (byte-level BPE) is supported; name "
-            "another with --tokenizer"
+            f"{source}: the tokenizer puts a separator behind each text, as models for embeddings "
+            "do, which is not supported; name another with --tokenizer"
         )
-    if fields.add_eos_token or fields.add_sep_token:
+    if fields.model in _SENTENCEPIECE:
+        return _SENTENCEPIECE[fields.model]
+    if fields.model != "gpt2":
+        kind = " (WordPiece)" if fields.model == "bert" else ""
         raise gptk.TokenizerError(
-            f"{source}: the tokenizer ends each text with a token, as models for embeddings do, "
-            "which is not supported; name another with --tokenizer"
+            f"{source}: the tokenizer is of the kind {shown(fields.model)}{kind}; only 'gpt2' "
+            "(byte-level BPE), 'llama' (SentencePiece) and 't5' (Unigram) are supported; name "
+            "another with --tokenizer"
         )
     name = fields.pre or "default"
     if name not in _PRE:
@@ -202,15 +220,60 @@ def _supported(fields: _Fields, source: str) -> _Pre:
     return _PRE[name]
 
 
-def _lists(fields: _Fields, source: str) -> tuple[list[str], list[tuple[str, str]], list[int]]:
-    """The tokens, the merges as pairs, and the type of each token."""
+def _byte_level(
+    fields: _Fields, tokens: Sequence[str], special: Mapping[str, int], source: str
+) -> gptk.ByteLevelBPE:
+    pre = _PRE[fields.pre or "default"]
+    return bpe.byte_level_bpe(
+        source,
+        vocabulary={token: number for number, token in enumerate(tokens) if token},
+        merges=_merges(fields, source),
+        special=special,
+        pattern=gptk.SPLIT_PATTERNS[pre.pattern],
+        whole_words=pre.whole_words,
+    )
+
+
+def _by_sentencepiece(
+    fields: _Fields,
+    tokens: Sequence[str],
+    types: Sequence[int],
+    unknown: int | None,
+    source: str,
+) -> gptk.PipelineEncoding:
+    scores = fields.scores
+    if scores is None or len(scores) != len(tokens):
+        found = "no" if scores is None else f"{len(scores)}"
+        raise gptk.TokenizerError(
+            f"{source}: corrupt tokenizer: {len(tokens)} tokens, but {found} scores"
+        )
+    if not all(map(math.isfinite, scores)):
+        raise gptk.TokenizerError(f"{source}: corrupt tokenizer: a score is no number")
+    # GGUF files can have tokens that are not valid UTF-8.
+    texts = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for t in tokens]
+    vocabulary = Vocabulary(texts, scores, types, unknown)
+    try:
+        if fields.model == "llama":
+            prefix = _chosen(fields.add_space_prefix, True)
+            return _sentencepiece.bpe_by_scores(source, vocabulary, prefix=prefix)
+        return _sentencepiece.unigram(
+            source,
+            vocabulary,
+            prefix=_chosen(fields.add_space_prefix, False),
+            merge_spaces=_chosen(fields.remove_extra_whitespaces, False),
+            charsmap=_sentencepiece.charsmap_of(fields.precompiled_charsmap),
+        )
+    except _library.NotInstalledError:
+        raise
+    except Exception as error:  # of the library, which has no class for its errors
+        reason = " ".join(str(error).split())[:200]
+        raise gptk.TokenizerError(f"{source}: corrupt tokenizer: {reason}") from None
+
+
+def _tokens(fields: _Fields, source: str) -> tuple[list[str], list[int]]:
+    """The tokens, and the type of each."""
     corrupt = f"{source}: corrupt tokenizer"
-    tokens, lines = fields.tokens, fields.merges
-    if tokens is None or lines is None:
-        key = "tokens" if tokens is None else "merges"
-        raise gptk.TokenizerError(f"{corrupt}: no tokenizer.ggml.{key}")
-    if not all(isinstance(item, str) for items in (tokens, lines) for item in items):
-        raise gptk.TokenizerError(f"{corrupt}: tokens or merges are no texts")
+    tokens = _texts(fields.tokens, "tokens", corrupt)
     types = [1] * len(tokens) if fields.token_type is None else fields.token_type
     if len(types) != len(tokens):
         raise gptk.TokenizerError(f"{corrupt}: {len(tokens)} tokens, but {len(types)} token types")
@@ -219,10 +282,24 @@ def _lists(fields: _Fields, source: str) -> tuple[list[str], list[tuple[str, str
         if token in seen:
             raise gptk.TokenizerError(f"{corrupt}: the token {shown(token)} occurs twice")
         seen.add(token)
+    return tokens, types
+
+
+def _merges(fields: _Fields, source: str) -> list[tuple[str, str]]:
+    """The merges as pairs."""
+    corrupt = f"{source}: corrupt tokenizer"
     merges = []
-    for index, line in enumerate(lines, 1):
+    for index, line in enumerate(_texts(fields.merges, "merges", corrupt), 1):
         left, _, right = line.partition(" ")
         if not left or not right:
             raise gptk.TokenizerError(f"{corrupt}: merge {index} is {shown(line)}")
         merges.append((left, right))
-    return tokens, merges, types
+    return merges
+
+
+def _texts(values: list[Any] | None, key: str, corrupt: str) -> list[str]:
+    if values is None:
+        raise gptk.TokenizerError(f"{corrupt}: no tokenizer.ggml.{key}")
+    if not all(isinstance(value, str) for value in values):
+        raise gptk.TokenizerError(f"{corrupt}: {key} are no texts")
+    return values

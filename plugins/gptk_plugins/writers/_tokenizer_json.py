@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import gptk
-from gptk_plugins.tokenizers import bpe
 from gptk_plugins.tokenizers.huggingface import load_tokenizer_json
 
 
@@ -37,6 +36,9 @@ def write_tokenizer(folder: Path, tokenizer: gptk.Tokenizer, context_length: int
 def tokenizer_json(tokenizer: gptk.Tokenizer) -> dict[str, Any]:
     """The content of tokenizer.json. Raises TokenizerError for what it cannot hold."""
     encoding = tokenizer.encoding
+    if isinstance(encoding, gptk.PipelineEncoding):
+        around = _post_processor(tokenizer, encoding.vocabulary())
+        return {**json.loads(encoding.to_json()), "post_processor": around}
     ranks: Mapping[bytes, int] = encoding._mergeable_ranks
     merges, all_merged = _merges(ranks)
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
@@ -82,12 +84,14 @@ def _added_token(
 
 def _splits_special_tokens(tokenizer: gptk.Tokenizer) -> bool:
     """Whether tokens that are special to `tokenizers` are ordinary text in a prompt."""
+    if isinstance(tokenizer.encoding, gptk.PipelineEncoding):
+        return tokenizer.encoding.splits_special_tokens
     return any("as_text" in options for options in (tokenizer.special_options or {}).values())
 
 
 # --- Vocabulary and merges -------------------------------------------------------------------
 
-_CHARACTERS = {byte: character for character, byte in bpe.ALPHABET.items()}
+_CHARACTERS = {byte: character for character, byte in gptk.GPT2_ALPHABET.items()}
 
 
 def _spelled(token: bytes) -> str:
@@ -103,7 +107,11 @@ def _vocabulary(encoding: Any, all_merged: bool) -> dict[str, int]:
         name = _spelled(token)
         if not all_merged or name in vocabulary:
             name = token.decode("utf-8", errors="replace")
-            if name.encode() != token or name in vocabulary or set(name) <= bpe.ALPHABET.keys():
+            if (
+                name.encode() != token
+                or name in vocabulary
+                or set(name) <= gptk.GPT2_ALPHABET.keys()
+            ):
                 raise _refusal(f"token {number} cannot be distinguished from another")
         vocabulary[name] = number
     for name, number in encoding._special_tokens.items():
@@ -186,18 +194,24 @@ def _for_oniguruma(pattern: str) -> str:
 def _post_processor(
     tokenizer: gptk.Tokenizer, vocabulary: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    if not tokenizer.add_bos or tokenizer.bos is None:
+    first = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    last = [*tokenizer.eos[:1]] if tokenizer.add_eos else []
+    if not first and not last:
         return None
-    names = [name for name, number in vocabulary.items() if number == tokenizer.bos]
-    if not names:
-        raise _refusal(f"its first token {tokenizer.bos} is not in its vocabulary")
-    first = {"SpecialToken": {"id": names[0], "type_id": 0}}
+    names = {number: name for name, number in vocabulary.items() if number in (*first, *last)}
+    for what, ids in (("first", first), ("last", last)):
+        if ids and ids[0] not in names:
+            raise _refusal(f"its {what} token {ids[0]} is not in its vocabulary")
     text, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    before = [{"SpecialToken": {"id": names[number], "type_id": 0}} for number in first]
+    after = [{"SpecialToken": {"id": names[number], "type_id": 0}} for number in last]
     return {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, second],
-        "special_tokens": {names[0]: {"id": names[0], "ids": [tokenizer.bos], "tokens": names[:1]}},
+        "single": [*before, text, *after],
+        "pair": [*before, text, second, *after],
+        "special_tokens": {
+            name: {"id": name, "ids": [number], "tokens": [name]} for number, name in names.items()
+        },
     }
 
 
@@ -245,18 +259,26 @@ def _check_template_tokens(tokenizer: gptk.Tokenizer, again: gptk.Tokenizer) -> 
 
 def _parts(tokenizer: gptk.Tokenizer) -> dict[str, object]:
     """The parts that two tokenizers must share to be equal, by name, without the split pattern."""
-    encoding = gptk.ByteLevelBPE.of(tokenizer.encoding)
-    return {
+    encoding = tokenizer.encoding
+    ends: dict[str, object] = {
+        "first token": (tokenizer.bos, tokenizer.add_bos),
+        "last tokens": (tokenizer.eos, tokenizer.add_eos),
+        "chat template": tokenizer.chat_template,
+    }
+    if isinstance(encoding, gptk.PipelineEncoding):
+        return ends | {
+            "pipeline": json.loads(encoding.to_json()),
+            "split special tokens": encoding.splits_special_tokens,
+        }
+    encoding = gptk.ByteLevelBPE.of(encoding)
+    return ends | {
         "tokens": encoding._mergeable_ranks,
         "special tokens": encoding._special_tokens,
         "decoded tokens": encoding.decode_only,
-        "first token": (tokenizer.bos, tokenizer.add_bos),
-        "last tokens": tokenizer.eos,
         "normal form": tokenizer.normalization,
         "options of special tokens": {
             token: set(how) for token, how in (tokenizer.special_options or {}).items() if how
         },
-        "chat template": tokenizer.chat_template,
     }
 
 

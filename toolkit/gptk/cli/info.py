@@ -82,7 +82,7 @@ def command(model: str | None) -> None:
     for label, tokens in (("bos", (tokenizer.bos,)), ("eos", tokenizer.eos)):
         for token in tokens:
             if token is not None:
-                click.echo(f"{label}: {token} {encoding.decode([token])!r}")
+                click.echo(f"{label}: {token} {tokenizer.decode([token])!r}")
 
 
 def _tell_of_expanded_matrices(segments: "Mapping[str, Segments]") -> None:

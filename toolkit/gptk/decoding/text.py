@@ -118,5 +118,10 @@ def with_texts(top: TopTokens | None, tokenizer: Tokenizer | None) -> TopTokens:
     if tokenizer is None:
         return top
     return TopTokens(
-        *(tuple(t._replace(text=tokenizer.decode([t.token])) for t in tokens) for tokens in top)
+        *(tuple(t._replace(text=_text_of(t.token, tokenizer)) for t in tokens) for tokens in top)
     )
+
+
+def _text_of(token: int, tokenizer: Tokenizer) -> str:
+    """The text of a token within a text; bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.token_bytes(token).decode("utf-8", errors="replace")

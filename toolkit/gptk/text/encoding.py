@@ -18,6 +18,7 @@ import regex  # type: ignore[import-untyped]  # tiktoken's own dependency
 import tiktoken
 
 from gptk.errors import TokenizerError
+from gptk.text.ids import check_ids
 from gptk.text.patterns import SPLIT_PATTERNS, SplitPattern
 
 
@@ -41,7 +42,9 @@ class ByteLevelBPE(tiktoken.Encoding):
         decode_only: Mapping[int, bytes] | None = None,
     ) -> None:
         decode_only = {} if decode_only is None else decode_only
-        highest = _check_ids(mergeable_ranks, special_tokens, decode_only)
+        highest = check_ids(mergeable_ranks.values(), [*special_tokens.values(), *decode_only])
+        if b"" in mergeable_ranks:
+            raise TokenizerError("a token of the vocabulary is empty")
         absent = [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]
         # Absent bytes get ids beyond the vocabulary, by which `encode_ordinary` notices them.
         stand_ins = {bytes([byte]): highest + 1 + i for i, byte in enumerate(absent)}
@@ -214,22 +217,3 @@ def _unassigned() -> tiktoken.Encoding:
     return tiktoken.Encoding(
         "unassigned", pat_str=r"\p{Cn}", mergeable_ranks=ranks, special_tokens={}
     )
-
-
-def _check_ids(
-    ranks: Mapping[bytes, int], special: Mapping[str, int], decode_only: Mapping[int, bytes]
-) -> int:
-    """The highest id. Raises TokenizerError for ids that cannot be used."""
-    if len(set(ranks.values())) < len(ranks):
-        raise TokenizerError("two tokens of the vocabulary have the same id")
-    if b"" in ranks:
-        raise TokenizerError("a token of the vocabulary is empty")
-    ids = [*ranks.values(), *special.values(), *decode_only]
-    if min(ids, default=0) < 0:
-        raise TokenizerError(f"a token has the id {min(ids)}; ids are 0 and above")
-    highest, most = max(ids, default=-1), 4 * len(ids) + 100_000
-    if highest > most:
-        raise TokenizerError(
-            f"a token has the id {highest:,}, far beyond its {len(ids):,} tokens (at most {most:,})"
-        )
-    return highest

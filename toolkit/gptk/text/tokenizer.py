@@ -1,11 +1,13 @@
-"""Tokenizers: a `tiktoken.Encoding` with the special tokens and chat template of a model."""
+"""Tokenizers: an encoding with the special tokens and chat template of a model."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptk.errors import TokenizerError
 from gptk.text.normalization import NormalForm, normalize
+from gptk.text.pipeline import PipelineEncoding
 from gptk.text.special_tokens import SpecialOption, SpecialTokens
 
 if TYPE_CHECKING:
@@ -14,18 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text to token ids and back. Its encoding is made a `gptk.ByteLevelBPE`, if it is not one.
+    """Text to token ids and back, by a `gptk.PipelineEncoding` or a `gptk.ByteLevelBPE`, which any
+    other `tiktoken.Encoding` becomes.
 
-    Raises TokenizerError if the encoding's split pattern may mean different things.
+    Raises TokenizerError if the encoding's split pattern may mean different things, or if settings
+    are given that a PipelineEncoding has itself.
     """
 
-    encoding: "tiktoken.Encoding"
+    encoding: "tiktoken.Encoding | PipelineEncoding"
     bos: int | None = None
     """The token that begins a text, if the model has one."""
     eos: tuple[int, ...] = ()
     """The tokens that end a text."""
     add_bos: bool = False
     """Put `bos` in front of every text."""
+    add_eos: bool = False
+    """Put the first of `eos` behind every text, as models for embeddings and T5 have it."""
     normalization: NormalForm | None = None
     """The Unicode normal form that is applied to texts first."""
     chat_template: str | None = None
@@ -39,6 +45,13 @@ class Tokenizer:
     gptk.text.special_tokens."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.encoding, PipelineEncoding):
+            if self.normalization or self.special_options:
+                raise TokenizerError(
+                    "a PipelineEncoding normalizes texts and finds special tokens itself: leave "
+                    "out normalization and special_options"
+                )
+            return
         from gptk.text.encoding import ByteLevelBPE  # tiktoken is not needed before
 
         object.__setattr__(self, "encoding", ByteLevelBPE.of(self.encoding))
@@ -53,10 +66,14 @@ class Tokenizer:
         ids = self.encode_without_bos(text)
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
+        if self.add_eos and self.eos:
+            ids.append(self.eos[0])
         return ids
 
     def encode_without_bos(self, text: str) -> list[int]:
-        """Token ids of a text to which no BOS is added."""
+        """Token ids of a text to which neither BOS nor EOS is added."""
+        if isinstance(self.encoding, PipelineEncoding):
+            return self.encoding.encode(text)
         ids: list[int] = []
         for part, token in self._parts(text):
             if token is None:
@@ -66,16 +83,23 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        """The text of tokens that are a whole text; bytes that are not UTF-8 become U+FFFD.
+
+        What is appended to a text has the tokens' bytes: `decode(a + b)` is `decode(a)` and the
+        `token_bytes` of b, if `decode(a)` is not empty.
+        """
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of tokens. An id that the vocabulary lacks becomes U+FFFD; models whose
-        vocabulary is padded have such ids."""
+        """The bytes of tokens that are a whole text. An id that the vocabulary lacks becomes
+        U+FFFD; models whose vocabulary is padded have such ids."""
+        if isinstance(self.encoding, PipelineEncoding):
+            return self.encoding.decode_bytes(tokens)
         return b"".join(map(self.token_bytes, tokens))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token."""
+        """The bytes of one token within a text, as if other tokens came before it. Some tokenizers,
+        SentencePiece's for one, leave out a space at the beginning of a text: see `decode`."""
         return self._token_bytes(token)
 
     @functools.cached_property
@@ -94,6 +118,13 @@ class Tokenizer:
 
     def _normalize(self, text: str) -> str:
         return normalize(self.normalization, text) if self.normalization else text
+
+    def encode_within(self, text: str) -> list[int]:
+        """Token ids of a text that continues another one: neither BOS nor EOS is added, nor a space
+        that the tokenizer puts in front of a text."""
+        if isinstance(self.encoding, PipelineEncoding):
+            return self.encoding.encode_within(text)
+        return self.encode_without_bos(text)
 
     @functools.cached_property
     def _special(self) -> tuple[SpecialTokens, SpecialTokens]:

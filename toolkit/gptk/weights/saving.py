@@ -1,8 +1,9 @@
 """Saving models in gptk's own format, a directory of three files, which the loader `gptk` reads.
 
-    gptk.json            format version, configuration, the tokenizer's settings
-    model.safetensors    the tensors by the names of gptk.GPT, a tied head once
-    tokenizer.tiktoken   the tokenizer's byte sequences in base64 with their ranks, a line each
+    gptk.json                 format version, configuration, the tokenizer's settings
+    model.safetensors         the tensors by the names of gptk.GPT, a tied head once
+    tokenizer.tiktoken        the tokenizer's byte sequences in base64 with their ranks, a line each
+    tokenizer-pipeline.json   instead of it, for a gptk.PipelineEncoding: a `tokenizer.json`
 
 How the directory is written, atomically, is in gptk.system.files.
 """
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptk.model.config import GPTConfig
+    from gptk.text.pipeline import PipelineEncoding
     from gptk.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-FILES = ("gptk.json", "model.safetensors", "tokenizer.tiktoken")
+FILES = ("gptk.json", "model.safetensors", "tokenizer.tiktoken", "tokenizer-pipeline.json")
 
 
 def save_checkpoint(
@@ -76,29 +78,43 @@ def write_model(
         "tokenizer": None,
     }
     if tokenizer is not None:
-        from gptk.text.encoding import ByteLevelBPE
-
-        encoding = ByteLevelBPE.of(tokenizer.encoding)
-        about["tokenizer"] = {
-            "name": encoding.name,
-            "pattern": encoding._pat_str,
-            "special_tokens": encoding._special_tokens,
-            # Tokens that are decoded but never encoded, by id, in base64: see gptk.ByteLevelBPE.
-            "decode_only": {
-                number: base64.b64encode(token).decode()
-                for number, token in encoding.decode_only.items()
-            },
-            **{
-                field.name: getattr(tokenizer, field.name)
-                for field in dataclasses.fields(tokenizer)
-                if field.name != "encoding"
-            },
+        about["tokenizer"] = _write_encoding(folder, tokenizer.encoding) | {
+            field.name: getattr(tokenizer, field.name)
+            for field in dataclasses.fields(tokenizer)
+            if field.name != "encoding"
         }
-        (folder / "tokenizer.tiktoken").write_bytes(_ranks(encoding))
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     (folder / "gptk.json").write_text(text, encoding="utf-8")
     # safetensors creates files that only their owner can read; give it the mode of the others.
     (folder / "model.safetensors").chmod((folder / "gptk.json").stat().st_mode)
+
+
+def _write_encoding(
+    folder: Path, encoding: "tiktoken.Encoding | PipelineEncoding"
+) -> dict[str, Any]:
+    """Write the file of an encoding. Returns what gptk.json says about it."""
+    from gptk.text.pipeline import PipelineEncoding
+
+    if isinstance(encoding, PipelineEncoding):
+        (folder / "tokenizer-pipeline.json").write_text(encoding.to_json(), encoding="utf-8")
+        return {
+            "name": encoding.name,
+            "splits_special_tokens": encoding.splits_special_tokens,
+        }
+    from gptk.text.encoding import ByteLevelBPE
+
+    encoding = ByteLevelBPE.of(encoding)
+    (folder / "tokenizer.tiktoken").write_bytes(_ranks(encoding))
+    return {
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        # Tokens that are decoded but never encoded, by id, in base64: see gptk.ByteLevelBPE.
+        "decode_only": {
+            number: base64.b64encode(token).decode()
+            for number, token in encoding.decode_only.items()
+        },
+    }
 
 
 def _ranks(encoding: "tiktoken.Encoding") -> bytes:
