@@ -16,6 +16,8 @@ from gptk.plugins import provided
 from gptk.text.patterns import SPLIT_PATTERNS
 from gptk.weights.tokenizers import load_tokenizer
 from gptk_plugins.tokenizers.gguf import _PRE, tokenizer_from_gguf
+from known_tokenizers import BYTES, KNOWN
+from pipeline_strategies import charsmap
 
 provided("tokenizer")  # imports the plug-ins, which may take as long as an input may
 
@@ -143,8 +145,10 @@ def test_reading_the_tokenizer_of_a_gguf_file(attack):
     """Its fields, as read from the file: any values that a GGUF file can hold."""
 
     def make(rng: random.Random) -> dict[str, Any]:
-        fields = gguf_fields()
-        fields["tokenizer.ggml.pre"] = rng.choice(sorted(_PRE))
+        kind = rng.choice(["gpt2", "llama", "t5"])
+        fields = gguf_fields() if kind == "gpt2" else sentencepiece_fields(kind)
+        if kind == "gpt2":
+            fields["tokenizer.ggml.pre"] = rng.choice(sorted(_PRE))
         values: list[Any] = [None, True, -1, 0, 2**31, 2**64 - 1, 0.5, float("nan"), "", "x", []]
         values += ["\udcff", [1], ["a"], [["a"]], ["a", 1], [[]] * 1000, "a" * 10**6, [-1] * 262]
         for key in rng.sample(sorted(fields), rng.choice([1, 1, 2])):
@@ -162,6 +166,59 @@ def test_reading_the_tokenizer_of_a_gguf_file(attack):
         use(tokenizer_from_gguf(fields, "model.gguf"), "as <|end|>'S  12\né")
 
     attack(make, run)
+
+
+PIPELINES = ["Llama 2", "Mistral 7B v0.3", "Phi-3", "T5", "ALBERT", "BERT", "Falcon", "RoBERTa"]
+
+
+@functools.cache
+def pipeline(model: str) -> str:
+    return KNOWN[model]().to_str()
+
+
+def test_reading_a_tokenizer_json_that_tokenizers_runs(attack):
+    def make(rng: random.Random) -> tuple[str, str]:
+        model = rng.choice(PIPELINES)
+        return model, mutated_json(rng, json.loads(pipeline(model)))
+
+    def run(attacked: tuple[str, str]) -> None:
+        _, content = attacked
+        Path("tokenizer.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+        use(load_tokenizer(str(Path().resolve())), "as <s> 'S  12\n[CLS] <|end|>é\u0301 🦜")
+
+    attack(make, run)
+
+
+def test_encoding_nasty_texts_by_pipelines(attack):
+    def make(rng: random.Random) -> tuple[str, str]:
+        return rng.choice(PIPELINES), text(rng)[: rng.choice([1000, 200_000])]
+
+    def run(attacked: tuple[str, str]) -> None:
+        model, sample = attacked
+        tokenizer = by_pipeline(model)
+        tokenizer.decode(tokenizer.encode(sample))
+
+    attack(make, run)
+
+
+@functools.cache
+def by_pipeline(model: str) -> gptk.Tokenizer:
+    return gptk.Tokenizer(gptk.PipelineEncoding.from_json(model, pipeline(model)))
+
+
+def sentencepiece_fields(kind: str) -> dict[str, Any]:
+    tokens = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<b>", 0.0, 4)]
+    tokens += [(byte, 0.0, 6) for byte in BYTES]
+    pieces = ["a", "s", "\u2581", "as", "\u2581a", "\u2581as", "é", "\n", "'", "1"]
+    tokens += [(piece, -float(number), 1) for number, piece in enumerate(pieces)]
+    names = ("tokens", "scores", "token_type")
+    fields: dict[str, Any] = {
+        name: [token[place] for token in tokens] for place, name in enumerate(names)
+    }
+    fields |= {"model": kind, "add_space_prefix": True, "remove_extra_whitespaces": True}
+    fields |= {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    fields |= {"precompiled_charsmap": [*charsmap()], "add_eos_token": False}
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
 
 @functools.cache
