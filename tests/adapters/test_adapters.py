@@ -19,7 +19,6 @@ import gptk
 from gptk.adapters.llama_cpp import to_llama_cpp
 from gptk.adapters.transformers import from_stopping_criteria, from_transformers, to_transformers
 from gptk.plugins import create, provided
-from gptk_plugins.tokenizers.bpe import ALPHABET
 from toys import byte_tokenizer
 
 VOCABULARY, EOS = 257, 256
@@ -60,7 +59,9 @@ PROMPTS = [[104, 101, 108, 108, 111], [32, 97, 98, 97, 98, 97, 98, 33], [49]]
 
 def fast_tokenizer():
     """The bytes as a tokenizer of transformers."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({**ALPHABET, "<|endoftext|>": EOS}, []))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({**gptk.GPT2_ALPHABET, "<|endoftext|>": EOS}, [])
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")

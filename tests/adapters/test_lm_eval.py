@@ -15,7 +15,6 @@ import torch
 import transformers
 
 import gptk
-from gptk_plugins.tokenizers.bpe import ALPHABET
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = pytest.mark.slow  # `make test-slow` installs the extra
@@ -28,7 +27,7 @@ from gptk.adapters.lm_eval import GptkLM  # noqa: E402
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 # Printable characters alone: half a character would be U+FFFD for transformers, nothing for gptk.
-LETTERS = [char for char, byte in ALPHABET.items() if 32 <= byte < 127]
+LETTERS = [char for char, byte in gptk.GPT2_ALPHABET.items() if 32 <= byte < 127]
 EOS, BOS = 95, 96
 MODELS = {
     "gpt2": transformers.GPT2Config(

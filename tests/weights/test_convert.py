@@ -223,7 +223,7 @@ def learned(pattern: str, special: tuple[str, ...] = ("<|endoftext|>",)) -> tikt
     )
     oracle.train_from_iterator([TEXT, json.__doc__, bpe.__doc__], trainer)
     ranks = {
-        bytes(bpe.ALPHABET[letter] for letter in token): rank
+        bytes(gptk.GPT2_ALPHABET[letter] for letter in token): rank
         for token, rank in oracle.get_vocab().items()
     }
     return tiktoken.Encoding(

@@ -40,8 +40,8 @@ def encode_documents(
     A document is an iterable of pieces of text, cut anywhere; about `chunk` characters for each
     processor are in memory at a time. A document's ids are those of `tokenizer.encode` of its
     pieces joined, without an EOS; documents without text are left out. Encoding runs in threads:
-    tiktoken releases the interpreter's lock. Raises TokenizerError if an unusual split pattern takes
-    too long.
+    tiktoken releases the interpreter's lock. Raises TokenizerError if an unusual split pattern
+    takes too long.
     """
     first_chunk = replace(tokenizer, add_eos=False)
 
