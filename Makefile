@@ -40,7 +40,8 @@ KERNELS_RUN := .venv/bin/python -c "import sys; from gptk import kernels; sys.ex
 
 # Then those of the rooms that run gptk's kernels once more without these, as on a machine that
 # cannot run them. And the kernels' own tests with those in plain C++, which are slow.
-test-slow: $(ADAPTERS) gemma
+test-slow: $(ADAPTERS)
+	-$(MAKE) gemma
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m slow
 	OMP_NUM_THREADS=1 GPTK_KERNELS=none .venv/bin/python -m pytest --numprocesses 2 --dist loadfile \
 		$(addprefix tests/,model engine session decoding weights measure builtins training adapters cli)
