@@ -298,7 +298,7 @@ def test_threads_that_share_a_model_in_training_mode_use_no_dropout():
 
 
 def test_scores_and_evaluations_of_a_model_in_training_mode_use_no_dropout():
-    from gptk.model.continuations import score_continuations
+    from gptk.engine.scoring import score_continuations
 
     assert LM_TRAINING.score("some text") == LM.score("some text")
     pairs = [([1, 2], [3, 4, 5])]
