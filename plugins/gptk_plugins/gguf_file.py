@@ -38,6 +38,8 @@ class StoredTensor:
     """Reads the tensor: in its floating type if stored in one, else dequantized to float32."""
     read_levels: "Callable[[], gptk.Levels] | None"
     """Reads the quantized tensor; None unless it is a matrix of _AS_LEVELS."""
+    split: "Callable[[], list[StoredTensor]]"
+    """The tensors that it is a stack of, by its first axis."""
 
     @property
     def is_expanded(self) -> bool:
@@ -215,7 +217,12 @@ def _stored(
         raw = file.bytes(start, size)
         return _dequantize(raw.view(-1, block_bytes), kind, what).view(shape)
 
-    return StoredTensor(shape, name, size, read, read_levels if has_levels else None)
+    def split() -> list[StoredTensor]:
+        step = size // shape[0]
+        starts = range(start, start + size, step)
+        return [_stored(file, what, shape[1:], kind, part) for part in starts]
+
+    return StoredTensor(shape, name, size, read, read_levels if has_levels else None, split)
 
 
 # By ggml's number: the name, the numbers per block and the bytes per block. The package gguf knows

@@ -161,7 +161,7 @@ def dola(model, tokens, layers, alpha):
         rope = None
         if model.embed_positions is None:
             rope = model._rope_at(
-                torch.arange(len(tokens))[None], model.position_table(len(tokens))
+                torch.arange(len(tokens))[None], model.position_table(len(tokens))[0]
             )
         else:
             x = x + model.embed_positions(torch.arange(len(tokens)))

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 import gptk
 from gptk import kernels
 from gptk.cli import cli
+from gptk.model.attention import attend, attend_causally
 from gptk.model.cache import KVCache
-from gptk.model.gpt import attend, attend_causally, rotate, swiglu
+from gptk.model.gpt import swiglu
 from gptk.model.levels import GROUP, Levels
 from gptk.model.linear import Linear
 from gptk.model.panels import Panels
 from gptk.model.quantization import KernelGroups, pack
 from gptk.model.quantized_by_pytorch import PyTorchInt4, PyTorchInt8Groups
+from gptk.model.rotary import rotate
 from gptk.testing import tiny_gpt
 from toys import CONFIGS
 

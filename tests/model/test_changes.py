@@ -54,7 +54,7 @@ def convert_to_new_parameters(model):
 
 def empty_and_load(model):
     model.to("meta").to_empty(device="cpu")
-    model._rope = torch.empty(2, 0, CONFIG.head_dim)
+    model._rope = torch.empty(1, 2, 0, CONFIG.head_dim)
     model.load_state_dict(other().state_dict())
 
 

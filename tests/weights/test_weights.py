@@ -188,14 +188,25 @@ def test_a_head_stored_though_tied_counts_if_it_is_another_matrix(equal, tmp_pat
     assert torch.allclose(logits(build(checkpoint), ids), expected, atol=1e-4)
 
 
-def test_a_sliding_window_limits_the_context(tmp_path):
-    oracle = checkpoints.random_model("mistral-window")
+@pytest.mark.parametrize("case", ["mistral-window", "gemma3", "smollm3-windows", "qwen2-windows"])
+def test_texts_may_be_longer_than_a_sliding_window(case, tmp_path):
+    oracle = checkpoints.random_model(case)
     oracle.save_pretrained(tmp_path)
     checkpoint = HuggingFace(path=str(tmp_path)).load()
-    assert checkpoint.config.context_length == 48
-    assert "sliding window" in checkpoint.notes["context"]
-    ids = checkpoints.random_ids(48)
-    assert furthest(build(checkpoint), oracle, ids) < 1e-4
+    assert checkpoint.config.window is not None
+    assert checkpoint.config.window < 60
+    assert checkpoint.config.context_length == 128
+    assert furthest(build(checkpoint), oracle, checkpoints.random_ids(128)) < 1e-4
+
+
+def test_longrope_is_read_up_to_where_other_factors_begin(tmp_path):
+    """Longer texts have other factors for all their tokens, also for those that were read."""
+    oracle = checkpoints.random_model("phi3-longrope")
+    oracle.save_pretrained(tmp_path)
+    checkpoint = HuggingFace(path=str(tmp_path)).load()
+    assert checkpoint.config.context_length == 64
+    assert checkpoint.notes["context"] == "64, limited from 128 by longrope"
+    assert furthest(build(checkpoint), oracle, checkpoints.random_ids(64)) < 1e-4
 
 
 REFUSED = [
@@ -211,7 +222,8 @@ REFUSED = [
     ("gpt2", {"n_layer": None}, "n_layer is None"),
     ("gpt2", {"n_positions": 32}, "wpe.weight of shape (1024, 64) does not make embed_positions"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be 'silu' or 'swish'"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope_type is 'yarn'"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'; default,"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has no factor"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "linear"}},
@@ -380,6 +392,17 @@ GGUF_CASES = [
     "qwen2",
     "qwen2-untied",
     "qwen3",
+    "qwen3-moe",
+    "mixtral-full",
+    "llama-yarn",
+    "phi3",
+    "phi3-longrope",
+    "olmo2",
+    "smollm3",
+    "gemma2-usual",
+    "gemma3",
+    "gemma3-sixth",
+    "gpt-neox",
 ]
 
 
@@ -402,7 +425,24 @@ def test_gguf_models_are_the_ones_that_transformers_reads(case, tmp_path):
     assert furthest(model, theirs, checkpoints.random_ids()) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["gpt2", "llama"])
+@pytest.mark.parametrize("case", ["llama", "gemma3", "mixtral-full"])
+def test_a_gguf_file_in_parts_is_one_model(case, tmp_path):
+    oracle = checkpoints.random_model(case)
+    checkpoints.write_gguf(tmp_path / "model.gguf", oracle, split_max_tensors=9)
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) > 2
+    model = build(GGUF(path=str(parts[0])).load())
+    assert furthest(model, oracle, checkpoints.random_ids()) < 1e-4
+    assert f"load the first, {parts[0].name}" in refusal(GGUF(path=str(parts[1])))
+    shutil.copy(parts[0], tmp_path / "other.gguf")
+    assert "its name must be NAME-00001-of-" in refusal(GGUF(path=str(tmp_path / "other.gguf")))
+    shutil.copy(parts[1], parts[2])
+    assert f"{parts[2].name} is part 2 of" in refusal(GGUF(path=str(parts[0])))
+    parts[1].unlink()
+    assert f"{parts[1].name} is missing" in refusal(GGUF(path=str(parts[0])))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "mixtral-full", "gemma3"])
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantized_gguf_models_predict_what_rounded_weights_predict(case, kind, tmp_path):
     oracle = checkpoints.random_model(case)

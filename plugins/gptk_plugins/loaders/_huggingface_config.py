@@ -1,42 +1,38 @@
-"""From a Hugging Face config.json to a GPTConfig: every field that changes the model's output is
-honored as transformers 5 does, or refused.
+"""From a Hugging Face config.json to a GPTConfig, by family; see `_huggingface_fields`."""
 
-A field that the family's class in transformers does not read changes nothing there, and is ignored
-here, too.
-"""
-
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 import gptk
-from gptk.plugins import Fields, shown
-from gptk_plugins.loaders._heads import check_head_dim, head_dim_of
+from gptk.plugins import shown
+from gptk_plugins.loaders._heads import head_dim_of, period_of
+from gptk_plugins.loaders._huggingface_fields import (
+    ACTIVATIONS,
+    GELUS,
+    Config,
+    LayerTypes,
+    Llama,
+    Made,
+    Positive,
+    RopeParameters,
+    Rotary,
+    Size,
+    Window,
+    activation,
+    checked_layers,
+    divided,
+    experts,
+    rope_fields,
+    rope_of,
+    window_of,
+)
+from gptk_plugins.loaders._rope_rules import Rope
 from gptk_plugins.loaders._tensor_readers import naming
 
-_GELUS = {
-    "gelu_new": "gelu-tanh",
-    "gelu_pytorch_tanh": "gelu-tanh",
-    "gelu_fast": "gelu-tanh",
-    "gelu": "gelu",
-}
-Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0)]
 
-
-class _Config(Fields):
-    """Fields of all families, with the only value that is supported."""
-
-    quantization_config: None = None
-    per_layer_config: None = None
-    is_causal: Literal[True] | None = None
-    """transformers reads None as true."""
-    vocab_size: Size
-
-
-class _GPT2(_Config):
+class _GPT2(Config):
     n_positions: Size
     n_embd: Size
     n_layer: Size
@@ -49,238 +45,378 @@ class _GPT2(_Config):
     add_cross_attention: Literal[False] = False
     tie_word_embeddings: bool = True
 
+    def config(self, raw: Mapping[str, Any]) -> Made:
+        config = gptk.GPTConfig(
+            vocab_size=self.vocab_size,
+            context_length=self.n_positions,
+            width=self.n_embd,
+            n_layers=self.n_layer,
+            n_heads=self.n_head,
+            n_kv_heads=self.n_head,
+            head_dim=head_dim_of(self.n_embd, self.n_head),
+            mlp_width=self.n_inner or 4 * self.n_embd,
+            norm_eps=self.layer_norm_epsilon,
+            mlp=activation(GELUS, activation_function=self.activation_function),
+            tied_head=self.tie_word_embeddings,
+        )
+        return config, {}
 
-class _Llama(_Config):
-    """What Llama and the families after it share; defaults are those of their classes."""
 
-    bias_on_qkv: ClassVar[bool] = False
-    """Whether queries, keys and values always have biases."""
-    head_norm: ClassVar[bool] = False
-
+class _OPT(Config):
+    max_position_embeddings: Size
     hidden_size: Size
-    intermediate_size: Size
     num_hidden_layers: Size
     num_attention_heads: Size
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    max_position_embeddings: Size
-    hidden_act: Literal["silu", "swish"] = "silu"
-    rms_norm_eps: Positive = 1e-6
+    ffn_dim: Size
+    activation_function: str = "relu"
+    do_layer_norm_before: Literal[True] = True
+    remove_final_layer_norm: Literal[False] = Field(False, alias="_remove_final_layer_norm")
+    word_embed_proj_dim: Size | None = None
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: Literal[True] = True
+    tie_word_embeddings: bool = True
+
+    def config(self, raw: Mapping[str, Any]) -> Made:
+        if self.word_embed_proj_dim not in (None, self.hidden_size):
+            raise gptk.SourceError(
+                f"word_embed_proj_dim is {self.word_embed_proj_dim}; only hidden_size, "
+                f"{self.hidden_size}, is supported"
+            )
+        config = gptk.GPTConfig(
+            vocab_size=self.vocab_size,
+            context_length=self.max_position_embeddings,
+            width=self.hidden_size,
+            n_layers=self.num_hidden_layers,
+            n_heads=self.num_attention_heads,
+            n_kv_heads=self.num_attention_heads,
+            head_dim=divided(self.hidden_size, self.num_attention_heads),
+            mlp_width=self.ffn_dim,
+            mlp=activation(ACTIVATIONS, activation_function=self.activation_function),
+            mlp_bias=self.enable_bias,
+            qkv_bias=self.enable_bias,
+            out_bias=self.enable_bias,
+            tied_head=self.tie_word_embeddings,
+        )
+        return config, {}
+
+
+class _NeoX(Rotary):
+    partial = 0.25
+
+    head_dim: None = None
+    hidden_act: str = "gelu"
+    layer_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_theta: Positive = 10000.0
-    partial_rotary_factor: float | None = None
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+    rope_theta: Positive = Field(10000.0, alias="rotary_emb_base")
+    partial_rotary_factor: float | None = Field(None, alias="rotary_pct")
 
-    @property
-    def heads(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def config(self, raw: Mapping[str, Any]) -> Made:
+        config = gptk.GPTConfig(
+            vocab_size=self.vocab_size,
+            context_length=self.max_position_embeddings,
+            width=self.hidden_size,
+            n_layers=self.num_hidden_layers,
+            n_heads=self.num_attention_heads,
+            n_kv_heads=self.num_attention_heads,
+            head_dim=divided(self.hidden_size, self.num_attention_heads),
+            mlp_width=self.intermediate_size,
+            norm_eps=self.layer_norm_eps,
+            parallel=self.use_parallel_residual,
+            positions="rotary",
+            mlp=activation(ACTIVATIONS, hidden_act=self.hidden_act),
+            qkv_bias=self.attention_bias,
+            out_bias=self.attention_bias,
+            tied_head=self.tie_word_embeddings,
+            **rope_fields(rope_of(self, raw), self.heads),
+        )
+        return config, {}
 
-    @property
-    def window(self) -> int | None:
-        """The sliding window of the layers that have one, or None if no layer does."""
-        return None
 
-
-class _LlamaItself(_Llama):
+class _LlamaItself(Llama):
     attention_bias: bool = False
     mlp_bias: bool = False
 
 
-class _Mistral(_Llama):
+class _Sliding(Llama):
+    """Families whose layers all have the sliding window, if there is one."""
+
+    sliding_window: Size | None = None
+    layer_types: LayerTypes | None = None
+
+    @property
+    def window(self) -> Window:
+        if self.sliding_window is not None and "full_attention" in (self.layer_types or ()):
+            raise gptk.SourceError("layer_types has full_attention, though there is sliding_window")
+        return self.sliding_window, ()
+
+
+class _Mistral(_Sliding):
     num_key_value_heads: Size | None = 8
     sliding_window: Size | None = 4096
 
+
+class _Mixtral(_Mistral):
+    sliding_window: Size | None = None
+    rope_theta: Positive = 1_000_000.0
+    rms_norm_eps: Positive = 1e-5
+    num_local_experts: Size = 8
+    num_experts_per_tok: Size = 2
+
+    def rope(self, raw: Mapping[str, Any]) -> Rope:
+        rope = super().rope(raw)
+        if rope.scale != 1 and self.head_dim is None:
+            raise gptk.SourceError("rope_type is 'yarn', which needs head_dim")
+        return rope
+
     @property
-    def window(self) -> int | None:
-        return self.sliding_window
+    def more(self) -> dict[str, Any]:
+        return experts(self.num_local_experts, self.num_experts_per_tok)
 
 
-class _Qwen2(_Llama):
+class _Qwen2(Llama):
     bias_on_qkv = True
 
     num_key_value_heads: Size | None = 32
     use_sliding_window: bool = False
     sliding_window: Size | None = 4096
     max_window_layers: int = 28
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    layer_types: LayerTypes | None = None
 
     @property
-    def window(self) -> int | None:
+    def window(self) -> Window:
         window = self.sliding_window if self.use_sliding_window else None
         if self.layer_types is not None:
-            if len(self.layer_types) != self.num_hidden_layers:
-                raise gptk.SourceError(
-                    f"layer_types names {len(self.layer_types)} layers, and num_hidden_layers is "
-                    f"{self.num_hidden_layers}"
-                )
-            slides = "sliding_attention" in self.layer_types
-            if slides and window is None:
-                raise gptk.SourceError(
-                    "layer_types has sliding_attention, and use_sliding_window or sliding_window "
-                    "says that there is none"
-                )
-        else:
-            slides = self.max_window_layers < self.num_hidden_layers
-        return window if slides else None
+            return window_of(window, self.layer_types, self.num_hidden_layers)
+        if window is None or self.max_window_layers >= self.num_hidden_layers:
+            return None, ()
+        layers = range(checked_layers(self.num_hidden_layers))
+        return window, [layer >= self.max_window_layers for layer in layers]
 
 
 class _Qwen3(_Qwen2):
     bias_on_qkv = False
-    head_norm = True
+    always: ClassVar[Mapping[str, Any]] = {"qk_norm": True}
 
     head_dim: Size = 128
     attention_bias: bool = False
 
 
-_FAMILIES: dict[str, type[_GPT2 | _Llama]] = {
+class _Qwen3Moe(_Sliding):
+    always: ClassVar[Mapping[str, Any]] = {"qk_norm": True}
+
+    num_key_value_heads: Size | None = 4
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Size | None = 4096
+    decoder_sparse_step: Literal[1] = 1
+    mlp_only_layers: list[int] | None = Field(None, max_length=0)
+    moe_intermediate_size: Size = 768
+    num_experts_per_tok: Size = 8
+    num_local_experts: Size = 128
+    norm_topk_prob: bool = False
+
+    @property
+    def window(self) -> Window:
+        return super().window if self.use_sliding_window else (None, ())
+
+    @property
+    def more(self) -> dict[str, Any]:
+        return {
+            "mlp_width": self.moe_intermediate_size,
+            "normalize_experts": self.norm_topk_prob,
+            **experts(self.num_local_experts, self.num_experts_per_tok),
+        }
+
+
+class _Phi3(_Sliding):
+    partial = 1.0
+    rope_rules = ("default", "longrope")
+
+    rms_norm_eps: Positive = 1e-5
+    original_max_position_embeddings: Size = 4096
+    partial_rotary_factor: float = 1.0
+
+
+class _OLMo2(Llama):
+    always: ClassVar[Mapping[str, Any]] = {"norms": "after", "qk_norm_joint": True}
+
+    rms_norm_eps: Positive = 1e-5
+    attention_bias: bool = False
+
+
+class _SmolLM3(Llama):
+    num_key_value_heads: Size | None = 4
+    tie_word_embeddings: bool = True
+    rope_theta: Positive = 2_000_000.0
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Size | None = None
+    no_rope_layers: list[Annotated[int, Field(ge=0, le=1)]] | None = None
+    no_rope_layer_interval: Size = 4
+    layer_types: LayerTypes | None = None
+
+    @property
+    def rotating(self) -> list[bool]:
+        """Which layers rotate."""
+        layers = checked_layers(self.num_hidden_layers)
+        if self.no_rope_layers is None:
+            return [bool((layer + 1) % self.no_rope_layer_interval) for layer in range(layers)]
+        if len(self.no_rope_layers) < layers:
+            raise gptk.SourceError(
+                f"no_rope_layers names {len(self.no_rope_layers)} layers, and num_hidden_layers is "
+                f"{layers}"
+            )
+        return [bool(rotates) for rotates in self.no_rope_layers[:layers]]
+
+    @property
+    def window(self) -> Window:
+        window = self.sliding_window if self.use_sliding_window else None
+        if self.layer_types is not None:
+            return window_of(window, self.layer_types, self.num_hidden_layers)
+        slides = [not rotates for rotates in self.rotating]
+        return window if any(slides) else None, slides
+
+    @property
+    def more(self) -> dict[str, Any]:
+        return {"rotary_layers": period_of(self.rotating)}
+
+
+class _Gemma2(Llama):
+    always: ClassVar[Mapping[str, Any]] = {"norms": "both", "mlp": "geglu-tanh"}
+
+    vocab_size: Size = 256_000
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Size = 26
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size | None = 4
+    head_dim: Size = 256
+    max_position_embeddings: Size = 8192
+    hidden_act: Any = None
+    """transformers reads hidden_activation."""
+    hidden_activation: Literal["gelu_pytorch_tanh", "gelu_new", "gelu_fast"] = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    query_pre_attn_scalar: Size = 256
+    sliding_window: Size = 4096
+    layer_types: LayerTypes | None = None
+    final_logit_softcapping: Positive | None = 30.0
+    attn_logit_softcapping: Positive | None = 50.0
+    use_bidirectional_attention: Literal[False] | None = None
+
+    @property
+    def pattern(self) -> int:
+        """Every how manyth layer has no window, where the file does not say which layers have."""
+        return 2
+
+    @property
+    def window(self) -> Window:
+        types: list[Any] | None = self.layer_types
+        if types is None:
+            layers = range(checked_layers(self.num_hidden_layers))
+            kinds = "full_attention", "sliding_attention"
+            types = [kinds[bool((layer + 1) % self.pattern)] for layer in layers]
+        return window_of(self.sliding_window, types, self.num_hidden_layers)
+
+    @property
+    def more(self) -> dict[str, Any]:
+        usual = self.query_pre_attn_scalar == self.head_dim
+        return {
+            "embedding_scale": self.hidden_size**0.5,
+            "attention_scale": None if usual else self.query_pre_attn_scalar**-0.5,
+            "attention_softcap": self.attn_logit_softcapping,
+            "logit_softcap": self.final_logit_softcapping,
+        }
+
+
+class _Gemma3(_Gemma2):
+    always: ClassVar[Mapping[str, Any]] = {**_Gemma2.always, "qk_norm": True}
+
+    vocab_size: Size = 262_208
+    max_position_embeddings: Size = 131_072
+    rope_theta: Positive = 1_000_000.0
+    rope_local_base_freq: Positive = 10_000.0
+    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Any = None
+    """transformers does not read it."""
+    sliding_window_pattern: Size = 6
+
+    @property
+    def pattern(self) -> int:
+        return self.sliding_window_pattern
+
+    def rope(self, raw: Mapping[str, Any]) -> Rope:
+        given = self.rope_parameters
+        if self.rope_scaling is not None and given is not None and not given.get("full_attention"):
+            raise gptk.SourceError("rope_scaling changes full_attention, which is not there")
+        return rope_of(self, raw, {**self._parameters("full"), **(self.rope_scaling or {})})
+
+    @property
+    def more(self) -> dict[str, Any]:
+        given, where = self._parameters("sliding"), "rope_parameters: sliding_attention"
+        rope = RopeParameters.parse(given, where)
+        if (kind := rope.kind_in(given)) != "default":
+            raise gptk.SourceError(f"{where}: rope_type is {shown(kind)}; it must be 'default'")
+        if rope.partial_rotary_factor != 1.0:
+            raise gptk.SourceError(
+                f"{where}: partial_rotary_factor is {rope.partial_rotary_factor}; it must be 1.0"
+            )
+        theta = rope.rope_theta if "rope_theta" in given else self.rope_local_base_freq
+        own = {"attention_softcap": None, "window_rope_theta": theta if self.window[0] else None}
+        return super().more | own
+
+    def _parameters(self, kind: str) -> dict[str, Any]:
+        """rope_parameters of full or sliding attention."""
+        name = f"{kind}_attention"
+        given = (self.rope_parameters or {}).get(name)
+        if given is not None and not isinstance(given, dict):
+            raise gptk.SourceError(f"rope_parameters: {name} is {shown(given)}")
+        return given or {}
+
+
+FAMILIES: dict[str, type[Config]] = {
     "gpt2": _GPT2,
     "llama": _LlamaItself,
     "mistral": _Mistral,
+    "mixtral": _Mixtral,
     "qwen2": _Qwen2,
     "qwen3": _Qwen3,
+    "qwen3_moe": _Qwen3Moe,
+    "phi3": _Phi3,
+    "olmo2": _OLMo2,
+    "smollm3": _SmolLM3,
+    "gemma2": _Gemma2,
+    "gemma3_text": _Gemma3,
+    "gpt_neox": _NeoX,
+    "opt": _OPT,
 }
-_GPT2_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
+_EXPERTS = {"num_experts": "num_local_experts"}
+_ALIASES = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
 }
-"""Other names of GPT-2's fields. In transformers they win over the fields themselves."""
+"""Other names of fields. In transformers they win over the fields themselves."""
 
 
-def read_config(raw: Mapping[str, Any], source: str) -> tuple[gptk.GPTConfig, dict[str, str]]:
+def read_config(raw: Mapping[str, Any], source: str) -> Made:
     """The configuration, and notes for `gptk info`. Raises SourceError for unsupported values."""
     kind = raw.get("model_type")
-    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None or not isinstance(kind, str):
         raise gptk.SourceError(
-            f"{source}: the model type {shown(kind)} is not supported; {', '.join(_FAMILIES)} are"
+            f"{source}: the model type {shown(kind)} is not supported; {', '.join(FAMILIES)} are"
         )
-    if family is _GPT2:
-        raw = {**raw, **{name: raw[alias] for alias, name in _GPT2_ALIASES.items() if alias in raw}}
+    aliases = _ALIASES.get(kind, {})
+    raw = {**raw, **{name: raw[alias] for alias, name in aliases.items() if alias in raw}}
     fields = family.parse(raw, f"{source}/config.json")
     with naming(f"{source}/config.json"):
-        return (_gpt2(fields), {}) if isinstance(fields, _GPT2) else _llama(fields, raw)
-
-
-def _gpt2(fields: _GPT2) -> gptk.GPTConfig:
-    if fields.activation_function not in _GELUS:
-        raise gptk.SourceError(
-            f"activation_function {shown(fields.activation_function)} is not supported; "
-            f"{', '.join(_GELUS)} are"
-        )
-    return gptk.GPTConfig(
-        vocab_size=fields.vocab_size,
-        context_length=fields.n_positions,
-        width=fields.n_embd,
-        n_layers=fields.n_layer,
-        n_heads=fields.n_head,
-        n_kv_heads=fields.n_head,
-        head_dim=head_dim_of(fields.n_embd, fields.n_head),
-        mlp_width=fields.n_inner or 4 * fields.n_embd,
-        norm_eps=fields.layer_norm_epsilon,
-        mlp=_GELUS[fields.activation_function],  # type: ignore[arg-type]
-        tied_head=fields.tie_word_embeddings,
-    )
-
-
-def _llama(fields: _Llama, raw: Mapping[str, Any]) -> tuple[gptk.GPTConfig, dict[str, str]]:
-    notes = {}
-    context, window = fields.max_position_embeddings, fields.window
-    if window is not None and window < context:
-        # Within the length of the sliding window, it has no effect on attention.
-        notes["context"] = f"{window}, limited from {context} by a sliding window"
-        context = window
-    theta, factors = _rope(fields, raw)
-    attention_bias = getattr(fields, "attention_bias", False)
-    config = gptk.GPTConfig(
-        vocab_size=fields.vocab_size,
-        context_length=context,
-        width=fields.hidden_size,
-        n_layers=fields.num_hidden_layers,
-        n_heads=fields.num_attention_heads,
-        n_kv_heads=fields.num_key_value_heads or fields.num_attention_heads,
-        head_dim=fields.heads,
-        mlp_width=fields.intermediate_size,
-        norm="rms",
-        norm_eps=fields.rms_norm_eps,
-        positions="rotary",
-        rope_theta=theta,
-        rope_factors=factors,
-        mlp="swiglu",
-        mlp_bias=getattr(fields, "mlp_bias", False),
-        qkv_bias=attention_bias or fields.bias_on_qkv,
-        out_bias=attention_bias,
-        qk_norm=fields.head_norm,
-        tied_head=fields.tie_word_embeddings,
-    )
-    return config, notes
-
-
-# --- Rotary positions ------------------------------------------------------------------------
-
-
-class _Rope(Fields):
-    """rope_scaling, or else rope_parameters."""
-
-    rope_type: str = "default"
-    type: str = "default"
-    rope_theta: Positive = 10000.0
-    partial_rotary_factor: float = 1.0
-    full_attention: None = None
-    sliding_attention: None = None
-
-
-class _Linear(Fields):
-    factor: Positive
-
-
-class _Llama3(Fields):
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_position_embeddings: Size
-
-
-def _rope(fields: _Llama, raw: Mapping[str, Any]) -> tuple[float, tuple[float, ...] | None]:
-    """The base of the rotary frequencies, and their divisors if the context was extended."""
-    where = "rope_scaling" if fields.rope_scaling else "rope_parameters"
-    given = fields.rope_scaling or fields.rope_parameters or {}
-    rope = _Rope.parse(given, where)
-    partial = rope.partial_rotary_factor
-    if "partial_rotary_factor" not in given and fields.partial_rotary_factor is not None:
-        partial = fields.partial_rotary_factor
-    if partial != 1.0:
-        raise gptk.SourceError(f"partial_rotary_factor is {partial}; it must be 1.0")
-    theta = rope.rope_theta if "rope_theta" in given else fields.rope_theta
-    kind = rope.rope_type if "rope_type" in given else rope.type
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise gptk.SourceError(
-            f"{where}: rope_type is {shown(kind)}; default, linear and llama3 are supported"
-        )
-    check_head_dim(fields.heads)
-    if kind == "linear":
-        return theta, (_Linear.parse(given, where).factor,) * (fields.heads // 2)
-    # The original context is looked for beside the rule, too, and there it counts more.
-    original = "original_max_position_embeddings"
-    context = raw.get(original, given.get(original, fields.max_position_embeddings))
-    rule = _Llama3.parse({**given, original: context}, where)
-    return theta, _llama3_divisors(rule, theta, fields.heads)
-
-
-def _llama3_divisors(rule: _Llama3, theta: float, head_dim: int) -> tuple[float, ...]:
-    """Llama 3.1's rule: frequencies whose wavelength is long relative to the original context are
-    divided by factor, short ones are kept, with a linear transition in original / wavelength."""
-    low, high = rule.low_freq_factor, rule.high_freq_factor
-    if low >= high:
-        raise gptk.SourceError(f"high_freq_factor, {high}, must be above low_freq_factor, {low}")
-    divisors = []
-    for pair in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * pair / head_dim)
-        position = rule.original_max_position_embeddings / wavelength
-        kept = min(1.0, max(0.0, (position - low) / (high - low)))
-        divisors.append(1 / (kept + (1 - kept) / rule.factor))
-    return tuple(divisors)
+        return fields.config(raw)

@@ -1,22 +1,22 @@
-"""GGUF files, the format of llama.cpp: GPT-2, Llama (SmolLM2 and Mistral too), Qwen2, Qwen3."""
+"""GGUF files, the format of llama.cpp, in one part or several, of the architectures in
+`_gguf_config`."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 import gptk
-from gptk.plugins import Fields, open_regular, shown
-from gptk_plugins.gguf_file import GGUFFile, read_gguf
-from gptk_plugins.loaders._heads import check_head_dim
-from gptk_plugins.loaders._tensor_readers import naming, tie_equal_head
-
-ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
+from gptk.plugins import open_regular
+from gptk_plugins.gguf_file import GGUFFile, StoredTensor, read_gguf
+from gptk_plugins.loaders._gguf_config import ARCHITECTURES, General, read_config
+from gptk_plugins.loaders._heads import reorder_heads, rotated_apart
+from gptk_plugins.loaders._tensor_readers import tie_equal_head
 
 _NAMES = {
     "embed": "token_embd",
@@ -26,26 +26,39 @@ _NAMES = {
     "blocks.{i}.attn.q_norm": "blk.{i}.attn_q_norm",
     "blocks.{i}.attn.k_norm": "blk.{i}.attn_k_norm",
     "blocks.{i}.attn.out": "blk.{i}.attn_output",
+    "blocks.{i}.attn_post_norm": "blk.{i}.post_attention_norm",
     "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
     "blocks.{i}.mlp.up": "blk.{i}.ffn_gate blk.{i}.ffn_up",
     "blocks.{i}.mlp.down": "blk.{i}.ffn_down",
+    "blocks.{i}.mlp.router": "blk.{i}.ffn_gate_inp",
+    "blocks.{i}.mlp.experts.{e}.up": "blk.{i}.ffn_gate.{e} blk.{i}.ffn_up.{e}",
+    "blocks.{i}.mlp.experts.{e}.down": "blk.{i}.ffn_down.{e}",
+    "blocks.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm",
     "norm": "output_norm",
     "head": "output",
 }
-_GPT2_NAMES = _NAMES | {
-    "blocks.{i}.attn.qkv": "blk.{i}.attn_qkv",
-    "blocks.{i}.mlp.up": "blk.{i}.ffn_up",
+_FUSED_QKV = {"blocks.{i}.attn.qkv": "blk.{i}.attn_qkv"}
+_ONE_UP = {"blocks.{i}.mlp.up": "blk.{i}.ffn_up"}
+_OTHER_NAMES = {
+    "gpt2": _FUSED_QKV | _ONE_UP,
+    "gptneox": _FUSED_QKV | _ONE_UP,
+    "phi3": _FUSED_QKV | _ONE_UP,
 }
+"""Of architectures that store several matrices as one, or have no gate."""
+_EXPERTS = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
+"""The matrices of all experts of a layer."""
+
+Matrix = Tensor | gptk.Levels
 
 
 class GGUF(gptk.WeightLoader):
-    """A GGUF file of llama.cpp's, quantized or not: gpt2, llama, qwen2 or qwen3."""
+    """A GGUF file of llama.cpp's, quantized or not, of GPT-2, Llama, Gemma and others."""
 
     name = "gguf"
     example = "path=model.gguf"
     positional = "path"
 
-    path: str = Field(description="the file")
+    path: str = Field(description="the file, or the first part of it")
 
     @classmethod
     def matches(cls, source: str) -> bool:
@@ -63,20 +76,21 @@ class GGUF(gptk.WeightLoader):
 
 def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
     """Read a GGUF file. stored: keep quantized matrices as Levels. Raises SourceError."""
-    file = read_gguf(path)
     source = str(path)
-    readers: dict[str, Callable[[], Tensor | gptk.Levels]] = {
+    file = _with_all_parts(read_gguf(path), path)
+    readers: dict[str, Callable[[], Matrix]] = {
         name: (stored and tensor.read_levels) or tensor.read
-        for name, tensor in file.tensors.items()
+        for name, tensor in _each_expert(file.tensors).items()
     }
     tensors = gptk.Tensors(readers, source)
-    config, notes = _config(file, tensors, source)
+    config = read_config(file, tensors, source)
+    notes = _notes(file)
+    original = file.fields[f"{file.fields['general.architecture']}.context_length"]
+    if config.context_length < original:
+        notes["context"] = f"{config.context_length}, limited from {original} by longrope"
     architecture = file.fields["general.architecture"]
-    state = tensors.assemble(
-        config,
-        _GPT2_NAMES if architecture == "gpt2" else _NAMES,
-        _undo_permutation(config) if architecture == "llama" else None,
-    )
+    names = _NAMES | _OTHER_NAMES.get(architecture, {})
+    state = tensors.assemble(config, names, _change(config, architecture))
     config, state = tie_equal_head(config, state)
 
     def tokenizer() -> gptk.Tokenizer:
@@ -93,146 +107,86 @@ def load_gguf(path: Path, *, stored: bool = False) -> gptk.Checkpoint:
     )
 
 
-def _undo_permutation(
-    config: gptk.GPTConfig,
-) -> Callable[[str, Tensor | gptk.Levels], Tensor | gptk.Levels]:
-    """Undo llama.cpp's permutation of the rows of Llama's query and key weights.
+def _change(config: gptk.GPTConfig, architecture: str) -> Callable[[str, Matrix], Matrix] | None:
+    """Bring the rows of queries and keys into the order that `gptk.GPT` has.
 
-    In llama.cpp a rotary pair is two adjacent rows of a head; in `gptk.GPT` it is the same row of
-    the head's two halves.
+    In llama.cpp a rotary pair is two adjacent rows of a head, for some architectures; in `gptk.GPT`
+    it is the same row of the head's two halves. Of a head that is rotated in part, see
+    `rotated_apart`.
     """
+    d = config.head_dim
+    if ARCHITECTURES[architecture].is_permuted:
+        order = torch.arange(d).view(d // 2, 2).T.flatten()
+    elif config.rotary_dim is not None:
+        order = rotated_apart(d, config.rotary_dim)
+    else:
+        return None
+    heads, kv_heads, plain = config.n_heads, config.n_kv_heads, torch.arange(d)
+    parts = {
+        "attn_q": ((order,), (heads,)),
+        "attn_k": ((order,), (kv_heads,)),
+        "attn_qkv": ((order, order, plain), (heads, kv_heads, kv_heads)),
+    }
 
-    def change(name: str, tensor: Tensor | gptk.Levels) -> Tensor | gptk.Levels:
-        if ".attn_q." not in name and ".attn_k." not in name:
-            return tensor
-        rows = torch.arange(tensor.shape[0]).view(-1, config.head_dim // 2, 2)
-        return tensor[rows.transpose(1, 2).flatten()]
+    def change(name: str, tensor: Matrix) -> Matrix:
+        part = parts.get(name.split(".")[-2])
+        return tensor if part is None else reorder_heads(tensor, *part, d)
 
     return change
 
 
-def _one(value: Any) -> Any:
-    """A number, or the common value of a list with one for each layer."""
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        return value[0]
-    return value
+def _each_expert(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors, with a matrix for each expert in the place of one tensor for all of a layer."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        match = _EXPERTS.fullmatch(name)
+        parts = (
+            {name: tensor}
+            if match is None
+            else {f"{match[1]}.{number}.weight": part for number, part in enumerate(tensor.split())}
+        )
+        found |= parts
+    return found
 
 
-_Size = Annotated[int, BeforeValidator(_one), Field(ge=1)]
-_Number = Annotated[float, BeforeValidator(_one)]
+# --- Files in several parts ------------------------------------------------------------------
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MAX_PARTS = 1000
 
 
-class _General(Fields):
-    """Metadata of the file."""
-
-    architecture: str = Field(alias="general.architecture")
-    parts: int = Field(1, alias="split.count")
-
-
-class _Metadata(Fields):
-    """Metadata of an architecture, by keys without its prefix."""
-
-    context_length: _Size
-    embedding_length: _Size
-    block_count: _Size
-    feed_forward_length: _Size
-    head_count: _Size = Field(alias="attention.head_count")
-    head_count_kv: _Size | None = Field(None, alias="attention.head_count_kv")
-    key_length: _Size | None = Field(None, alias="attention.key_length")
-    sliding_window: Annotated[int, BeforeValidator(_one), Field(ge=0)] = Field(
-        0, alias="attention.sliding_window"
-    )
-    layer_norm_epsilon: _Number | None = Field(None, alias="attention.layer_norm_epsilon")
-    rms_epsilon: _Number | None = Field(None, alias="attention.layer_norm_rms_epsilon")
-    rope_base: _Number = Field(10000.0, alias="rope.freq_base")
-    rope_scaling: str | None = Field(None, alias="rope.scaling.type")
-    rope_factor: _Number | None = Field(None, alias="rope.scaling.factor")
-    rope_scale_linear: _Number = Field(1.0, alias="rope.scale_linear")
-
-
-def _config(
-    file: GGUFFile, tensors: gptk.Tensors, source: str
-) -> tuple[gptk.GPTConfig, dict[str, str]]:
-    general = _General.parse(file.fields, source)
-    if general.architecture not in ARCHITECTURES:
+def _with_all_parts(file: GGUFFile, path: Path) -> GGUFFile:
+    """The file with the tensors of all its parts, which llama-gguf-split makes. Raises SourceError
+    if one is missing, or if this is not the first."""
+    general = General.parse({"general.architecture": "", **file.fields}, str(path))
+    if general.parts <= 1:
+        return file
+    match, count = _PART.fullmatch(path.name), general.parts
+    if match is None or int(match[3]) != count or int(match[2]) != general.part + 1:
         raise gptk.SourceError(
-            f"{source}: the architecture {shown(general.architecture)} is not supported; "
-            f"{', '.join(ARCHITECTURES)} are"
+            f"{path} is part {general.part + 1} of {count}; its name must be "
+            f"NAME-{general.part + 1:05}-of-{count:05}.gguf, with the others beside it"
         )
-    if general.parts > 1:
-        raise gptk.SourceError(
-            f"{source} is one of {general.parts} parts; join them with llama-gguf-split --merge"
-        )
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise gptk.SourceError(f"{source}: the matrix token_embd.weight is missing")
-    prefix = f"{general.architecture}."
-    own = {key.removeprefix(prefix): x for key, x in file.fields.items() if key.startswith(prefix)}
-    metadata = _Metadata.parse(own, f"{source}: the metadata of {general.architecture}")
-    gpt2 = general.architecture == "gpt2"
-    head_dim = metadata.key_length or metadata.embedding_length // metadata.head_count
-    _check_supported(metadata, own, source)
-    eps = metadata.layer_norm_epsilon if gpt2 else metadata.rms_epsilon
-    if eps is None:
-        key = f"attention.layer_norm_{'' if gpt2 else 'rms_'}epsilon"
-        raise gptk.SourceError(f"{source}: the metadata of {general.architecture} has no {key}")
-    context, notes = metadata.context_length, _notes(file)
-    if window := metadata.sliding_window:
-        # Within the length of the sliding window, it has no effect on attention.
-        notes["context"] = f"{min(context, window)}, limited from {context} by a sliding window"
-        context = min(context, window)
-    with naming(source):
-        config = gptk.GPTConfig(
-            vocab_size=embedding.shape[0],
-            context_length=context,
-            width=metadata.embedding_length,
-            n_layers=metadata.block_count,
-            n_heads=metadata.head_count,
-            n_kv_heads=metadata.head_count_kv or metadata.head_count,
-            head_dim=head_dim,
-            mlp_width=metadata.feed_forward_length,
-            norm="layer" if gpt2 else "rms",
-            norm_eps=eps,
-            positions="learned" if gpt2 else "rotary",
-            rope_theta=metadata.rope_base,
-            rope_factors=None if gpt2 else _rope_factors(metadata, tensors, head_dim, source),
-            mlp="gelu-tanh" if gpt2 else "swiglu",
-            mlp_bias="blk.0.ffn_down.bias" in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
-            out_bias="blk.0.attn_output.bias" in tensors,
-            qk_norm=general.architecture == "qwen3",
-            tied_head="output.weight" not in tensors,
-        )
-    return config, notes
-
-
-def _check_supported(metadata: _Metadata, own: Mapping[str, Any], source: str) -> None:
-    """Raises SourceError for metadata that ask for what gptk.GPT does not compute."""
-    head_dim = metadata.key_length or metadata.embedding_length // metadata.head_count
-    supported = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, **_NEUTRAL}
-    for key, value in supported.items():
-        if own.get(key, value) != value:
+    if count > _MAX_PARTS:
+        raise gptk.SourceError(f"{path} would have {count:,} parts; {_MAX_PARTS:,} are the most")
+    names = [f"{match[1]}-{part + 1:05}-of-{count:05}.gguf" for part in range(count)]
+    if general.part:
+        raise gptk.SourceError(f"{path} is part {general.part + 1}; load the first, {names[0]}")
+    tensors = dict(file.tensors)
+    for part, name in enumerate(names[1:], start=1):
+        other = path.with_name(name)
+        if not os.path.lexists(other):
+            raise gptk.SourceError(f"{path} has {count} parts; {name} is missing")
+        more = read_gguf(other)
+        told = General.parse({"general.architecture": "", **more.fields}, str(other))
+        if (told.part, told.parts) != (part, count):
             raise gptk.SourceError(
-                f"{source}: its {key} is {shown(own[key])}; only {value!r} is supported"
+                f"{other} is part {told.part + 1} of {told.parts}, not {part + 1} of {count}"
             )
-
-
-_NEUTRAL = {
-    "expert_count": 0,
-    "attention.causal": True,
-    "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0,
-    "attention.scale": 0.0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "embedding_scale": 0.0,
-    "logit_scale": 0.0,
-    "residual_scale": 0.0,
-    "rope.scaling.attn_factor": 1.0,
-    "use_parallel_residual": False,
-}
-"""Metadata that change what llama.cpp computes for some architecture, with the value that changes
-nothing."""
+        if twice := sorted(tensors.keys() & more.tensors.keys()):
+            raise gptk.SourceError(f"{path}: the tensor {twice[0]} is in two parts")
+        tensors |= more.tensors
+    return GGUFFile(file.fields, tensors)
 
 
 def _notes(file: GGUFFile) -> dict[str, str]:
@@ -251,30 +205,3 @@ def _notes(file: GGUFFile) -> dict[str, str]:
             f"{n / 2**20:,.1f} MiB {kind}" for kind, n in sorted(sizes.items())
         ),
     }
-
-
-def _rope_factors(
-    metadata: _Metadata, tensors: gptk.Tensors, head_dim: int, source: str
-) -> tuple[float, ...] | None:
-    """The divisors of the rotary frequencies, if the context was extended."""
-    scaling = metadata.rope_scaling
-    if scaling not in (None, "none", "linear"):
-        raise gptk.SourceError(
-            f"{source}: rotary scaling {shown(scaling)} is not supported; none and linear are"
-        )
-    scale = 1.0
-    if scaling != "none":
-        scale = metadata.rope_scale_linear if metadata.rope_factor is None else metadata.rope_factor
-    if "rope_freqs.weight" in tensors:
-        factors = tensors.take("rope_freqs.weight")
-        if tuple(factors.shape) != (head_dim // 2,):
-            raise gptk.SourceError(
-                f"{source}: the tensor rope_freqs.weight of shape {tuple(factors.shape)} does not "
-                f"fit heads of {head_dim}"
-            )
-        return tuple(scale * factor for factor in factors.tolist())
-    if scale in (0.0, 1.0):
-        return None
-    with naming(source):
-        check_head_dim(head_dim)
-    return (scale,) * (head_dim // 2)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,41 +12,19 @@ from torch import Tensor
 import gptk
 from gptk.plugins import Fields, read_json, shown, suggest
 from gptk_plugins.loaders._huggingface_config import read_config
+from gptk_plugins.loaders._huggingface_tensors import LAYOUTS
 from gptk_plugins.loaders._tensor_readers import (
     dtype_names,
     safetensors_readers,
     tie_equal_head,
 )
 
-LLAMA_NAMES = {
-    "embed": "embed_tokens",
-    "blocks.{i}.attn_norm": "layers.{i}.input_layernorm",
-    "blocks.{i}.attn.qkv": " ".join(f"layers.{{i}}.self_attn.{part}_proj" for part in "qkv"),
-    "blocks.{i}.attn.q_norm": "layers.{i}.self_attn.q_norm",
-    "blocks.{i}.attn.k_norm": "layers.{i}.self_attn.k_norm",
-    "blocks.{i}.attn.out": "layers.{i}.self_attn.o_proj",
-    "blocks.{i}.mlp_norm": "layers.{i}.post_attention_layernorm",
-    "blocks.{i}.mlp.up": "layers.{i}.mlp.gate_proj layers.{i}.mlp.up_proj",
-    "blocks.{i}.mlp.down": "layers.{i}.mlp.down_proj",
-    "norm": "norm",
-}
-GPT2_NAMES = {
-    "embed": "wte",
-    "embed_positions": "wpe",
-    "blocks.{i}.attn_norm": "h.{i}.ln_1",
-    "blocks.{i}.attn.qkv": "h.{i}.attn.c_attn",
-    "blocks.{i}.attn.out": "h.{i}.attn.c_proj",
-    "blocks.{i}.mlp_norm": "h.{i}.ln_2",
-    "blocks.{i}.mlp.up": "h.{i}.mlp.c_fc",
-    "blocks.{i}.mlp.down": "h.{i}.mlp.c_proj",
-    "norm": "ln_f",
-}
 # Causal masks and rotary frequencies, which some versions of transformers stored.
 _BUFFERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)")
 
 
 class HuggingFace(gptk.WeightLoader):
-    """A Hugging Face directory or hub id: gpt2, llama, mistral, qwen2 or qwen3, safetensors."""
+    """A Hugging Face directory or hub id, of GPT-2, Llama, Gemma and others, in safetensors."""
 
     name = "huggingface"
     example = "path=openai-community/gpt2"
@@ -73,18 +51,17 @@ class HuggingFace(gptk.WeightLoader):
         readers = _readers(folder)
         tensors = gptk.Tensors(readers, source)
         tensors.drop([name for name in tensors if _BUFFERS.fullmatch(name)])
-        gpt2 = raw["model_type"] == "gpt2"
-        table, prefix = (GPT2_NAMES, "transformer.") if gpt2 else (LLAMA_NAMES, "model.")
-        names = _with_prefix(table, prefix, tensors)
+        layout = LAYOUTS[raw["model_type"]]
+        names = layout.names_in(tensors)
         if config.tied_head and f"{names['embed']}.weight" not in tensors:
             names["embed"] = names["head"]  # one matrix, stored by its other name
         # A head stored although the config ties it is used if it is not equal to the embedding.
-        stored_head = config.tied_head and "lm_head.weight" in tensors
+        stored_head = config.tied_head and f"{names['head']}.weight" in tensors
         stored_head = stored_head and names["embed"] != names["head"]
         if stored_head:
             config = replace(config, tied_head=False)
         stored = dtype_names(readers[name]() for name in tensors)
-        state = tensors.assemble(config, names, _transposed if gpt2 else None)
+        state = tensors.assemble(config, names, layout.change and layout.change(config))
         if stored_head:
             config, state = tie_equal_head(config, state)
             if not config.tied_head:
@@ -158,21 +135,6 @@ def _readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
             raise gptk.SourceError(f"{folder}: the shard {shard} has no tensor {absent[0]}")
         readers |= found
     return readers
-
-
-def _with_prefix(names: Mapping[str, str], prefix: str, tensors: gptk.Tensors) -> dict[str, str]:
-    """The table with `model.` or `transformer.` before each name, if the file has it."""
-    if not any(name.startswith(prefix) for name in tensors):
-        prefix = ""
-    table = {
-        ours: " ".join(prefix + name for name in theirs.split()) for ours, theirs in names.items()
-    }
-    return table | {"head": "lm_head"}
-
-
-def _transposed(name: str, tensor: Tensor) -> Tensor:
-    """GPT-2's linear layers are stored (in, out), as 1x1 convolutions."""
-    return tensor.T.contiguous() if re.search(r"\.c_\w+\.weight$", name) else tensor
 
 
 def _tokenizer(folder: Path) -> Callable[[], gptk.Tokenizer] | None:

@@ -1,10 +1,11 @@
 """A Hugging Face directory: config.json, model.safetensors and a tokenizer, for transformers.
 
-The family is the simplest that can hold the configuration: gpt2, llama, qwen2 (biases on queries,
-keys and values only) or qwen3 (a norm on each head). Biases that the family always has and the
-model lacks are written as zeros, which changes no prediction.
+The family is the simplest that can hold the configuration: gpt2, llama, mistral (a sliding window),
+qwen2 (biases on queries, keys and values only) or qwen3 (a norm on each head). Biases that the
+family always has and the model lacks are written as zeros, which changes no prediction.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,13 @@ from torch import Tensor
 
 import gptk
 from gptk_plugins.loaders._huggingface_config import read_config
-from gptk_plugins.loaders.huggingface import GPT2_NAMES, LLAMA_NAMES
+from gptk_plugins.loaders._huggingface_tensors import GPT2_NAMES, LLAMA_NAMES
 from gptk_plugins.writers._tokenizer_json import write_json, write_tokenizer
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -51,16 +53,31 @@ class HuggingFace(gptk.WeightWriter):
         (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
 
 
+_UNWRITTEN = (
+    *("norms", "parallel", "embedding_scale", "rotary_dim", "rope_scale", "rotary_layers"),
+    *("window_layers", "window_rope_theta", "attention_scale", "attention_softcap"),
+    *("logit_softcap", "n_experts", "qk_norm_joint"),
+)
+"""Fields of configurations that are written only as they are by default."""
+
+
 def config_json(config: gptk.GPTConfig) -> dict[str, Any]:
     """config.json for a configuration. Raises SourceError if no family can hold it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in _UNWRITTEN:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise gptk.SourceError(
+                f"the format huggingface cannot hold this model yet: its {name} is {value}"
+            )
     kind = (config.norm, config.positions, config.mlp)
-    if config.norm == "layer" and config.positions == "learned" and config.mlp != "swiglu":
+    has_gelu = config.mlp in ("gelu", "gelu-tanh")
+    if config.norm == "layer" and config.positions == "learned" and has_gelu:
         family, raw = "gpt2", _gpt2(config)
     elif kind == ("rms", "rotary", "swiglu"):
         family, raw = _llama(config)
     else:
         raise gptk.SourceError(
-            f"no family of Hugging Face's that gptk knows has {config.norm} norm, "
+            f"no family of Hugging Face's that gptk writes has {config.norm} norm, "
             f"{config.positions} positions and {config.mlp}; gpt2 has layer norm, learned "
             "positions and a GELU, the llamas have rms norm, rotary positions and swiglu"
         )
@@ -75,6 +92,7 @@ def config_json(config: gptk.GPTConfig) -> dict[str, Any]:
 def _gpt2(config: gptk.GPTConfig) -> dict[str, Any]:
     for what, fits in (
         ("a norm on each head", not config.qk_norm),
+        ("a sliding window", config.window is None),
         ("grouped heads", config.n_kv_heads == config.n_heads),
         ("heads that do not make up its width", config.head_dim * config.n_heads == config.width),
     ):
@@ -109,6 +127,13 @@ def _llama(config: gptk.GPTConfig) -> tuple[str, dict[str, Any]]:
     }
     raw["rope_scaling"] = _rope_scaling(config.rope_factors, raw)
     attention_bias = config.qkv_bias or config.out_bias
+    if config.window is not None:
+        if config.qk_norm or attention_bias or config.mlp_bias:
+            raise gptk.SourceError(
+                "Hugging Face's mistral cannot hold this model: beside its sliding window it has "
+                "biases or a norm on each head"
+            )
+        return "mistral", raw | {"sliding_window": config.window}
     if config.qk_norm:
         if config.mlp_bias:
             raise gptk.SourceError(

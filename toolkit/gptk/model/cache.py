@@ -52,6 +52,8 @@ class Slots:
     mask: Tensor | None
     """(1 or trees, rows_per_tree · time, end), in the model's dtype, added to the scores of all
     heads: 0 for slots that a query sees, -inf for others. None: it sees all."""
+    window_mask: Tensor | None
+    """The same in layers with a sliding window."""
     causal: bool
     """Queries and keys are the same tokens: plain causal attention."""
     one_token_per_tree: bool
@@ -63,15 +65,21 @@ class Slots:
     """For each layer all keys up to `end`, (trees · kv_heads, 1, end, head_dim)."""
     values: tuple[Tensor, ...]
 
-    @functools.cached_property
-    def mask_of_heads(self) -> Tensor | None:
-        """The mask as (1 or trees · kv_heads, 1, group · rows_per_tree · time, end)."""
-        if self.mask is None:
+    def of_heads(self, mask: Tensor | None) -> Tensor | None:
+        """A mask as (1 or trees · kv_heads, 1, group · rows_per_tree · time, end)."""
+        if mask is None:
             return None
-        mask = self.mask.repeat(1, self.group, 1) if self.group > 1 else self.mask
-        kv_heads = len(self.keys[0]) // self.trees
-        mask = mask.repeat_interleave(kv_heads, dim=0) if len(mask) > 1 else mask
-        return mask[:, None]
+        known = self._masks_of_heads.get(id(mask))
+        if known is None:
+            known = mask.repeat(1, self.group, 1) if self.group > 1 else mask
+            kv_heads = len(self.keys[0]) // self.trees
+            known = known.repeat_interleave(kv_heads, dim=0) if len(known) > 1 else known
+            self._masks_of_heads[id(mask)] = known = known[:, None]
+        return known
+
+    @functools.cached_property
+    def _masks_of_heads(self) -> dict[int, Tensor]:
+        return {}
 
     def write(self, layer: int, new: Tensor) -> None:
         """Store a layer's new keys and values, (rows, time, 2, kv_heads, head_dim)."""
@@ -110,9 +118,12 @@ class KVCache:
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
+        window: int | None = None,
     ) -> None:
+        """window: how many tokens, the last ones, queries see in some layers."""
         shape = (n_layers, 2, rows, n_kv_heads, capacity, head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self._window = window
         self._expected = capacity
         """The tokens that a row is expected to reach."""
         self.lengths = [0] * rows
@@ -163,6 +174,11 @@ class KVCache:
         elif not causal and time > 1:
             seen = torch.arange(end, device=device) <= (steps + start)[:, None]
             mask = self.kv.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None]
+        window_mask = mask
+        if not causal and self._window is not None and longest + time > self._window:
+            window_mask = self._window_mask(
+                mask, tree_index, trees * rows_per_tree, starts, end, time
+            )
         in_order = tree_index == list(range(trees * rows_per_tree))
         one_token_per_tree = in_order and rows_per_tree == time == 1
         written = self.kv.narrow(4, start, end - start)
@@ -179,12 +195,41 @@ class KVCache:
             tree_index=None if in_order else torch.tensor(tree_index, device=device),
             starts=starts,
             mask=mask,
+            window_mask=window_mask,
             causal=causal,
             one_token_per_tree=one_token_per_tree,
             written=written.unbind(),
             keys=keys.unbind(),
             values=values.unbind(),
         )
+
+    def _window_mask(
+        self,
+        mask: Tensor | None,
+        tree_index: Sequence[int],
+        count: int,
+        starts: Sequence[int],
+        end: int,
+        time: int,
+    ) -> Tensor:
+        """The mask, where each query sees the last tokens of its row only: the slots of a row's
+        tokens ascend. tree_index: of each row, below `count`; for the others see `Slots`."""
+        assert self._window is not None
+        first = np.zeros((count, time), dtype=np.int64)  # the first slot that each query sees
+        for row, (index, length) in enumerate(zip(tree_index, self.lengths, strict=True)):
+            for query in range(max(0, self._window - length - 1), time):
+                oldest = length + query + 1 - self._window
+                if oldest >= length:
+                    first[index, query] = starts[row] + oldest - length
+                elif self._paths is not None:
+                    first[index, query] = self._paths.slots[row, oldest]
+                else:
+                    first[index, query] = oldest
+        if mask is None:
+            mask = self.kv.new_zeros(1, 1, end)
+        firsts = torch.from_numpy(first).to(mask.device).view(self.kv.shape[2], -1, 1)
+        hidden = torch.arange(end, device=mask.device) < firsts
+        return mask.expand(len(hidden), -1, -1).masked_fill(hidden, -torch.inf)
 
     def advance(self, counts: Sequence[int], slots: Slots) -> None:
         """Append `counts[i]` of the tokens just written for row i; the rest is padding."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gptk.model.attributes import are_found_directly, changes
-from gptk.model.gpt import GPT
+from gptk.model.gpt import GPT, Experts
 from gptk.model.packing import PackableModule
 
 Weight = tuple[list[dict[str, Any]], str, Tensor]
@@ -81,6 +81,8 @@ def why_not_capturable(model: GPT) -> str | None:
         kind = type(module)
         if not kind.__module__.startswith(("gptk.model.", "torch.nn.modules.")):
             return f"{name or 'the model'} is a {kind.__qualname__} of {kind.__module__}"
+        if isinstance(module, Experts):
+            return f"{name} gives tokens to experts by their numbers"
         if any(_hooks(module)):
             return f"{name or 'the model'} has hooks"
         if "forward" in module.__dict__:

@@ -1,6 +1,6 @@
-"""One GPT, as configuration: GPT-2 and the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3).
+"""One GPT, as configuration: GPT-2, Llama, Gemma and their kin; see docs/models.md for all.
 
-Read from top to bottom: normalization, attention, MLP, block, model. What is unusual:
+Read from top to bottom: attention, MLP, block, model. What is unusual:
 
 - queries, keys and values come from one matrix, and so do an MLP's gate and up projections;
 - the rotary embedding is applied to queries, keys and values in one operation, with an angle of 0
@@ -20,39 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
+from gptk.model.attention import Scoring, attend, attend_causally, scoring_of
 from gptk.model.cache import KVCache, Slots
 from gptk.model.config import GPTConfig
 from gptk.model.embedding import Embedding
 from gptk.model.layout import PackableModel
 from gptk.model.linear import HooklessModule, Linear
+from gptk.model.norms import make_norm
 from gptk.model.panels import Panels
-
-
-class RMSNorm(HooklessModule, nn.RMSNorm):
-    """nn.RMSNorm (Zhang and Sennrich 2019). PyTorch runs eight small kernels for it in bfloat16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] % 16 == 0 and kernels.can_run(x, self.weight):
-            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-            return kernels.rms_norm(x, self.weight, eps)
-        return super().forward(x)
-
-
-class LayerNorm(HooklessModule, nn.LayerNorm):
-    """nn.LayerNorm (Ba et al. 2016), in inference by gptk's kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernels.can_run(x, self.weight):
-            return kernels.layer_norm(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
-
-
-def make_norm(config: GPTConfig, size: int) -> nn.Module:
-    """Layer norm or RMS norm over the last axis."""
-    if config.norm == "rms":
-        return RMSNorm(size, eps=config.norm_eps)
-    return LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)
-
+from gptk.model.rotary import rotary_tables, rotate
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines for the tokens of a pass, (1 or rows, time, heads, head_dim) each: for the
@@ -73,7 +49,7 @@ class Joined(Protocol):
         what only concerns the others."""
         raise NotImplementedError
 
-    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, scoring: Scoring) -> Tensor:
         """Attention of all tokens. qkv: (1, tokens, heads, d). Returns (tokens, heads · d)."""
         raise NotImplementedError
 
@@ -91,13 +67,18 @@ class Attention(HooklessModule):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.scoring = scoring_of(config, layer)
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)
         self.out = Linear(config.n_heads * config.head_dim, config.width, bias=config.out_bias)
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        has_norms = config.qk_norm or config.qk_norm_joint
+        normed = (config.n_heads, config.n_kv_heads) if config.qk_norm_joint else (1, 1)
+        self.q_norm, self.k_norm = (
+            make_norm(config, heads * config.head_dim) if has_norms else None for heads in normed
+        )
+        self.joint_norms = config.qk_norm_joint
 
     def forward(
         self,
@@ -115,75 +96,30 @@ class Attention(HooklessModule):
         # Split, not sliced: the backward pass then concatenates the parts, without adding to zeros.
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split(heads, dim=2)
-            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+            if self.joint_norms:
+                q, k = q.flatten(2), k.flatten(2)
+            q, k = (
+                x.view(*v.shape[:2], -1, self.head_dim) for x in (self.q_norm(q), self.k_norm(k))
+            )
+            qkv = torch.cat((q, k, v), dim=2)
         if rope is not None:
             qkv = rotate(qkv, *rope)
         if slots is None:
             q, k, v = qkv.split(heads, dim=2)
-            y = attend_causally(q, k, v, self.dropout if self.training else 0.0)
+            y = attend_causally(q, k, v, self.scoring, self.dropout if self.training else 0.0)
         elif not isinstance(slots, Slots):
-            y = slots.attend(qkv, self.layer)
+            y = slots.attend(qkv, self.layer, self.scoring)
         else:
             kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
             kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
             slots.write(self.layer, kv)
             q = qkv.narrow(2, 0, self.n_heads)
-            y = attend_causally(q, *kv.unbind(2)) if slots.causal else attend(q, self.layer, slots)
+            if slots.causal:
+                k, v = kv.unbind(2)
+                y = attend_causally(q, k, v, self.scoring)
+            else:
+                y = attend(q, self.layer, slots, self.scoring)
         return self.out(y if wanted is None else y[wanted])  # type: ignore[no-any-return]
-
-
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021), halves of a head as pairs.
-
-    x: (rows, time, heads, head_dim); cosines, sines: (1 or rows, time, heads, head_dim).
-    """
-    if x.shape[-1] % 32 == 0 and kernels.can_run(x, cosines):
-        return kernels.rotate(x, cosines, sines)
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), sines)
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √d) v where each token sees itself and those before it.
-
-    q: (rows, time, heads, d); k, v: (rows, time, kv_heads, d). Returns (rows · time, heads · d).
-    """
-    if not dropout and kernels.should_run_causal_attention(q, k, v):
-        return kernels.attend_causally(q, k, v).flatten(2).flatten(0, 1)
-    group = q.shape[2] // k.shape[2]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, dropout_p=dropout
-    )
-    return y.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def attend(q: Tensor, layer: int, slots: Slots) -> Tensor:
-    """softmax(q kᵀ / √d) v over a KV cache, where each token sees the slots of its row.
-
-    The heads of a group and the rows of a tree share the query axis, so that keys are read once for
-    all of them. q: (rows, time, heads, d). Returns (rows · time, heads · d).
-    """
-    rows, time, heads, d = q.shape
-    keys, values = slots.keys[layer], slots.values[layer]
-    # Trees and key heads are the batch: then the memory of the result is in the order of heads.
-    batch = keys.shape[0]
-    kv_heads, group = batch // slots.trees, heads * slots.trees // batch
-    few_queries = slots.rows_per_tree * time * group <= kernels.FEW_QUERIES
-    if few_queries and d in kernels.HEAD_DIMS and kernels.can_run(q, keys):
-        q = q if slots.tree_index is None else slots.by_tree(q)
-        y = kernels.attend(q.reshape(-1, heads, d), keys, values, slots.mask, slots.trees)
-        return slots.by_row(y.view(-1, time, heads * d)).view(rows * time, -1)
-    if slots.one_token_per_tree:
-        q = q.reshape(batch, 1, -1, d)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slots.mask_of_heads)
-        return y.view(slots.trees, -1)
-    # (trees, rows, time, kv_heads, group, d) -> (trees, kv_heads, group, rows, time, d)
-    q = slots.by_tree(q).view(slots.trees, slots.rows_per_tree, time, kv_heads, group, d)
-    q = q.permute(0, 3, 4, 1, 2, 5).reshape(batch, 1, -1, d)
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slots.mask_of_heads)
-    y = y.view(slots.trees, kv_heads, -1, slots.rows_per_tree, time, d).permute(0, 3, 4, 1, 2, 5)
-    return slots.by_row(y.reshape(slots.trees * slots.rows_per_tree, time, heads * d)).flatten(0, 1)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -194,13 +130,23 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, by tanh."""
+    if kernels.should_run_gelu(x):
+        return kernels.gelu(x)
+    return F.gelu(x, approximate="tanh")
+
+
+GATED = ("swiglu", "geglu-tanh")
+
+
 class MLP(HooklessModule):
-    """Two layers with GELU, or a gated pair with SiLU (SwiGLU, Shazeer 2020)."""
+    """Two layers with GELU or ReLU, or a gated pair with SiLU or GELU (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.kind = config.mlp
-        up = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
+        up = 2 * config.mlp_width if config.mlp in GATED else config.mlp_width
         self.up = Linear(config.width, up, bias=config.mlp_bias)
         self.down = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
@@ -208,25 +154,56 @@ class MLP(HooklessModule):
         x = self.up(x)
         if self.kind == "swiglu":
             x = swiglu(x)
-        elif self.kind == "gelu-tanh" and kernels.should_run_gelu(x):
-            x = kernels.gelu(x)
+        elif self.kind == "geglu-tanh":
+            gate, up = x.chunk(2, dim=-1)
+            x = gelu(gate) * up
+        elif self.kind == "gelu-tanh":
+            x = gelu(x)
         else:
-            x = F.gelu(x, approximate="tanh" if self.kind == "gelu-tanh" else "none")
+            x = F.relu(x) if self.kind == "relu" else F.gelu(x)
         return self.down(x)  # type: ignore[no-any-return]
 
 
+class Experts(HooklessModule):
+    """Several MLPs, of which each token is given to those that a router chooses (Mixtral, 2024)."""
+
+    def __init__(self, config: GPTConfig, count: int, used: int) -> None:
+        super().__init__()
+        self.used, self.normalizes = used, config.normalize_experts
+        self.router = Linear(config.width, count, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (tokens, width). The experts' results are added in their order, for each token."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.used)  # (tokens, used)
+        if self.normalizes:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            tokens, place = (chosen == number).nonzero(as_tuple=True)
+            added = self.experts[number](x[tokens]) * weights[tokens, place, None].to(x.dtype)
+            y = y.index_add(0, tokens, added)
+        return y
+
+
 class Block(HooklessModule):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream, with norms before or after each."""
 
     dropout = 0.0
     """The dropout probability of what is added to the residual stream, in training."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = make_norm(config, config.width)
+        before, after = config.norms != "after", config.norms != "before"
+        self.parallel = config.parallel
+        self.attn_norm = make_norm(config, config.width, exists=before)
         self.attn = Attention(config, layer)
-        self.mlp_norm = make_norm(config, config.width)
-        self.mlp = MLP(config)
+        self.attn_post_norm = make_norm(config, config.width, exists=after)
+        self.mlp_norm = make_norm(config, config.width, exists=before)
+        self.mlp: nn.Module = MLP(config)
+        if config.n_experts is not None and config.n_experts_used is not None:
+            self.mlp = Experts(config, config.n_experts, config.n_experts_used)
+        self.mlp_post_norm = make_norm(config, config.width, exists=after)
 
     def forward(
         self,
@@ -237,10 +214,10 @@ class Block(HooklessModule):
         wanted: Tensor | None = None,
     ) -> Tensor:
         """x: (rows · time, width). Returns the same shape, or the tokens that are wanted."""
-        y = self.attn(self.attn_norm(x), rows, rope, slots, wanted)
-        x = x if wanted is None else x[wanted]
-        x = x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
-        y = self.mlp(self.mlp_norm(x))
+        y = self.attn_post_norm(self.attn(self.attn_norm(x), rows, rope, slots, wanted))
+        before = x if wanted is None else x[wanted]
+        x = before + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
+        y = self.mlp_post_norm(self.mlp(self.mlp_norm(before if self.parallel else x)))
         return x + (F.dropout(y, self.dropout) if self.training and self.dropout else y)
 
 
@@ -263,7 +240,9 @@ class GPT(PackableModel):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
-        self._rope = torch.empty(2, 0, config.head_dim, dtype=torch.float32, device="cpu")
+        self._rope = torch.empty(
+            config.ropes, 2, 0, config.head_dim, dtype=torch.float32, device="cpu"
+        )
         self._initialize()
 
     def forward(
@@ -307,13 +286,15 @@ class GPT(PackableModel):
         """
         rows, time = ids.shape
         positions = slots.positions if slots else torch.arange(time, device=ids.device)[None]
-        rope = self._rope_at(positions, table) if self.embed_positions is None else None
+        ropes = [self._rope_at(positions, kind) for kind in table]
         x = self.embeddings(ids, positions).flatten(0, 1)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         kept = [x] if 0 in layers else []
         wanted = None if slots is None or isinstance(slots, Slots) else slots.wanted
         for layer, block in enumerate(self.blocks, start=1):
+            kind = self.config.rope_of(layer - 1)
+            rope = None if kind is None else ropes[kind]
             x = block(x, rows, rope, slots, wanted if layer == len(self.blocks) else None)
             if layer in layers:
                 kept.append(x)
@@ -324,19 +305,37 @@ class GPT(PackableModel):
     def embeddings(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What the first block reads. ids, positions: (rows, time). Returns (rows, time, width)."""
         x: Tensor = self.embed(ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
         return x if self.embed_positions is None else x + self.embed_positions(positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32. hidden: (…, width). Returns (…, vocab)."""
-        packed = self.head.packed
+        packed, cap = self.head.packed, self.config.logit_softcap
+        logits: Tensor
         if isinstance(packed, Panels) and self.head.is_plain(hidden):
-            return packed.linear_in_float32(hidden)  # without a copy in hidden's dtype
-        return self.head(hidden).float()  # type: ignore[no-any-return]
+            logits = packed.linear_in_float32(hidden)  # without a copy in hidden's dtype
+        else:
+            logits = self.head(hidden).float()
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KV cache for `rows` rows with memory for `capacity` tokens each."""
-        sizes = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim)
-        return KVCache(*sizes, rows=rows, capacity=capacity, device=self.device, dtype=self.dtype)
+        config = self.config
+        return KVCache(
+            *(config.n_layers, config.n_kv_heads, config.head_dim),
+            rows=rows,
+            capacity=capacity,
+            device=self.device,
+            dtype=self.dtype,
+            window=config.window,
+        )
+
+    @property
+    def has_plain_attention(self) -> bool:
+        """Whether all layers attend as GPT-2's and Llama's do, see `Scoring`."""
+        config = self.config
+        return all(scoring_of(config, layer).is_plain for layer in range(config.n_layers))
 
     def set_dropout(self, p: float) -> None:
         """Dropout in training, where GPT-2 has it: embeddings, attention weights, residuals."""
@@ -348,7 +347,7 @@ class GPT(PackableModel):
         """GPT-2's: std 0.02, or 0.02 / √(2 n_layers) for projections onto the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+                residual = name.endswith(("attn.out.weight", ".down.weight"))
                 std = 0.02 / (2 * self.config.n_layers) ** 0.5 if residual else 0.02
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
@@ -364,28 +363,17 @@ class GPT(PackableModel):
         return torch.cat((cosines, ones), dim=2), torch.cat((sines, zeros), dim=2)
 
     def position_table(self, length: int) -> Tensor:
-        """(2, at least `length`, head_dim): cosines, and sines with `rotate`'s sign.
-
-        Empty where positions are learned.
-        """
+        """The tables of each kind of rotary positions, (kinds, 2, at least `length`, head_dim): see
+        gptk.model.rotary. There is no kind where positions are learned."""
         table, device, dtype = self._rope, self.device, self.dtype
-        if self.embed_positions is not None:
+        if not self.config.ropes:
             return table
-        is_long_enough = table.shape[1] >= length
+        is_long_enough = table.shape[2] >= length
         if is_long_enough and table.device == device and table.dtype == dtype:
             return table
-        # Computed in float32 whatever the model's dtype, as angles grow large; at least doubled if
-        # too short. Not an inference tensor, so that training can use it after sampling.
+        # At least doubled if too short. Not an inference tensor, so that training can use it after
+        # sampling.
         with torch.inference_mode(False):
-            length = max(length, 2 * table.shape[1], 128)
-            half = self.config.head_dim // 2
-            exponents = torch.arange(half, device=device, dtype=torch.float32) / half
-            frequencies = 1.0 / self.config.rope_theta**exponents
-            if self.config.rope_factors is not None:
-                frequencies /= torch.tensor(self.config.rope_factors, device=device)
-            positions = torch.arange(length, device=device, dtype=torch.float32)
-            angles = torch.outer(positions, frequencies)
-            cos, sin = angles.cos(), angles.sin()
-            table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-            self._rope = table.to(dtype)
+            length = max(length, 2 * table.shape[2], 128)
+            self._rope = rotary_tables(self.config, length, device).to(dtype)
         return self._rope

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptk import kernels
 from gptk.kernels import BLOCK
 from gptk.kernels.gpu import Tiling
 from gptk.kernels.walk import walk
+from gptk.model.attention import Scoring, softmax_attention, visible
 from gptk.model.blocks import BlockCache
 from gptk.model.pool import BlockPool
 from gptk.model.walk import Plan
@@ -83,12 +83,13 @@ class JoinedSlots:
 
     def walk(self, plan: Plan, x: Tensor, table: Tensor, layers: Sequence[int]) -> Tensor:
         """All blocks in one call: see `gptk.kernels.walk.walk`."""
+        angles = table[0] if len(table) else table.new_empty(2, 0, table.shape[-1])
         return walk(
-            *(plan.model, x, table, self.positions[0], self.sequences, self.tables),
+            *(plan.model, x, angles, self.positions[0], self.sequences, self.tables),
             *(self.pool.for_kernels, self.wanted, layers),
         )
 
-    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, scoring: Scoring) -> Tensor:
         """Store new keys and values, and attend. qkv: (1, tokens, heads + 2 · kv_heads, d).
 
         Returns (tokens, heads · d).
@@ -102,13 +103,14 @@ class JoinedSlots:
             return attend_blocks(qkv, *where, *slabs, layer, self.heads, self.tiling).flatten(1)
         d, group = qkv.shape[2], self.heads // sample.shape[3]
         fits = d in kernels.HEAD_DIMS and group <= kernels.FEW_QUERIES
+        fits = fits and scoring.is_usual and scoring.window is None
         if fits and kernels.can_run(qkv, sample):
             y = kernels.attend_blocks(qkv, *where, self.pool.for_kernels, layer, self.heads)
         else:
-            y = self._attend_by_pytorch(qkv, layer)
+            y = self._attend_by_pytorch(qkv, layer, scoring)
         return y.flatten(1)
 
-    def _attend_by_pytorch(self, qkv: Tensor, layer: int) -> Tensor:
+    def _attend_by_pytorch(self, qkv: Tensor, layer: int, scoring: Scoring) -> Tensor:
         """`attend`, sequence by sequence. Tokens of no sequence get zeros."""
         pool, heads = self.pool, self.heads
         kv_heads = (qkv.shape[1] - heads) // 2
@@ -125,23 +127,22 @@ class JoinedSlots:
                 piece = kv[:, :, start - past : stop - past]
                 pool.write(layer, blocks[number], start - number * BLOCK, piece)
             keys, values = (x[:, :end] for x in pool.view(layer, blocks))
-            result[first : first + count] = _attend_row(new[:, :heads], keys, values, past)
+            result[first : first + count] = _attend_row(new[:, :heads], keys, values, past, scoring)
         return result
 
 
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
+def _attend_row(q: Tensor, keys: Tensor, values: Tensor, past: int, scoring: Scoring) -> Tensor:
     """q: (count, heads, d); keys, values: (kv_heads, past + count, d). Returns q's shape."""
     count, heads, _ = q.shape
     group = heads // len(keys)
     keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
+    slides = scoring.window is not None and past + count > scoring.window
     mask = None
-    if count > 1 and past:
-        steps = torch.arange(past + count, device=q.device)
-        mask = steps <= steps[past:, None]
-    causal = count > 1 and not past
-    y = F.scaled_dot_product_attention(
-        q.transpose(0, 1), keys, values, attn_mask=mask, is_causal=causal
-    )
+    if slides or (count > 1 and past):
+        positions = torch.arange(past, past + count, device=q.device)
+        mask = visible(positions, 0, past + count, scoring)
+    is_causal = count > 1 and mask is None
+    y = softmax_attention(q.transpose(0, 1), keys, values, mask, scoring, is_causal=is_causal)
     return y.transpose(0, 1)
 
 

@@ -30,7 +30,8 @@ def read_parts(
         part.cache.prepare(part.row, len(part.tokens), beyond=beyond)
     config = model.config
     group = config.n_heads // config.n_kv_heads
-    if can_attend(pool.device, pool.dtype, config.head_dim, group):
+    by_triton = can_attend(pool.device, pool.dtype, config.head_dim, group)
+    if by_triton and model.has_plain_attention:
         states = _read_on_gpu(model, pool, parts, layers)
     else:
         states = _read(model, pool, parts, layers)

@@ -16,8 +16,9 @@ from gptk import kernels
 from gptk.kernels.structures import Matrix, Norm
 from gptk.kernels.walk import matrix_in_panels, model_of, norm_of, quantized_matrix
 from gptk.model.attributes import are_found_directly, changes
-from gptk.model.gpt import GPT, MLP, Attention, Block, LayerNorm, RMSNorm
+from gptk.model.gpt import GPT, MLP, Attention, Block
 from gptk.model.linear import Linear
+from gptk.model.norms import LayerNorm, RMSNorm
 from gptk.model.panels import Panels
 from gptk.model.quantization import KernelGroups
 
@@ -38,6 +39,8 @@ class Plan:
         config = model.config
         self._dtype = model.dtype
         _require(config.mlp in ("swiglu", "gelu-tanh"))
+        _require(config.norms == "before" and not config.parallel and config.n_experts is None)
+        _require(config.ropes < 2 and config.rotary_layers is None and not config.qk_norm_joint)
         # Not watched itself: no pass calls its `forward`, and what it holds may hold the model.
         _require(type(model) is GPT and are_found_directly(model))
         self._watch(model.blocks, nn.ModuleList)
@@ -70,6 +73,7 @@ class Plan:
         self._watch(block.attn, Attention)
         self._watch(block.mlp, MLP)
         attention = block.attn
+        _require(attention.scoring.is_plain)
         return (
             *(self._norm(block.attn_norm), self._norm(attention.q_norm)),
             *(self._norm(attention.k_norm), self._norm(block.mlp_norm)),

@@ -55,7 +55,8 @@ class Tensors:
     ) -> "LazyTensors":
         """The state dict of a GPT of that configuration, for a Checkpoint, from all tensors.
 
-        names: from gptk's names to the file's. `{i}` is the layer; `blocks.{i}.mlp.down` stands for
+        names: from gptk's names to the file's. `{i}` is the layer, `{e}` the expert;
+        `blocks.{i}.mlp.down` stands for
         its weight and its bias; several names of the file, separated by spaces, are concatenated,
         as queries, keys and values for the fused `attn.qkv`. A name that is not in `names` is the
         same in the file. change: takes the file's name and tensor, and returns the tensor in gptk's
@@ -186,8 +187,10 @@ def _concatenated(parts: Sequence[Any]) -> Any:
 
 def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
     """The file's names of the tensors that make up a GPT's. For `names` see `assemble`."""
-    layer = re.search(r"\.(\d+)\.", ours)
-    pattern = ours.replace(layer[0], ".{i}.", 1) if layer else ours
+    numbers = dict(zip(("{i}", "{e}"), re.findall(r"\.(\d+)(?=\.)", ours), strict=False))
+    pattern = ours
+    for place, number in numbers.items():
+        pattern = pattern.replace(f".{number}.", f".{place}.", 1)
     module, _, parameter = pattern.rpartition(".")
     if pattern in names:
         theirs = names[pattern].split()
@@ -195,4 +198,6 @@ def _their_names(ours: str, names: Mapping[str, str]) -> list[str]:
         theirs = [f"{name}.{parameter}" for name in names[module].split()]
     else:
         theirs = [pattern]
-    return [name.replace("{i}", layer[1] if layer else "") for name in theirs]
+    for place, number in numbers.items():
+        theirs = [name.replace(place, number) for name in theirs]
+    return theirs
