@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="gptk's kernels 
 SIGNATURES = (*KERNELS, *STRUCTURES.signatures.values())
 CALLS = int(os.environ.get("GPTK_TEST_WRONG_CALLS", "10000"))
 ODD = (0, 1, 2, 3, 5, 15, 17, 31, 33)
-FLAGS = ("add", "in_float32", "is_swiglu", "is_layer_norm")
+FLAGS = ("add", "in_float32", "is_layer_norm")
 """Integers that may be any."""
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 70, 4, 2, 32, 32
 """Of passes over blocks."""
@@ -95,6 +95,8 @@ class Maker:
                 "add": lambda: int(self.dtype is torch.float32),
                 "in_float32": lambda: choice([0, 1]),
                 "is_layer_norm": lambda: choice([0, 1]),
+                "window": lambda: choice([0, 1, 70]),
+                "kinds": lambda: choice([1, 2]),
                 "kept_count": lambda: choice([0, 1, 2]),
             }
             if self.signature.name == "attend":
@@ -103,8 +105,8 @@ class Maker:
             if of_blocks:
                 chosen["tokens"] = lambda: TOKENS
             if self.signature.name == "layer":
-                sizes = {"is_swiglu": 1, "width": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS}
-                return {**sizes, "head_size": HEAD_DIM}[name]
+                sizes = {"activation": 1, "width": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS}
+                return {**sizes, "head_size": HEAD_DIM, "window": 3, "rope": 1}[name]
             if self.signature.name == "quantized_matrix":
                 parts = (get(part) for part in ("first", "second", "third"))
                 return sum(part.outputs for part in parts)
@@ -223,7 +225,7 @@ class Maker:
         self.alive.append(panels)
         return matrix_in_panels(self.dtype, panels, outputs, None)
 
-    attention_norm = mlp_norm = norm
+    attention_norm = attention_post_norm = mlp_norm = mlp_post_norm = norm
 
     def query_norm(self):
         return self.norm(HEAD_DIM)
@@ -246,13 +248,16 @@ class Maker:
     def model(self):
         layer = (
             *(self.norm(), self.query_norm(), self.key_norm(), self.norm()),
+            *(self.norm(), self.norm()),
             *(self.qkv(), self.out(), self.up(), self.down()),
         )
         return model_of(
             self.dtype,
             [layer, layer],
             self.norm(),
-            is_swiglu=True,
+            windows=[0, 9],
+            ropes=[1, 0],
+            activation="swiglu",
             width=WIDTH,
             heads=HEADS,
             kv_heads=KV_HEADS,

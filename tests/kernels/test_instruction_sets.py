@@ -144,8 +144,8 @@ def test_the_process_gets_no_more_than_a_tensors_bytes(served):
 
 @pytest.mark.parametrize("served", SETS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 96])
-def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
+@pytest.mark.parametrize(("head_dim", "window"), [(32, 0), (96, 3), (256, 0), (256, 66)])
+def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim, window):
     """70 tokens of one text, then one more, and another text of three tokens beside it."""
     heads, kv_heads, texts = 4, 2, (71, 3)
     parts = [
@@ -163,7 +163,7 @@ def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
         status = served.function("attend_blocks_in_slab", types)(
             *(dtype is torch.bfloat16, qkv.data_ptr(), y.data_ptr(), sequences.data_ptr()),
             *(tables.data_ptr(), slab.data_ptr(), len(qkv), len(sequences), len(tables)),
-            *(1, 2, heads, kv_heads, head_dim, 0, half),
+            *(1, 2, heads, kv_heads, head_dim, 0, half, window),
         )
         assert status == 0
         return y
@@ -173,7 +173,10 @@ def test_attention_to_keys_and_values_in_blocks(served, dtype, head_dim):
         both = attend(torch.cat([parts[0][70:], parts[1]]), [[0, 1, 70, 0], [1, 3, 0, 2]])
     for got, qkv in zip((torch.cat([first, both[:1]]), both[1:]), parts, strict=True):
         q, k, v = qkv.double().transpose(0, 1).split((heads, kv_heads, kv_heads))
-        want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        seen = torch.ones(len(qkv), len(qkv), dtype=torch.bool).tril()
+        if window:
+            seen &= seen.new_ones(seen.shape).triu(1 - window)
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         # In bfloat16 the weights of the sum are rounded, too.
         error = 2e-6 if dtype == torch.float32 else 2**-8
         test_kernels.close(got, want.transpose(0, 1), error)

@@ -32,6 +32,13 @@ CONFIGS = {
     "llama": LLAMA,
     "qwen3": replace(LLAMA, qk_norm=True, tied_head=False, n_heads=4, n_kv_heads=1),
     "qwen2": replace(LLAMA, qkv_bias=True, head_dim=64),
+    "gemma3": replace(
+        LLAMA, norms="both", mlp="geglu-tanh", qk_norm=True, embedding_scale=9.8, head_dim=256,
+        n_heads=4, n_kv_heads=1, window=70, window_layers=(True, False), window_rope_theta=100.0,
+        rope_factors=(8.0,) * 128, logit_softcap=3.0,
+    ),
+    "smollm3": replace(LLAMA, rotary_layers=(True, False), rotary_dim=24, rope_scale=1.2),
+    "mistral": replace(LLAMA, window=20, n_kv_heads=6),
     "gpt2": GPTConfig(
         vocab_size=40, context_length=512, n_layers=2, n_heads=3, n_kv_heads=3, width=96,
         head_dim=32, mlp_width=384, norm="layer", norm_bias=True, positions="learned",

@@ -95,10 +95,11 @@ int32_t attend_blocks_in_slab(int64_t is_bfloat16, const void* qkv, void* y,
                               const int64_t* sequences, const int32_t* tables, void* slab,
                               int64_t tokens, int64_t count, int64_t entries, int64_t slab_count,
                               int64_t slab_bits, int64_t heads, int64_t kv_heads, int64_t size,
-                              int64_t keys_from, int64_t values_from) {
+                              int64_t keys_from, int64_t values_from, int64_t window) {
   const int64_t slabs[1] = {(int64_t)slab};
   return gptk_attend_blocks(is_bfloat16, qkv, y, sequences, tables, slabs, tokens, count, entries,
-                            slab_count, slab_bits, heads, kv_heads, size, keys_from, values_from);
+                            slab_count, slab_bits, heads, kv_heads, size, keys_from, values_from,
+                            window);
 }
 
 // gptk_pack_stored with the blocks of all outputs in one tensor, row_bytes apart.

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptk.kernels.build import library
 from gptk.kernels.structures import STRUCTURES, Slabs
 
-HEAD_DIMS = (32, 64, 96, 128)
+HEAD_DIMS = (32, 64, 96, 128, 256)
 """The head sizes that there are kernels for."""
 BLOCK = 64
 """Tokens of a block of `attend_blocks`; it is CHUNK in cpp/attention.h."""
@@ -31,12 +31,18 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, trees: 
 
 
 def attend_blocks(
-    qkv: Tensor, sequences: Tensor, tables: Tensor, slabs: Slabs, layer: int, heads: int
+    qkv: Tensor,
+    sequences: Tensor,
+    tables: Tensor,
+    slabs: Slabs,
+    layer: int,
+    heads: int,
+    window: int = 0,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v for sequences of any lengths, whose keys and values are in blocks.
 
     The new keys and values are stored in the blocks first. Each token sees those before it in its
-    sequence, and itself.
+    sequence, and itself; with a window only so many of them, the last ones.
 
     qkv: (tokens, heads + 2 · kv_heads, d): queries, keys, values. sequences: (n, 4) int64: a
     sequence's first token in qkv, how many it has there, how many its blocks hold already, and
@@ -44,7 +50,7 @@ def attend_blocks(
     the blocks that a sequence writes to are in no other. slabs: see `slabs_of`. Returns (tokens,
     heads, d).
     """
-    y: Tensor = library().attend_blocks(qkv, sequences, tables, slabs, layer, heads)
+    y: Tensor = library().attend_blocks(qkv, sequences, tables, slabs, layer, heads, window)
     return y
 
 

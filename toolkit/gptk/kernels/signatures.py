@@ -299,12 +299,14 @@ _ATTENTION = (
         *_SEQUENCES,
         Int("layer"),
         Int("heads"),
+        Int("window"),
         Result("y", "tokens, heads, head_dim", "qkv.dtype"),
         call="qkv.dtype is BFLOAT16, qkv, y, sequences, tables, slabs, tokens, count, entries, "
         "slabs.count, slabs.bits, heads, slabs.kv_heads, head_dim, "
-        "2 * layer * slabs.half, (2 * layer + 1) * slabs.half",
+        "2 * layer * slabs.half, (2 * layer + 1) * slabs.half, window",
         where=(
             "head_dim == slabs.head_dim",
+            "0 <= window < 2**31",
             "0 <= layer < slabs.layers",
             "all_heads == heads + 2 * slabs.kv_heads",
             "heads > 0",
@@ -320,7 +322,7 @@ _WALK = _kernel(
     "walk",
     Made("model", Model, has_regions=True),
     Written("x", "tokens, width", "slabs.dtype"),
-    Input("table", "2, angles, head_dim", copied=False),
+    Input("table", "kinds, 2, angles, head_dim", copied=False),
     Input("positions", "tokens", (INT64,)),
     *_SEQUENCES,
     Input("wanted", "asked", (INT64,), optional=True),
@@ -336,6 +338,7 @@ _WALK = _kernel(
         "model.layers <= slabs.layers",
         "model.is_bfloat16 == (x.dtype is BFLOAT16)",
         "angles == 0 or table.dtype is x.dtype",
+        "model.ropes <= kinds",
     ),
 )
 

@@ -17,14 +17,17 @@ from gptk.kernels.formats import packed_bytes
 from gptk.kernels.parameters import INT64, UINT8, Dtype, Input, Int, Made, Real, Written
 from gptk.kernels.regions import Regions
 
-HEADS = "head_dim in (32, 64, 96, 128)"
+HEADS = "head_dim in (32, 64, 96, 128, 256)"
 PANELS = "outputs + -outputs % 16, inputs"
 ALIGNED = "panels.data_ptr() % 64 == 0"
 PACKED = ("weights.numel() == packed_bytes(format, outputs, inputs)",)
 """What quantized weights need, see `gptk.kernels.formats.packed_bytes`."""
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_NORMS = ("attention_norm", "query_norm", "key_norm", "mlp_norm")
+_NORMS = (
+    *("attention_norm", "query_norm", "key_norm", "attention_post_norm"),
+    *("mlp_norm", "mlp_post_norm"),
+)
 _IS_BFLOAT16 = "dtype is BFLOAT16"
 _SEGMENTS = ("first", "second", "third")
 _MATRICES = ("qkv", "out", "up", "down")
@@ -143,6 +146,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Norm) for name in _NORMS),
         *((name, Matrix) for name in _MATRICES),
+        *(("window", _INT), ("rope", _INT)),
     )
 
     @property
@@ -155,8 +159,8 @@ class Model(ctypes.Structure):
     """The blocks of a GPT."""
 
     _fields_ = (
-        *((name, _INT) for name in ("is_bfloat16", "is_swiglu", "layers", "width")),
-        *((name, _INT) for name in ("heads", "kv_heads", "head_size")),
+        *((name, _INT) for name in ("is_bfloat16", "activation", "layers", "width")),
+        *((name, _INT) for name in ("heads", "kv_heads", "head_size", "window", "ropes")),
         *(("layer", ctypes.POINTER(Layer)), ("norm", Norm)),
     )
 
@@ -256,15 +260,21 @@ STRUCTURES = Door(
                 Dtype("dtype"),
                 *(Made(name, Norm) for name in _NORMS),
                 *(Made(name, Matrix) for name in _MATRICES),
-                *(Int(name) for name in ("is_swiglu", "width", "heads", "kv_heads", "head_size")),
+                *(Int(name) for name in ("window", "rope", "activation", "width")),
+                *(Int(name) for name in ("heads", "kv_heads", "head_size")),
             ),
-            ", ".join(_NORMS + _MATRICES),
+            ", ".join((*_NORMS, *_MATRICES, "window", "rope")),
             where=(
                 "width > 0 and width % 16 == 0",
-                "head_size in (32, 64, 96, 128)",
+                "head_size in (32, 64, 96, 128, 256)",
+                "0 <= window < 2**31",
+                "rope in (0, 1, 2)",
+                "activation in (0, 1, 2)",
                 "kv_heads > 0 and heads > 0 and heads % kv_heads == 0",
                 f"heads <= {FEW_QUERIES} * kv_heads",
                 "attention_norm.size == mlp_norm.size == width",
+                "attention_post_norm.size in (0, width)",
+                "mlp_post_norm.size in (0, width)",
                 "query_norm.size in (0, head_size)",
                 "key_norm.size in (0, head_size)",
                 *(f"{name}.is_bfloat16 == ({_IS_BFLOAT16})" for name in _MATRICES),
@@ -273,7 +283,7 @@ STRUCTURES = Door(
                 "(out.inputs, out.outputs) == (heads * head_size, width)",
                 "down.outputs == width",
                 "down.inputs > 0 and down.inputs % 16 == 0",
-                "(up.inputs, up.outputs) == (width, down.inputs * (2 if is_swiglu else 1))",
+                "(up.inputs, up.outputs) == (width, down.inputs * (2 if activation else 1))",
             ),
             makes=Layer,
         ),

@@ -61,7 +61,9 @@ def model_of(
     layers: Sequence[tuple[Norm | Matrix, ...]],
     norm: Norm,
     *,
-    is_swiglu: bool,
+    windows: Sequence[int],
+    ropes: Sequence[int],
+    activation: str,
     width: int,
     heads: int,
     kv_heads: int,
@@ -70,17 +72,30 @@ def model_of(
     """The blocks of a GPT.
 
     layers: the norms and matrices of each, made for this dtype, in the order of the fields of
-    `Layer`. norm: after the last layer. is_swiglu: else the MLP's activation is GELU.
+    `Layer`. norm: after the last layer. windows: of each layer how many tokens a query sees, the
+    last ones, 0: all; layers that have a window have the same. ropes: of each layer which table of
+    cosines and sines it has, from 1; 0: none. activation: of the MLPs, one of ACTIVATIONS.
     """
     sizes = width, heads, kv_heads, head_size
-    made = [STRUCTURES.layer(dtype, *layer, is_swiglu, *sizes) for layer in layers]
+    if activation not in ACTIVATIONS or len({*windows} - {0}) > 1:
+        raise ValueError(f"gptk.kernels.model_of cannot take {activation}, or several windows")
+    number = ACTIVATIONS.index(activation)
+    made = [
+        STRUCTURES.layer(dtype, *layer, window, rope, number, *sizes)
+        for layer, window, rope in zip(layers, windows, ropes, strict=True)
+    ]
     is_bfloat16 = dtype is torch.bfloat16
     if type(norm) is not Norm or (norm.size, norm.is_bfloat16) != (width, is_bfloat16):
         raise ValueError(f"gptk.kernels.model_of needs a last norm of {width} numbers in {dtype}")
     return Model(
-        *(is_bfloat16, is_swiglu, len(made), *sizes),
+        *(is_bfloat16, number, len(made), *sizes),
+        *(max(windows, default=0), max(ropes, default=0)),
         *((Layer * len(made))(*made), norm),
     )
+
+
+ACTIVATIONS = ("gelu-tanh", "swiglu", "geglu-tanh")
+"""In the order of Activation in cpp/walk.h."""
 
 
 def walk(
@@ -96,10 +111,10 @@ def walk(
 ) -> Tensor:
     """The states of tokens after all blocks: (tokens asked of, 1 + layers, width).
 
-    x: (tokens, width), the embeddings, overwritten. table: (2, positions, head_dim), cosines and
-    sines, or without positions where the model has none; positions: (tokens,) int64, below the
-    table's. sequences, tables, slabs: see `attend_blocks`. wanted: (n,) int64, the tokens asked of,
-    in ascending order; None: all. layers: see `GPT.states`. x and table are contiguous.
+    x: (tokens, width), the embeddings, overwritten. table: (kinds, 2, positions, head_dim), cosines
+    and sines, or no kinds where the model has no rotary positions; positions: (tokens,) int64,
+    below the table's. sequences, tables, slabs: see `attend_blocks`. wanted: (n,) int64, the tokens
+    asked of, in ascending order; None: all. layers: see `GPT.states`. x and table are contiguous.
     """
     kept = torch.tensor(layers, dtype=torch.int64, device="cpu")
     states: Tensor = library().walk(

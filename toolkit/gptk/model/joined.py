@@ -83,9 +83,8 @@ class JoinedSlots:
 
     def walk(self, plan: Plan, x: Tensor, table: Tensor, layers: Sequence[int]) -> Tensor:
         """All blocks in one call: see `gptk.kernels.walk.walk`."""
-        angles = table[0] if len(table) else table.new_empty(2, 0, table.shape[-1])
         return walk(
-            *(plan.model, x, angles, self.positions[0], self.sequences, self.tables),
+            *(plan.model, x, table, self.positions[0], self.sequences, self.tables),
             *(self.pool.for_kernels, self.wanted, layers),
         )
 
@@ -103,9 +102,11 @@ class JoinedSlots:
             return attend_blocks(qkv, *where, *slabs, layer, self.heads, self.tiling).flatten(1)
         d, group = qkv.shape[2], self.heads // sample.shape[3]
         fits = d in kernels.HEAD_DIMS and group <= kernels.FEW_QUERIES
-        fits = fits and scoring.is_usual and scoring.window is None
+        fits = fits and scoring.is_usual
         if fits and kernels.can_run(qkv, sample):
-            y = kernels.attend_blocks(qkv, *where, self.pool.for_kernels, layer, self.heads)
+            y = kernels.attend_blocks(
+                qkv, *where, self.pool.for_kernels, layer, self.heads, scoring.window or 0
+            )
         else:
             y = self._attend_by_pytorch(qkv, layer, scoring)
         return y.flatten(1)

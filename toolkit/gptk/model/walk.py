@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from gptk import kernels
 from gptk.kernels.structures import Matrix, Norm
 from gptk.kernels.walk import matrix_in_panels, model_of, norm_of, quantized_matrix
+from gptk.model.attention import scoring_of
 from gptk.model.attributes import are_found_directly, changes
 from gptk.model.gpt import GPT, MLP, Attention, Block
 from gptk.model.linear import Linear
-from gptk.model.norms import LayerNorm, RMSNorm
+from gptk.model.norms import Identity, LayerNorm, RMSNorm
 from gptk.model.panels import Panels
 from gptk.model.quantization import KernelGroups
 
@@ -38,9 +39,8 @@ class Plan:
         self._hooks: list[dict[int, Callable[..., Any]]] = []
         config = model.config
         self._dtype = model.dtype
-        _require(config.mlp in ("swiglu", "gelu-tanh"))
-        _require(config.norms == "before" and not config.parallel and config.n_experts is None)
-        _require(config.ropes < 2 and config.rotary_layers is None and not config.qk_norm_joint)
+        _require(config.norms != "after" and not config.parallel and not config.qk_norm_joint)
+        layers = range(config.n_layers)
         # Not watched itself: no pass calls its `forward`, and what it holds may hold the model.
         _require(type(model) is GPT and are_found_directly(model))
         self._watch(model.blocks, nn.ModuleList)
@@ -49,7 +49,9 @@ class Plan:
                 self._dtype,
                 [self._layer(block) for block in model.blocks],
                 self._norm(model.norm),
-                is_swiglu=config.mlp == "swiglu",
+                windows=[scoring_of(config, layer).window or 0 for layer in layers],
+                ropes=[0 if rope is None else 1 + rope for rope in map(config.rope_of, layers)],
+                activation=config.mlp,
                 width=config.width,
                 heads=config.n_heads,
                 kv_heads=config.n_kv_heads,
@@ -73,10 +75,11 @@ class Plan:
         self._watch(block.attn, Attention)
         self._watch(block.mlp, MLP)
         attention = block.attn
-        _require(attention.scoring.is_plain)
+        _require(attention.scoring.is_usual)
         return (
             *(self._norm(block.attn_norm), self._norm(attention.q_norm)),
-            *(self._norm(attention.k_norm), self._norm(block.mlp_norm)),
+            *(self._norm(attention.k_norm), self._norm(block.attn_post_norm)),
+            *(self._norm(block.mlp_norm), self._norm(block.mlp_post_norm)),
             *(self._matrix(attention.qkv), self._matrix(attention.out)),
             *(self._matrix(block.mlp.up), self._matrix(block.mlp.down)),
         )
@@ -84,7 +87,9 @@ class Plan:
     def _norm(self, norm: nn.Module | None) -> Norm:
         if norm is None:
             return Norm()
-        self._watch(norm, RMSNorm, LayerNorm)
+        self._watch(norm, RMSNorm, LayerNorm, Identity)
+        if isinstance(norm, Identity):
+            return Norm()
         assert isinstance(norm, RMSNorm | LayerNorm)
         weight, bias = self._parameter(norm, "weight"), self._parameter(norm, "bias")
         _require(weight is not None)

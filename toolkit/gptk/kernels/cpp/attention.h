@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 64;           // keys that are worked through together
-constexpr int64_t MAX_HEAD_SIZE = 128;  // numbers
+constexpr int64_t MAX_HEAD_SIZE = 256;  // numbers
 // Of a key head over a cache: FEW_QUERIES in kernels/build.py, which defines it.
 constexpr int64_t MAX_QUERIES = GPTK_MAX_QUERIES;
 
@@ -566,15 +566,16 @@ void attend_causally_backward(const T* q, const T* k, const T* v, const T* y, co
   }
 }
 
-// --- The instance for a head size: 32, 64, 96 or 128 ---
+// --- The instance for a head size: 32, 64, 96, 128 or 256 ---
 
 template <typename T>
 void attend_causally_by_size(const void* q, const void* k, const void* v, void* y, float* logsums,
                              int64_t size, const CausalShape& shape) {
-  auto* run = size == 32   ? attend_causally<T, 2>
-              : size == 64 ? attend_causally<T, 4>
-              : size == 96 ? attend_causally<T, 6>
-                           : attend_causally<T, 8>;
+  auto* run = size == 32    ? attend_causally<T, 2>
+              : size == 64  ? attend_causally<T, 4>
+              : size == 96  ? attend_causally<T, 6>
+              : size == 128 ? attend_causally<T, 8>
+                            : attend_causally<T, 16>;
   run((const T*)q, (const T*)k, (const T*)v, (T*)y, logsums, shape);
 }
 
@@ -582,10 +583,11 @@ template <typename T>
 void attend_causally_backward_by_size(const void* q, const void* k, const void* v, const void* y,
                                       const void* dy, const float* logsums, void* dq, void* dk,
                                       void* dv, int64_t size, const CausalShape& shape) {
-  auto* run = size == 32   ? attend_causally_backward<T, 2>
-              : size == 64 ? attend_causally_backward<T, 4>
-              : size == 96 ? attend_causally_backward<T, 6>
-                           : attend_causally_backward<T, 8>;
+  auto* run = size == 32    ? attend_causally_backward<T, 2>
+              : size == 64  ? attend_causally_backward<T, 4>
+              : size == 96  ? attend_causally_backward<T, 6>
+              : size == 128 ? attend_causally_backward<T, 8>
+                            : attend_causally_backward<T, 16>;
   run((const T*)q, (const T*)k, (const T*)v, (const T*)y, (const T*)dy, logsums, (T*)dq, (T*)dk,
       (T*)dv, shape);
 }
@@ -593,10 +595,11 @@ void attend_causally_backward_by_size(const void* q, const void* k, const void* 
 template <typename T>
 void attend_by_size(const void* q, const void* keys, const void* values, const void* mask, void* y,
                     int64_t size, const CacheShape& shape) {
-  auto* run = size == 32   ? attend<T, 2>
-              : size == 64 ? attend<T, 4>
-              : size == 96 ? attend<T, 6>
-                           : attend<T, 8>;
+  auto* run = size == 32    ? attend<T, 2>
+              : size == 64  ? attend<T, 4>
+              : size == 96  ? attend<T, 6>
+              : size == 128 ? attend<T, 8>
+                            : attend<T, 16>;
   run((const T*)q, (const T*)keys, (const T*)values, (const T*)mask, (T*)y, shape);
 }
 

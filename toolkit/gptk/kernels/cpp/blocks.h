@@ -69,12 +69,12 @@ struct Blocks {
   }
 };
 
-// One query in one chunk: where its vector is (size), how many of the chunk's tokens it sees, and
-// where its partial result goes.
+// One query in one chunk: where its vector is (size), how many of the chunk's tokens it sees, less
+// the first `hidden`, which are before its window, and where its partial result goes.
 template <typename T>
 struct Query {
   const T* q;
-  int64_t visible;
+  int64_t visible, hidden;
   Partial* result;
 };
 
@@ -116,6 +116,9 @@ void attend_to_chunk(const Query<T>* queries, const T* keys, const T* values, co
     for (int k = 0; k < registers; k++) {
       const Floats scaled = scores[r][k] * broadcast(scale);
       scores[r][k] = select(first_lanes(queries[r].visible - 16 * k), scaled, broadcast(-INFINITY));
+      if (queries[r].hidden > 16 * k)
+        scores[r][k] =
+            select(first_lanes(queries[r].hidden - 16 * k), broadcast(-INFINITY), scores[r][k]);
       lane_highest = max(scores[r][k], lane_highest);
     }
     const float highest = reduce_max(lane_highest);
@@ -187,14 +190,16 @@ struct Merged {
   }
 };
 
-// How the attention of a pass is divided among threads: the same for all layers.
+// How the attention of a pass is divided among threads: the same for all layers of one window, that
+// is how many tokens, the last ones, a query sees.
 class BlockPlan {
  public:
   // Consecutive new tokens of a sequence that are few enough to be worked through together, a task
   // for each key head and chunk; or, with more queries than MAX_QUERIES, a task for each head.
   struct Tile {
     const Sequence* sequence;
-    int64_t start, rows, chunks;
+    int64_t start, rows;
+    int64_t first_chunk, chunks;  // the first that is seen, and how many are
     int64_t partial;  // the first of its partial results, (kv_heads, chunks, rows · group)
     int64_t task;     // the first of its tasks, (kv_heads, chunks)
   };
@@ -207,15 +212,16 @@ class BlockPlan {
   std::vector<Sequence> sequences;
   std::vector<Place> places;  // of each token
   std::vector<Tile> tiles, long_tiles;
-  int64_t heads, kv_heads, group, partials = 0, tasks = 0;
+  int64_t heads, kv_heads, group, window, partials = 0, tasks = 0;
 
-  // Throws a Status if a number is out of range.
-  BlockPlan(const Places& given, int64_t tokens, int64_t heads, int64_t kv_heads)
+  // window: 0 for none. Throws a Status if a number is out of range.
+  BlockPlan(const Places& given, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t window)
       : sequences(given.count),
         places(tokens, {-1, 0, false}),
         heads(heads),
         kv_heads(kv_heads),
-        group(heads / kv_heads) {
+        group(heads / kv_heads),
+        window(window ? window : INT64_MAX) {
     const int64_t* numbers = given.sequences;
     int64_t placed = 0;
     for (Sequence& sequence : sequences) {
@@ -247,8 +253,11 @@ class BlockPlan {
     const int64_t step = is_long ? CHUNK : rows_together;
     for (int64_t start = 0; start < sequence.count; start += step) {
       const int64_t rows = std::min(step, sequence.count - start);
-      const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK;
-      (is_long ? long_tiles : tiles).push_back({&sequence, start, rows, chunks, partials, tasks});
+      const int64_t oldest = std::max<int64_t>(0, sequence.past + start + 1 - window);
+      const int64_t first = oldest / CHUNK;
+      const int64_t chunks = (sequence.past + start + rows + CHUNK - 1) / CHUNK - first;
+      (is_long ? long_tiles : tiles)
+          .push_back({&sequence, start, rows, first, chunks, partials, tasks});
       if (is_long) continue;
       partials += kv_heads * chunks * group * rows;
       tasks += kv_heads * chunks;
@@ -326,13 +335,19 @@ struct BlockAttention {
     return tile.sequence->past + tile.start + row + 1 - chunk * CHUNK;
   }
 
+  bool sees(const BlockPlan::Tile& tile, int64_t row, int64_t chunk) const {
+    const int64_t tokens = visible(tile, row, chunk);
+    return tokens > 0 && tokens - plan.window < CHUNK;
+  }
+
   const T* keys_of(const BlockPlan::Tile& tile, int64_t task) const {
-    return blocks.keys(tile.sequence->table[task % tile.chunks], task / tile.chunks);
+    const int64_t chunk = tile.first_chunk + task % tile.chunks;
+    return blocks.keys(tile.sequence->table[chunk], task / tile.chunks);
   }
 
   // A chunk of a key head, for all tokens of a tile. next: the keys of the next task.
   void attend(const BlockPlan::Tile& tile, int64_t task, const T* next) const {
-    const int64_t head = task / tile.chunks, chunk = task % tile.chunks;
+    const int64_t head = task / tile.chunks, chunk = tile.first_chunk + task % tile.chunks;
     Partial* result = partial + tile.partial + task * tile.rows * plan.group;
     Query<T> queries[MAX_QUERIES];
     for (int64_t row = 0; row < tile.rows; row++)
@@ -340,7 +355,8 @@ struct BlockAttention {
         queries[row * plan.group + i] = {
             head_of(plan, qkv, size, tile.sequence->first + tile.start + row,
                     head * plan.group + i),
-            visible(tile, row, chunk), result + row * plan.group + i};
+            visible(tile, row, chunk), visible(tile, row, chunk) - plan.window,
+            result + row * plan.group + i};
     attend_to_chunk<T, vectors>(queries, tile.rows * plan.group, keys_of(tile, task),
                                 blocks.values(tile.sequence->table[chunk], head), next, scale);
   }
@@ -350,7 +366,7 @@ struct BlockAttention {
     for (int64_t row = 0; row < tile.rows; row++) {
       Merged<vectors> merged;
       for (int64_t chunk = 0; chunk < tile.chunks; chunk++)
-        if (visible(tile, row, chunk) > 0)
+        if (sees(tile, row, tile.first_chunk + chunk))
           merged.merge(partial[tile.partial + (head / plan.group * tile.chunks + chunk) * queries +
                                row * plan.group + head % plan.group]);
       merged.finish(y + ((tile.sequence->first + tile.start + row) * plan.heads + head) * size);
@@ -366,7 +382,8 @@ struct BlockAttention {
       std::memcpy(from[i], head_of(plan, qkv, size, sequence.first + tile.start + i, head),
                   sizeof from[i]);
     Merged<vectors> merged[CHUNK];
-    for (int64_t chunk = 0; chunk < tile.chunks; chunk++) {
+    for (int64_t i = 0; i < tile.chunks; i++) {
+      const int64_t chunk = tile.first_chunk + i;
       const int32_t block = sequence.table[chunk];
       const int64_t head_of_keys = head / plan.group;
       const T *keys = blocks.keys(block, head_of_keys),
@@ -377,9 +394,11 @@ struct BlockAttention {
         Partial parts[ROWS_AT_ONCE];
         Query<T> queries[ROWS_AT_ONCE];
         for (int64_t r = 0; r < rows; r++)
-          queries[r] = {from[row + r], visible(tile, row + r, chunk), parts + r};
+          queries[r] = {from[row + r], visible(tile, row + r, chunk),
+                        visible(tile, row + r, chunk) - plan.window, parts + r};
         attend_to_chunk<T, vectors>(queries, rows, keys, values, nullptr, scale);
-        for (int64_t r = 0; r < rows; r++) merged[row + r].merge(parts[r]);
+        for (int64_t r = 0; r < rows; r++)
+          if (sees(tile, row + r, chunk)) merged[row + r].merge(parts[r]);
       }
     }
     for (int64_t i = 0; i < tile.rows; i++)
@@ -401,8 +420,10 @@ void attend_to_blocks(const BlockPlan& plan, const Blocks<T>& blocks, const T* q
       return run(std::integral_constant<int, 4>());
     case 96:
       return run(std::integral_constant<int, 6>());
-    default:
+    case 128:
       return run(std::integral_constant<int, 8>());
+    default:
+      return run(std::integral_constant<int, 16>());
   }
 }
 

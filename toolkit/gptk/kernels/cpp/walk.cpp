@@ -59,15 +59,16 @@ int32_t gptk_from_panels(int64_t is_bfloat16, void* weights, const void* panels,
 // blocks already, and where its blocks begin in `tables`. tables: (entries), numbers of blocks.
 // slabs: (slab_count), the addresses of slabs of 2^slab_bits blocks, of which this layer's keys and
 // values begin at keys_from and values_from, in numbers; for a block see `Blocks`. size: 32, 64, 96
-// or 128; heads / kv_heads is at most 16.
+// 128 or 256; heads / kv_heads is at most 16. window: how many tokens each sees, the last ones; 0:
+// all.
 int32_t gptk_attend_blocks(int64_t is_bfloat16, const void* qkv, void* y, const int64_t* sequences,
                            const int32_t* tables, const int64_t* slabs, int64_t tokens,
                            int64_t count, int64_t entries, int64_t slab_count, int64_t slab_bits,
                            int64_t heads, int64_t kv_heads, int64_t size, int64_t keys_from,
-                           int64_t values_from) {
+                           int64_t values_from, int64_t window) {
   return status_of([&] {
     const BlockPlan plan({sequences, count, tables, entries, slabs, slab_count, slab_bits}, tokens,
-                         heads, kv_heads);
+                         heads, kv_heads, window);
     DISPATCH_DTYPE(is_bfloat16, {
       const Blocks<T> blocks{slabs, slab_bits, keys_from, values_from, kv_heads, size};
       attend_blocks((const T*)qkv, (T*)y, plan, blocks);
@@ -76,10 +77,10 @@ int32_t gptk_attend_blocks(int64_t is_bfloat16, const void* qkv, void* y, const 
 }
 
 // Reads the tokens of a pass with a model. x (tokens, width): the embeddings, overwritten. table
-// (2, angles, head size): cosines and sines, as `rotate` takes them, and positions (tokens): which
-// of them each token has; without angles there are no rotations. From sequences to slab_bits: see
-// gptk_attend_blocks; a layer's keys take `half` numbers of a slab, and so do its values. wanted
-// (wanted_count): the tokens whose states are asked of, in ascending order; -1: all. kept
+// (kinds, 2, angles, head size): cosines and sines, as `rotate` takes them, and positions (tokens):
+// which of them each token has; without angles there are no rotations. From sequences to slab_bits:
+// see gptk_attend_blocks; a layer's keys take `half` numbers of a slab, and so do its values.
+// wanted (wanted_count): the tokens whose states are asked of, in ascending order; -1: all. kept
 // (kept_count): layers whose states are asked of, too, in ascending order; 0: the embeddings.
 // states (tokens asked of, 1 + kept_count, width): the normalized last states, then these.
 int32_t gptk_walk(const Model* model, int64_t tokens, void* x, const void* table, int64_t angles,

@@ -31,14 +31,21 @@ struct Matrix {
   Segment segments[3];
 };
 
+// attention_post_norm, mlp_post_norm: of what is added to the residual stream. window: how many
+// tokens each sees, the last ones; 0: all. rope: which of the tables it rotates by, from 1; 0:
+// none.
 struct Layer {
-  Norm attention_norm, query_norm, key_norm, mlp_norm;
+  Norm attention_norm, query_norm, key_norm, attention_post_norm, mlp_norm, mlp_post_norm;
   Matrix qkv, out, up, down;
+  int64_t window, rope;
 };
 
+enum Activation : int64_t { GELU, SWIGLU, GEGLU };
+
 struct Model {
-  int64_t is_bfloat16, is_swiglu;  // the MLP's activation: else GELU
+  int64_t is_bfloat16, activation;  // of the MLP
   int64_t layers, width, heads, kv_heads, head_size;
+  int64_t window, ropes;  // the one window that layers may have; how many tables there are
   const Layer* layer;
   Norm norm;
 };
@@ -98,7 +105,10 @@ class Walk {
   Walk(const Model& model, const Pass& pass)
       : model(model),
         pass(pass),
-        plan(pass.places, pass.tokens, model.heads, model.kv_heads),
+        plan(pass.places, pass.tokens, model.heads, model.kv_heads, 0),
+        window_plan(model.window ? new BlockPlan(pass.places, pass.tokens, model.heads,
+                                                 model.kv_heads, model.window)
+                                 : nullptr),
         size(model.head_size),
         x((T*)pass.x) {
     const int64_t heads = model.heads + 2 * model.kv_heads, tokens = pass.tokens;
@@ -125,16 +135,17 @@ class Walk {
         normed_bytes,
         quantized_bytes,
         threads * gate_size,
-        plan.partials * (int64_t)sizeof(Partial)};
-    char** const places[] = {(char**)&qkv,      (char**)&y, (char**)&act, (char**)&wanted_x,
-                             (char**)&wanted_y, &normed,    &quantized,   &gates,
-                             (char**)&partial};
+        plan.partials * (int64_t)sizeof(Partial),
+        tokens * model.width * (int64_t)sizeof(T)};
+    char** const places[] = {(char**)&qkv,      (char**)&y,    (char**)&act, (char**)&wanted_x,
+                             (char**)&wanted_y, &normed,       &quantized,   &gates,
+                             (char**)&partial,  (char**)&added};
     int64_t total = 0;
     for (int64_t bytes : sizes) total += round_up(bytes, 64);
     thread_local Memory<char> memory;
     memory.reserve(total);
     char* next = memory.get();
-    for (int i = 0; i < 9; i++) *places[i] = next, next += round_up(sizes[i], 64);
+    for (int i = 0; i < 10; i++) *places[i] = next, next += round_up(sizes[i], 64);
   }
 
   // All threads of a parallel region call it.
@@ -151,16 +162,10 @@ class Walk {
         take_wanted();
         rows_x = wanted_x, rows_y = wanted_y, rows = pass.wanted_count;
       }
-      const auto add = [&](int64_t row, int64_t output, Floats sums) {
-        T* to = rows_x + row * model.width + output;
-        store(to, load(to) + rounded_as(to, sums));
-      };
-      multiply(layer.out, prepare(nullptr, rows_y, rows, layer.out), add);
-      wait();
+      add(layer.out, prepare(nullptr, rows_y, rows, layer.out), layer.attention_post_norm, rows_x);
       read_mlp(layer, prepare(&layer.mlp_norm, rows_x, rows, layer.up));
       wait();
-      multiply(layer.down, prepare(nullptr, act, rows, layer.down), add);
-      wait();
+      add(layer.down, prepare(nullptr, act, rows, layer.down), layer.mlp_post_norm, rows_x);
     }
     const auto [from, to] = share_of_thread(rows);
     for (int64_t row = from; row < to; row++)
@@ -172,8 +177,9 @@ class Walk {
   const Model& model;
   const Pass& pass;
   const BlockPlan plan;
+  const std::unique_ptr<const BlockPlan> window_plan;
   const int64_t size;  // of a head
-  T *x, *qkv, *y, *act, *wanted_x, *wanted_y;
+  T *x, *qkv, *y, *act, *wanted_x, *wanted_y, *added;
   char *normed, *quantized, *gates;
   Partial* partial;
   int64_t normed_size, quantized_size, gate_size;  // bytes, of few rows, and of all, for a thread
@@ -239,6 +245,25 @@ class Walk {
     multiply(matrix, x, from, to, put);
   }
 
+  // to (rows, width) += the product, normalized if there is a norm.
+  void add(const Matrix& matrix, const Activations<T>& from, const Norm& norm, T* to) const {
+    const int64_t width = model.width;
+    T* const sum_of = norm.weight ? added : to;
+    multiply(matrix, from, [&](int64_t row, int64_t output, Floats sums) {
+      T* at = sum_of + row * width + output;
+      store(at, norm.weight ? sums : load(at) + rounded_as(at, sums));
+    });
+    wait();
+    if (!norm.weight) return;
+    const auto [first, last] = share_of_thread(from.rows);
+    for (int64_t row = first; row < last; row++) {
+      T *more = added + row * width, *stream = to + row * width;
+      normalize(norm, more, more);
+      for (int64_t i = 0; i < width; i += 16) store(stream + i, load(stream + i) + load(more + i));
+    }
+    wait();
+  }
+
   void attend(const Layer& layer, int64_t index) const {
     const int64_t outputs = layer.qkv.outputs;
     multiply(layer.qkv, prepare(&layer.attention_norm, x, pass.tokens, layer.qkv),
@@ -255,21 +280,22 @@ class Walk {
       for (int64_t i = 0; i < model.heads + model.kv_heads; i++, head += size) {
         const Norm& norm = i < model.heads ? layer.query_norm : layer.key_norm;
         if (norm.weight) normalize(norm, head, head);
-        if (pass.angles) {
-          const T* cosines = (const T*)pass.table + pass.positions[token] * size;
+        if (pass.angles && layer.rope) {
+          const T* cosines = (const T*)pass.table +
+                             (2 * (layer.rope - 1) * pass.angles + pass.positions[token]) * size;
           rotate_head(head, cosines, cosines + pass.angles * size, head, size);
         }
       }
       store_token(plan, blocks, qkv, token);
     }
     wait();
-    attend_to_blocks(plan, blocks, qkv, y, partial);
+    attend_to_blocks(layer.window ? *window_plan : plan, blocks, qkv, y, partial);
   }
 
   // act = the activations of the MLP's first layer.
   void read_mlp(const Layer& layer, const Activations<T>& from) const {
     const int64_t width = layer.down.inputs, panels = width / PANEL;
-    if (!model.is_swiglu)
+    if (model.activation == GELU)
       return multiply(layer.up, from, [&](int64_t row, int64_t output, Floats sums) {
         T* to = act + row * width + output;
         store(to, sums);
@@ -289,7 +315,10 @@ class Walk {
                  alignas(64) T up[PANEL];
                  store(up, sums);
                  output -= width;
-                 swiglu_row(gate(row, output), up, act + row * width + output, PANEL);
+                 T *from_gate = gate(row, output), *to = act + row * width + output;
+                 if (model.activation == SWIGLU) return swiglu_row(from_gate, up, to, PANEL);
+                 gelu_row<false, T>(from_gate, nullptr, from_gate, PANEL);
+                 store(to, load(from_gate) * load(up));
                });
     }
   }
