@@ -281,3 +281,30 @@ def test_a_model_that_was_made_without_memory_decodes_as_another(name):
         gptk.LanguageModel(each).generate([1, 2, 3], max_new_tokens=8) for each in (model, other)
     ]
     assert texts[0].tokens == texts[1].tokens
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize("walks", [True, False])
+def test_a_row_keeps_no_more_blocks_than_its_window(walks, by_kernels, monkeypatch):
+    """And some beneath it, to drop tokens; more dropped ones are read again."""
+    model = packed_gpt(CONFIGS["mistral"], torch.float32, None, 0)
+    text = tokens(1, 500)
+    want = model.logits(model(torch.tensor([text.tolist()])))[0]
+    if not walks:
+        monkeypatch.setattr(passes, "plan_of", lambda model: None)
+    if not by_kernels:
+        monkeypatch.setattr(kernels.checks, "enabled", False)
+    rows = Texts(model, [text])
+    cache, found = rows.caches[0], []
+    for count in (300, 1, 100, 1, 98):
+        found.append(rows.read([count])[0][:, 0])
+        assert rows.pool.used <= 6
+    torch.testing.assert_close(model.logits(torch.cat(found)), want, atol=1e-4, rtol=0)
+    copies = rows.pool.used
+    cache.select([0, 0, 0])
+    assert rows.pool.used == copies
+    cache.rewind([0, 100, 400])
+    assert cache.lengths == [500, 400, 100]
+    assert cache.held == [500, 400, 0]  # the last row's beginning was given back
+    cache.drop()
+    assert rows.pool.used == 0

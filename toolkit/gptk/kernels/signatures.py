@@ -297,9 +297,7 @@ _ATTENTION = (
         "attend_blocks",
         Input("qkv", "tokens, all_heads, head_dim", "slabs.dtype"),
         *_SEQUENCES,
-        Int("layer"),
-        Int("heads"),
-        Int("window"),
+        *map(Int, ("layer", "heads", "window")),
         Result("y", "tokens, heads, head_dim", "qkv.dtype"),
         call="qkv.dtype is BFLOAT16, qkv, y, sequences, tables, slabs, tokens, count, entries, "
         "slabs.count, slabs.bits, heads, slabs.kv_heads, head_dim, "

@@ -9,6 +9,9 @@ vLLM, Kwon et al. 2023.)
     row 0    block 4, block 7, block 9        the prompt, shared; then its own
     row 1    block 4, block 7, block 2
 
+Of a model whose layers all have a sliding window, a row gives back the blocks before it; beneath
+them some are kept, so that tokens can be dropped. If more are dropped, the row is read again.
+
 Full blocks stay after their rows have ended, until memory is needed: a text that begins alike takes
 them as they are. The one not used for the longest time is given up first. The models of a process
 share a budget of memory, see gptk.model.budget.
@@ -39,7 +42,7 @@ class BlockCache:
 
     def __del__(self) -> None:
         for table in self._tables:
-            self.pool.release_later(table)
+            self.pool.release_later(_held_in(table))
 
     @property
     def has_blocks(self) -> bool:
@@ -50,7 +53,7 @@ class BlockCache:
         return self._texts[row][self.held[row] :]
 
     def table(self, row: int) -> "array[int]":
-        """The numbers of a row's blocks, int32."""
+        """The numbers of a row's blocks, int32; -1 for those before the window."""
         return self._tables[row]
 
     def prepare(self, row: int, count: int, *, beyond: bool = False) -> None:
@@ -78,6 +81,7 @@ class BlockCache:
         self.held[row] = end
         for number in range(held // BLOCK, end // BLOCK):
             self._know(row, number)
+        self._leave_behind(row)
 
     def recall(self, texts: Sequence[Sequence[int]]) -> None:
         """Begin each row, of which nothing is held yet, with what is known of its text.
@@ -91,14 +95,15 @@ class BlockCache:
                 self._tables[row] = array("i", known)
                 self._texts[row] = array("q", text[: len(known) * BLOCK])
                 self.lengths[row] = self.held[row] = len(known) * BLOCK
+                self._leave_behind(row)
 
     def select(self, parents: Sequence[int]) -> None:
         """Row i becomes a copy of row parents[i]; the number of rows may change."""
         old = self._tables
         for parent in parents:
-            self.pool.share(old[parent])
+            self.pool.share(_held_in(old[parent]))
         for table in old:
-            self.pool.release(table)
+            self.pool.release(_held_in(table))
         self._tables = [old[parent][:] for parent in parents]
         self._texts = [self._texts[parent][:] for parent in parents]
         self.lengths = [self.lengths[parent] for parent in parents]
@@ -118,7 +123,7 @@ class BlockCache:
     def drop(self) -> None:
         """Give all blocks back, in any thread. The rows keep their tokens, to be read again."""
         for row, table in enumerate(self._tables):
-            self.pool.release_later(table)
+            self.pool.release_later(_held_in(table))
             self._tables[row] = array("i")
             self.held[row] = 0
 
@@ -135,6 +140,7 @@ class BlockCache:
             self.pool.share(known)
             self._tables[row] = array("i", known)
             self.held[row] = len(known) * BLOCK
+            self._leave_behind(row)
 
     def shorten(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of a row."""
@@ -142,8 +148,25 @@ class BlockCache:
         self.held[row] = min(self.held[row], length)
         del self._texts[row][length:]
         table, blocks = self._tables[row], -(-self.held[row] // BLOCK)
-        self.pool.release(table[blocks:])
+        first = self._first_needed(self.held[row])
+        if first < len(table) and table[first] < 0:  # what the next token sees was given back
+            self.held[row] = blocks = 0
+        self.pool.release(_held_in(table[blocks:]))
         del table[blocks:]
+
+    def _first_needed(self, held: int) -> int:
+        """The first block that the token after the first `held` ones sees."""
+        window = self.pool.window
+        return 0 if window is None else max(0, held + 1 - window) // BLOCK
+
+    def _leave_behind(self, row: int) -> None:
+        """Give the blocks back that are far enough before the window."""
+        table = self._tables[row]
+        for number in reversed(range(self._first_needed(self.held[row] - SPARE))):
+            if table[number] < 0:
+                break
+            self.pool.release([table[number]])
+            table[number] = -1
 
     def _know(self, row: int, number: int) -> None:
         """Let others find a full block; take the one that is known, if it is another."""
@@ -166,3 +189,12 @@ class BlockCache:
                 break
             blocks.append(block)
         return blocks
+
+
+def _held_in(table: "array[int]") -> "array[int]":
+    """Those of a table's blocks that were not given back."""
+    return table if not table or table[0] >= 0 else array("i", [x for x in table if x >= 0])
+
+
+SPARE = 4 * BLOCK
+"""Tokens before the window that are kept: that many can be dropped at the end, as drafts are."""

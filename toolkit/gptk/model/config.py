@@ -116,6 +116,12 @@ class GPTConfig:
         """Whether a layer has the sliding window."""
         return self.window is not None and _repeated(self.window_layers, layer)
 
+    @property
+    def window_of_all(self) -> int | None:
+        """The sliding window, if all layers have it: what is before it is not seen again."""
+        has_all = all(self.has_window(layer) for layer in range(self.n_layers))
+        return self.window if has_all else None
+
     def rope_of(self, layer: int) -> int | None:
         """Which of `ropes` a layer has; None if it does not rotate."""
         if self.positions == "learned" or not _repeated(self.rotary_layers, layer):

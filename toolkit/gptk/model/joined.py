@@ -122,18 +122,28 @@ class JoinedSlots:
                 continue
             new, end = qkv[first : first + count], past + count
             blocks = tables[table : table + -(-end // BLOCK)]
+            first_block = 0
+            if scoring.window is not None:
+                first_block = max(0, past + 1 - scoring.window) // BLOCK
             kv = new[:, heads:].reshape(count, 2, kv_heads, -1).permute(1, 2, 0, 3)
             for number in range(past // BLOCK, len(blocks)):
                 start, stop = max(past, number * BLOCK), min(end, (number + 1) * BLOCK)
                 piece = kv[:, :, start - past : stop - past]
                 pool.write(layer, blocks[number], start - number * BLOCK, piece)
-            keys, values = (x[:, :end] for x in pool.view(layer, blocks))
-            result[first : first + count] = _attend_row(new[:, :heads], keys, values, past, scoring)
+            begin = first_block * BLOCK
+            seen = pool.view(layer, blocks[first_block:])
+            keys, values = (x[:, : end - begin] for x in seen)
+            result[first : first + count] = _attend_row(
+                new[:, :heads], keys, values, past, begin, scoring
+            )
         return result
 
 
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor, past: int, scoring: Scoring) -> Tensor:
-    """q: (count, heads, d); keys, values: (kv_heads, past + count, d). Returns q's shape."""
+def _attend_row(
+    q: Tensor, keys: Tensor, values: Tensor, past: int, begin: int, scoring: Scoring
+) -> Tensor:
+    """q: (count, heads, d); keys, values: of the tokens from `begin` on, (kv_heads, past + count -
+    begin, d). Returns q's shape."""
     count, heads, _ = q.shape
     group = heads // len(keys)
     keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
@@ -141,7 +151,7 @@ def _attend_row(q: Tensor, keys: Tensor, values: Tensor, past: int, scoring: Sco
     mask = None
     if slides or (count > 1 and past):
         positions = torch.arange(past, past + count, device=q.device)
-        mask = visible(positions, 0, past + count, scoring)
+        mask = visible(positions, begin, past + count, scoring)
     is_causal = count > 1 and mask is None
     y = softmax_attention(q.transpose(0, 1), keys, values, mask, scoring, is_causal=is_causal)
     return y.transpose(0, 1)

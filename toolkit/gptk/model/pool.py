@@ -44,6 +44,8 @@ class BlockPool:
         self.per_slab = 1
         """Blocks of a slab, a power of two."""
         self.device, self.dtype = device, dtype
+        self.window = config.window_of_all
+        """How many tokens of a row, the last ones, need their blocks; None: all."""
         self._slabs: list[Tensor | None] = []
         """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim); None: given back."""
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)

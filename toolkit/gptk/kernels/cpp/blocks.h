@@ -19,6 +19,10 @@ struct Sequence {
   const int32_t* table;
 
   int64_t chunks() const { return (past + count + CHUNK - 1) / CHUNK; }
+  // The first chunk that any of its new tokens sees, of so many tokens, the last ones.
+  int64_t first_chunk(int64_t window) const {
+    return std::max<int64_t>(0, past + 1 - window) / CHUNK;
+  }
 };
 
 // Where the tokens of a pass go, see gptk_attend_blocks: sequences (count, 4), tables (entries),
@@ -232,7 +236,7 @@ class BlockPlan {
                   past <= (given.entries - from) * CHUNK - count,
               BAD_SEQUENCES);
       sequence = {first, count, past, given.tables + from};
-      for (int64_t i = 0; i < sequence.chunks(); i++)
+      for (int64_t i = sequence.first_chunk(this->window); i < sequence.chunks(); i++)
         require(given.has(sequence.table[i]), BAD_TABLES);
       for (int64_t i = 0; i < count; i++) {
         require(places[first + i].block < 0, BAD_SEQUENCES);
@@ -274,7 +278,7 @@ class BlockPlan {
         written[sequence.table[i]] = true;
       }
     for (const Sequence& sequence : sequences)
-      for (int64_t i = 0; i < sequence.past / CHUNK; i++)
+      for (int64_t i = sequence.first_chunk(window); i < sequence.past / CHUNK; i++)
         require(!written[sequence.table[i]], BAD_TABLES);
   }
 };

@@ -105,10 +105,11 @@ class Walk {
   Walk(const Model& model, const Pass& pass)
       : model(model),
         pass(pass),
-        plan(pass.places, pass.tokens, model.heads, model.kv_heads, 0),
-        window_plan(model.window ? new BlockPlan(pass.places, pass.tokens, model.heads,
-                                                 model.kv_heads, model.window)
-                                 : nullptr),
+        plan(pass.places, pass.tokens, model.heads, model.kv_heads, window_of_all(model)),
+        window_plan(
+            model.window > window_of_all(model)
+                ? new BlockPlan(pass.places, pass.tokens, model.heads, model.kv_heads, model.window)
+                : nullptr),
         size(model.head_size),
         x((T*)pass.x) {
     const int64_t heads = model.heads + 2 * model.kv_heads, tokens = pass.tokens;
@@ -183,6 +184,13 @@ class Walk {
   char *normed, *quantized, *gates;
   Partial* partial;
   int64_t normed_size, quantized_size, gate_size;  // bytes, of few rows, and of all, for a thread
+
+  // The window, if all layers have it, else 0. Then `plan` is for them, and there is no other.
+  static int64_t window_of_all(const Model& model) {
+    for (int64_t i = 0; i < model.layers; i++)
+      if (!model.layer[i].window) return 0;
+    return model.window;
+  }
 
   static void wait() {
 #pragma omp barrier
@@ -289,7 +297,7 @@ class Walk {
       store_token(plan, blocks, qkv, token);
     }
     wait();
-    attend_to_blocks(layer.window ? *window_plan : plan, blocks, qkv, y, partial);
+    attend_to_blocks(layer.window && window_plan ? *window_plan : plan, blocks, qkv, y, partial);
   }
 
   // act = the activations of the MLP's first layer.
