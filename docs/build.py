@@ -607,7 +607,7 @@ API = {
         load_tokenizer Tokenizer render_chat compare Comparison evaluate Evaluation""",
     "Tokenizers": "ByteLevelBPE PipelineEncoding SplitPattern SPLIT_PATTERNS GPT2_ALPHABET",
     "Models": """load_checkpoint build_model default_source GPT GPTConfig CausalModel
-        ModelConfig Levels set_kv_memory""",
+        TransformersModel ModelConfig Levels set_kv_memory""",
     "Decoding": """Run Decoding Limits Choice DecodeSession Rows Follower RandomStream KVCache
         vocabulary""",
     "Plug-ins": """hookimpl Plugin plugins distribution PluginWarning Sampler LogitsProcessor

@@ -3,6 +3,7 @@
 Each combination runs, or is refused with a reason; docs/combinations.md has those for drafts.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import regex
 import torch
 
 import gptk
+from architectures import small_model
 from gptk import DecodeSession, Follower, IncompatibleError
 from gptk.plugins import create, provided
 from gptk.testing import tiny_lm
@@ -30,9 +32,39 @@ def table_lm(noise=0.0):
     return gptk.LanguageModel(table_model(noise=noise), byte_tokenizer())
 
 
-MODELS = {"gpt": tiny_lm(), "table": table_lm()}
-DRAFTING = {"gpt": noisy_lm(), "table": table_lm(noise=0.3)}
+def transformers_lm(kind, noise=0.0):
+    model = gptk.TransformersModel(small_model(kind, noise=noise))
+    return gptk.LanguageModel(model, byte_tokenizer())
+
+
+MODELS = {"gpt": tiny_lm, "table": table_lm}
+DRAFTING = {"gpt": noisy_lm, "table": functools.partial(table_lm, noise=0.3)}
 """For each model one that is a little different, to draft for it."""
+BY_TRANSFORMERS = [
+    *("cohere", "deepseek_v3", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "mixtral", "olmo2"),
+    *("opt", "phi", "phi3"),
+]
+"""Architectures of transformers'."""
+QUICK = [("gemma2", name) for name in ("greedy", "beam", "contrastive", "dola")]
+"""What is not left to the slow tests of them."""
+MODELS |= {kind: functools.partial(transformers_lm, kind) for kind in BY_TRANSFORMERS}
+DRAFTING |= {kind: functools.partial(transformers_lm, kind, 0.02) for kind in BY_TRANSFORMERS}
+
+
+def is_slow(model, name):
+    return model in BY_TRANSFORMERS and (model, name) not in QUICK
+
+
+@functools.cache
+def model_of(name):
+    return MODELS[name]()
+
+
+@functools.cache
+def drafting_for(name):
+    return DRAFTING[name]()
+
+
 PROMPTS = [[1, 2, 3], [104, 101, 108, 108, 111, 32], [7] * 11]
 SETTINGS = {"max_new_tokens": 9, "seed": 5}
 SAMPLERS = {
@@ -42,10 +74,10 @@ SAMPLERS = {
 NEED_HIDDEN_STATES = {"contrastive": "compares hidden states", "dola": "contrasts layers"}
 """Samplers that refuse a model whose configuration has width 0 or no layers, and why."""
 RUNNING = [
-    (model, name)
+    pytest.param(model, name, marks=pytest.mark.slow if is_slow(model, name) else ())
     for model in MODELS
     for name in SAMPLERS
-    if model == "gpt" or name not in NEED_HIDDEN_STATES
+    if model != "table" or name not in NEED_HIDDEN_STATES
 ]
 SCHEMA = {
     "type": "object",
@@ -73,7 +105,9 @@ COMBINATIONS = Path(__file__).parents[2] / "docs/combinations.md"
 
 
 def drafter(draft, model):
-    return {"none": None, "lookup": "lookup:ngram=2,tokens=4", "model": DRAFTING[model]}[draft]
+    if draft == "model":
+        return drafting_for(model)
+    return {"none": None, "lookup": "lookup:ngram=2,tokens=4"}[draft]
 
 
 def results(outs):
@@ -129,7 +163,7 @@ def check_constraint(out, language):
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize(("model", "name"), RUNNING)
 def test_combination(model, name, processor, draft):
-    lm = MODELS[model]
+    lm = model_of(model)
     sampler = create("sampler", SAMPLERS[name], gptk.Sampler)
     processors = [create("processor", p, gptk.LogitsProcessor) for p in PROCESSORS[processor]]
     chosen = {"sampler": sampler, "processors": processors, **SETTINGS}
@@ -163,7 +197,7 @@ def test_combination(model, name, processor, draft):
 def test_a_model_without_hidden_states_is_refused(name, use_cache):
     for draft in DRAFTS:
         with pytest.raises(IncompatibleError, match=f"sampler {name} "):
-            MODELS["table"].generate(
+            model_of("table").generate(
                 PROMPTS[0],
                 sampler=SAMPLERS[name],
                 draft=drafter(draft, "table"),
@@ -171,7 +205,7 @@ def test_a_model_without_hidden_states_is_refused(name, use_cache):
                 **SETTINGS,
             )
     with pytest.raises(IncompatibleError) as refused:
-        MODELS["table"].generate(PROMPTS[0], sampler=SAMPLERS[name], use_cache=use_cache)
+        model_of("table").generate(PROMPTS[0], sampler=SAMPLERS[name], use_cache=use_cache)
     assert NEED_HIDDEN_STATES[name] in str(refused.value)
 
 
@@ -192,7 +226,7 @@ def by_hand(table, prompt, count):
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_language_model_of_a_table(draft, use_cache):
     """generate, generate_batch, stream and score of a model that is no GPT."""
-    lm = MODELS["table"]
+    lm = model_of("table")
     settings = {
         "max_new_tokens": 12,
         "ignore_eos": True,

@@ -242,6 +242,10 @@ class TestSmolLM2Loader(testing.PluginContract):
     make = Spec("loader", "smollm2")
 
 
+class TestTransformersLoader(testing.PluginContract):
+    make = Spec("loader", "transformers", "path=models/gemma-2")
+
+
 class TestGGUFTokenizer(testing.PluginContract):
     make = Spec("tokenizer", "gguf", "path=model.gguf")
 

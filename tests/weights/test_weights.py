@@ -210,7 +210,7 @@ def test_longrope_is_read_up_to_where_other_factors_begin(tmp_path):
 
 
 REFUSED = [
-    ("gpt2", {"model_type": "bloom"}, "the model type 'bloom' is not supported; gpt2, llama"),
+    ("gpt2", {"model_type": "pelican"}, "the model type 'pelican' is not supported; gpt2, llama"),
     ("gpt2", {"activation_function": "relu"}, "activation_function 'relu' is not supported"),
     (
         "gpt2",

@@ -111,6 +111,7 @@ _HOMES = {
     "TrainingError": "errors",
     "TrainingListener": "hooks.training",
     "TrainingObserver": "hooks.training",
+    "TransformersModel": "model.transformers_model",
     "translate_settings": "decoding.other_names",
     "Translation": "decoding.other_names",
     "UnknownNameError": "errors",
@@ -201,6 +202,7 @@ if TYPE_CHECKING:
     from gptk.model.levels import Levels as Levels
     from gptk.model.protocol import CausalModel as CausalModel
     from gptk.model.protocol import ModelConfig as ModelConfig
+    from gptk.model.transformers_model import TransformersModel as TransformersModel
     from gptk.plugins.registry import PluginWarning as PluginWarning
     from gptk.runs.checkpoints import best_checkpoint as best_checkpoint
     from gptk.runs.checkpoints import check_run_file as check_run_file

@@ -28,7 +28,7 @@ from gptk.system.devices import resolve_device, resolve_dtype
 from gptk.system.read_files import ReadFile
 from gptk.text.fingerprint import fingerprint
 from gptk.text.tokenizer import Tokenizer
-from gptk.weights.building import build_model, log_loading
+from gptk.weights.building import log_loading, make_model
 from gptk.weights.loading import default_source, load_checkpoint
 from gptk.weights.origin import Origin
 from gptk.weights.saving import save_checkpoint
@@ -112,7 +112,7 @@ def load(
     elif tokenizer is None and checkpoint.tokenizer is not None:
         tokenizer = checkpoint.tokenizer()
 
-    model = build_model(checkpoint, target_device, target_dtype, quantize=quantize, pack=True)
+    model = make_model(checkpoint, target_device, target_dtype, quantize)
     log_loading(checkpoint, model, time.perf_counter() - start)
     return LanguageModel(model, tokenizer, origin)
 

@@ -118,4 +118,4 @@ def _tokenizer(model: str | None, tokenizer: str | None) -> "tuple[gptk.Tokenize
         raise gptk.TokenizerError(
             "the model comes without a tokenizer; name one, such as --tokenizer gpt2"
         )
-    return loaded, checkpoint.config.vocab_size
+    return loaded, checkpoint.gpt_config.vocab_size

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gptk_plugins.loaders.nanogpt import NanoGPT as NanoGPT
     from gptk_plugins.loaders.openai import OpenAI as OpenAI
     from gptk_plugins.loaders.smollm2 import SmolLM2 as SmolLM2
+    from gptk_plugins.loaders.transformers import Transformers as Transformers
 
 _HOMES = {
     "GGUF": "gguf",
@@ -21,6 +22,7 @@ _HOMES = {
     "NanoGPT": "nanogpt",
     "OpenAI": "openai",
     "SmolLM2": "smollm2",
+    "Transformers": "transformers",
 }
 __all__ = [*_HOMES]
 

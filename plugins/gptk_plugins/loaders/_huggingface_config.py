@@ -407,6 +407,12 @@ _ALIASES = {
 """Other names of fields. In transformers they win over the fields themselves."""
 
 
+def is_known(raw: Mapping[str, Any]) -> bool:
+    """Whether gptk has code for a configuration's family."""
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in FAMILIES
+
+
 def read_config(raw: Mapping[str, Any], source: str) -> Made:
     """The configuration, and notes for `gptk info`. Raises SourceError for unsupported values."""
     kind = raw.get("model_type")

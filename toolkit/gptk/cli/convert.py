@@ -96,7 +96,7 @@ def _tokenizer(checkpoint: "Checkpoint", spec: str | None) -> "Tokenizer | None"
     if spec is None:
         return checkpoint.tokenizer() if checkpoint.tokenizer else None
     named = load_tokenizer(spec)
-    highest, vocab_size = named.encoding.max_token_value, checkpoint.config.vocab_size
+    highest, vocab_size = named.encoding.max_token_value, checkpoint.gpt_config.vocab_size
     if highest >= vocab_size:
         raise TokenizerError(
             f"the tokenizer {spec} has tokens up to {highest:,}, the model up to {vocab_size - 1:,}"

@@ -31,7 +31,6 @@ def command(model: str | None) -> None:
     from gptk.errors import TokenizerError
     from gptk.model.levels import Levels
     from gptk.model.segments import Segments
-    from gptk.system.devices import DTYPES
     from gptk.weights.loading import default_source, load_checkpoint
 
     checkpoint = load_checkpoint(default_source() if model is None else model, stored=True)
@@ -52,20 +51,11 @@ def command(model: str | None) -> None:
     if "in the file" not in (checkpoint.notes or {}):
         click.echo(f"in the file: {_sizes(stored)}")
     click.echo(f"parameters: {parameters:,}")
-    click.echo("in memory, on a CPU:")
-    expanded = ["--quantize none", "--quantize none --dtype bfloat16"] if segments else []
-    rounded = ["--quantize int8", "--quantize int4"]
-    for options in ("", "--dtype bfloat16", *expanded, *rounded):
-        words = options.split()
-        chosen = dict(zip(words[::2], words[1::2], strict=True))
-        dtype = DTYPES[chosen.get("--dtype", "float32")]
-        quantize: Any = chosen.get("--quantize", "auto")
-        sizes = bytes_in_memory(checkpoint.config, segments, quantize, dtype)
-        click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
+    _tell_of_memory(checkpoint, parameters, segments)
     _tell_of_expanded_matrices(segments)
     _tell_of_kept_weights(checkpoint)
     click.echo(f"kernels: {kernels.described()}")
-    for field in dataclasses.fields(checkpoint.config):
+    for field in dataclasses.fields(checkpoint.config) if checkpoint.config else ():
         value = getattr(checkpoint.config, field.name)
         shown = f"{len(value)} divisors" if isinstance(value, tuple) else value
         click.echo(f"{field.name}: {shown}")
@@ -99,6 +89,26 @@ def _tell_of_expanded_matrices(segments: "Mapping[str, Segments]") -> None:
     if expanded:
         more = f" and {len(expanded) - 3} more" if len(expanded) > 3 else ""
         click.echo(f"not kept as stored, without options: {', '.join(expanded[:3])}{more}")
+
+
+def _tell_of_memory(
+    checkpoint: "Checkpoint", parameters: int, segments: "Mapping[str, Segments]"
+) -> None:
+    from gptk.system.devices import DTYPES
+
+    click.echo("in memory, on a CPU:")
+    expanded = ["--quantize none", "--quantize none --dtype bfloat16"] if segments else []
+    rounded = ["--quantize int8", "--quantize int4"] if checkpoint.config else []
+    for options in ("", "--dtype bfloat16", *expanded, *rounded):
+        words = options.split()
+        chosen = dict(zip(words[::2], words[1::2], strict=True))
+        dtype = DTYPES[chosen.get("--dtype", "float32")]
+        quantize: Any = chosen.get("--quantize", "auto")
+        if checkpoint.config is None:
+            sizes = Counter({str(dtype).removeprefix("torch."): parameters * dtype.itemsize})
+        else:
+            sizes = bytes_in_memory(checkpoint.config, segments, quantize, dtype)
+        click.echo(f"  {options or 'without options'}: {_sizes(sizes)}")
 
 
 def _tell_of_kept_weights(checkpoint: "Checkpoint") -> None:

@@ -42,7 +42,7 @@ class JoinedModel:
         return self._model.dtype
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
-        """A cache in blocks, or the model's own if it is no GPT."""
+        """A cache in blocks, or the model's own if it must have that."""
         return self._passes.new_cache(self._model, rows, capacity)
 
     def states(

@@ -14,9 +14,8 @@ from gptk.engine.memory import Memory
 from gptk.engine.reading import LogitsWanted, Reading
 from gptk.engine.run import Run, Wanted
 from gptk.model.blocks import BlockCache
-from gptk.model.gpt import GPT
 from gptk.model.joined import Part
-from gptk.model.passes import read_parts
+from gptk.model.passes import has_blocks, read_parts, sizes_of
 from gptk.model.pool import BlockPool, OutOfBlocks
 from gptk.model.protocol import Cache, CausalModel, evaluating
 
@@ -53,9 +52,9 @@ class Passes:
         """The model's blocks."""
         model, old = self._model, self._pool
         if old is None or (old.dtype, old.device) != (model.dtype, model.device):
-            assert isinstance(model, GPT)  # new, or converted
+            assert has_blocks(model)  # new, or converted
             budget = self._memory.budget(model.device)
-            self._pool = BlockPool(model.config, model.device, model.dtype, budget)
+            self._pool = BlockPool(sizes_of(model), model.device, model.dtype, budget)
         assert self._pool is not None
         return self._pool
 
@@ -71,8 +70,8 @@ class Passes:
         return pool is None or not pool.used or pool.available >= 2 * rows
 
     def new_cache(self, model: CausalModel, rows: int, capacity: int) -> Cache:
-        """A cache in blocks, or the model's own if it is no GPT."""
-        if not isinstance(model, GPT):
+        """A cache in blocks, or the model's own if it must have that."""
+        if not has_blocks(model):
             return model.new_cache(rows, capacity)
         return BlockCache(self.pool, rows)
 
@@ -248,7 +247,7 @@ class Passes:
 
     def _states(self, parts: Sequence[Part], layers: Sequence[int], *, beyond: bool) -> Tensor:
         model = self._model
-        assert isinstance(model, GPT)
+        assert has_blocks(model)
         with evaluating(model):
             return read_parts(model, parts, layers, beyond=beyond)
 

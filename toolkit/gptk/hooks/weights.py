@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gptk.errors import SourceError
 from gptk.hooks.base import Plugin
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gptk.model.config import GPTConfig
     from gptk.model.gpt import GPT
+    from gptk.model.protocol import CausalModel
     from gptk.text.tokenizer import Tokenizer
 
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 class Checkpoint:
     """What a weight loader found."""
 
-    config: "GPTConfig"
+    config: "GPTConfig | None"
+    """None if the model is no `gptk.GPT`: then `make_model` makes it."""
     state: Mapping[str, "Tensor"]
     """The tensors by the names of `gptk.GPT`'s parameters; a tied head is not among them, it is
     `embed.weight`. They may be in any precision and memory-mapped; `build_model` takes them
@@ -35,6 +39,19 @@ class Checkpoint:
     path: Path | None = None
     """The file or folder that was read, if `source` is another name for it. Records of results have
     the hashes of its files."""
+    make_model: "Callable[[torch.device, torch.dtype], CausalModel] | None" = None
+    """Makes a model that is no `gptk.GPT`, with its weights; may raise GptkError. `state` then has
+    the tensors by the names of the file, for `gptk info`."""
+
+    @property
+    def gpt_config(self) -> "GPTConfig":
+        """Raises SourceError if the model is no `gptk.GPT`."""
+        if self.config is None:
+            raise SourceError(
+                f"{self.source} is not a model that gptk has code for, by its model type; it can "
+                "be decoded, and not trained, converted or built"
+            )
+        return self.config
 
 
 class WeightLoader(Plugin):

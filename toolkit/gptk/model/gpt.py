@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.model.attention import Scoring, attend, attend_causally, scoring_of
+from gptk.model.attention import Attending, attend, attend_causally, attending_of
 from gptk.model.cache import KVCache, Slots
 from gptk.model.config import GPTConfig
 from gptk.model.embedding import Embedding
@@ -49,7 +49,7 @@ class Joined(Protocol):
         what only concerns the others."""
         raise NotImplementedError
 
-    def attend(self, qkv: Tensor, layer: int, scoring: Scoring) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int, how: Attending) -> Tensor:
         """Attention of all tokens. qkv: (1, tokens, heads, d). Returns (tokens, heads · d)."""
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class Attention(HooklessModule):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.scoring = scoring_of(config, layer)
+        self.attending = attending_of(config, layer)
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         heads = config.n_heads + 2 * config.n_kv_heads
@@ -106,9 +106,9 @@ class Attention(HooklessModule):
             qkv = rotate(qkv, *rope)
         if slots is None:
             q, k, v = qkv.split(heads, dim=2)
-            y = attend_causally(q, k, v, self.scoring, self.dropout if self.training else 0.0)
+            y = attend_causally(q, k, v, self.attending, self.dropout if self.training else 0.0)
         elif not isinstance(slots, Slots):
-            y = slots.attend(qkv, self.layer, self.scoring)
+            y = slots.attend(qkv, self.layer, self.attending)
         else:
             kv = qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads)
             kv = kv.view(rows, -1, 2, self.n_kv_heads, self.head_dim)
@@ -116,9 +116,9 @@ class Attention(HooklessModule):
             q = qkv.narrow(2, 0, self.n_heads)
             if slots.causal:
                 k, v = kv.unbind(2)
-                y = attend_causally(q, k, v, self.scoring)
+                y = attend_causally(q, k, v, self.attending)
             else:
-                y = attend(q, self.layer, slots, self.scoring)
+                y = attend(q, self.layer, slots, self.attending)
         return self.out(y if wanted is None else y[wanted])  # type: ignore[no-any-return]
 
 
@@ -333,9 +333,9 @@ class GPT(PackableModel):
 
     @property
     def has_plain_attention(self) -> bool:
-        """Whether all layers attend as GPT-2's and Llama's do, see `Scoring`."""
+        """Whether all layers attend as GPT-2's and Llama's do, see `Attending`."""
         config = self.config
-        return all(scoring_of(config, layer).is_plain for layer in range(config.n_layers))
+        return all(attending_of(config, layer).is_plain for layer in range(config.n_layers))
 
     def set_dropout(self, p: float) -> None:
         """Dropout in training, where GPT-2 has it: embeddings, attention weights, residuals."""

@@ -4,6 +4,7 @@ import heapq
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from gptk.kernels import BLOCK
 from gptk.kernels.attention import slabs_of
 from gptk.kernels.structures import Slabs
 from gptk.model.budget import Budget
-from gptk.model.config import GPTConfig
 from gptk.system.memory import is_out_of_memory, new_zeros
 
 Beginning = tuple[int, tuple[int, ...]]
@@ -22,6 +22,30 @@ Beginning = tuple[int, tuple[int, ...]]
 
 class OutOfBlocks(OutOfMemory):
     """All memory of the budget is in use."""
+
+
+class Sizes(Protocol):
+    """What a block has room for; `gptk.GPTConfig` has it."""
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that have keys and values."""
+        raise NotImplementedError
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values, of the layer that has most of them."""
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a key or of a value, of the layer that has most of them."""
+        raise NotImplementedError
+
+    @property
+    def window_of_all(self) -> int | None:
+        """How many tokens of a row, the last ones, any layer will see. None: all."""
+        raise NotImplementedError
 
 
 class BlockPool:
@@ -33,18 +57,18 @@ class BlockPool:
     """
 
     def __init__(
-        self, config: GPTConfig, device: torch.device, dtype: torch.dtype, budget: Budget
+        self, sizes: Sizes, device: torch.device, dtype: torch.dtype, budget: Budget
     ) -> None:
-        self._shape = (config.n_layers, 2, config.n_kv_heads, BLOCK, config.head_dim)
+        self._shape = (sizes.n_layers, 2, sizes.n_kv_heads, BLOCK, sizes.head_dim)
         size = torch.Size(self._shape).numel() * dtype.itemsize
         self.block_bytes = size
         """Bytes of a block."""
-        pairs = device.type == "cpu" and dtype.itemsize == 2 and config.head_dim % 2 == 0
+        pairs = device.type == "cpu" and dtype.itemsize == 2 and sizes.head_dim % 2 == 0
         self._per_lane = 2 if pairs else 1
         self.per_slab = 1
         """Blocks of a slab, a power of two."""
         self.device, self.dtype = device, dtype
-        self.window = config.window_of_all
+        self.window = sizes.window_of_all
         """How many tokens of a row, the last ones, need their blocks; None: all."""
         self._slabs: list[Tensor | None] = []
         """Each (layers, 2, per_slab, kv_heads, BLOCK, head_dim); None: given back."""
@@ -165,10 +189,17 @@ class BlockPool:
 
     def view(self, layer: int, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, a copy: (kv_heads, blocks · BLOCK, head_dim) each."""
-        lanes = [self._lanes(layer, block) for block in blocks]
-        keys = torch.cat([keys.transpose(1, 2).flatten(2) for keys, _ in lanes], dim=1)
-        values = torch.cat([values.transpose(2, 3).flatten(1, 2) for _, values in lanes], dim=1)
-        return keys, values
+        _, _, kv_heads, slots, d = self._shape
+        n, size = self._per_lane, self.per_slab
+        in_slabs = [
+            _selected(self._slab_of(slab * size)[layer], [block % size for block in run])
+            for slab, run in itertools.groupby(blocks, key=lambda block: block // size)
+        ]
+        stored = in_slabs[0] if len(in_slabs) == 1 else torch.cat(in_slabs, dim=1)
+        keys = stored[0].view(-1, kv_heads, d // n, slots, n).permute(1, 0, 3, 2, 4)
+        values = stored[1].view(-1, kv_heads, slots // n, d, n).permute(1, 0, 2, 4, 3)
+        shape = kv_heads, len(blocks) * slots, d
+        return keys.reshape(shape), values.reshape(shape)
 
     def write(self, layer: int, block: int, slot: int, kv: Tensor) -> None:
         """Store keys and values in consecutive slots of a block. kv: (2, kv_heads, slots, d)."""
@@ -293,6 +324,14 @@ class BlockPool:
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self._for_kernels = None
         self.taken = self.slab_bytes * sum(slab is not None for slab in self._slabs)
+
+
+def _selected(slab: Tensor, blocks: list[int]) -> Tensor:
+    """Blocks of a slab, along axis 1. Those next to each other are not copied."""
+    first = blocks[0]
+    if blocks == list(range(first, first + len(blocks))):
+        return slab[:, first : first + len(blocks)]
+    return slab.index_select(1, torch.tensor(blocks, device=slab.device))
 
 
 _SLAB_BYTES = 32 << 20

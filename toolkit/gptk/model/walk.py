@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gptk import kernels
 from gptk.kernels.structures import Matrix, Norm
 from gptk.kernels.walk import matrix_in_panels, model_of, norm_of, quantized_matrix
-from gptk.model.attention import scoring_of
+from gptk.model.attention import attending_of
 from gptk.model.attributes import are_found_directly, changes
 from gptk.model.gpt import GPT, MLP, Attention, Block
 from gptk.model.linear import Linear
@@ -49,7 +49,7 @@ class Plan:
                 self._dtype,
                 [self._layer(block) for block in model.blocks],
                 self._norm(model.norm),
-                windows=[scoring_of(config, layer).window or 0 for layer in layers],
+                windows=[attending_of(config, layer).window or 0 for layer in layers],
                 ropes=[0 if rope is None else 1 + rope for rope in map(config.rope_of, layers)],
                 activation=config.mlp,
                 width=config.width,
@@ -75,7 +75,7 @@ class Plan:
         self._watch(block.attn, Attention)
         self._watch(block.mlp, MLP)
         attention = block.attn
-        _require(attention.scoring.is_usual)
+        _require(attention.attending.is_usual)
         return (
             *(self._norm(block.attn_norm), self._norm(attention.q_norm)),
             *(self._norm(attention.k_norm), self._norm(block.attn_post_norm)),

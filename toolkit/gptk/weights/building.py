@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gptk import kernels
-from gptk.errors import SourceError
+from gptk.errors import OptionError, SourceError
 from gptk.hooks.weights import Checkpoint
 from gptk.model.gpt import GPT
 from gptk.model.levels import Levels
 from gptk.model.linear import Linear
 from gptk.model.packing import PackableModule, Packed
 from gptk.model.panels import Panels, can_be_panels
+from gptk.model.protocol import CausalModel
 from gptk.model.quantization import Quantize, keeps_levels, quantized
 from gptk.model.quantization import pack as pack_levels
 from gptk.model.segments import Segments
@@ -28,6 +29,23 @@ from gptk.weights.kinds import embedding_kind, matrix_kind
 from gptk.weights.tensors import LazyTensors, Tensors
 
 _log = logging.getLogger(__name__)
+
+
+def make_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantize: Quantize
+) -> CausalModel:
+    """The model of a checkpoint, for decoding: a GPT as `build_model` makes it, with its weights
+    packed, or what the loader makes. Raises what these raise, and OptionError if weights are to be
+    rounded that gptk cannot round."""
+    if checkpoint.make_model is None:
+        return build_model(checkpoint, device, dtype, quantize=quantize, pack=True)
+    if quantize not in ("auto", "none"):
+        raise OptionError(
+            f"quantize {quantize} is for models that gptk has code for, and {checkpoint.source} is "
+            "none; take bfloat16"
+        )
+    with explaining_load_failures(checkpoint.source):
+        return checkpoint.make_model(device, dtype)
 
 
 def build_model(
@@ -52,7 +70,7 @@ def build_model(
     Raises SourceError naming a tensor that is missing, left over or of the wrong shape, or a file
     that cannot be read; OutOfMemory.
     """
-    device, model = torch.device(device), empty_gpt(checkpoint.config)
+    device, model = torch.device(device), empty_gpt(checkpoint.gpt_config)
     state = _checked_state(checkpoint)
     kept = None
     if pack and quantize == "auto" and device.type == "cpu" and kernels.available():
@@ -77,7 +95,7 @@ def _checked_state(checkpoint: Checkpoint) -> LazyTensors:
 
     Raises SourceError for missing and superfluous ones; those of a wrong shape raise it when read.
     """
-    config, source, stored = checkpoint.config, checkpoint.source, checkpoint.state
+    config, source, stored = checkpoint.gpt_config, checkpoint.source, checkpoint.state
     tied = config.tied_head and "head.weight" in stored  # as in a GPT's own state dict
     tensors = Tensors({name: partial(stored.__getitem__, name) for name in stored}, source)
     tensors.drop(["head.weight"] if tied else [])
@@ -181,14 +199,17 @@ class _Builder:
         return converted.contiguous()  # a file may have a tensor with any strides
 
 
-def log_loading(checkpoint: Checkpoint, model: GPT, seconds: float) -> None:
+def log_loading(checkpoint: Checkpoint, model: CausalModel, seconds: float) -> None:
     """What was loaded from where, as information."""
     if not _log.isEnabledFor(logging.INFO):
         return
-    sizes = model.bytes_by_kind().items()
-    weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
     notes = "".join(f", {key} {value}" for key, value in (checkpoint.notes or {}).items())
-    by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
     _log.info("loaded %s%s, in %.1f s", checkpoint.source, notes, seconds)
     dtype = str(model.dtype).removeprefix("torch.")
+    if not isinstance(model, GPT):
+        _log.info("on %s, %s, by %s", model.device, dtype, type(model).__name__)
+        return
+    sizes = model.bytes_by_kind().items()
+    weights = ", ".join(f"{size / 2**20:,.1f} MiB {kind}" for kind, size in sorted(sizes))
+    by = "PyTorch" if model.device.type != "cpu" or kernels.why_not() else "gptk and PyTorch"
     _log.info("on %s, %s, weights %s, kernels of %s", model.device, dtype, weights, by)
