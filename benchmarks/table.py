@@ -106,6 +106,12 @@ ROWS = {
     "openvino-prompt-bf16": Comparison(
         "prompt of 512 tokens to first token, Q4_1, bfloat16 activations", _OPENVINO, 1.6
     ),
+    "openvino-first": Comparison(
+        "first prompt of 512 tokens after loading, Q4_1, without options", _OPENVINO
+    ),
+    "openvino-first-bf16": Comparison(
+        "first prompt of 512 tokens after loading, Q4_1, bfloat16 activations", _OPENVINO
+    ),
     "small-load": Comparison("start of loading to first token, Q4_1, loaded before", _LLAMA),
     "avx2": Comparison(
         "greedy, the Q4_1 file, without options", "llama.cpp built for AVX2", 1.3, "avx2"

@@ -63,3 +63,23 @@ def test_prompt(ours, peer, table):
     times = compare(ours, peer, ids, 1, rounds=7)
     table.row("openvino-prompt", times, ["default"], ["OpenVINO"], tokens=len(ids))
     table.row("openvino-prompt-bf16", times, ["bfloat16"], ["OpenVINO"], tokens=len(ids))
+
+
+@pytest.mark.peers("openvino-first", "openvino-first-bf16")
+def test_first_prompt(table):
+    """In new processes: the peer compiles its kernels for a length when it first reads one."""
+    python = python_of("OPENVINO_PYTHON", "openvino-genai")
+    ids = prompt(512, vocabulary=40_000)
+
+    def first(engine, **settings):
+        with Engine(engine, smollm2_file(), **settings) as program:
+            return program.generate(ids, 1)
+
+    functions = {
+        "default": lambda: first("gptk"),
+        "bfloat16": lambda: first("gptk", dtype="bfloat16"),
+        "OpenVINO": lambda: first("openvino", python=python),
+    }
+    times = in_turns(functions, rounds=5)
+    table.row("openvino-first", times, ["default"], ["OpenVINO"], tokens=len(ids))
+    table.row("openvino-first-bf16", times, ["bfloat16"], ["OpenVINO"], tokens=len(ids))
