@@ -60,6 +60,14 @@ def expected_ids(made: tokenizers.Tokenizer, mine: gptk.Tokenizer, text: str) ->
     return ids[1:] if mine.add_bos and ids[:2] == [mine.bos] * 2 else ids
 
 
+def is_determined(made: tokenizers.Tokenizer, text: str) -> bool:
+    """Whether the library gives a text the same ids each time that it loads the tokenizer. Of added
+    tokens that its normalizer makes equal it takes one or the other."""
+    written = made.to_str()
+    loads = (tokenizers.Tokenizer.from_str(written) for _ in range(30))
+    return len({tuple(each.encode(text).ids) for each in loads}) == 1
+
+
 def check_bytes(made: tokenizers.Tokenizer, mine: gptk.Tokenizer, ids: Sequence[int]) -> None:
     """The text is the library's; and the bytes of tokens are appended to those before them."""
     text = mine.decode(ids)
@@ -86,6 +94,8 @@ def test_any_tokenizer_json_gives_the_ids_and_bytes_of_tokenizers_or_is_refused_
         except Exception:  # such as a character that a vocabulary without an unknown token lacks
             with pytest.raises(gptk.TokenizerError):
                 mine.encode(text)
+            continue
+        if mine.encode(text) != ids and not is_determined(made, text):
             continue
         assert mine.encode(text) == ids
         check_bytes(made, mine, ids)

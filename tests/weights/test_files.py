@@ -643,11 +643,12 @@ def test_gguf_files_that_break_a_rule_are_refused(content, message, tmp_path):
         ("llama.context_length", "128", "context_length is '128'; it must be a whole number"),
         ("llama.block_count", 2**32 - 1, "must be a whole number from 1 to"),
         ("llama.attention.key_length", 2**31 - 2, "only 2147483646 is supported"),
-        ("llama.rope.scaling.type", "yarn", "rotary scaling 'yarn'"),
+        ("llama.rope.scaling.type", "dynamic", "rotary scaling 'dynamic'"),
         ("llama.rope.scaling.factor", float("inf"), "rope.scaling.factor is inf"),
         ("llama.attention.head_count", [4, 2], "attention.head_count is [4, 2]"),
         ("llama.attention.causal", False, "attention.causal is False"),
-        ("llama.expert_count", 8, "expert_count is 8"),
+        ("llama.expert_count", 8, "expert_used_count is 0; it must be 1 to expert_count, 8"),
+        ("llama.expert_group_count", 2, "expert_group_count is 2"),
     ],
 )
 def test_gguf_metadata_of_other_models_are_named(key, write, message, tmp_path, monkeypatch):

@@ -206,6 +206,11 @@ def _gemma(name: str, metadata: Metadata, architecture: Architecture) -> dict[st
 def _experts(metadata: Metadata) -> dict[str, Any]:
     if not metadata.experts:
         return {}
+    if not 1 <= metadata.experts_used <= metadata.experts:
+        raise gptk.SourceError(
+            f"expert_used_count is {metadata.experts_used}; it must be 1 to expert_count, "
+            f"{metadata.experts}"
+        )
     return {"n_experts": metadata.experts, "n_experts_used": metadata.experts_used}
 
 

@@ -80,7 +80,7 @@ class Graphs:
             )
         self._slabs[: len(self._addresses)] = self._addresses
         learned = model.embed_positions is not None
-        self._longest = config.context_length if learned else self._table.shape[1]
+        self._longest = config.context_length if learned else self._table.shape[2]
 
     def hold(self, pool: BlockPool, longest: int) -> bool:
         """Whether the model is still what was recorded, and these are its blocks.
