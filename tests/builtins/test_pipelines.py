@@ -91,7 +91,10 @@ def test_any_tokenizer_json_gives_the_ids_and_bytes_of_tokenizers_or_is_refused_
     for text in texts:
         try:
             ids = expected_ids(made, mine, text)
-        except Exception:  # such as a character that a vocabulary without an unknown token lacks
+        except BaseException as error:
+            # Such as a character that a vocabulary without an unknown token lacks; or a panic.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             with pytest.raises(gptk.TokenizerError):
                 mine.encode(text)
             continue
