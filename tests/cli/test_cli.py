@@ -218,9 +218,9 @@ class TestBadInput:
         assert "cut.gguf" in failing("generate", "x", "--model", cut, code=1)
 
     def test_unsupported_architecture(self, tmp_path):
-        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        (tmp_path / "config.json").write_text('{"model_type": "vit"}')
         line = failing("generate", "x", "--model", tmp_path, code=1)
-        assert "bert" in line
+        assert "vit" in line
         assert "qwen3" in line
 
     def test_corrupt_tokenizer(self, model, tmp_path):

@@ -86,7 +86,7 @@ CONVERSIONS = {
     "int8": lambda model: model.quantize("int8"),
     "packed": lambda model: model.pack(),
     "bfloat16": lambda model: model.to(torch.bfloat16),
-    "a part in bfloat16": lambda model: model.blocks[0].mlp.to(torch.bfloat16).float(),
+    "a part in bfloat16": lambda model: model.blocks[0].mlp.to(torch.bfloat16),
 }
 
 
