@@ -194,6 +194,9 @@ struct Merged {
   }
 };
 
+// All tokens are seen: so many that a position without them is a number, too.
+constexpr int64_t NO_WINDOW = INT64_MAX / 2;
+
 // How the attention of a pass is divided among threads: the same for all layers of one window, that
 // is how many tokens, the last ones, a query sees.
 class BlockPlan {
@@ -225,7 +228,7 @@ class BlockPlan {
         heads(heads),
         kv_heads(kv_heads),
         group(heads / kv_heads),
-        window(window ? window : INT64_MAX) {
+        window(window && window < NO_WINDOW ? window : NO_WINDOW) {
     const int64_t* numbers = given.sequences;
     int64_t placed = 0;
     for (Sequence& sequence : sequences) {
