@@ -25,6 +25,18 @@ OTHER = tiny_lm(dataclasses.replace(LM.model.config, n_layers=3, n_kv_heads=4), 
 """A model of the same vocabulary whose blocks have three times the size."""
 
 
+def sizes_of_passes(monkeypatch, lm=LM):
+    """A list of how many tokens each pass of a model reads from now on."""
+    sizes = []
+    real = lm.model.states_at
+    monkeypatch.setattr(
+        lm.model,
+        "states_at",
+        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
+    )
+    return sizes
+
+
 def block_bytes(lm):
     config = lm.model.config
     numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim * BLOCK

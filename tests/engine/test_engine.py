@@ -19,6 +19,7 @@ from mixtures import (
     forget,
     memory_for,
     requests,
+    sizes_of_passes,
 )
 
 import gptk
@@ -47,18 +48,6 @@ def test_so_it_does_when_blocks_run_out(chosen, blocks, seed):
     assert ENGINE.passes(lm.model).pool.used == 0
 
 
-def sizes_of_passes(monkeypatch):
-    """A list of how many tokens each pass of LM reads from now on."""
-    sizes = []
-    real = LM.model.states_at
-    monkeypatch.setattr(
-        LM.model,
-        "states_at",
-        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
-    )
-    return sizes
-
-
 def test_runs_share_passes(monkeypatch):
     sizes = sizes_of_passes(monkeypatch)
     list(LM.generate_many([[1], [2], [3, 4]], max_new_tokens=4, ignore_eos=True, ordered=True))
@@ -72,13 +61,7 @@ def test_a_text_that_begins_like_an_earlier_one_reads_only_the_rest(monkeypatch)
     shared = len(beginning) // 64 * 64
     assert shared
     first = lm.generate(beginning, max_new_tokens=2)
-    sizes = []
-    real = lm.model.states_at
-    monkeypatch.setattr(
-        lm.model,
-        "states_at",
-        lambda ids, *others: sizes.append(ids.shape[1]) or real(ids, *others),
-    )
+    sizes = sizes_of_passes(monkeypatch, lm)
     second = lm.generate(beginning, max_new_tokens=2)
     assert sizes[0] == len(beginning) - shared
     assert second.tokens == first.tokens

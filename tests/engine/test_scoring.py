@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtures import LM as TINY
-from mixtures import forget, memory_for
+from mixtures import forget, memory_for, sizes_of_passes
 
 import gptk
 from gptk import LanguageModel, PromptError, kernels
@@ -101,13 +101,8 @@ def test_texts_are_encoded():
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens each pass of TINY reads, and of how many states each asks for logits."""
-    sizes, logits_of = [], []
-    states_at, logits = TINY.model.states_at, TINY.model.logits
-    monkeypatch.setattr(
-        TINY.model,
-        "states_at",
-        lambda ids, *others: sizes.append(ids.shape[1]) or states_at(ids, *others),
-    )
+    sizes, logits_of = sizes_of_passes(monkeypatch), []
+    logits = TINY.model.logits
     monkeypatch.setattr(
         TINY.model,
         "logits",

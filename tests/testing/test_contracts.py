@@ -243,7 +243,7 @@ class TestSmolLM2Loader(testing.PluginContract):
 
 
 class TestTransformersLoader(testing.PluginContract):
-    make = Spec("loader", "transformers", "path=models/gemma-2")
+    make = Spec("loader", "transformers", "path=models/granite-3")
 
 
 class TestGGUFTokenizer(testing.PluginContract):

@@ -12,6 +12,7 @@ import gptk
 from architectures import ARCHITECTURES, small_model
 from checkpoints import random_model
 from gptk import SourceError
+from gptk_plugins.loaders import _huggingface_config
 from gptk_plugins.loaders._huggingface_config import FAMILIES
 
 PROMPT = [5, 80, 17, 33]
@@ -49,6 +50,14 @@ def test_a_directory_is_run_by_transformers(kind, tmp_path):
 def test_so_is_by_itself_one_of_a_family_without_code(kind, tmp_path):
     written(kind, tmp_path)
     assert isinstance(load(str(tmp_path)).model, gptk.TransformersModel)
+
+
+def test_without_transformers_its_extra_is_named(tmp_path, monkeypatch):
+    written(WITHOUT_CODE, tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers.models.auto.modeling_auto", None)
+    monkeypatch.setattr(_huggingface_config, "find_spec", lambda _: None)
+    with pytest.raises(SourceError, match=r"'granite' is not supported.*\[transformers\]'"):
+        load(str(tmp_path))
 
 
 def test_a_family_with_code_is_run_by_it_unless_asked_for(tmp_path):

@@ -1,6 +1,7 @@
 """From a Hugging Face config.json to a GPTConfig, by family; see `_huggingface_fields`."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -418,8 +419,13 @@ def read_config(raw: Mapping[str, Any], source: str) -> Made:
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None or not isinstance(kind, str):
+        more = ""
+        if find_spec("transformers") is None:
+            install = gptk.distribution.install_command("transformers")
+            more = f", and what transformers can run if that is installed: {install}"
         raise gptk.SourceError(
             f"{source}: the model type {shown(kind)} is not supported; {', '.join(FAMILIES)} are"
+            f"{more}"
         )
     aliases = _ALIASES.get(kind, {})
     raw = {**raw, **{name: raw[alias] for alias, name in aliases.items() if alias in raw}}

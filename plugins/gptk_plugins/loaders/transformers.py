@@ -29,10 +29,12 @@ class Transformers(gptk.WeightLoader):
     """
 
     name = "transformers"
-    example = "path=models/gemma-2"
+    example = "path=models/granite-3"
     positional = "path"
 
-    path: str = Field(description="a directory, or a hub id such as google/gemma-2-2b-it")
+    path: str = Field(
+        description="a directory, or a hub id such as ibm-granite/granite-3.3-2b-base"
+    )
     revision: str | None = Field(None, description="a branch, tag or commit on the hub")
 
     def load(self) -> gptk.Checkpoint:
@@ -60,7 +62,7 @@ def checkpoint_of(folder: Path, source: str) -> gptk.Checkpoint:
     except ImportError:
         raise gptk.SourceError(
             f"{source}: to run it by transformers, install that: "
-            "pip install 'gptk-decoding[transformers]'"
+            f"{gptk.distribution.install_command('transformers')}"
         ) from None
     raw = read_json(folder / "config.json")
     if not has_class_for(raw):

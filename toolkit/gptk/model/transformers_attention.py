@@ -22,8 +22,6 @@ from gptk.model.joined import JoinedSlots
 
 NAME = "gptk"
 """In transformers' registers."""
-Sight = Attending
-"""What transformers takes for a mask here: an Attending with nothing but window and chunk."""
 
 
 class Pass(Cache):
@@ -66,8 +64,8 @@ class Watch(threading.local):
     """None outside of passes."""
     own_attention: "Callable[..., Tensor] | None" = None
     """Computes what `attend` is asked for as transformers does, where a pass has no slots."""
-    sights: dict[int | None, Sight] = field(default_factory=dict)
-    """The model's masks, by the size of their windows."""
+    sights: dict[int | None, Attending] = field(default_factory=dict)
+    """What the model's masks let tokens see (window or chunk), by the size that it asked for."""
 
 
 WATCH = Watch()
@@ -75,7 +73,7 @@ WATCH = Watch()
 
 def _sight(
     *, mask_function: Callable[..., Tensor], local_size: int | None = None, **more: Any
-) -> Sight:
+) -> Attending:
     """Registered as the function that makes masks. What a model asked for before, by the size of
     its windows, it gets without another comparison."""
     if more.get("use_vmap"):  # the mask has parts of the model's own
@@ -85,7 +83,7 @@ def _sight(
     return WATCH.sights[local_size]
 
 
-def _recognized(size: int | None, function: Callable[..., Tensor]) -> Sight:
+def _recognized(size: int | None, function: Callable[..., Tensor]) -> Attending:
     """Compare a mask with those that there are, around the places where they differ."""
     near = {0, 1, 2, 3}
     for multiple in (1, 2, 3):
@@ -93,11 +91,11 @@ def _recognized(size: int | None, function: Callable[..., Tensor]) -> Sight:
     positions = torch.tensor(sorted(number for number in near if number >= 0))
     queries, keys = positions[:, None], positions[None, :]
     seen = function(torch.tensor(0), torch.tensor(0), queries, keys)
-    known = {Sight(): keys <= queries}
+    known = {Attending(): keys <= queries}
     if size is not None:
-        known[Sight(window=size)] = (keys <= queries) & (keys > queries - size)
+        known[Attending(window=size)] = (keys <= queries) & (keys > queries - size)
     if size:
-        known[Sight(chunk=size)] = (keys <= queries) & (keys // size == queries // size)
+        known[Attending(chunk=size)] = (keys <= queries) & (keys // size == queries // size)
     for sight, mask in known.items():
         if torch.equal(seen.broadcast_to(mask.shape), mask):
             return sight
@@ -112,7 +110,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Sight | None,
+    attention_mask: Attending | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -128,7 +126,7 @@ def attend(
         raise IncompatibleError(f"{type(module).__name__} is run by gptk; ask gptk for its states")
     layer, d = now.layer_of(key), query.shape[3]
     how = replace(
-        Sight() if attention_mask is None else attention_mask,
+        Attending() if attention_mask is None else attention_mask,
         scale=d**-0.5 if scaling is None else float(scaling),
         softcap=softcap,
         sinks=getattr(module, "sinks", None) if s_aux is None else s_aux,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptk.kernels.gpu import can_attend, tiling
+from gptk.model.attention import Attending
 from gptk.model.blocks import BlockCache
 from gptk.model.budget import Budget
 from gptk.model.graphs import MOST_TOKENS
@@ -73,7 +74,7 @@ class TransformersModel(nn.Module):
         self._states = threading.local()
         """`given`: states for the head to read, so that no tokens are read; `kept`: what layers
         return in a pass."""
-        self._sights: dict[int | None, Any] = {}
+        self._sights: dict[int | None, Attending] = {}
         probe = Probe(module)
         self.sizes = BlockSizes(*probe.sizes())
         """What a block of its keys and values has room for."""
